@@ -1,0 +1,57 @@
+# Every command makes its own environment in .venv from nothing; needs python3 with venv, and a package index.
+PYTHON ?= python3
+# Test processes; each runs torch on one thread.
+JOBS ?= 2
+# Passed on to the command behind `make demo` and `make test`, e.g. make test ARGS='-k dpo -x'
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+demo test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
+test: export MKL_NUM_THREADS := 1
+test: export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format types docs clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## train a small model on the built-in preference data, on CPU, offline
+	$(BIN)/prefloss train $(ARGS)
+
+test: $(INSTALLED) ## all tests and docstring examples
+	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+lint: $(INSTALLED) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## rewrite the code to what `make lint` wants
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED) ## pyright over prefloss/
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(INSTALLED) ## HTML docs into docs/_build/html; a warning fails
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+clean: ## remove the environment, build outputs and caches
+	rm -rf $(VENV) build dist docs/_build .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find prefloss tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Torch by exact version and first: where a CPU build is on offer, that one is taken, not gigabytes of CUDA.
+# The build backend comes pinned too, hence no build isolation.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 hatchling editables
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[all,test,docs,dev]'
+	@touch $@

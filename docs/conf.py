@@ -1,0 +1,34 @@
+"""Sphinx settings; `make docs` builds with every warning an error and without network."""
+
+import prefloss
+
+project = "prefloss"
+author = "The prefloss authors"
+copyright = f"2026, {author}"
+version = release = prefloss.__version__
+
+# No intersphinx: it would fetch other projects' inventories at build time.
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+# Docstrings write `names` in single backticks.
+default_role = "literal"
+# Shapes such as [..., T] keep their dots.
+smartquotes = False
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"prefloss {release}"
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False

@@ -1,0 +1,23 @@
+"""prefloss: the preference-loss layer for PyTorch.
+
+Losses are pure functions of log-ratios, chosen by name::
+
+    loss = prefloss.get("ipo", tau=0.1)
+    loss(prefloss.Pairs(chosen=..., rejected=...))  # one value per pair
+
+Importing this package loads torch and nothing heavier; trainers and command line load where they are used.
+"""
+
+from prefloss.feedback import Labels as Labels
+from prefloss.feedback import Pairs as Pairs
+from prefloss.feedback import Rankings as Rankings
+from prefloss.logprobs import linear_token_logps as linear_token_logps
+from prefloss.logprobs import token_logps as token_logps
+from prefloss.logratios import LogRatios as LogRatios
+from prefloss.losses import Loss as Loss
+from prefloss.losses import LossSpec as LossSpec
+from prefloss.losses import get as get
+from prefloss.losses import register as register
+from prefloss.losses import specs as specs
+
+__version__ = "0.1.0"

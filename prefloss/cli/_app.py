@@ -1,0 +1,132 @@
+"""The typer application: options and help texts; the work is in `_train` and `_losses`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import prefloss
+from prefloss.cli import _losses
+from prefloss.cli._errors import shown_without_traceback
+from prefloss.cli._settings import Settings
+
+app = typer.Typer(
+    name="prefloss",
+    help="Preference losses by name: look them up, and train with them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prefloss {prefloss.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def losses(
+    name: Annotated[str | None, typer.Argument(help="Show one loss: formula, parameters, sources.")] = None,
+) -> None:
+    """List the registered losses, or show one in full."""
+    with shown_without_traceback():
+        _losses.show(name)
+
+
+@app.command()
+def train(
+    loss: Annotated[str, typer.Option(help="Name of a loss; `prefloss losses` lists them.")] = "dpo",
+    param: Annotated[
+        list[str] | None,
+        typer.Option(help="A hyperparameter of the loss, as tau=0.1; may be repeated.", metavar="NAME=VALUE"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub id. Without it, a small built-in model.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Preference data: .jsonl, .json, .parquet or a save_to_disk folder. Without it, the "
+            "generated world, whose true reward is known."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for model, metrics and picture. Without it, prefloss-runs/<loss>-<number>."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into --output though it is not empty.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps. [default: 250, or as --epochs says]")
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes over the data, if --steps is not given. [default: 1; built-in model: 3]"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Highest learning rate. [default: 1e-6, with --lora 1e-5; built-in model: 5e-4]"),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows per forward pass. [default: 8; built-in model: 16]")
+    ] = None,
+    accumulate: Annotated[int, typer.Option(min=1, help="Forward passes per optimizer step.")] = 1,
+    max_length: Annotated[int, typer.Option(min=2, help="Longest prompt + completion, tokens; the rest is cut.")] = 512,
+    eval_fraction: Annotated[float, typer.Option(help="Share of the prompts of --data to hold out.")] = 0.1,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=0, help="Completions to sample for KL and true reward. [default: 256; with --data 64]"),
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter on the linear layers (needs peft).")] = False,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a fifth slower.")
+    ] = False,
+    warm_start: Annotated[
+        int | None,
+        typer.Option(min=0, help="Supervised steps that teach a model with random weights to speak. [default: 300]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU though there is an accelerator.")] = False,
+) -> None:
+    """Train a language model with a preference loss; with no options, a complete small example.
+
+    The example builds a small model and a generated preference world, trains on what a noisy judge says,
+    and marks the result against the judge's true reward: about a minute on two CPU cores, offline.
+    """
+    settings = Settings(
+        loss=loss,
+        params=tuple(param or ()),
+        model=model,
+        data=data,
+        output=output,
+        overwrite=overwrite,
+        steps=steps,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        max_length=max_length,
+        eval_fraction=eval_fraction,
+        samples=samples,
+        lora_rank=lora_rank if lora else None,
+        gradient_checkpointing=gradient_checkpointing,
+        warm_start=warm_start,
+        seed=seed,
+        cpu=cpu,
+    )
+    with shown_without_traceback():
+        from prefloss.cli import _train
+
+        _train.train(settings)

@@ -1,0 +1,268 @@
+"""What a run found: a table, sentences that read it, a picture, and metrics.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from prefloss.demo import world
+from prefloss.demo.measure import Measurement
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything a report is made from.
+
+    Attributes:
+        loss: The loss with its hyperparameters, as `ipo(tau=0.1, per_token=True)`.
+        measurements: Before training, during, and after.
+        losses: (step, training loss).
+        ceiling: Held-out accuracy that the true reward itself reaches, if known.
+        paired: Whether accuracy compares two answers to one prompt.
+        held_out: Whether what was measured on was kept out of training.
+        warm_loss: Loss at the end of the warm start, nats per token, if there was one.
+        prompts: Prompts of the samples, as text.
+        seconds: Wall time by part of the run.
+        about: What the run was: options, data, versions.
+    """
+
+    loss: str
+    measurements: Sequence[Measurement]
+    losses: Sequence[tuple[int, float]]
+    ceiling: float | None
+    paired: bool
+    held_out: bool
+    warm_loss: float | None
+    prompts: Sequence[str]
+    seconds: dict[str, float]
+    about: dict[str, Any]
+
+    @property
+    def before(self) -> Measurement:
+        """The first measurement, before any step."""
+        return self.measurements[0]
+
+    @property
+    def after(self) -> Measurement:
+        """The last one."""
+        return self.measurements[-1]
+
+
+def table(result: Result) -> Table:
+    """Before and after, one row per quantity that could be measured."""
+    made = Table(
+        box=box.ROUNDED, title=f"[bold]{result.loss}[/] after {result.after.step} steps", title_justify="left"
+    )
+    made.add_column("", style="cyan")
+    made.add_column("before", justify="right", no_wrap=True)
+    made.add_column("after", justify="right", no_wrap=True, style="bold")
+    made.add_column("how to read it", style="dim", ratio=1)
+    before, after = result.before, result.after
+    if after.reward is not None and before.reward is not None:
+        made.add_row(
+            "true reward",
+            _with_error(before.reward, before.reward_error),
+            _with_error(after.reward, after.reward_error),
+            f"the judge's own scale, {world.WORST_REWARD:g} to {world.BEST_REWARD:g}; mean ± standard error of "
+            f"{len(after.samples)} samples",
+        )
+    if after.kl is not None and before.kl is not None:
+        reading = f"nats per completion over {len(after.samples)} samples; how far the model moved"
+        made.add_row("KL to the reference", f"{before.kl:.2f}", _with_error(after.kl, after.kl_error, "{:.2f}"), reading)
+    if after.accuracy is not None and before.accuracy is not None:
+        made.add_row("implicit-reward accuracy", _share(before.accuracy), _share(after.accuracy), _accuracy_words(result))
+    for name, value, other in (
+        ("chosen", after.chosen, "moved up or down"),
+        ("rejected", after.rejected, "the margin between the two is what is trained"),
+    ):
+        if value is not None:
+            falling = f"; fell for {_share(after.chosen_falling)} of them" if name == "chosen" else f"; {other}"
+            made.add_row(
+                f"log-prob of {name}", "+0.00", f"{value:+.2f}", f"nats per completion, change since the start{falling}"
+            )
+    return made
+
+
+def verdict(result: Result) -> list[Text]:
+    """The table in sentences, with the questions that its readers ask."""
+    before, after = result.before, result.after
+    said = []
+    if after.reward is not None and before.reward is not None:
+        gain, error = after.reward - before.reward, math.hypot(before.reward_error or 0, after.reward_error or 0)
+        rose = gain > 2 * error
+        words = f"The true reward {'rose' if rose else 'did not clearly rise'}: {gain:+.2f} ± {error:.2f}."
+        said.append(Text(words, style="green" if rose else "yellow"))
+    if after.chosen is not None and after.rejected is not None and after.chosen < 0:
+        margin = after.chosen - after.rejected
+        words = (
+            "Chosen completions became less likely. That is no bug: the loss raises the margin between chosen and "
+            f"rejected, here to {margin:+.2f} nats, and both may fall on the way."
+            if margin > 0
+            else "Chosen completions became less likely, and rejected ones no less: the margin did not grow."
+        )
+        said.append(Text(words, style="dim" if margin > 0 else "yellow"))
+    if not result.held_out:
+        said.append(Text("Nothing was held out, so accuracy is that of training rows.", style="yellow"))
+    return said
+
+
+def samples(result: Result, count: int = 3) -> Table | None:
+    """What the model says before and after, to the same prompts."""
+    if not result.after.samples:
+        return None
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Samples", title_justify="left", title_style="bold")
+    made.add_column("prompt", style="dim", max_width=28)
+    made.add_column("before", ratio=1)
+    made.add_column("after", ratio=1, style="bold")
+    seen: set[str] = set()
+    for prompt, old, new in zip(result.prompts, result.before.samples, result.after.samples, strict=True):
+        if prompt not in seen and len(seen) < count:
+            seen.add(prompt)
+            made.add_row(*(Text(_cut(text)) for text in (prompt, old, new)))
+    return made
+
+
+def write_metrics(result: Result, path: Path) -> None:
+    """All numbers of the run, without the sampled texts."""
+
+    def numbers(found: Measurement) -> dict[str, Any]:
+        return {name: value for name, value in asdict(found).items() if name != "samples"}
+
+    content = {
+        **result.about,
+        "loss": result.loss,
+        "before": numbers(result.before),
+        "after": numbers(result.after),
+        "measurements": [numbers(found) for found in result.measurements],
+        "training_loss": [{"step": step, "loss": value} for step, value in result.losses],
+        "accuracy_of_true_reward": result.ceiling,
+        "held_out": result.held_out,
+        "warm_start_loss": result.warm_loss,
+        "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
+    }
+    path.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
+
+
+def write_picture(result: Result, path: Path) -> None:
+    """Four panels over steps: reward (or loss), KL, accuracy, log-probs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, sharex=True)
+    figure.suptitle(f"{result.loss}", fontsize=14, fontweight="bold")
+    _first_panel(axes[0, 0], result)
+    _kl_panel(axes[0, 1], result)
+    _accuracy_panel(axes[1, 0], result)
+    _log_prob_panel(axes[1, 1], result)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    for axis in axes[1]:
+        axis.set_xlabel("optimizer steps")
+    figure.savefig(path, dpi=130)
+
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#666666"
+
+
+def _first_panel(axis: Any, result: Result) -> None:
+    steps, rewards = _series(result, "reward")
+    if not rewards:
+        axis.plot(*zip(*result.losses, strict=True), color=_BLUE) if result.losses else None
+        axis.set(title="Training loss", ylabel="loss")
+        return
+    errors = [found.reward_error or 0.0 for found in result.measurements if found.reward is not None]
+    axis.plot(steps, rewards, "o-", color=_BLUE, label="policy, ± 2 standard errors")
+    low = [r - 2 * e for r, e in zip(rewards, errors, strict=True)]
+    high = [r + 2 * e for r, e in zip(rewards, errors, strict=True)]
+    axis.fill_between(steps, low, high, color=_BLUE, alpha=0.2, linewidth=0)
+    axis.axhline(rewards[0], color=_GREY, linestyle="--", linewidth=1, label=f"reference, {rewards[0]:+.2f}")
+    axis.axhline(world.BEST_REWARD, color=_GREEN, linestyle=":", linewidth=1.5, label="best possible")
+    axis.set(title="True reward of sampled completions", ylabel="reward (judge's scale)")
+    axis.legend(frameon=False, loc="center right")
+
+
+def _kl_panel(axis: Any, result: Result) -> None:
+    steps, kls = _series(result, "kl")
+    axis.set(title="How far the model moved", ylabel="KL(policy ‖ reference), nats per completion")
+    if not kls:
+        axis.text(0.5, 0.5, "not measured (--samples 0)", transform=axis.transAxes, ha="center", color=_GREY)
+        return
+    errors = [found.kl_error or 0.0 for found in result.measurements if found.kl is not None]
+    axis.plot(steps, kls, "o-", color=_ORANGE)
+    low = [k - 2 * e for k, e in zip(kls, errors, strict=True)]
+    high = [k + 2 * e for k, e in zip(kls, errors, strict=True)]
+    axis.fill_between(steps, low, high, color=_ORANGE, alpha=0.2, linewidth=0)
+    axis.set_ylim(bottom=min(0.0, *low))
+
+
+def _accuracy_panel(axis: Any, result: Result) -> None:
+    steps, shares = _series(result, "accuracy")
+    axis.set(title=f"Implicit-reward accuracy on {'held-out' if result.held_out else 'training'} rows")
+    axis.set_ylabel("pairs ordered as people did" if result.paired else "upvoted above downvoted")
+    if not shares:
+        axis.text(0.5, 0.5, "needs both kinds of rows", transform=axis.transAxes, ha="center", color=_GREY)
+        return
+    axis.plot(steps, shares, "o-", color=_BLUE)
+    axis.axhline(0.5, color=_GREY, linestyle="--", linewidth=1, label="coin flip, 50 %")
+    if result.ceiling is not None:
+        words = f"the true reward, {result.ceiling:.1%}"
+        axis.axhline(result.ceiling, color=_GREEN, linestyle=":", linewidth=1.5, label=words)
+    axis.set_ylim(min(0.4, *shares), 1.0)
+    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.legend(frameon=False, loc="lower right")
+
+
+def _log_prob_panel(axis: Any, result: Result) -> None:
+    kinds = ("chosen", "rejected") if result.paired else ("upvoted", "downvoted")
+    for field, name, colour in zip(("chosen", "rejected"), kinds, (_GREEN, _ORANGE), strict=True):
+        steps, changes = _series(result, field)
+        if changes:
+            axis.plot(steps, changes, "o-", color=colour, label=name)
+    axis.axhline(0.0, color=_GREY, linestyle="--", linewidth=1, label="as at the start")
+    rows = "held-out" if result.held_out else "training"
+    axis.set(title=f"Log-probability of {rows} completions", ylabel="change, nats per completion")
+    axis.legend(frameon=False, loc="lower left")
+
+
+def _series(result: Result, field: str) -> tuple[list[int], list[float]]:
+    found = [(m.step, getattr(m, field)) for m in result.measurements if getattr(m, field) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _accuracy_words(result: Result) -> str:
+    what = "pairs ordered as people did" if result.paired else "upvoted above downvoted, over all such pairs"
+    words = f"{'held-out' if result.held_out else 'training'} {what}; a coin gets 50 %"
+    return words if result.ceiling is None else f"{words}, the true reward itself {_share(result.ceiling)}"
+
+
+def _with_error(value: float, error: float | None, shown: str = "{:+.2f}") -> str:
+    return f"{shown.format(value)} ± {error:.2f}" if error else shown.format(value)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _cut(text: str, width: int = 200) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 3] + "..."
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,187 @@
+"""One of TRL's own trainers, with the loss in it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+import prefloss
+from prefloss.cli._errors import CliError
+from prefloss.cli._models import Start
+from prefloss.cli._settings import Settings
+from prefloss.cli._task import Task
+from prefloss.data import Kind
+from prefloss.integrations.trl import PreferenceLossCallback
+from prefloss.integrations.trl._options import wants_mismatched
+
+BUILT_IN_RATE, WHOLE_RATE, LORA_RATE = 5e-4, 1e-6, 1e-5
+DEMO_STEPS, MEASUREMENTS = 250, 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: Optimizer steps; None if epochs decide.
+        epochs: Passes over the data; None if steps decide.
+        learning_rate: The highest one.
+        batch_size: Rows per forward pass.
+        on_cpu: Whether to leave an accelerator alone.
+    """
+
+    steps: int | None
+    epochs: float | None
+    learning_rate: float
+    batch_size: int
+    on_cpu: bool
+
+    @property
+    def words(self) -> str:
+        """As one sentence."""
+        length = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
+        device = "cpu" if self.on_cpu else torch.accelerator.current_accelerator()
+        return f"{length} of {self.batch_size} rows, learning rate {self.learning_rate:g} (AdamW, cosine), on {device}"
+
+
+def plan(settings: Settings, start: Start) -> Plan:
+    """Fill in what the options leave open."""
+    small = start.built_in or start.untrained
+    steps, epochs = settings.steps, settings.epochs
+    if steps is None and epochs is None:
+        if settings.data is None:
+            steps = DEMO_STEPS
+        else:
+            epochs = 3.0 if small else 1.0
+    rate = BUILT_IN_RATE if small else WHOLE_RATE if settings.lora_rank is None else LORA_RATE
+    return Plan(
+        steps=steps,
+        epochs=epochs,
+        learning_rate=settings.learning_rate or rate,
+        batch_size=settings.batch_size or (16 if small else 8),
+        on_cpu=settings.cpu or start.built_in or not torch.accelerator.is_available(),
+    )
+
+
+def build(
+    settings: Settings, task: Task, start: Start, plan: Plan, loss: prefloss.Loss, folder: str, watcher: TrainerCallback
+) -> Any:
+    """A trainer that is ready to train.
+
+    Args:
+        settings: The options.
+        task: Rows to train on.
+        start: Model and tokenizer.
+        plan: How long and how fast.
+        loss: The preference loss.
+        folder: For what the trainer writes.
+        watcher: Sees every step.
+
+    Raises:
+        CliError: If trainer and loss do not fit together.
+    """
+    accelerated = not plan.on_cpu and torch.cuda.is_available()
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": -1 if plan.steps is None else plan.steps,
+        "num_train_epochs": plan.epochs or 1.0,
+        "per_device_train_batch_size": plan.batch_size,
+        "gradient_accumulation_steps": settings.accumulate,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "max_length": settings.max_length,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "bf16": accelerated and torch.cuda.is_bf16_supported(),
+        "use_cpu": plan.on_cpu,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": accelerated,
+        "seed": settings.seed,
+    }
+    if task.kind is Kind.PAIRED:
+        trainer_class, config = DPOTrainer, DPOConfig(**common)
+    else:
+        trainer_class, config = KTOTrainer, _kto_config(common, loss, plan)
+    adapter = None if settings.lora_rank is None else _adapter(settings.lora_rank)
+    try:
+        trainer = trainer_class(
+            model=start.model,
+            ref_model=None if adapter is not None else copy.deepcopy(start.model),
+            args=config,
+            train_dataset=task.train,
+            processing_class=start.tokenizer,
+            peft_config=adapter,
+            callbacks=[PreferenceLossCallback(loss), watcher],
+        )
+    except (TypeError, ValueError) as error:
+        raise CliError(f"{loss!r} cannot be trained so: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def total_steps(trainer: Any) -> int:
+    """Optimizer steps that `trainer.train()` will make."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    batches = len(trainer.get_train_dataloader())
+    per_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
+    return math.ceil(trainer.args.num_train_epochs * per_epoch)
+
+
+def _kto_config(common: dict[str, Any], loss: prefloss.Loss, plan: Plan) -> KTOConfig:
+    # TRL takes its loss type here as "build mismatched completions or not".
+    if not wants_mismatched(loss):
+        return KTOConfig(**common, loss_type="apo_zero_unpaired", train_sampling_strategy="random")
+    if plan.batch_size < 2:
+        raise CliError(
+            f"--batch-size: {loss.name} estimates its KL baseline from mismatched rows of a batch, so it needs at "
+            "least 2, got 1; use --accumulate for less memory, or --param kl_baseline=running_mean"
+        )
+    return KTOConfig(**common)
+
+
+def _adapter(rank: int) -> Any:
+    try:
+        from peft import LoraConfig
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise CliError("--lora: peft is not installed: pip install 'prefloss[peft]'") from error
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+class Watcher(TrainerCallback):
+    """Tells the screen about every step, and measures now and then.
+
+    Args:
+        on_step: Called with the step and the mean training loss since the last call.
+        measure: Called with the step when it is time to measure.
+    """
+
+    def __init__(self, on_step: Callable[[int, float | None], None], measure: Callable[[int], None]) -> None:
+        self._on_step, self._measure = on_step, measure
+        self.losses: list[tuple[int, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Keep the training loss; the last log, of the whole run, has none."""
+        if logs and "loss" in logs:
+            self.losses.append((state.global_step, logs["loss"]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance the bar; measure at a tenth of the run, two tenths, ..., the end."""
+        self._on_step(state.global_step, self.losses[-1][1] if self.losses else None)
+        done, total = state.global_step, state.max_steps
+        # The step at which another tenth is complete; short runs measure at every step.
+        if done * MEASUREMENTS // total > (done - 1) * MEASUREMENTS // total:
+            self._measure(done)

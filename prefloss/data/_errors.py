@@ -1,0 +1,13 @@
+"""Errors in a data file, always with the place where they are."""
+
+from __future__ import annotations
+
+
+class DataError(ValueError):
+    """A preference file that cannot be read; the message starts with file and line."""
+
+
+def shown(value: object, width: int = 40) -> str:
+    """A value as an error message quotes it: on one line, cut at `width` characters."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."

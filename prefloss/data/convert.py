@@ -1,0 +1,96 @@
+"""From one kind of rows to another, and to training and held-out parts."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+from prefloss.data._read import Preferences
+from prefloss.data._rows import is_blank
+from prefloss.data.kinds import Kind
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def ranked_to_pairs(rows: Dataset) -> Dataset:
+    """The best completion of each group against its worst one.
+
+    Args:
+        rows: Ranked rows (prompt, completions, scores), as `read` returns them.
+
+    Returns:
+        As many paired rows.
+    """
+    from datasets import Dataset
+
+    made = []
+    for row in rows:
+        scored = [(s, c) for s, c in zip(row["scores"], row["completions"], strict=True) if not is_blank(c)]
+        best, worst = max(scored, key=lambda x: x[0]), min(scored, key=lambda x: x[0])
+        made.append({"prompt": row["prompt"], "chosen": best[1], "rejected": worst[1]})
+    return Dataset.from_list(made)
+
+
+def pairs_to_labels(rows: Dataset, seed: int = 0) -> Dataset:
+    """Each chosen completion with thumbs up and each rejected one with thumbs down.
+
+    Shuffled, because trainers that pair a prompt with its neighbour's completion (KTO's KL estimate) would
+    otherwise pair it with the other answer to the same prompt.
+
+    Args:
+        rows: Paired rows (prompt, chosen, rejected).
+        seed: Of the order.
+
+    Returns:
+        Twice as many labelled rows (prompt, completion, label).
+    """
+    from datasets import Dataset
+
+    made = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in rows
+        for name in ("chosen", "rejected")
+    ]
+    random.Random(seed).shuffle(made)
+    return Dataset.from_list(made)
+
+
+def split(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Training and held-out rows; all rows of one prompt go to the same side, so none is seen in training.
+
+    Args:
+        rows: Rows of any kind.
+        fraction: Share of the prompts to hold out, in [0, 1); at least one prompt stays on each side if
+            there are two.
+        seed: Of the choice.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction: expected a number >= 0 and < 1, got {fraction}")
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(rows["prompt"]):
+        groups.setdefault(json.dumps(prompt, sort_keys=True), []).append(i)
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    count = 0 if fraction == 0 else min(len(order) - 1, max(1, round(fraction * len(order))))
+    held_out = sorted(i for key in order[:count] for i in groups[key])
+    kept = sorted(i for key in order[count:] for i in groups[key])
+    return rows.select(kept), rows.select(held_out)
+
+
+def label_counts(rows: Dataset) -> tuple[int, int]:
+    """Number of desirable and of undesirable rows."""
+    labels: list[Any] = list(rows["label"])
+    return sum(labels), len(labels) - sum(labels)
+
+
+def as_pairs(data: Preferences) -> Dataset:
+    """Paired rows of paired or ranked data.
+
+    Raises:
+        ValueError: If the data are labelled: which of two answers is better is not known.
+    """
+    if data.kind is Kind.LABELLED:
+        raise ValueError(f"{data.name}: expected paired or ranked rows, got {data.kind}")
+    return data.rows if data.kind is Kind.PAIRED else ranked_to_pairs(data.rows)

@@ -1,0 +1,86 @@
+"""A causal language model small enough to train from nothing on a laptop: tokenizer and random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+END, PAD = "<|end|>", "<|pad|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '" + END + "\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+"""Renders a prompt the same whether or not a completion follows, as TRL's trainers need."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the texts: any string round-trips, frequent words are one token.
+
+    Args:
+        texts: What to learn the merges from.
+        vocab_size: Most tokens to have, >= 258: 256 bytes, an end token and a padding token.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size: expected at least 258 (256 bytes, end, padding), got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_llama(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden: int = 96,
+    layers: int = 2,
+    heads: int = 4,
+    max_length: int = 512,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """A Llama with random weights for this tokenizer; 0.3 million parameters at the defaults.
+
+    Args:
+        tokenizer: Gives the vocabulary and the special tokens.
+        hidden: Width of the residual stream.
+        layers: Number of blocks.
+        heads: Attention heads; must divide `hidden`.
+        max_length: Longest sequence, tokens.
+        seed: Of the random weights; the global random state is left as it was.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)

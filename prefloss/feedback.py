@@ -1,0 +1,336 @@
+"""Feedback: completions and what people said of them, and how one kind of feedback gives another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefloss.logratios import LogRatios
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """A chosen against a rejected completion of the same prompt.
+
+    Attributes:
+        chosen: Log-ratios of the preferred completions, [pairs].
+        rejected: Log-ratios of the others, [pairs].
+        weight: Multiplies the loss of each pair, [pairs]; None is 1.
+        score_chosen: Graded feedback on the chosen completion (reward or win probability), [pairs].
+        score_rejected: The same for the rejected one, [pairs].
+
+    Raises:
+        ValueError: If shapes or devices differ, or only one side is scored.
+        TypeError: If a side is not a LogRatios.
+
+    Example:
+        >>> pairs = Pairs(chosen=LogRatios.of([1.5]), rejected=LogRatios.of([-1.0]))
+        >>> pairs.margin()
+        tensor([2.5000])
+    """
+
+    chosen: LogRatios
+    rejected: LogRatios
+    weight: Tensor | None = None
+    score_chosen: Tensor | None = None
+    score_rejected: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check and convert the fields."""
+        _check_log_ratios("chosen", self.chosen)
+        _check_log_ratios("rejected", self.rejected)
+        if self.chosen.shape != self.rejected.shape:
+            raise ValueError(
+                f"rejected: got shape {list(self.rejected.shape)}, wanted {list(self.chosen.shape)} as chosen has"
+            )
+        if self.rejected.device != self.chosen.device:
+            raise ValueError(
+                f"rejected: got device {self.rejected.device}, wanted {self.chosen.device} as chosen has"
+            )
+        if (self.score_chosen is None) != (self.score_rejected is None):
+            missing = "score_chosen" if self.score_chosen is None else "score_rejected"
+            raise ValueError(f"{missing}: got None, wanted scores for both sides or for neither")
+        for name in ("weight", "score_chosen", "score_rejected"):
+            _convert_values(self, name, self.chosen)
+
+    @classmethod
+    def of(cls, chosen: Any, rejected: Any, **fields: Any) -> Pairs:
+        """Pairs from log-ratios given directly, [pairs], nats.
+
+        Example:
+            >>> Pairs.of(chosen=[5.0], rejected=[0.0]).margin()
+            tensor([5.])
+        """
+        return cls(chosen=LogRatios.of(chosen), rejected=LogRatios.of(rejected), **fields)
+
+    @property
+    def shape(self) -> torch.Size:
+        """One entry per pair."""
+        return self.chosen.shape
+
+    @property
+    def valid(self) -> Tensor:
+        """True where both completions have tokens, [pairs]."""
+        return ~(self.chosen.empty | self.rejected.empty)
+
+    @property
+    def parts(self) -> tuple[LogRatios, ...]:
+        """All log-ratios that the loss may read."""
+        return (self.chosen, self.rejected)
+
+    def margin(self, per_token: bool = False) -> Tensor:
+        r"""Difference of log-ratios :math:`h_w - h_l`, [pairs], nats (nats per token if `per_token`)."""
+        if per_token:
+            return self.chosen.h_mean - self.rejected.h_mean
+        return self.chosen.h - self.rejected.h
+
+    def to_labels(self) -> Labels:
+        """Every chosen completion as an upvote, every rejected one as a downvote: [2 * pairs], chosen first.
+
+        Example:
+            >>> Pairs.of(chosen=[5.0], rejected=[0.0]).to_labels().desirable
+            tensor([ True, False])
+        """
+        chosen, rejected = self.chosen.flatten(), self.rejected.flatten()
+        desirable = torch.zeros(2 * len(chosen), dtype=torch.bool, device=chosen.device)
+        desirable[: len(chosen)] = True
+        return Labels(
+            completions=LogRatios.cat([chosen, rejected]),
+            desirable=desirable,
+            weight=_cat_values(self.weight, self.weight),
+            scores=_cat_values(self.score_chosen, self.score_rejected),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """One completion at a time, upvoted or downvoted.
+
+    Attributes:
+        completions: Log-ratios of the completions, [n].
+        desirable: True for an upvote, [n], bool.
+        weight: Multiplies the loss of each completion, [n]; None is 1.
+        scores: Graded feedback (reward), [n].
+        mismatched: Log-ratios of completions under prompts they do not belong to, any shape: what KTO estimates
+            its KL baseline from.
+        kl: KL baseline computed elsewhere, scalar or [n], nats.
+
+    Raises:
+        ValueError: If shapes or devices differ.
+        TypeError: If `completions` is not a LogRatios or `desirable` not boolean.
+
+    Example:
+        >>> Labels(completions=LogRatios.of([1.5, -1.0]), desirable=[True, False]).valid
+        tensor([True, True])
+    """
+
+    completions: LogRatios
+    desirable: Tensor
+    weight: Tensor | None = None
+    scores: Tensor | None = None
+    mismatched: LogRatios | None = None
+    kl: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check and convert the fields."""
+        _check_log_ratios("completions", self.completions)
+        desirable = torch.as_tensor(
+            self.desirable, device=None if _is_tensor(self.desirable) else self._device
+        )
+        if desirable.dtype != torch.bool:
+            raise TypeError(f"desirable: got dtype {desirable.dtype}, wanted torch.bool (True for an upvote)")
+        if desirable.shape != self.completions.shape:
+            raise ValueError(
+                f"desirable: got shape {list(desirable.shape)}, wanted {list(self.completions.shape)} "
+                "as completions has"
+            )
+        object.__setattr__(self, "desirable", desirable)
+        for name in ("weight", "scores"):
+            _convert_values(self, name, self.completions)
+        if self.mismatched is not None:
+            _check_log_ratios("mismatched", self.mismatched)
+        if self.kl is not None:
+            kl = _as_values("kl", self.kl, self._device).detach()
+            if kl.ndim != 0 and kl.shape != self.completions.shape:
+                raise ValueError(
+                    f"kl: got shape {list(kl.shape)}, wanted a scalar or {list(self.completions.shape)}"
+                )
+            object.__setattr__(self, "kl", kl)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.completions.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """One entry per completion."""
+        return self.completions.shape
+
+    @property
+    def valid(self) -> Tensor:
+        """True where the completion has tokens, [n]."""
+        return ~self.completions.empty
+
+    @property
+    def parts(self) -> tuple[LogRatios, ...]:
+        """All log-ratios that the loss may read."""
+        return (self.completions,) if self.mismatched is None else (self.completions, self.mismatched)
+
+
+@dataclass(frozen=True, eq=False)
+class Rankings:
+    """A group of completions of one prompt, each with a score.
+
+    Attributes:
+        completions: Log-ratios, [groups, K].
+        scores: Higher is better, [groups, K]; equal scores are a tie.
+        mask: False where a group has fewer than K completions, [groups, K]; None is all True.
+        weight: Multiplies the loss of each group, [groups]; None is 1.
+
+    Raises:
+        ValueError: If shapes or devices differ.
+        TypeError: If `completions` is not a LogRatios or `mask` not boolean.
+
+    Example:
+        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
+        >>> group.to_pairs().margin()
+        tensor([2.5000])
+    """
+
+    completions: LogRatios
+    scores: Tensor
+    mask: Tensor | None = None
+    weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check and convert the fields."""
+        _check_log_ratios("completions", self.completions)
+        shape = self.completions.shape
+        if len(shape) != 2:
+            raise ValueError(f"completions: got shape {list(shape)}, wanted [groups, K]")
+        _convert_values(self, "scores", self.completions)
+        if self.mask is not None:
+            mask = torch.as_tensor(
+                self.mask, device=None if _is_tensor(self.mask) else self.completions.device
+            )
+            if mask.dtype != torch.bool:
+                raise TypeError(
+                    f"mask: got dtype {mask.dtype}, wanted torch.bool (False where there is no completion)"
+                )
+            if mask.shape != shape:
+                raise ValueError(
+                    f"mask: got shape {list(mask.shape)}, wanted {list(shape)} as completions has"
+                )
+            object.__setattr__(self, "mask", mask)
+        if self.weight is not None:
+            weight = _as_values("weight", self.weight, self.completions.device)
+            if weight.shape != shape[:1]:
+                raise ValueError(
+                    f"weight: got shape {list(weight.shape)}, wanted {list(shape[:1])}: one per group"
+                )
+            object.__setattr__(self, "weight", weight)
+
+    @property
+    def shape(self) -> torch.Size:
+        """One entry per group."""
+        return self.completions.shape[:1]
+
+    @property
+    def present(self) -> Tensor:
+        """True at completions that exist and have tokens, [groups, K]."""
+        present = ~self.completions.empty
+        return present if self.mask is None else present & self.mask
+
+    @property
+    def valid(self) -> Tensor:
+        """True where a group has at least two completions to compare, [groups]."""
+        return self.present.sum(-1) >= 2
+
+    @property
+    def parts(self) -> tuple[LogRatios, ...]:
+        """All log-ratios that the loss may read."""
+        return (self.completions,)
+
+    def to_pairs(self, how: str = "best_worst") -> Pairs:
+        """Pairs of completions of the same group, the better one chosen; ties and absent completions give none.
+
+        Args:
+            how: `"best_worst"` (at most one pair a group), `"adjacent"` (each against the next in rank) or
+                `"all"` (each against every worse one).
+
+        Returns:
+            Pairs with scores, group by group; a group's weight goes to each of its pairs.
+
+        Raises:
+            ValueError: If `how` is none of the three.
+        """
+        order = self.scores.masked_fill(~self.present, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        count = order.shape[-1]
+        last = (self.present.sum(-1) - 1).clamp(min=0)
+        grid = torch.ones(count, count, dtype=torch.bool, device=order.device)
+        if how == "best_worst":
+            picked = torch.zeros_like(grid).expand(len(order), -1, -1).clone()
+            picked[torch.arange(len(order), device=order.device), 0, last] = True
+        elif how == "adjacent":
+            picked = (grid.triu(1) & ~grid.triu(2)).expand(len(order), -1, -1)
+        elif how == "all":
+            picked = grid.triu(1).expand(len(order), -1, -1)
+        else:
+            raise ValueError(f"how: got {how!r}, wanted 'best_worst', 'adjacent' or 'all'")
+        sorted_scores = self.scores.gather(-1, order)
+        sorted_present = self.present.gather(-1, order)
+        better = sorted_scores.unsqueeze(-1) > sorted_scores.unsqueeze(-2)
+        both = sorted_present.unsqueeze(-1) & sorted_present.unsqueeze(-2)
+        group, winner, loser = (picked & better & both).nonzero(as_tuple=True)
+        winner, loser = order[group, winner], order[group, loser]
+        return Pairs(
+            chosen=self.completions[group, winner],
+            rejected=self.completions[group, loser],
+            weight=None if self.weight is None else self.weight[group],
+            score_chosen=self.scores[group, winner],
+            score_rejected=self.scores[group, loser],
+        )
+
+
+Feedback = Pairs | Labels | Rankings
+KINDS: tuple[type, ...] = (Pairs, Labels, Rankings)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _check_log_ratios(name: str, value: Any) -> None:
+    if not isinstance(value, LogRatios):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted LogRatios(policy=, reference=, tokens=)")
+
+
+def _as_values(name: str, value: Any, device: torch.device) -> Tensor:
+    if not _is_tensor(value):
+        value = torch.as_tensor(value, dtype=torch.get_default_dtype(), device=device)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: got dtype {value.dtype}, wanted real numbers")
+    if value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, wanted {device} as the log-ratios have")
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def _convert_values(feedback: Any, name: str, like: LogRatios) -> None:
+    value = getattr(feedback, name)
+    if value is None:
+        return
+    value = _as_values(name, value, like.device)
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name}: got shape {list(value.shape)}, wanted {list(like.shape)} as the log-ratios have"
+        )
+    object.__setattr__(feedback, name, value)
+
+
+def _cat_values(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return None
+    return torch.cat([first.flatten(), second.flatten()])

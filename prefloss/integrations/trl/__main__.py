@@ -1,0 +1,39 @@
+"""TRL's command line with every registered loss: `python -m prefloss.integrations.trl dpo --loss_type my_loss`.
+
+Runs TRL's own training script in this process, so it works under `accelerate launch -m` too. `--import MODULE` before
+the command imports a module that registers losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+from prefloss.integrations.trl._enable import enable
+
+COMMANDS = ("dpo", "kto")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse our two arguments, hand TRL the rest."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prefloss.integrations.trl", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE")
+    parser.add_argument("command", choices=COMMANDS, help="TRL's training command")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="TRL's own arguments; --help lists them")
+    parsed = parser.parse_args(argv)
+    # As `python script.py` would, so that a module beside the user is found.
+    sys.path.insert(0, os.getcwd())
+    for module in parsed.modules:
+        importlib.import_module(module)
+    enable()
+    script = importlib.import_module(f"trl.scripts.{parsed.command}")
+    trl_parser = script.make_parser(prog=f"{parser.prog} {parsed.command}")
+    script.main(*trl_parser.parse_args_and_config(parsed.arguments))
+
+
+if __name__ == "__main__":
+    main()

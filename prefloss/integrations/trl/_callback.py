@@ -1,0 +1,229 @@
+"""How a loss gets into a trainer: the callback, and `attach` for those who want no class touched.
+
+transformers hands a callback no trainer. So the first callback made wraps `compute_loss` of TRL's DPOTrainer and
+KTOTrainer once per process; the wrapper looks into the trainer's own list of callbacks, and without a
+`PreferenceLossCallback` there it calls TRL's method and does nothing else. Nothing is stored on the trainer: adding
+the callback switches the loss, removing it gives the trainer its own back. `attach` puts the same wrapper on one
+trainer instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+from trl import DPOTrainer, KTOTrainer
+
+from prefloss.integrations.trl import _options, _step
+from prefloss.losses import Loss, get
+
+logger = logging.get_logger(__name__)
+
+
+class PreferenceLossCallback(TrainerCallback, ExportableState):
+    """Train a TRL trainer with a prefloss loss.
+
+    Add it to a `DPOTrainer` (any pair loss; a labelled loss with a KL baseline other than the mismatched estimate)
+    or a `KTOTrainer` (any labelled loss), at construction or with `trainer.add_callback`. One callback serves one
+    trainer. The trainer's `beta`, `label_smoothing`, `desirable_weight` and `undesirable_weight` are taken over
+    where its configuration sets them and the loss has them; any other loss option that it sets is refused.
+
+    Args:
+        loss: Name of a registered loss, with hyperparameters if you like (`"ipo(tau=0.1)"`), or a `Loss`.
+        **parameters: Its hyperparameters, if given by name.
+
+    Raises:
+        ValueError: If the loss is unknown or a hyperparameter out of range.
+        TypeError: If a hyperparameter is unknown or of the wrong type, or parameters accompany a `Loss`.
+    """
+
+    _wraps_classes = True
+
+    def __init__(self, loss: str | Loss, **parameters: Any) -> None:
+        if isinstance(loss, Loss):
+            if parameters:
+                raise TypeError(f"parameters: got {sorted(parameters)} with a Loss, wanted them in the Loss")
+            # All of a Loss's hyperparameters count as stated.
+            loss, parameters = loss.name, dict(loss.params)
+        self._name, self._parameters = loss, parameters
+        self._loss = get(loss, **parameters)
+        self._args: Any = None
+        self._used = False
+        self._inside = False
+        if self._wraps_classes:
+            _install()
+
+    @property
+    def loss(self) -> Loss:
+        """The loss; once the callback is in a trainer, with what the trainer's configuration sets."""
+        return self._loss
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check the trainer's configuration against the loss while it is being built."""
+        self._bind(args)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bind if added late, and restore the loss's state from the checkpoint that training resumes from."""
+        self._bind(args)
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.stateful_callbacks else None
+        if isinstance(saved, dict) and state.global_step:
+            self.loss_state = saved["attributes"]["loss_state"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop a training that goes around the loss.
+
+        Raises:
+            RuntimeError: If an optimizer step was made without it.
+        """
+        if not self._used:
+            raise RuntimeError(
+                f"{self!r} was not used in a training step: the trainer's class overrides compute_loss without calling "
+                "TRL's; call super().compute_loss there"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps (transformers' `ExportableState`)."""
+        return {
+            "args": {
+                "loss": self._loss.name,
+                **{name: _plain(value) for name, value in self._loss.params.items()},
+            },
+            "attributes": {"loss_state": self.loss_state},
+        }
+
+    @property
+    def loss_state(self) -> dict[str, Any]:
+        """State of the loss, such as a running mean; empty for a stateless one."""
+        return self._loss.state_dict()
+
+    @loss_state.setter
+    def loss_state(self, state: dict[str, Any]) -> None:
+        self._loss.load_state_dict(state)
+
+    def _bind(self, args: Any) -> None:
+        if args is self._args:
+            return
+        if self._args is not None:
+            raise RuntimeError(f"{self!r} is in another trainer already; make one callback for each")
+        self._loss = _options.resolve(args, self._name, self._parameters)
+        self._args = args
+        logger.info(f"prefloss trains this model with {self._loss!r}")
+
+    def _compute(self, trainer: Any, own: Callable[..., Any], inputs: Any, return_outputs: bool) -> Any:
+        self._bind(trainer.args)
+        if self._loss.state and trainer.accelerator.num_processes > 1:
+            raise NotImplementedError(
+                f"{self._loss!r} keeps a state that prefloss does not yet reduce over processes: got "
+                f"{trainer.accelerator.num_processes}, wanted 1"
+            )
+        self._used = self._inside = True
+        try:
+            loss, returned = _step.compute_loss(trainer, self._loss, own, inputs)
+        finally:
+            self._inside = False
+        return (loss, returned[1]) if return_outputs else loss
+
+    def __repr__(self) -> str:
+        """The callback with its loss."""
+        return f"{type(self).__name__}({self._loss!r})"
+
+
+def attach(trainer: Any, loss: str | Loss, **parameters: Any) -> PreferenceLossCallback:
+    """Train this trainer with a prefloss loss, from now on.
+
+    Args:
+        trainer: A DPOTrainer or KTOTrainer.
+        loss: As for `PreferenceLossCallback`.
+        **parameters: As for `PreferenceLossCallback`.
+
+    Returns:
+        The callback, now among the trainer's; `detach(trainer)` takes it out.
+
+    Raises:
+        TypeError: If the trainer is neither, or overrides `compute_loss`, or the loss takes a kind of feedback that
+            it cannot give.
+        ValueError: If the trainer's configuration and the loss contradict each other, or the trainer has a loss
+            attached already.
+    """
+    callback = _AttachedCallback(loss, **parameters)
+    owner = next(item for item in type(trainer).__mro__ if "compute_loss" in item.__dict__)
+    if isinstance(trainer, DPOTrainer | KTOTrainer) and owner not in (DPOTrainer, KTOTrainer):
+        # Wrapping the instance would go around whatever the override does; the callback sits beneath it.
+        raise TypeError(
+            f"trainer: got {type(trainer).__name__}, whose compute_loss is overridden in {owner.__name__}; add a "
+            "PreferenceLossCallback instead"
+        )
+    if attached(trainer) is not None:
+        raise ValueError(
+            f"trainer: got one with {attached(trainer)!r}, wanted one without; detach(trainer) first"
+        )
+    callback._bind(trainer.args)
+    trainer.add_callback(callback)
+    trainer.compute_loss = types.MethodType(_asking_the_callbacks(type(trainer).compute_loss), trainer)
+    return callback
+
+
+def detach(trainer: Any) -> None:
+    """Give a trainer its own loss back.
+
+    Raises:
+        ValueError: If it has no prefloss loss.
+    """
+    callback = attached(trainer)
+    if callback is None:
+        raise ValueError("trainer: got one without a prefloss loss, wanted one with")
+    trainer.remove_callback(callback)
+    trainer.__dict__.pop("compute_loss", None)
+
+
+def attached(trainer: Any) -> PreferenceLossCallback | None:
+    """The trainer's `PreferenceLossCallback`, if it has one.
+
+    Raises:
+        ValueError: If it has several.
+    """
+    found = [item for item in trainer.callback_handler.callbacks if isinstance(item, PreferenceLossCallback)]
+    if len(found) > 1:
+        raise ValueError(f"callbacks: got {found!r}, wanted one PreferenceLossCallback")
+    return found[0] if found else None
+
+
+class _AttachedCallback(PreferenceLossCallback):
+    """Made by `attach`, which wraps the method of one trainer and leaves the classes alone."""
+
+    _wraps_classes = False
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as JSON keeps it; one that is code is kept as its name, and refused when read back."""
+    if hasattr(value, "config"):
+        return value.config()
+    return value if isinstance(value, str | int | float | bool | types.NoneType) else repr(value)
+
+
+def _install() -> None:
+    for trainer_class in (DPOTrainer, KTOTrainer):
+        if not hasattr(trainer_class.compute_loss, "_prefloss"):
+            trainer_class.compute_loss = _asking_the_callbacks(trainer_class.compute_loss)
+
+
+def _asking_the_callbacks(own: Any) -> Any:
+    @functools.wraps(own)
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        def of(batch: Any) -> Any:
+            return own(self, model, batch, return_outputs, num_items_in_batch)
+
+        callback = attached(self)
+        if callback is None or callback._inside:
+            return of(inputs)
+        return callback._compute(self, of, inputs, return_outputs)
+
+    compute_loss._prefloss = True  # type: ignore[attr-defined]
+    return compute_loss

@@ -1,0 +1,83 @@
+"""Registered names in TRL's own configurations: `DPOConfig(loss_type=["my_loss"])`, also on TRL's command line."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from typing import Any
+
+from trl import DPOTrainer, KTOConfig, KTOTrainer
+
+from prefloss.integrations.trl import _options
+from prefloss.integrations.trl._callback import attach, attached
+from prefloss.losses import Loss
+
+_originals: dict[type, Any] = {}
+_kto_metadata: list[Any] = []
+
+
+def enable() -> None:
+    """From now on, a `loss_type` that TRL does not know is looked up in prefloss's registry.
+
+    Wraps the constructors of TRL's DPOTrainer and KTOTrainer; names that TRL knows stay TRL's. `disable()` undoes
+    it. Calling it twice does nothing more.
+    """
+    if _originals:
+        return
+    for trainer_class in (DPOTrainer, KTOTrainer):
+        _originals[trainer_class] = trainer_class.__init__
+        trainer_class.__init__ = _looking_up_the_loss(trainer_class.__init__)
+    # TRL's parser would refuse every name but its own two before a trainer sees it.
+    loss_type = KTOConfig.__dataclass_fields__["loss_type"]
+    _kto_metadata.append(loss_type.metadata)
+    loss_type.metadata = types.MappingProxyType(
+        {k: v for k, v in loss_type.metadata.items() if k != "choices"}
+    )
+
+
+def disable() -> None:
+    """Undo `enable()`; trainers that were built meanwhile keep their loss."""
+    while _originals:
+        trainer_class, original = _originals.popitem()
+        trainer_class.__init__ = original
+    while _kto_metadata:
+        KTOConfig.__dataclass_fields__["loss_type"].metadata = _kto_metadata.pop()
+
+
+def _looking_up_the_loss(original: Any) -> Any:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        config: Any = inspect.signature(original).bind(self, *args, **kwargs).arguments.get("args")
+        loss = None if config is None else _loss_named_in(config)
+        if config is None or loss is None:
+            original(self, *args, **kwargs)
+            return
+        name = config.loss_type
+        # TRL reads its own names only, and KTO's says whether to build mismatched completions.
+        if isinstance(config, KTOConfig):
+            config.loss_type = "kto" if _options.wants_mismatched(loss) else "apo_zero_unpaired"
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            config.loss_type = name
+        if attached(self) is None:
+            attach(self, loss)
+
+    return __init__
+
+
+def _loss_named_in(config: Any) -> Loss | None:
+    """The prefloss loss that a configuration names; None if it names TRL's own.
+
+    Raises:
+        ValueError: If the name is unknown, or several are given of which TRL does not know all.
+    """
+    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
+    if all(_options.known_to_trl(config, name) for name in names):
+        return None
+    if len(names) > 1:
+        raise ValueError(
+            f"{type(config).__name__}.loss_type: got {names!r}, wanted one name, or several that TRL itself knows"
+        )
+    return _options.resolve(config, names[0], {})

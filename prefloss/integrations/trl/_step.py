@@ -1,0 +1,183 @@
+"""One loss computation: TRL runs, its log-probs are read, and the prefloss loss takes the place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import KTOTrainer
+
+from prefloss import diagnostics
+from prefloss.feedback import Feedback, Labels, Pairs
+from prefloss.integrations.trl import _options
+from prefloss.integrations.trl._record import Pass, assign, log_ratios, masked_labels, recorded
+from prefloss.logratios import LogRatios
+from prefloss.losses import Loss
+
+# Batch items that only a loss can use, with what a loss must read to take them. TRL hands the model everything it
+# does not know, so these must not reach it.
+_ITEMS = {
+    "weight": None,
+    "score_chosen": "scores",
+    "score_rejected": "scores",
+    "scores": "scores",
+    "kl": "kl",
+}
+_FIELDS = {Pairs: {"weight", "score_chosen", "score_rejected"}, Labels: {"weight", "scores", "kl"}}
+
+
+def compute_loss(
+    trainer: Any, loss: Loss, own: Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any]
+) -> tuple[Tensor, Any]:
+    """The loss of a batch, and whatever TRL's own `compute_loss` returned for it. Logs prefloss's diagnostics.
+
+    Args:
+        trainer: A DPOTrainer or KTOTrainer.
+        loss: The loss to train with.
+        own: TRL's own `compute_loss` as a function of the batch.
+        inputs: The batch.
+
+    Raises:
+        ValueError: If the batch carries an item that the loss does not read.
+        FloatingPointError: If the loss of an example is not finite.
+        RuntimeError: If TRL computes its loss in an order that prefloss does not know.
+    """
+    kind = _kind(trainer)
+    items = {name: inputs[name] for name in _ITEMS if name in inputs}
+    _check_items(loss, kind, items)
+    batch = {name: value for name, value in inputs.items() if name not in items}
+    with _as_trl_expects(trainer, loss), recorded(trainer) as found:
+        returned = own(batch)
+        passes = assign(found, _expected_passes(trainer, kind, batch))
+    feedback = (
+        _labels(trainer, batch, items, passes) if kind is Labels else _pairs(trainer, batch, items, passes)
+    )
+    _log(trainer, diagnostics.metrics(feedback, beta=loss.beta or 1.0))
+    if isinstance(feedback, Pairs) and loss.spec.feedback is Labels:
+        feedback = feedback.to_labels()
+    values = loss.train(trainer.model.training)(feedback)
+    _check_finite(loss, values, feedback)
+    total = loss.reduce(values, feedback)
+    router_loss = passes["policy"].aux_loss
+    if trainer.aux_loss_enabled and router_loss is not None:
+        total = total + trainer.router_aux_loss_coef * router_loss
+    return total, returned
+
+
+def _kind(trainer: Any) -> type:
+    return Labels if isinstance(trainer, KTOTrainer) else Pairs
+
+
+@contextmanager
+def _as_trl_expects(trainer: Any, loss: Loss) -> Iterator[None]:
+    """Settings under which TRL computes what it computes beside the loss; its own loss is then discarded.
+
+    Its reward metrics use our KL strength; a loss type that it does not know would stop it; and mismatched
+    completions are scored only for a loss that reads them.
+    """
+    settings: dict[str, Any] = {} if loss.beta is None else {"beta": loss.beta}
+    if _kind(trainer) is Labels:
+        settings["loss_type"] = "kto"
+        settings["calculate_KL"] = trainer.calculate_KL and _options.wants_mismatched(loss)
+    else:
+        settings |= {"loss_types": ["sigmoid"], "loss_weights": [1.0]}
+    before = {name: getattr(trainer, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(trainer, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(trainer, name, value)
+
+
+def _expected_passes(trainer: Any, kind: type, batch: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """TRL's order: policy, then reference unless it was computed beforehand; KTO's mismatched pass before each."""
+    models = ["policy"] if trainer.precompute_ref_logps else ["policy", "reference"]
+    labels = masked_labels(batch)
+    if kind is Pairs or not trainer.calculate_KL:
+        return [(name, labels) for name in models]
+    mismatched = masked_labels(batch, "KL_")
+    return [entry for name in models for entry in ((f"mismatched {name}", mismatched), (name, labels))]
+
+
+def _pairs(
+    trainer: Any, batch: Mapping[str, Any], items: Mapping[str, Tensor], passes: Mapping[str, Pass]
+) -> Pairs:
+    reference: Pass | Tensor
+    if trainer.precompute_ref_logps:
+        reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+    else:
+        reference = passes["reference"]
+    both = log_ratios(passes["policy"], reference)
+    half = len(both) // 2
+    return Pairs(chosen=both[:half], rejected=both[half:], **items)
+
+
+def _labels(
+    trainer: Any, batch: Mapping[str, Any], items: Mapping[str, Tensor], passes: Mapping[str, Pass]
+) -> Labels:
+    def against_reference(policy: str, reference: str, precomputed: str) -> LogRatios:
+        return log_ratios(
+            passes[policy], batch[precomputed] if trainer.precompute_ref_logps else passes[reference]
+        )
+
+    mismatched = None
+    if "mismatched policy" in passes:
+        own = against_reference("mismatched policy", "mismatched reference", "ref_KL_logps").detach()
+        mismatched = _gathered(trainer, own)
+    return Labels(
+        completions=against_reference("policy", "reference", "ref_logps"),
+        desirable=batch["label"].bool(),
+        mismatched=mismatched,
+        **items,
+    )
+
+
+def _gathered(trainer: Any, ratios: LogRatios) -> LogRatios:
+    """The log-ratios of all ranks: KTO's baseline is a mean over the global batch."""
+    policy, reference, tokens = trainer.accelerator.gather((ratios.policy, ratios.reference, ratios.tokens))
+    return LogRatios(policy, reference, tokens)
+
+
+def _check_items(loss: Loss, kind: type, items: Mapping[str, Any]) -> None:
+    for name in items:
+        reads = _ITEMS[name]
+        if name not in _FIELDS[kind] or (reads is not None and reads not in loss.spec.reads):
+            raise ValueError(
+                f"batch item {name!r}: {loss.name} does not read it here; take the column out of the data, or choose "
+                "a loss that reads it"
+            )
+
+
+def _check_finite(loss: Loss, values: Tensor, feedback: Feedback) -> None:
+    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    if not bad:
+        return
+    first = bad[0]
+    sides = ", ".join(
+        f"{name}: policy {part.policy.flatten()[first].item():g}, reference "
+        + ("none" if part.reference is None else f"{part.reference.flatten()[first].item():g}")
+        for name, part in zip(_SIDES[type(feedback)], feedback.parts, strict=False)
+    )
+    raise FloatingPointError(
+        f"{loss!r}: the loss of example {first} of this batch is {values[first].item()} ({len(bad)} of "
+        f"{values.numel()} are not finite); its log-probs in nats are {sides}"
+    )
+
+
+_SIDES = {Pairs: ("chosen", "rejected"), Labels: ("completion",)}
+
+
+def _log(trainer: Any, found: Mapping[str, diagnostics.Stat]) -> None:
+    """Add what TRL does not log itself to its metrics, as means over all ranks."""
+    own = {name: stat for name, stat in found.items() if not name.startswith(("rewards/", "logps/"))}
+    mine = torch.stack([torch.stack([stat.sum.float(), stat.count.float()]) for stat in own.values()])
+    summed = trainer.accelerator.reduce(mine, reduction="sum")
+    logged = trainer._metrics["train" if trainer.model.training else "eval"]
+    for name, (total, count) in zip(own, summed.tolist(), strict=True):
+        if count:
+            logged[f"prefloss/{name}"].append(total / count)

@@ -1,0 +1,88 @@
+"""Each op in plain torch: what it means. Autograd does the backward and stores [N, V] several times."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LogitTransform(NamedTuple):
+    """What happens to a logit before the softmax: scale, then softcap, then temperature.
+
+    A logit of -inf marks a token that cannot occur. It stays -inf through the softcap, which would
+    otherwise lift it to -softcap and give it a share of the probability.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The transformed logits, as autograd follows them."""
+        z = logits * self.logit_scale
+        if self.softcap is not None:
+            z = torch.where(z == -torch.inf, -torch.inf, self.softcap * torch.tanh(z / self.softcap))
+        return z / self.temperature
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """The same, written over ``logits``: a second buffer of that size is what chunking avoids."""
+        if self.softcap is None:
+            factor = self.logit_scale / self.temperature
+            return logits if factor == 1 else logits.mul_(factor)
+        masked = logits == -torch.inf
+        logits.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        return logits.masked_fill_(masked, -torch.inf)
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """Derivative of the transform where its result is ``z``, so that the raw logits need not be kept."""
+        factor = self.logit_scale / self.temperature
+        if self.softcap is None:
+            return factor
+        # the clamp gives a masked logit, z = -inf, the slope 0 instead of -inf
+        tanh = (z * (self.temperature / self.softcap)).clamp_(-1, 1)
+        return tanh.square_().neg_().add_(1).mul_(factor)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which log-probs of ``dtype`` inputs are computed and returned."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast would round the logits to half precision, which costs 5e-2 nats per token.
+
+    A backward pass under autocast, which torch advises against, is out of reach of this one.
+    """
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def token_logps(logits: Tensor, targets: Tensor, transform: LogitTransform, ignore_index: int) -> Tensor:
+    """Log-prob of each target: [..., V] logits and [...] targets -> [...], 0 at ignored targets."""
+    keep = targets != ignore_index
+    with no_autocast(logits.device):
+        # selected before any arithmetic: inf and NaN of an ignored row must not reach the gradient as 0 * NaN
+        z = transform(torch.where(keep[..., None], logits, 0).to(compute_dtype(logits.dtype)))
+        safe_targets = torch.where(keep, targets, 0)
+        logps = z.log_softmax(-1).gather(-1, safe_targets[..., None]).squeeze(-1)
+    return torch.where(keep, logps, 0)
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+) -> Tensor:
+    """The same with logits = hidden @ weight.T + bias, for [..., H] hidden, [V, H] weight and [V] bias."""
+    dtype = compute_dtype(hidden.dtype)
+    keep = targets != ignore_index
+    with no_autocast(hidden.device):
+        # the gradient of weight sums over rows, so a NaN in an ignored hidden row would reach it
+        rows = torch.where(keep[..., None], hidden, 0).to(dtype)
+        logits = torch.nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return token_logps(logits, targets, transform, ignore_index)

@@ -1,0 +1,345 @@
+"""Log-ratios: token log-probs of policy and reference -> one record per completion.
+
+The one place that owns the shift of targets, the completion mask, the sum over tokens and their count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Target of a position that predicts no completion token."""
+
+
+def completion_targets(input_ids: Tensor, completion_mask: Tensor, segments: Tensor | None = None) -> Tensor:
+    """Targets aligned with the logits: position t predicts token t + 1, if that is a completion token.
+
+    Args:
+        input_ids: Token ids, [..., T].
+        completion_mask: True (or 1) at completion tokens, [..., T]; prompt and padding are False.
+        segments: Id of the sequence that each token of a packed row belongs to, [..., T]. No position predicts
+            the first token of the next sequence.
+
+    Returns:
+        Integer targets, [..., T], `IGNORE_INDEX` where nothing is to be scored; the last position never is.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> completion_targets(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1]]))
+        tensor([[-100,    7,    8, -100]])
+    """
+    _check_same_shape("completion_mask", completion_mask, "input_ids", input_ids)
+    scored = completion_mask[..., 1:].bool()
+    if segments is not None:
+        _check_same_shape("segments", segments, "input_ids", input_ids)
+        scored = scored & (segments[..., 1:] == segments[..., :-1])
+    targets = torch.full_like(input_ids, IGNORE_INDEX)
+    targets[..., :-1] = torch.where(scored, input_ids[..., 1:], IGNORE_INDEX)
+    return targets
+
+
+@dataclass(frozen=True, eq=False)
+class PerToken:
+    """Per-token log-probs of the completions, for the losses that read more than sums.
+
+    Attributes:
+        policy: Log-probs under the policy, [..., T], nats, 0 outside the mask.
+        reference: The same under the reference, or None.
+        mask: True at completion tokens, [..., T].
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    mask: Tensor
+
+    def __getitem__(self, index: Any) -> PerToken:
+        """The tokens of some completions; `index` addresses the leading dimensions."""
+        reference = None if self.reference is None else self.reference[index]
+        return PerToken(self.policy[index], reference, self.mask[index])
+
+
+@dataclass(frozen=True, eq=False)
+class LogRatios:
+    r"""Log-probs of completions under policy and reference, summed over completion tokens.
+
+    Half precision is upcast to float32 (float64 stays). The reference is detached: no loss trains it. A
+    completion without tokens (truncated away) has log-probs 0 and no gradient, and the losses leave it out.
+
+    Attributes:
+        policy: :math:`\log \pi(y \mid x)`, any leading shape [...], nats.
+        reference: :math:`\log \pi_\mathrm{ref}(y \mid x)`, [...], nats; None for reference-free losses.
+        tokens: Number of completion tokens, [...], integer; None if unknown, then no per-token mean exists.
+        per_token: The per-token log-probs behind the sums, where they were kept.
+
+    Raises:
+        TypeError: If log-probs are not floating point or counts not integer.
+        ValueError: If shapes or devices differ.
+
+    Example:
+        >>> ratios = LogRatios(policy=[-20.0, -24.0], reference=[-21.5, -23.0], tokens=[10, 8])
+        >>> ratios.h
+        tensor([ 1.5000, -1.0000])
+    """
+
+    policy: Tensor
+    reference: Tensor | None = None
+    tokens: Tensor | None = None
+    per_token: PerToken | None = None
+
+    def __post_init__(self) -> None:
+        """Check and convert the fields."""
+        policy = _as_log_probs("policy", self.policy)
+        reference = None if self.reference is None else _as_log_probs("reference", self.reference).detach()
+        tokens = None if self.tokens is None else _as_counts("tokens", self.tokens)
+        for name, value in (("reference", reference), ("tokens", tokens)):
+            if value is not None:
+                _check_same_shape(name, value, "policy", policy)
+                _check_same_device(name, value, "policy", policy)
+        if tokens is not None:
+            present = tokens > 0
+            policy = torch.where(present, policy, 0.0)
+            reference = None if reference is None else torch.where(present, reference, 0.0)
+        object.__setattr__(self, "policy", policy)
+        object.__setattr__(self, "reference", reference)
+        object.__setattr__(self, "tokens", tokens)
+
+    @classmethod
+    def of(
+        cls, h: Tensor | Sequence[float] | float, tokens: Tensor | Sequence[int] | int | None = None
+    ) -> LogRatios:
+        """Log-ratios given directly: policy = h against a reference of 0.
+
+        Args:
+            h: Log-ratios, [...], nats.
+            tokens: Completion tokens, [...].
+
+        Example:
+            >>> LogRatios.of([1.5, -1.0]).h
+            tensor([ 1.5000, -1.0000])
+        """
+        policy = _as_log_probs("h", h)
+        return cls(policy=policy, reference=torch.zeros_like(policy), tokens=tokens)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_token_logps(
+        cls,
+        policy: Tensor,
+        mask: Tensor,
+        reference: Tensor | None = None,
+        *,
+        segments: Tensor | None = None,
+        num_segments: int | None = None,
+        keep_per_token: bool = False,
+    ) -> LogRatios:
+        """Sum per-token log-probs over each completion.
+
+        Values outside the mask are never read, not even NaN. Left padding, right padding and packing give the
+        same sums up to rounding.
+
+        Args:
+            policy: Log-probs of the target tokens, [..., T], nats, aligned with `mask`.
+            mask: True at completion tokens, [..., T]: `completion_targets(...) != IGNORE_INDEX`.
+            reference: The same under the reference, [..., T].
+            segments: For packed rows: index in [0, num_segments) of the completion of each position, [..., T].
+            num_segments: Number of completions in the packed rows; read from `segments` if None.
+            keep_per_token: Keep the per-token values in `per_token`; not for packed rows.
+
+        Returns:
+            LogRatios of shape [...], or [num_segments] for packed rows.
+
+        Raises:
+            ValueError: If shapes differ, or per-token values are asked of packed rows.
+
+        Example:
+            >>> logps = torch.tensor([[-1.0, -2.0, float("nan")]])
+            >>> LogRatios.from_token_logps(logps, torch.tensor([[True, True, False]])).policy
+            tensor([-3.])
+        """
+        _check_same_shape("mask", mask, "policy", policy)
+        mask = mask.bool()
+        tokens_of = {"policy": policy, "reference": reference}
+        masked: dict[str, Tensor | None] = {}
+        for name, value in tokens_of.items():
+            if value is not None:
+                _check_same_shape(name, value, "mask", mask)
+                value = torch.where(mask, _as_log_probs(name, value), 0.0)
+            masked[name] = value
+        if segments is not None:
+            if keep_per_token:
+                raise ValueError(
+                    "keep_per_token: got True with segments, wanted False: packed rows have no [n, T] form"
+                )
+            _check_same_shape("segments", segments, "policy", policy)
+            size = int(segments.max()) + 1 if num_segments is None else num_segments
+            sums = {name: _sum_by_segment(value, segments, size) for name, value in masked.items()}
+            return cls(**sums, tokens=_sum_by_segment(mask.long(), segments, size))  # type: ignore[arg-type]
+        if num_segments is not None:
+            raise ValueError(f"num_segments: got {num_segments} without segments, wanted both or neither")
+        per_token = PerToken(masked["policy"], masked["reference"], mask) if keep_per_token else None  # type: ignore[arg-type]
+        sums = {name: None if value is None else value.sum(-1) for name, value in masked.items()}
+        return cls(**sums, tokens=mask.sum(-1), per_token=per_token)  # type: ignore[arg-type]
+
+    @classmethod
+    def cat(cls, parts: Sequence[LogRatios]) -> LogRatios:
+        """Concatenate along the first dimension; parts must agree on which fields they carry.
+
+        Raises:
+            ValueError: If there is no part, or if some parts lack a field that others have.
+        """
+        if not parts:
+            raise ValueError("parts: got no LogRatios, wanted at least one")
+        fields: dict[str, Any] = {}
+        for name in ("policy", "reference", "tokens"):
+            values = [getattr(part, name) for part in parts]
+            fields[name] = _cat_or_none(name, values)
+        fields["per_token"] = _cat_per_token([part.per_token for part in parts])
+        return cls(**fields)
+
+    @property
+    def h(self) -> Tensor:
+        r"""Log-ratio :math:`h = \log \pi(y) - \log \pi_\mathrm{ref}(y)`, [...], nats."""
+        return self.policy - self._needed_reference()
+
+    @property
+    def h_mean(self) -> Tensor:
+        """Log-ratio per completion token, [...], nats per token."""
+        return self.h / self._divisor()
+
+    @property
+    def policy_mean(self) -> Tensor:
+        """Policy log-prob per completion token, [...], nats per token."""
+        return self.policy / self._divisor()
+
+    @property
+    def reference_mean(self) -> Tensor:
+        """Reference log-prob per completion token, [...], nats per token."""
+        return self._needed_reference() / self._divisor()
+
+    @property
+    def empty(self) -> Tensor:
+        """True where the completion has no tokens, [...]; False everywhere if the counts are unknown."""
+        if self.tokens is None:
+            return torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+        return self.tokens == 0
+
+    @property
+    def shape(self) -> torch.Size:
+        """Leading shape, one entry per completion."""
+        return self.policy.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self.policy.device
+
+    def __len__(self) -> int:
+        """Size of the first dimension."""
+        return len(self.policy)
+
+    def __getitem__(self, index: Any) -> LogRatios:
+        """Some of the completions; `index` is anything that indexes a tensor of this shape."""
+
+        def pick(value: Any) -> Any:
+            return None if value is None else value[index]
+
+        return LogRatios(pick(self.policy), pick(self.reference), pick(self.tokens), pick(self.per_token))
+
+    def flatten(self) -> LogRatios:
+        """The same completions in one dimension, [n]; drops no field."""
+
+        def flat(value: Tensor | None, keep: int = 0) -> Any:
+            return None if value is None else value.reshape(-1, *value.shape[value.ndim - keep :])
+
+        rows = self.per_token
+        if rows is not None:
+            rows = PerToken(flat(rows.policy, 1), flat(rows.reference, 1), flat(rows.mask, 1))
+        return LogRatios(flat(self.policy), flat(self.reference), flat(self.tokens), rows)
+
+    def detach(self) -> LogRatios:
+        """The same values without gradient."""
+        rows = self.per_token
+        if rows is not None:
+            rows = replace(rows, policy=rows.policy.detach())
+        return replace(self, policy=self.policy.detach(), per_token=rows)
+
+    def _needed_reference(self) -> Tensor:
+        if self.reference is None:
+            raise ValueError(
+                "reference: got None, wanted reference log-probs [...] in nats: a log-ratio needs them"
+            )
+        return self.reference
+
+    def _divisor(self) -> Tensor:
+        if self.tokens is None:
+            raise ValueError(
+                "tokens: got None, wanted completion token counts [...]: a per-token mean needs them"
+            )
+        # An empty completion has sum 0, so its mean is 0 and not 0/0.
+        return self.tokens.clamp(min=1)
+
+
+def _as_log_probs(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value, dtype=torch.get_default_dtype())
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}, wanted floating-point log-probs in nats")
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _as_counts(name: str, value: Any) -> Tensor:
+    value = torch.as_tensor(value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: got dtype {value.dtype}, wanted integer token counts")
+    return value
+
+
+def _check_same_shape(name: str, value: Tensor, other: str, wanted: Tensor) -> None:
+    if value.shape != wanted.shape:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {list(wanted.shape)} as {other} has")
+
+
+def _check_same_device(name: str, value: Tensor, other: str, wanted: Tensor) -> None:
+    if value.device != wanted.device:
+        raise ValueError(f"{name}: got device {value.device}, wanted {wanted.device} as {other} has")
+
+
+def _sum_by_segment(value: Tensor | None, segments: Tensor, size: int) -> Tensor | None:
+    if value is None:
+        return None
+    return value.new_zeros(size).index_add(0, segments.reshape(-1), value.reshape(-1))
+
+
+def _cat_or_none(name: str, values: list[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    if len(present) != len(values):
+        raise ValueError(f"{name}: got it in {len(present)} of {len(values)} parts, wanted it in all or none")
+    return torch.cat(present)
+
+
+def _cat_per_token(rows: list[PerToken | None]) -> PerToken | None:
+    present = [row for row in rows if row is not None]
+    if not present:
+        return None
+    if len(present) != len(rows):
+        raise ValueError(
+            f"per_token: got it in {len(present)} of {len(rows)} parts, wanted it in all or none"
+        )
+    width = max(row.mask.shape[-1] for row in present)
+
+    def padded(value: Tensor | None) -> Tensor | None:
+        return None if value is None else torch.nn.functional.pad(value, (0, width - value.shape[-1]))
+
+    policy = _cat_or_none("per_token.policy", [padded(row.policy) for row in present])
+    reference = _cat_or_none("per_token.reference", [padded(row.reference) for row in present])
+    mask = _cat_or_none("per_token.mask", [padded(row.mask) for row in present])
+    assert policy is not None and mask is not None
+    return PerToken(policy, reference, mask)

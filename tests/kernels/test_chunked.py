@@ -1,0 +1,194 @@
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prefloss.kernels import chunked, naive
+from prefloss.kernels.naive import LogitTransform
+
+PLAIN = LogitTransform()
+CAPPED = LogitTransform(1.3, 3.0, 0.7)
+
+
+class Watch(TorchDispatchMode):
+    """Records what each torch op returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.calls.append((func.overloadpacket.__name__, args, out))
+        return out
+
+    def largest(self, dtype):
+        return max(out.numel() for _, _, out in self.calls if out.dtype == dtype)
+
+    def rows_multiplied(self):
+        return sum(len(args[0]) for name, args, _ in self.calls if name == "mm")
+
+
+def linear_problem(n=24, vocabulary=50, width=3, dtype=torch.float32, ignored=10):
+    hidden, weight, bias = (
+        torch.randn(s).to(dtype).requires_grad_() for s in ((n, width), (vocabulary, width), (vocabulary,))
+    )
+    targets = torch.randint(vocabulary, (n,))
+    targets[torch.randperm(n)[:ignored]] = -100
+    return hidden, weight, bias, targets
+
+
+@pytest.mark.parametrize("transform", [PLAIN, CAPPED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_op_never_makes_all_logits(dtype, transform):
+    hidden, weight, bias, targets = linear_problem(dtype=dtype)
+    saved = []
+    with (
+        Watch() as watch,
+        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
+    ):
+        out = chunked.linear_token_logps(hidden, weight, bias, targets, transform, -100, chunk_tokens=4)
+        out.sum().backward()
+    # 4 tokens at a time: the logits of a slice outweigh the gradient of the head
+    assert watch.largest(torch.float32) == 4 * 50
+    inputs = {x.data_ptr() for x in (hidden, weight, bias)}
+    assert max(x.numel() for x in saved if x.data_ptr() not in inputs) <= 24
+
+
+@pytest.mark.parametrize("transform", [PLAIN, CAPPED])
+def test_token_op_makes_no_float32_copy_of_the_logits(transform):
+    logits = torch.randn(2, 12, 50).bfloat16().requires_grad_()
+    targets = torch.randint(50, (2, 12))
+    saved = []
+    with (
+        Watch() as watch,
+        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
+    ):
+        # a shift makes a view whose rows are not evenly spaced
+        chunked.token_logps(logits[:, :-1], targets[:, 1:], transform, -100, chunk_tokens=4).sum().backward()
+    assert watch.largest(torch.float32) == 4 * 50
+    assert max(x.numel() for x in saved if x.data_ptr() != logits.data_ptr()) <= 24
+    assert {x.dtype for x in saved if x.numel() >= 22 * 50} == {torch.bfloat16}
+
+
+def test_ignored_rows_are_not_multiplied():
+    hidden, weight, bias, targets = linear_problem(n=24, ignored=10)
+    with Watch() as watch:
+        chunked.linear_token_logps(hidden, weight, bias, targets, PLAIN, -100, chunk_tokens=4)
+    assert watch.rows_multiplied() == 14
+    with Watch() as watch:
+        out = chunked.linear_token_logps(hidden, weight, bias, torch.full((24,), -100), PLAIN, -100)
+        out.sum().backward()
+    assert watch.rows_multiplied() == 0
+
+
+@pytest.mark.parametrize(("frozen", "shape"), [("weight", (50, 3)), ("hidden", (24, 3)), ("bias", (50,))])
+def test_frozen_inputs_cost_no_gradient(frozen, shape):
+    hidden, weight, bias, targets = linear_problem()
+    {"hidden": hidden, "weight": weight, "bias": bias}[frozen].requires_grad_(False)
+    out = chunked.linear_token_logps(hidden, weight, bias, targets, PLAIN, -100)
+    with Watch() as watch:
+        out.sum().backward()
+    # what is made new, views of an input left out
+    assert not any(
+        out.shape == shape for name, _, out in watch.calls if name in ("zeros_like", "sum", "new_zeros")
+    )
+
+
+def test_gradients_of_a_half_precision_head_are_summed_in_float32():
+    # 400 equal contributions, one per slice: a bfloat16 sum would stop growing at 256 times the first
+    n, vocabulary = 400, 3
+    hidden = torch.ones(n, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(vocabulary, 1, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(vocabulary, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(n, dtype=torch.int64)
+    chunked.linear_token_logps(hidden, weight, bias, targets, PLAIN, -100, chunk_tokens=1).sum().backward()
+    want = torch.tensor([n * 2 / 3, -n / 3, -n / 3]).bfloat16()
+    assert torch.equal(bias.grad, want)
+    assert torch.equal(weight.grad[:, 0], want)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :-1],
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, ::2, 1:],
+        lambda x: x[:, :1].expand(-1, 3, -1),
+        lambda x: x.permute(2, 0, 1),
+    ],
+)
+def test_strided_logits(view):
+    base = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    logits = view(base)
+    targets = torch.randint(logits.shape[-1], logits.shape[:-1])
+    targets[0, 0] = -100
+    results = []
+    for op, options in ((naive, {}), (chunked, {"chunk_tokens": 2})):
+        out = op.token_logps(logits, targets, CAPPED, -100, **options)
+        results.append((out, torch.autograd.grad(out.square().sum(), base)[0]))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_second_derivative_is_refused_even_of_a_linear_loss():
+    hidden, weight, bias, targets = linear_problem()
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    for out, x in (
+        (chunked.token_logps(logits, targets, PLAIN, -100), logits),
+        (chunked.linear_token_logps(hidden, weight, bias, targets, PLAIN, -100), hidden),
+    ):
+        (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="'chunked' can be differentiated once; 'naive' gives second"):
+            gradient.square().sum().backward()
+
+
+def test_backward_under_autocast_keeps_its_precision():
+    hidden, weight, bias, targets = linear_problem()
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = chunked.linear_token_logps(hidden, weight, bias, targets, CAPPED, -100)
+            grads.append(torch.autograd.grad(out.sum(), (hidden, weight, bias)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.fixture
+def mixed_matmul(monkeypatch):
+    """The path of CUDA, half precision in and float32 out, with an emulation of its matmul."""
+
+    def matmul(a, b, out):
+        assert a.dtype == b.dtype
+        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    monkeypatch.setattr(chunked, "_matmul", matmul)
+    monkeypatch.setattr(chunked, "_has_mixed_matmul", lambda x: x.dtype in (torch.bfloat16, torch.float16))
+    # slices of the head of 5 rows
+    monkeypatch.setattr(chunked, "_HEAD_ELEMENTS", 15)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+def test_mixed_precision_matmul(mixed_matmul, dtype, error):
+    hidden, weight, bias, targets = linear_problem(dtype=dtype)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    got = chunked.linear_token_logps(hidden, weight, bias, targets, CAPPED, -100, chunk_tokens=4)
+    want = naive.linear_token_logps(*exact, targets, CAPPED, -100)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), (hidden, weight, bias)),
+        torch.autograd.grad(want.sum(), exact),
+        strict=True,
+    ):
+        assert (a - b).norm() < error * b.norm()
+
+
+@pytest.mark.skipif(
+    "dtype_out" not in torch.ops.aten.mm.overloads(), reason="this torch has no mm(out_dtype=)"
+)
+def test_mixed_precision_matmul_has_the_signature_of_torch():
+    with FakeTensorMode():
+        a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((4, 3), (50, 3)))
+        assert chunked._has_mixed_matmul(a)
+        out = chunked._matmul(a, b.T, out=torch.empty(4, 50, device="cuda"))
+    assert (out.shape, out.dtype) == ((4, 50), torch.float32)
