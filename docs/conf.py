@@ -1,6 +1,11 @@
 """Sphinx settings; `make docs` builds with every warning an error and without network."""
 
+import sys
+from pathlib import Path
+
 import prefloss
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "prefloss"
 author = "The prefloss authors"
@@ -9,6 +14,7 @@ version = release = prefloss.__version__
 
 # No intersphinx: it would fetch other projects' inventories at build time.
 extensions = [
+    "loss_pages",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
@@ -19,7 +25,7 @@ extensions = [
 default_role = "literal"
 # Shapes such as [..., T] keep their dots.
 smartquotes = False
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_ext"]
 html_theme = "furo"
 html_title = f"prefloss {release}"
 

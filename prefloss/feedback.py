@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ class Pairs:
         weight: Multiplies the loss of each pair, [pairs]; None is 1.
         score_chosen: Graded feedback on the chosen completion (reward or win probability), [pairs].
         score_rejected: The same for the rejected one, [pairs].
+        gold: Log-ratios of a third completion, [pairs]: a gold answer, or a sample of the reference policy.
+        embedding: Embedding of the prompts, [pairs, D].
 
     Raises:
         ValueError: If shapes or devices differ, or only one side is scored.
@@ -37,19 +39,18 @@ class Pairs:
     weight: Tensor | None = None
     score_chosen: Tensor | None = None
     score_rejected: Tensor | None = None
+    gold: LogRatios | None = None
+    embedding: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check and convert the fields."""
         _check_log_ratios("chosen", self.chosen)
-        _check_log_ratios("rejected", self.rejected)
-        if self.chosen.shape != self.rejected.shape:
-            raise ValueError(
-                f"rejected: got shape {list(self.rejected.shape)}, wanted {list(self.chosen.shape)} as chosen has"
-            )
-        if self.rejected.device != self.chosen.device:
-            raise ValueError(
-                f"rejected: got device {self.rejected.device}, wanted {self.chosen.device} as chosen has"
-            )
+        _check_beside("rejected", self.rejected, self.chosen)
+        if self.gold is not None:
+            _check_beside("gold", self.gold, self.chosen)
+        if self.embedding is not None and self.embedding.shape[:-1] != self.chosen.shape:
+            wanted = [*self.chosen.shape, "D"]
+            raise ValueError(f"embedding: got shape {list(self.embedding.shape)}, wanted {wanted}")
         if (self.score_chosen is None) != (self.score_rejected is None):
             missing = "score_chosen" if self.score_chosen is None else "score_rejected"
             raise ValueError(f"{missing}: got None, wanted scores for both sides or for neither")
@@ -73,13 +74,24 @@ class Pairs:
 
     @property
     def valid(self) -> Tensor:
-        """True where both completions have tokens, [pairs]."""
-        return ~(self.chosen.empty | self.rejected.empty)
+        """True where all completions have tokens, [pairs]."""
+        empty = self.chosen.empty | self.rejected.empty
+        return ~empty if self.gold is None else ~(empty | self.gold.empty)
 
     @property
     def parts(self) -> tuple[LogRatios, ...]:
         """All log-ratios that the loss may read."""
-        return (self.chosen, self.rejected)
+        return (self.chosen, self.rejected) if self.gold is None else (self.chosen, self.rejected, self.gold)
+
+    def swapped(self) -> Pairs:
+        """The same pairs with the preference reversed."""
+        return replace(
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            score_chosen=self.score_rejected,
+            score_rejected=self.score_chosen,
+        )
 
     def margin(self, per_token: bool = False) -> Tensor:
         r"""Difference of log-ratios :math:`h_w - h_l`, [pairs], nats (nats per token if `per_token`)."""
@@ -105,6 +117,32 @@ class Pairs:
         )
 
 
+    def to_rankings(self) -> Rankings:
+        """Every pair as a group of two, the chosen completion first: [pairs, 2].
+
+        Scores are those of the pairs, or 1 and 0.
+
+        Raises:
+            ValueError: If a chosen completion is not scored above the rejected one.
+
+        Example:
+            >>> Pairs.of(chosen=[5.0], rejected=[0.0]).to_rankings().scores
+            tensor([[1., 0.]])
+        """
+        chosen, rejected = self.chosen.flatten(), self.rejected.flatten()
+        better = torch.ones_like(chosen.policy) if self.score_chosen is None else self.score_chosen.flatten()
+        worse = torch.zeros_like(rejected.policy) if self.score_rejected is None else self.score_rejected.flatten()
+        if self.score_chosen is not None and bool((better <= worse).any()):
+            raise ValueError("score_chosen: got a score not above score_rejected, wanted the chosen one scored higher")
+        count = len(chosen)
+        order = torch.arange(2 * count, device=chosen.device).reshape(2, count).T
+        return Rankings(
+            completions=LogRatios.cat([chosen, rejected])[order],
+            scores=torch.stack([better, worse], dim=-1),
+            weight=None if self.weight is None else self.weight.flatten(),
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Labels:
     """One completion at a time, upvoted or downvoted.
@@ -117,6 +155,7 @@ class Labels:
         mismatched: Log-ratios of completions under prompts they do not belong to, any shape: what KTO estimates
             its KL baseline from.
         kl: KL baseline computed elsewhere, scalar or [n], nats.
+        baseline: Value of the prompt that a score is measured against, [n].
 
     Raises:
         ValueError: If shapes or devices differ.
@@ -133,6 +172,7 @@ class Labels:
     scores: Tensor | None = None
     mismatched: LogRatios | None = None
     kl: Tensor | None = None
+    baseline: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check and convert the fields."""
@@ -148,7 +188,7 @@ class Labels:
                 "as completions has"
             )
         object.__setattr__(self, "desirable", desirable)
-        for name in ("weight", "scores"):
+        for name in ("weight", "scores", "baseline"):
             _convert_values(self, name, self.completions)
         if self.mismatched is not None:
             _check_log_ratios("mismatched", self.mismatched)
@@ -306,6 +346,14 @@ def _is_tensor(value: Any) -> bool:
 def _check_log_ratios(name: str, value: Any) -> None:
     if not isinstance(value, LogRatios):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted LogRatios(policy=, reference=, tokens=)")
+
+
+def _check_beside(name: str, value: Any, chosen: LogRatios) -> None:
+    _check_log_ratios(name, value)
+    if value.shape != chosen.shape:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {list(chosen.shape)} as chosen has")
+    if value.device != chosen.device:
+        raise ValueError(f"{name}: got device {value.device}, wanted {chosen.device} as chosen has")
 
 
 def _as_values(name: str, value: Any, device: torch.device) -> Tensor:

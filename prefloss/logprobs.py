@@ -16,6 +16,7 @@ from prefloss.kernels import chunked, naive
 from prefloss.kernels.naive import LogitTransform
 
 Impl = Literal["auto", "naive", "chunked", "triton"]
+_IMPLS = get_args(Impl)
 
 # "auto" takes naive up to so many logits: there the two take the same time (CPU), and naive can be compiled whole
 # and differentiated twice. Beyond it naive's 12 to 16 bytes per logit count, and asking for that much fresh memory
@@ -151,8 +152,8 @@ def linear_token_logps(
 
 def _choose(impl: Impl, elements: int, chunk_tokens: int | None) -> Literal["naive", "chunked"]:
     """The kernel that `impl` stands for, for so many logits."""
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl: got {impl!r}, wanted one of {', '.join(map(repr, get_args(Impl)))}")
+    if impl not in _IMPLS:
+        raise ValueError(f"impl: got {impl!r}, wanted one of {', '.join(map(repr, _IMPLS))}")
     if impl == "triton":
         raise NotImplementedError(
             "impl: 'triton' comes in a later release; wanted 'auto', 'naive' or 'chunked'"

@@ -5,11 +5,12 @@ The one place that owns the shift of targets, the completion mask, the sum over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -49,20 +50,58 @@ def completion_targets(input_ids: Tensor, completion_mask: Tensor, segments: Ten
 class PerToken:
     """Per-token log-probs of the completions, for the losses that read more than sums.
 
+    All tensors are [..., T]; nothing outside the mask counts, and `policy` and `reference` are 0 there.
+
     Attributes:
-        policy: Log-probs under the policy, [..., T], nats, 0 outside the mask.
+        policy: Log-probs of the completion's tokens under the policy, nats.
         reference: The same under the reference, or None.
-        mask: True at completion tokens, [..., T].
+        mask: True at completion tokens.
+        log_sum_sq: Log of the sum over the vocabulary of the policy's squared probabilities, nats (WPO).
+        kl: KL(reference || policy) over the vocabulary, nats, with gradient (TDPO).
+        reverse_kl: KL(policy || reference) over the vocabulary, nats, with gradient (TIS-DPO).
+        reference_entropy: Entropy of the reference over the vocabulary divided by log V, in [0, 1] (Mallows-DPO).
+        weight: Importance of each token (TIS-DPO).
     """
 
     policy: Tensor
     reference: Tensor | None
     mask: Tensor
+    log_sum_sq: Tensor | None = None
+    kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    reference_entropy: Tensor | None = None
+    weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        for name, value in self._present().items():
+            _check_same_shape(f"per_token.{name}", value, "per_token.policy", self.policy)
 
     def __getitem__(self, index: Any) -> PerToken:
         """The tokens of some completions; `index` addresses the leading dimensions."""
-        reference = None if self.reference is None else self.reference[index]
-        return PerToken(self.policy[index], reference, self.mask[index])
+        return self._map(lambda value: value[index])
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the completion's tokens, [...]; what stands outside the mask is not read."""
+        return torch.where(self.mask, values, 0.0).sum(-1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the completion's tokens, [...]; 0 for an empty completion."""
+        return self.sum(values) / self.mask.sum(-1).clamp(min=1)
+
+    def log_ratios(self, mask: Tensor | None = None) -> LogRatios:
+        """Sums of these rows, over the tokens of `mask` if it is given; keeps the rows."""
+        mask = self.mask if mask is None else mask
+        policy = torch.where(mask, self.policy, 0.0).sum(-1)
+        reference = None if self.reference is None else torch.where(mask, self.reference, 0.0).sum(-1)
+        return LogRatios(policy, reference, mask.sum(-1), replace(self, mask=mask))
+
+    def _present(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PerToken:
+        return PerToken(**{"reference": None, **{name: change(value) for name, value in self._present().items()}})
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,19 +293,17 @@ class LogRatios:
     def flatten(self) -> LogRatios:
         """The same completions in one dimension, [n]; drops no field."""
 
-        def flat(value: Tensor | None, keep: int = 0) -> Any:
-            return None if value is None else value.reshape(-1, *value.shape[value.ndim - keep :])
+        def flat(value: Tensor | None) -> Any:
+            return None if value is None else value.reshape(-1)
 
         rows = self.per_token
         if rows is not None:
-            rows = PerToken(flat(rows.policy, 1), flat(rows.reference, 1), flat(rows.mask, 1))
+            rows = rows._map(lambda value: value.reshape(-1, value.shape[-1]))
         return LogRatios(flat(self.policy), flat(self.reference), flat(self.tokens), rows)
 
     def detach(self) -> LogRatios:
         """The same values without gradient."""
-        rows = self.per_token
-        if rows is not None:
-            rows = replace(rows, policy=rows.policy.detach())
+        rows = None if self.per_token is None else self.per_token._map(Tensor.detach)
         return replace(self, policy=self.policy.detach(), per_token=rows)
 
     def _needed_reference(self) -> Tensor:
@@ -330,16 +367,11 @@ def _cat_per_token(rows: list[PerToken | None]) -> PerToken | None:
     if not present:
         return None
     if len(present) != len(rows):
-        raise ValueError(
-            f"per_token: got it in {len(present)} of {len(rows)} parts, wanted it in all or none"
-        )
+        raise ValueError(f"per_token: got it in {len(present)} of {len(rows)} parts, wanted it in all or none")
     width = max(row.mask.shape[-1] for row in present)
-
-    def padded(value: Tensor | None) -> Tensor | None:
-        return None if value is None else torch.nn.functional.pad(value, (0, width - value.shape[-1]))
-
-    policy = _cat_or_none("per_token.policy", [padded(row.policy) for row in present])
-    reference = _cat_or_none("per_token.reference", [padded(row.reference) for row in present])
-    mask = _cat_or_none("per_token.mask", [padded(row.mask) for row in present])
-    assert policy is not None and mask is not None
-    return PerToken(policy, reference, mask)
+    padded = [row._map(lambda value: F.pad(value, (0, width - value.shape[-1]))) for row in present]
+    joined: dict[str, Any] = {
+        field.name: _cat_or_none(f"per_token.{field.name}", [getattr(row, field.name) for row in padded])
+        for field in fields(PerToken)
+    }
+    return PerToken(**joined)

@@ -68,7 +68,7 @@ def train(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into --output though it is not empty.")] = False,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps. [default: 250, or as --epochs says]")
+        int | None, typer.Option(min=1, help="Optimizer steps. [default: 400, or as --epochs says]")
     ] = None,
     epochs: Annotated[
         float | None,
@@ -76,7 +76,7 @@ def train(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Highest learning rate. [default: 1e-6, with --lora 1e-5; built-in model: 5e-4]"),
+        typer.Option(help="Highest learning rate. [default: 1e-6, with --lora 1e-5; built-in model: 2e-4]"),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows per forward pass. [default: 8; built-in model: 16]")
@@ -95,7 +95,7 @@ def train(
     ] = False,
     warm_start: Annotated[
         int | None,
-        typer.Option(min=0, help="Supervised steps that teach a model with random weights to speak. [default: 300]"),
+        typer.Option(min=0, help="Supervised steps that teach a model with random weights to speak. [default: 600; with --data 300]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU though there is an accelerator.")] = False,

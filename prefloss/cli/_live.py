@@ -16,13 +16,13 @@ from prefloss.demo.measure import Measurement
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
-# Field of a measurement -> its name on screen and its format.
-QUANTITIES: dict[str, tuple[str, str]] = {
-    "reward": ("true reward", "{:+.2f}"),
-    "kl": ("KL to the reference, nats", "{:.2f}"),
-    "accuracy": ("held-out accuracy", "{:.1%}"),
-    "chosen": ("log-prob of chosen, change in nats", "{:+.2f}"),
-    "rejected": ("log-prob of rejected, change in nats", "{:+.2f}"),
+# Field of a measurement -> its name in the table, its name in a line, its format.
+_QUANTITIES: dict[str, tuple[str, str, str]] = {
+    "reward": ("true reward", "reward", "{:+.2f}"),
+    "kl": ("KL to the reference, nats", "KL", "{:.2f}"),
+    "accuracy": ("implicit-reward accuracy", "accuracy", "{:.1%}"),
+    "chosen": ("log-prob of chosen, change in nats", "chosen", "{:+.2f}"),
+    "rejected": ("log-prob of rejected, change in nats", "rejected", "{:+.2f}"),
 }
 
 
@@ -83,11 +83,11 @@ class Screen:
             return
         values = (
             f"{name} {shown.format(getattr(found, key))}"
-            for key, (name, shown) in QUANTITIES.items()
+            for key, (_, name, shown) in _QUANTITIES.items()
             if getattr(found, key) is not None
         )
         elapsed = time.perf_counter() - self._began
-        self.say(f"{elapsed:5.0f} s  step {found.step:>4}: " + ", ".join(values))
+        self.say(f"{elapsed:4.0f} s, step {found.step:>4}: " + ", ".join(values))
 
     def _refresh(self) -> None:
         if self.moves:
@@ -102,7 +102,7 @@ class Screen:
         table.add_column("start", justify="right")
         table.add_column("now", justify="right", style="bold")
         table.add_column(f"every measurement up to step {self._measured[-1].step}", style="green")
-        for key, (name, shown) in QUANTITIES.items():
+        for key, (name, _, shown) in _QUANTITIES.items():
             values = [v for v in (getattr(m, key) for m in self._measured) if v is not None]
             if values:
                 table.add_row(name, shown.format(values[0]), shown.format(values[-1]), sparkline(values))

@@ -83,6 +83,9 @@ def _facts(spec: LossSpec) -> Table:
         table.add_row("equation", spec.equation)
     table.add_row("feedback", f"{spec.feedback.__name__}: {_FEEDBACK[spec.feedback.__name__]}")
     table.add_row("needs", _needs(spec))
+    modifiers = list(prefloss.losses.admitted(spec))
+    if modifiers:
+        table.add_row("also takes", f"{', '.join(modifiers)} (they mean the same to every loss that takes them)")
     if spec.aliases:
         table.add_row("aliases", "; ".join(f"{alias} ({peers})" for alias, peers in spec.aliases.items()))
     return table

@@ -12,7 +12,7 @@ import torch
 from prefloss.cli._errors import CliError
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import Task
-from prefloss.demo.model import CHAT_TEMPLATE, tiny_llama, train_tokenizer
+from prefloss.demo.model import CHAT_TEMPLATE, tiny_llama, train_tokenizer, word_tokenizer
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
@@ -47,15 +47,12 @@ def start(settings: Settings, task: Task) -> Start:
 
 def _built_in(settings: Settings, task: Task) -> Start:
     demo = settings.data is None
-    tokenizer = train_tokenizer(_texts(task), vocab_size=1024 if demo else 4096)
+    tokenizer = word_tokenizer(_texts(task)) if demo else train_tokenizer(_texts(task))
     # The world's sentences are short; other people's are not.
     size = {"hidden": 96} if demo else {"hidden": 192, "layers": 3}
     model = tiny_llama(tokenizer, max_length=max(512, settings.max_length), seed=settings.seed, **size)
-    source = "the world's text" if demo else "the text of the data"
-    fact = (
-        f"built-in Llama, {model.num_parameters() / 1e6:.1f} million random weights; byte-level BPE tokenizer of "
-        f"{len(tokenizer)} tokens, trained on {source}"
-    )
+    tokens = f"{len(tokenizer)} words" if demo else f"{len(tokenizer)} tokens, byte-level BPE trained on the data's text"
+    fact = f"built-in Llama, {model.num_parameters() / 1e6:.2f} million random weights; vocabulary of {tokens}"
     return Start(model, tokenizer, built_in=True, untrained=True, facts=(fact,))
 
 

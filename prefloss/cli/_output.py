@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 from prefloss.cli._errors import CliError
@@ -18,7 +19,9 @@ def choose(settings: Settings, loss: str) -> Path:
         CliError: If it is a file, or is not empty and `--overwrite` is not given.
     """
     if settings.output is None:
-        folders = (Path("prefloss-runs") / f"{loss}-{number}" for number in itertools.count(1))
+        # A sum of losses has a name like "0.8*dpo + 0.2*ipo".
+        slug = re.sub(r"[^A-Za-z0-9._]+", "_", loss).strip("_")
+        folders = (Path("prefloss-runs") / f"{slug}-{number}" for number in itertools.count(1))
         return next(folder for folder in folders if not folder.exists())
     folder = settings.output
     if folder.exists() and not folder.is_dir():

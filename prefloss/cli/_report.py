@@ -28,6 +28,7 @@ class Result:
         ceiling: Held-out accuracy that the true reward itself reaches, if known.
         paired: Whether accuracy compares two answers to one prompt.
         held_out: Whether what was measured on was kept out of training.
+        setting: Model, data and length of the run, in one line.
         warm_loss: Loss at the end of the warm start, nats per token, if there was one.
         prompts: Prompts of the samples, as text.
         seconds: Wall time by part of the run.
@@ -40,6 +41,7 @@ class Result:
     ceiling: float | None
     paired: bool
     held_out: bool
+    setting: str
     warm_loss: float | None
     prompts: Sequence[str]
     seconds: dict[str, float]
@@ -159,7 +161,7 @@ def write_picture(result: Result, path: Path) -> None:
     figure = Figure(figsize=(11, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True)
-    figure.suptitle(f"{result.loss}", fontsize=14, fontweight="bold")
+    figure.suptitle(f"{result.loss}\n{result.setting}", fontsize=12)
     _first_panel(axes[0, 0], result)
     _kl_panel(axes[0, 1], result)
     _accuracy_panel(axes[1, 0], result)
@@ -186,10 +188,12 @@ def _first_panel(axis: Any, result: Result) -> None:
     low = [r - 2 * e for r, e in zip(rewards, errors, strict=True)]
     high = [r + 2 * e for r, e in zip(rewards, errors, strict=True)]
     axis.fill_between(steps, low, high, color=_BLUE, alpha=0.2, linewidth=0)
-    axis.axhline(rewards[0], color=_GREY, linestyle="--", linewidth=1, label=f"reference, {rewards[0]:+.2f}")
-    axis.axhline(world.BEST_REWARD, color=_GREEN, linestyle=":", linewidth=1.5, label="best possible")
+    axis.axhline(rewards[0], color=_GREY, linestyle="--", linewidth=1, label=f"before training, {rewards[0]:+.2f}")
+    axis.axhline(world.BEST_REWARD, color=_GREEN, linestyle=":", linewidth=1.5, label=f"best possible, {world.BEST_REWARD:g}")
     axis.set(title="True reward of sampled completions", ylabel="reward (judge's scale)")
-    axis.legend(frameon=False, loc="center right")
+    # Room for the legend below the curve, which rises.
+    axis.set_ylim(min(*low, rewards[0] - 0.35 * (world.BEST_REWARD - rewards[0])), world.BEST_REWARD + 0.3)
+    axis.legend(frameon=False, loc="lower right")
 
 
 def _kl_panel(axis: Any, result: Result) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import platform
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import transformers
 import trl
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 import prefloss
@@ -26,7 +29,7 @@ from prefloss.data._tokens import Encoded, encode, encode_prompt
 from prefloss.demo.measure import Measurement, Meter
 from prefloss.demo.warm_start import warm_start
 
-WARM_STEPS = 300
+WARM_STEPS, WARM_STEPS_ON_DATA = 600, 300
 
 
 def run(settings: Settings, loss: prefloss.Loss, task: Task, folder: Path, console: Console, clock: Clock) -> Result:
@@ -41,12 +44,23 @@ def run(settings: Settings, loss: prefloss.Loss, task: Task, folder: Path, conso
     _tell(console, "model", start.facts)
     settings = _within_positions(settings, start.model, console)
     plan = _trainer.plan(settings, start)
-    with Screen(console) as screen:
+    with Screen(console) as screen, _threads(1 if start.built_in and settings.data is None else None):
         warm_loss = _warm(settings, task, start, plan, screen, clock)
         screen.say("")
         _tell(console, "training", (plan.words,))
         result = _preferences(settings, loss, task, start, plan, folder, screen, clock)
     return dataclasses.replace(result, warm_loss=warm_loss)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Torch on this many threads. The demo's matrices are too small to share: on busy cores, two only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _preferences(
@@ -91,6 +105,7 @@ def _preferences(
         paired=task.paired,
         held_out=task.held_out,
         warm_loss=None,
+        setting=_setting(settings, start, plan, trainer),
         prompts=[_as_text(prompt) for prompt in task.prompts],
         seconds=clock.seconds,
         about=_about(settings, loss, task, start, plan, trainer),
@@ -103,7 +118,7 @@ def _warm(
     """Teach a model with random weights to speak, before it is copied as the reference."""
     steps = settings.warm_start
     if steps is None:
-        steps = WARM_STEPS if start.untrained else 0
+        steps = 0 if not start.untrained else WARM_STEPS if settings.data is None else WARM_STEPS_ON_DATA
     if steps == 0 or not task.spoken:
         return None
     source = "the world's own sentences" if settings.data is None else "the preferred completions"
@@ -170,8 +185,12 @@ def _tell_dropped(console: Console, given: int, kept: int, max_length: int) -> N
 
 def _tell(console: Console, name: str, facts: tuple[str, ...], warnings: tuple[str, ...] = ()) -> None:
     lines = [(fact, "") for fact in facts] + [(warning, "yellow") for warning in warnings]
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(style="cyan", width=8, no_wrap=True)
+    grid.add_column()
     for i, (line, style) in enumerate(lines):
-        console.print(Text.assemble((f"{name if i == 0 else '':<9}", "cyan"), (line, style)), soft_wrap=True)
+        grid.add_row(name if i == 0 else "", Text(line, style=style))
+    console.print(grid)
 
 
 def _encoded(tokenizer: Any, rows: list[Row]) -> list[Encoded]:
@@ -184,6 +203,15 @@ def _some(rows: list[Row], most: int, seed: int) -> list[Row]:
 
 def _as_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _setting(settings: Settings, start: _models.Start, plan: _trainer.Plan, trainer: Any) -> str:
+    model = "built-in Llama" if start.built_in else settings.model
+    data = "the generated world" if settings.data is None else settings.data.name
+    return (
+        f"{model} on {data}, {type(trainer).__name__}, {trainer.state.global_step} steps, "
+        f"learning rate {plan.learning_rate:g}, seed {settings.seed}"
+    )
 
 
 def _about(

@@ -21,8 +21,8 @@ from prefloss.data import Kind
 from prefloss.integrations.trl import PreferenceLossCallback
 from prefloss.integrations.trl._options import wants_mismatched
 
-BUILT_IN_RATE, WHOLE_RATE, LORA_RATE = 5e-4, 1e-6, 1e-5
-DEMO_STEPS, MEASUREMENTS = 250, 10
+BUILT_IN_RATE, WHOLE_RATE, LORA_RATE = 2e-4, 1e-6, 1e-5
+DEMO_STEPS, MEASUREMENTS = 400, 10
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,13 @@ def read(path: str | os.PathLike[str]) -> Preferences:
             notes.add(checked.converted, place)
         reason = _useless(checked.row, kind)
         if reason:
-            notes.add(f"dropped: {reason}", place)
+            notes.add(f"dropped, {reason}", place)
         else:
             kept.append(checked.row)
+            if is_blank(checked.row["prompt"]):
+                notes.add("kept, though the prompt is empty", place)
     if not kept:
-        raise DataError(f"{path.name}: no row is left to train on{notes.reasons()}")
+        raise DataError(f"{path}: no row is left to train on{notes.reasons()}")
     return Preferences(Dataset.from_list(kept), kind, conversational, path.name, notes.sentences())
 
 
@@ -89,7 +91,7 @@ def _checked(path: Path) -> Iterator[tuple[str, Kind, Clean]]:
             )
         yield place, kind, checked
     if first is None:
-        raise DataError(f"{path.name}: no rows")
+        raise DataError(f"{path}: no rows")
 
 
 def _same_kind(place: str, row: dict[str, Any], first_place: str, kind: Kind) -> Kind:
@@ -155,5 +157,8 @@ def _rows(count: int) -> str:
 
 
 def _first(places: list[str], most: int = 3) -> str:
-    named = ", ".join(_short(place) for place in places[:most])
-    return named + (", ..." if len(places) > most else "")
+    word, first = _short(places[0]).split(" ")
+    if len(places) == 1:
+        return f"{word} {first}"
+    numbers = ", ".join(_short(place).split(" ")[1] for place in places[:most])
+    return f"{word}s {numbers}" + (", ..." if len(places) > most else "")

@@ -72,7 +72,7 @@ def _with_prompt(
         # The sides are whole conversations, as in many published sets: what they share is the prompt.
         shared = _shared(whole, kind)
         if shared:
-            note = "took the messages that both sides start with as the prompt"
+            note = "rewritten: the messages that both sides start with became the prompt"
             return whole[0][:shared], [side[shared:] for side in whole], note
     has = ", ".join(map(repr, row))
     raise DataError(f"{place}: missing column 'prompt' of {kind} rows; it has columns {has}")
@@ -86,7 +86,7 @@ def _alike(prompt: Text, sides: list[Text]) -> tuple[Text, list[Text], str]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     wrapped = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in sides]
-    return prompt, list(wrapped), "wrapped plain text in messages, as other texts of the row are"
+    return prompt, list(wrapped), "rewritten: plain text became messages, as other texts of the row are"
 
 
 def _shared(sides: list[list[dict[str, str]]], kind: Kind) -> int:

@@ -35,9 +35,9 @@ def _json_lines(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         # Only \n ends a line: str.splitlines would also split at U+2028 inside a string.
         for number, raw in enumerate(file, start=1):
-            line = _text(f"{path.name}:{number}", raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
+            line = _text(f"{path}:{number}", raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
             if line.strip():
-                yield f"{path.name}:{number}", _object(path.name, number, line.rstrip("\r\n"))
+                yield f"{path}:{number}", _object(path, number, line.rstrip("\r\n"))
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -47,26 +47,26 @@ def _json(path: Path) -> Iterator[Row]:
     if not head.startswith(b"["):
         yield from _json_lines(path)
         return
-    text = _text(path.name, path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    text = _text(str(path), path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     decoder = json.JSONDecoder()
     start = _skip_space(text, text.index("[") + 1)
     line, counted = 1, 0
     while start < len(text) and text[start] != "]":
         line, counted = line + text.count("\n", counted, start), start
-        value, end = _decode(path.name, line, text, start, decoder)
-        yield f"{path.name}:{line}", _as_object(f"{path.name}:{line}", value)
+        value, end = _decode(path, line, text, start, decoder)
+        yield f"{path}:{line}", _as_object(f"{path}:{line}", value)
         start = _skip_space(text, end)
         if start < len(text) and text[start] == ",":
             start = _skip_space(text, start + 1)
         elif start < len(text) and text[start] != "]":
             raise DataError(
-                f"{path.name}:{_position(text, start)}: bad JSON: expected ',' or ']' between objects"
+                f"{path}:{_position(text, start)}: bad JSON: expected ',' or ']' between objects"
             )
     if start >= len(text):
-        raise DataError(f"{path.name}:{_position(text, start)}: bad JSON: the array has no closing ']'")
+        raise DataError(f"{path}:{_position(text, start)}: bad JSON: the array has no closing ']'")
     rest = _skip_space(text, start + 1)
     if rest < len(text):
-        raise DataError(f"{path.name}:{_position(text, rest)}: bad JSON: expected nothing after the array")
+        raise DataError(f"{path}:{_position(text, rest)}: bad JSON: expected nothing after the array")
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -79,21 +79,20 @@ def _parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path.name}: row {number}", row
+                    yield f"{path}: row {number}", row
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path.name}: not a readable Parquet file: {error}") from error
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
 
 def _saved(path: Path) -> Iterator[Row]:
     import datasets
 
     if (path / "dataset_dict.json").exists():
-        splits = _object(
-            f"{path.name}/dataset_dict.json", 1, (path / "dataset_dict.json").read_text("utf-8")
-        ).get("splits", [])
+        index = path / "dataset_dict.json"
+        splits = _object(index, 1, index.read_text("utf-8")).get("splits", [])
         if "train" not in splits:
             raise DataError(
-                f"{path.name}: a dataset dictionary without a split named 'train' (it has {', '.join(splits)}); "
+                f"{path}: a dataset dictionary without a split named 'train' (it has {', '.join(splits)}); "
                 f"name one, as {path / str(splits[0] if splits else '...')}"
             )
         path = path / "train"
@@ -101,8 +100,12 @@ def _saved(path: Path) -> Iterator[Row]:
         raise DataError(
             f"{path}: a folder that datasets' save_to_disk did not write (no state.json in it); expected {FORMATS}"
         )
-    for number, row in enumerate(datasets.Dataset.load_from_disk(str(path)), start=1):
-        yield f"{path.name}: row {number}", dict(row)
+    try:
+        rows = datasets.Dataset.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"{path}: datasets cannot load it: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}: row {number}", dict(row)
 
 
 def _text(place: str, raw: bytes) -> str:
@@ -114,27 +117,27 @@ def _text(place: str, raw: bytes) -> str:
         ) from error
 
 
-def _object(name: str, line: int, text: str) -> dict[str, Any]:
+def _object(path: Path, line: int, text: str) -> dict[str, Any]:
     start = _skip_space(text, 0)
-    value, end = _decode(name, line, text, start, json.JSONDecoder())
+    value, end = _decode(path, line, text, start, json.JSONDecoder())
     rest = _skip_space(text, end)
     if rest < len(text):
         raise DataError(
-            f"{name}:{line}:{rest + 1}: bad JSON: expected one object in a line, got more: {shown(text[rest:])}"
+            f"{path}:{line}:{rest + 1}: bad JSON: expected one object in a line, got more: {shown(text[rest:])}"
         )
-    return _as_object(f"{name}:{line}", value)
+    return _as_object(f"{path}:{line}", value)
 
 
-def _decode(name: str, line: int, text: str, start: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
+def _decode(path: Path, line: int, text: str, start: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
     try:
         return decoder.raw_decode(text, start)
     except json.JSONDecodeError as error:
         # The decoder counts lines within what it was given, which may start inside the file.
         row = line + text.count("\n", start, error.pos)
         column = error.pos - text.rfind("\n", 0, error.pos)
-        raise DataError(f"{name}:{row}:{column}: bad JSON: {error.msg}") from error
+        raise DataError(f"{path}:{row}:{column}: bad JSON: {error.msg}") from error
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{name}:{line}: bad JSON: {error}") from error
+        raise DataError(f"{path}:{line}: bad JSON: {error}") from error
 
 
 def _as_object(place: str, value: Any) -> dict[str, Any]:

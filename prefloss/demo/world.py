@@ -121,7 +121,7 @@ class World:
 
     seed: int = 0
     temperature: float = 1.0
-    bar: float = 1.0
+    bar: float = 0.0
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)

@@ -98,7 +98,8 @@ class _TokenLogps(torch.autograd.Function):
         logps = torch.zeros(targets.shape, dtype=compute_dtype(logits.dtype), device=logits.device)
         lse = torch.zeros_like(logps)
         scratch = _scratch(min(len(keep), chunk_tokens), logits.shape[-1], logits)
-        with no_autocast(logits.device):
+        # autograd is off in here already, but torch.compile of older torch traces this with it on
+        with torch.no_grad(), no_autocast(logits.device):
             for part, rows in _row_slices(logits, chunk_tokens):
                 if not _known_to_be_ignored(keep[rows]):
                     z = scratch[: len(part)].copy_(part)
@@ -144,7 +145,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         logps = torch.zeros(kept.shape, dtype=compute_dtype(hidden.dtype), device=hidden.device)
         lse = torch.zeros_like(logps)
         scratch = _scratch(min(len(kept), chunk_tokens), len(weight), weight)
-        with no_autocast(hidden.device):
+        with torch.no_grad(), no_autocast(hidden.device):
             for rows in _slices(len(kept), chunk_tokens):
                 z = _project(hidden.index_select(0, kept[rows]), weight, bias, scratch)
                 _score_(z, targets[rows], transform, logps[rows], lse[rows])

@@ -18,12 +18,12 @@ class LogitTransform(NamedTuple):
     softcap: float | None = None
     temperature: float = 1.0
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def apply(self, logits: Tensor) -> Tensor:
         """The transformed logits, as autograd follows them."""
-        z = logits * self.logit_scale
+        z = logits if self.logit_scale == 1 else logits * self.logit_scale
         if self.softcap is not None:
             z = torch.where(z == -torch.inf, -torch.inf, self.softcap * torch.tanh(z / self.softcap))
-        return z / self.temperature
+        return z if self.temperature == 1 else z / self.temperature
 
     def apply_(self, logits: Tensor) -> Tensor:
         """The same, written over ``logits``: a second buffer of that size is what chunking avoids."""
@@ -54,9 +54,8 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
 
     A backward pass under autocast, which torch advises against, is out of reach of this one.
     """
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    # meta tensors, which only tell shapes, have no autocast to switch off
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def token_logps(logits: Tensor, targets: Tensor, transform: LogitTransform, ignore_index: int) -> Tensor:
@@ -64,7 +63,7 @@ def token_logps(logits: Tensor, targets: Tensor, transform: LogitTransform, igno
     keep = targets != ignore_index
     with no_autocast(logits.device):
         # selected before any arithmetic: inf and NaN of an ignored row must not reach the gradient as 0 * NaN
-        z = transform(torch.where(keep[..., None], logits, 0).to(compute_dtype(logits.dtype)))
+        z = transform.apply(torch.where(keep[..., None], logits, 0).to(compute_dtype(logits.dtype)))
         safe_targets = torch.where(keep, targets, 0)
         logps = z.log_softmax(-1).gather(-1, safe_targets[..., None]).squeeze(-1)
     return torch.where(keep, logps, 0)

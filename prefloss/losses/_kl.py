@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from prefloss.feedback import Labels
 from prefloss.logratios import LogRatios
+from prefloss.losses._state import State, check_decay
 
 
 class KLBaseline(Protocol):
@@ -62,7 +62,7 @@ def auto(labels: Labels) -> Tensor:
     return zero(labels)
 
 
-class RunningMean:
+class RunningMean(State):
     """Mean log-ratio of the examples seen so far, at least 0; works at batch size 1 and in any order.
 
     A batch is judged against the batches before it, so an example never is its own baseline; the first sees 0.
@@ -79,62 +79,35 @@ class RunningMean:
         (tensor(0.), tensor(2.))
     """
 
+    name = "running_mean"
+    saved = ("total", "weight")
+    settings = ("decay",)
+
     def __init__(self, decay: float = 0.9) -> None:
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-            raise ValueError(f"decay: got {decay!r}, wanted a number >= 0 and < 1")
+        super().__init__()
+        check_decay(decay)
         self.decay = decay
-        self.training = True
-        self._total = 0.0
-        self._weight = 0.0
+        self.total = 0.0
+        self.weight = 0.0
 
     def __call__(self, labels: Labels) -> Tensor:
         """The baseline from earlier batches, a scalar; then, in training, take this batch in."""
         value = zero(labels) + max(0.0, self.value)
         if self.training:
-            self._update(labels.completions)
+            self._take_in(labels.completions)
         return value
 
     @property
     def value(self) -> float:
         """Running mean log-ratio, nats; 0 before the first batch."""
-        return self._total / self._weight if self._weight else 0.0
+        return self.total / self.weight if self.weight else 0.0
 
-    def train(self, mode: bool = True) -> None:
-        """Whether calls move the mean; evaluation holds it still."""
-        self.training = mode
-
-    def state_dict(self) -> dict[str, float]:
-        """The running sum and its weight."""
-        return {"total": self._total, "weight": self._weight}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore what `state_dict` gave."""
-        self._total, self._weight = float(state["total"]), float(state["weight"])
-
-    def _update(self, completions: LogRatios) -> None:
-        if bool(completions.empty.all()):
-            return
-        # Dividing by the accumulated weight removes the bias towards 0 of the first batches.
-        self._total = self.decay * self._total + float(mean_log_ratio(completions))
-        self._weight = self.decay * self._weight + 1.0
-
-    def config(self) -> dict[str, Any]:
-        """As written in a configuration file: `kl_baseline={"name": "running_mean", "decay": 0.9}`."""
-        return {"name": "running_mean", "decay": self.decay}
-
-    def __repr__(self) -> str:
-        """As written in code."""
-        return f"RunningMean(decay={self.decay})"
-
-    def __eq__(self, other: object) -> bool:
-        """Same decay and same state."""
-        return (
-            isinstance(other, RunningMean)
-            and self.decay == other.decay
-            and self.state_dict() == other.state_dict()
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+    def _take_in(self, completions: LogRatios) -> None:
+        count, total, _ = self._totals(completions.h, ~completions.empty)
+        if count:
+            # Dividing by the accumulated weight removes the bias towards 0 of the first batches.
+            self.total = self.decay * self.total + total / count
+            self.weight = self.decay * self.weight + 1.0
 
 
 def mean_log_ratio(ratios: LogRatios) -> Tensor:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefloss import feedback as _feedback
-from prefloss.losses import _reduce
+from prefloss.losses import _modifiers, _needs, _reduce
+from prefloss.losses._schedules import Schedule
+from prefloss.losses._state import State
 
 if TYPE_CHECKING:
     from prefloss.losses._registry import LossSpec
 
-_CONVERSIONS = {
-    ("Rankings", "Pairs"): "convert with rankings.to_pairs('best_worst' | 'adjacent' | 'all')",
-    ("Rankings", "Labels"): "convert with rankings.to_pairs(...).to_labels()",
-    ("Pairs", "Labels"): "convert with pairs.to_labels()",
-}
+
+class Evaluation(NamedTuple):
+    """A loss on a batch.
+
+    Attributes:
+        mean: What to minimise, a scalar.
+        terms: Loss of each example by term, [n]; one term unless the loss is a sum of several.
+        means: Mean of each term over the examples that it counts, before its weight, scalars.
+    """
+
+    mean: Tensor
+    terms: dict[str, Tensor]
+    means: dict[str, Tensor]
 
 
 class Loss:
@@ -28,7 +38,7 @@ class Loss:
 
     Attributes:
         spec: What the loss is and needs.
-        params: Its hyperparameters, read-only.
+        params: Its hyperparameters, and the modifiers that were given; read-only.
 
     Example:
         >>> dpo = prefloss.get("dpo", beta=0.1)
@@ -41,7 +51,7 @@ class Loss:
 
     def __init__(self, spec: LossSpec, params: Mapping[str, Any]) -> None:
         self.spec = spec
-        self.params = types.MappingProxyType(dict(params))
+        self.params: Mapping[str, Any] = types.MappingProxyType(dict(params))
 
     @property
     def name(self) -> str:
@@ -51,10 +61,15 @@ class Loss:
     @property
     def beta(self) -> float | None:
         """The KL strength that trainers call beta, whatever the paper calls it; None if the loss has none."""
-        return None if self.spec.beta is None else self.params[self.spec.beta]
+        return None if self.spec.beta is None else _now(self.params[self.spec.beta])
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of the feedback that must be there, those of its modifiers included."""
+        return self.spec.needs.union(*(_modifiers.MODIFIERS[name].needs for name in self._modifiers))
 
     def __call__(self, feedback: _feedback.Feedback) -> Tensor:
-        """Loss of each example, [n]: times its weight, and 0 where a completion is empty.
+        """Loss of each example, [n]: times its weight, and 0 where it does not count.
 
         Args:
             feedback: Of the kind the loss takes (`spec.feedback`).
@@ -63,33 +78,47 @@ class Loss:
             TypeError: If the feedback is of another kind; the message names the conversion.
             ValueError: If the loss needs something that the feedback lacks, or does not return one value per example.
         """
-        self._check(feedback)
-        values = self.spec.function(feedback, **self.params)
-        if values.shape != feedback.shape:
-            raise ValueError(
-                f"{self.name}: got values of shape {list(values.shape)}, wanted {list(feedback.shape)}: "
-                "one per example, not reduced"
-            )
-        return _reduce.weigh(values, feedback)
+        _needs.check(self.name, self.spec, self.needs, feedback)
+        for name in self._modifiers:
+            apply = _modifiers.MODIFIERS[name].apply
+            if apply is not None:
+                feedback = apply(feedback, _now(self.params[name]), self.beta or 1.0)
+        values = self._values(feedback)
+        if "label_smoothing" in self._modifiers:
+            assert isinstance(feedback, _feedback.Pairs)
+            flip = _now(self.params["label_smoothing"])
+            values = _modifiers.smoothed(values, self._values(feedback.swapped()), flip)
+        return _reduce.weigh(values, feedback, self.counted(feedback))
 
-    def mean(self, feedback: _feedback.Feedback) -> Tensor:
-        """Mean loss over the examples that count, a scalar; warns once if some have an empty completion.
+    def counted(self, feedback: _feedback.Feedback) -> Tensor:
+        """True at the examples that the loss and its mean count, [n]."""
+        return feedback.valid if self.spec.valid is None else self.spec.valid(feedback)
+
+    def evaluate(self, feedback: _feedback.Feedback) -> Evaluation:
+        """The loss of a batch, its terms and what to minimise; warns once if some completion is empty.
 
         Raises:
             TypeError: As calling the loss does.
             ValueError: As calling the loss does.
         """
-        return self.reduce(self(feedback), feedback)
-
-    def reduce(self, values: Tensor, feedback: _feedback.Feedback) -> Tensor:
-        """Mean of the values that calling the loss gave for `feedback`: their sum over the examples that count."""
         warn_if_empty(feedback)
-        return _reduce.mean(values, feedback)
+        values = self(feedback)
+        mean = _reduce.mean(values, self.counted(feedback))
+        return Evaluation(mean, {self.name: values}, {self.name: mean})
+
+    def mean(self, feedback: _feedback.Feedback) -> Tensor:
+        """Mean loss over the examples that count, a scalar.
+
+        Raises:
+            TypeError: As calling the loss does.
+            ValueError: As calling the loss does.
+        """
+        return self.evaluate(feedback).mean
 
     @property
-    def state(self) -> dict[str, Any]:
-        """The hyperparameters that keep a state between calls (they have a `state_dict`)."""
-        return {name: value for name, value in self.params.items() if hasattr(value, "state_dict")}
+    def state(self) -> dict[str, State]:
+        """The hyperparameters that keep a state between calls."""
+        return {name: value for name, value in self.params.items() if isinstance(value, State)}
 
     def state_dict(self) -> dict[str, Any]:
         """State kept between calls; empty for a stateless loss."""
@@ -116,27 +145,42 @@ class Loss:
         """Hold the state still, as `torch.nn.Module.eval` does."""
         return self.train(False)
 
+    def step(self) -> None:
+        """Tell the schedules that an optimizer step was made."""
+        for value in self.state.values():
+            value.step()
+
+    def reduce_over(self, all_sum: Callable[[Tensor], Tensor]) -> None:
+        """Let the state see all ranks: `all_sum` sums a tensor over them."""
+        for value in self.state.values():
+            value.all_sum = all_sum
+
+    def config(self) -> dict[str, Any]:
+        """Name and hyperparameters as a configuration file holds them: `get(**config)` gives the loss back."""
+        return {"name": self.name, **{name: _plain(value) for name, value in self.params.items()}}
+
     def __repr__(self) -> str:
-        """Name and every hyperparameter, so that a run can be repeated."""
+        """Name and every hyperparameter; `get(repr(loss))` gives the loss back."""
         written = ", ".join(f"{name}={value!r}" for name, value in self.params.items())
         return f"{self.name}({written})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name: the registry, not the file, holds the function."""
-        return _rebuild, (self.name, dict(self.params))
+        return _rebuild, (self.name, dict(self.params), self.state_dict())
 
-    def _check(self, feedback: _feedback.Feedback) -> None:
-        wanted = self.spec.feedback
-        if not isinstance(feedback, wanted):
-            got = type(feedback).__name__
-            hint = _CONVERSIONS.get((got, wanted.__name__))
-            raise TypeError(
-                f"{self.name}: feedback: got {got}, wanted {wanted.__name__}{f'; {hint}' if hint else ''}"
-            )
-        if self.spec.needs_reference and any(part.reference is None for part in feedback.parts):
+    @property
+    def _modifiers(self) -> list[str]:
+        return [name for name in _modifiers.MODIFIERS if name in self.params and name not in self.spec.parameters]
+
+    def _values(self, feedback: _feedback.Feedback) -> Tensor:
+        own = {name: _now(self.params[name]) for name in self.spec.parameters}
+        values = self.spec.function(feedback, **own)
+        if values.shape != feedback.shape:
             raise ValueError(
-                f"{self.name}: reference: got None, wanted reference log-probs: the loss reads log-ratios"
+                f"{self.name}: got values of shape {list(values.shape)}, wanted {list(feedback.shape)}: "
+                "one per example, not reduced"
             )
+        return values
 
 
 def warn_if_empty(feedback: _feedback.Feedback) -> None:
@@ -150,7 +194,7 @@ def warn_if_empty(feedback: _feedback.Feedback) -> None:
             f"{empty} of {feedback.valid.numel()} examples have a completion without tokens (truncated away?); "
             "they are left out of the loss and of its mean. This warning is shown once.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -158,7 +202,22 @@ class _Warned:
     empty = False
 
 
-def _rebuild(name: str, params: dict[str, Any]) -> Loss:
+def _now(value: Any) -> Any:
+    return value.value if isinstance(value, Schedule) else value
+
+
+def _plain(value: Any) -> Any:
+    """A hyperparameter as JSON keeps it; one that is code is kept as its repr, and refused when read back."""
+    if isinstance(value, State):
+        return value.config()
+    if isinstance(value, str | int | float | bool | types.NoneType):
+        return value
+    return list(value) if isinstance(value, tuple) else getattr(value, "name", repr(value))
+
+
+def _rebuild(name: str, params: dict[str, Any], state: dict[str, Any]) -> Loss:
     from prefloss.losses._registry import get
 
-    return get(name, **params)
+    loss = get(name, **params)
+    loss.load_state_dict(state)
+    return loss

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from prefloss.losses import _schedules
 
 _TYPES = {float: "a number", int: "an integer", bool: "True or False", str: "a string"}
 
@@ -94,6 +96,9 @@ class Parameter:
             TypeError: If the type is wrong.
             ValueError: If it is out of range.
         """
+        value = _schedules.from_config(value)
+        if isinstance(value, _schedules.Schedule):
+            return self._checked_schedule(loss, value)
         where = f"{loss}: {self.name}: got {value!r}"
         if isinstance(self.constraint, Coerce):
             try:
@@ -117,6 +122,13 @@ class Parameter:
             raise ValueError(f"{where}, wanted a finite number")
         return value
 
+    def _checked_schedule(self, loss: str, schedule: _schedules.Schedule) -> _schedules.Schedule:
+        if _plain_type(self.type) is not float:
+            raise TypeError(f"{loss}: {self.name}: got {schedule!r}, wanted {self.constraint or self.type}: no number")
+        for end in (schedule.start, schedule.end):
+            self.checked(loss, end)
+        return schedule
+
     def _wanted(self, plain: Any) -> str:
         words = _TYPES.get(plain, str(plain))
         return f"{words} {self.constraint}" if isinstance(self.constraint, Interval) else words
@@ -131,8 +143,16 @@ def from_annotation(name: str, annotation: Any, default: Any, description: str) 
     return Parameter(name, default, annotation, constraint, description)
 
 
-def check(loss: str, parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
+def check(
+    loss: str, parameters: Mapping[str, Parameter], given: Mapping[str, Any], also: Iterable[str] = ()
+) -> dict[str, Any]:
     """All hyperparameters of a loss: those given, checked, and the defaults of the rest.
+
+    Args:
+        loss: Name of the loss, for messages.
+        parameters: Its hyperparameters.
+        given: Those that were given.
+        also: Names of modifiers that it admits, for the hint at an unknown name.
 
     Raises:
         TypeError: If one is unknown, missing, or of the wrong type.
@@ -140,7 +160,7 @@ def check(loss: str, parameters: Mapping[str, Parameter], given: Mapping[str, An
     """
     for name in given:
         if name not in parameters:
-            raise TypeError(f"{loss}: unknown hyperparameter {name!r}{_hint(name, parameters)}")
+            raise TypeError(f"{loss}: unknown hyperparameter {name!r}{_hint(name, [*parameters], [*also])}")
     values = {}
     for name, parameter in parameters.items():
         if name not in given and parameter.required:
@@ -151,11 +171,11 @@ def check(loss: str, parameters: Mapping[str, Parameter], given: Mapping[str, An
     return values
 
 
-def _hint(name: str, parameters: Mapping[str, Parameter]) -> str:
-    if not parameters:
-        return "; it takes none"
-    close = difflib.get_close_matches(name, parameters, n=1)
-    return f"{f'; did you mean {close[0]!r}?' if close else ''}; it takes {', '.join(map(repr, parameters))}"
+def _hint(name: str, own: list[str], modifiers: list[str]) -> str:
+    close = difflib.get_close_matches(name, own + modifiers, n=1)
+    takes = f"it takes {', '.join(map(repr, own))}" if own else "it takes none"
+    admits = f"; and the modifiers {', '.join(modifiers)}" if modifiers else ""
+    return f"{f'; did you mean {close[0]!r}?' if close else ''}; {takes}{admits}"
 
 
 def _plain_type(annotation: Any) -> Any:

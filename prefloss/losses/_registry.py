@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import inspect
 import types
@@ -13,7 +12,7 @@ from typing import Any, TypeVar, cast, get_type_hints, overload
 from torch import Tensor
 
 from prefloss import feedback as _feedback
-from prefloss.losses import _docstring, _names, _parameters
+from prefloss.losses import _docstring, _expression, _modifiers, _names, _needs, _parameters
 from prefloss.losses._loss import Loss
 from prefloss.losses._parameters import Parameter
 
@@ -21,6 +20,23 @@ ENTRY_POINTS = "prefloss.losses"
 """Entry-point group in which other packages publish losses."""
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name of a loss.
+
+    Attributes:
+        peers: The trainers that use it.
+        parameters: Hyperparameters that it sets, where the trainers' form differs from the defaults here.
+    """
+
+    peers: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """The trainers, and what the name sets."""
+        return f"{self.peers} ({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})" if self.parameters else self.peers
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,15 +48,17 @@ class LossSpec:
         function: The registered function, unchanged.
         feedback: The kind of feedback it takes: `Pairs`, `Labels` or `Rankings`.
         parameters: Its hyperparameters by name.
-        aliases: Names under which trainers know it, each with those trainers.
+        aliases: Names under which trainers know it, each with those trainers and the hyperparameters by which their
+            form of it differs.
         needs_reference: It reads reference log-probs.
         separable: The loss of an example depends on that example alone.
         difference_only: It depends on a pair only through the difference of the two scores.
         monotone: It never rises when the better completion's score does, at default hyperparameters.
         stateful: It keeps a state between calls at default hyperparameters.
         beta: Name of the hyperparameter that is the KL strength, which trainers call beta; None if it has none.
-        reads: Optional fields of the feedback that it reads, such as `scores`, `mismatched`, `kl`; trainers refuse
-            to drop any other that a batch carries.
+        needs: Fields of the feedback that must be there, such as `tokens`, `scores`, `gold`, `per_token`.
+        reads: Fields that it reads if they are there, such as `kl`; trainers refuse to drop any other.
+        valid: Which examples it counts, feedback -> [n]; None is all without an empty completion.
         summary: First line of the docstring.
         formula: Its equation in LaTeX.
         paper: arXiv id, as `arXiv:2305.18290`.
@@ -53,14 +71,16 @@ class LossSpec:
     function: Callable[..., Tensor]
     feedback: type
     parameters: Mapping[str, Parameter]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
     needs_reference: bool = True
     separable: bool = True
     difference_only: bool = False
     monotone: bool = False
     stateful: bool = False
     beta: str | None = None
+    needs: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
+    valid: Callable[[Any], Tensor] | None = None
     summary: str = ""
     formula: str = ""
     paper: str = ""
@@ -83,14 +103,16 @@ def register(function: Function, /) -> Function: ...
 def register(
     *,
     name: str | None = None,
-    aliases: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str | tuple[str, Mapping[str, Any]]] | None = None,
     needs_reference: bool = True,
     separable: bool = True,
     difference_only: bool = False,
     monotone: bool = False,
     stateful: bool = False,
     beta: str | None = None,
+    needs: Iterable[str] = (),
     reads: Iterable[str] = (),
+    valid: Callable[[Any], Tensor] | None = None,
 ) -> Callable[[Function], Function]: ...
 
 
@@ -103,7 +125,8 @@ def register(function: Any = None, /, **traits: Any) -> Any:
     Args:
         function: The loss.
         **traits: `name` (the function's own if absent), `aliases`, `needs_reference`, `separable`,
-            `difference_only`, `monotone`, `stateful`, `beta`, `reads` as in `LossSpec`. `beta` defaults to the
+            `difference_only`, `monotone`, `stateful`, `beta`, `needs`, `reads`, `valid` as in
+            `LossSpec`; an alias maps to the trainers that use it, or to them and the hyperparameters it sets. `beta` defaults to the
             hyperparameter of that name, if there is one.
 
     Raises:
@@ -139,9 +162,11 @@ def get(name: str, /, **parameters: Any) -> Loss:
     """A loss by name, its hyperparameters checked now rather than at the first batch.
 
     Args:
-        name: Registered name or alias, or both name and hyperparameters in one string: `"ipo(tau=0.1)"`. A name
-            that is missing is looked up among the entry points of installed packages.
-        **parameters: Hyperparameters; the rest keep the defaults of the loss.
+        name: Registered name or alias, with hyperparameters if you like (`"ipo(tau=0.1)"`), or a weighted sum of
+            such (`"0.8*dpo(beta=0.1) + 1.0*nll"`). A name that is missing is looked up among the entry points of
+            installed packages.
+        **parameters: Hyperparameters and modifiers (`label_smoothing`, `divergence` ...); the rest keep the defaults
+            of the loss. A numeric one may be a schedule: `beta=Linear(0.5, 0.1, steps=100)`.
 
     Returns:
         A callable: feedback -> one value per example.
@@ -156,9 +181,41 @@ def get(name: str, /, **parameters: Any) -> Loss:
         >>> get("ipo(tau=0.5)").params["tau"]
         0.5
     """
-    name, parameters = split_name(name, parameters)
+    terms = [_expression.Term(1.0, name)] if name in _aliases else _expression.parse(_checked_name(name))
+    if len(terms) == 1 and terms[0].weight == 1.0:
+        return _bound(terms[0].name, _merged(name, terms[0].parameters, parameters))
+    if parameters:
+        raise TypeError(f"{name}: got {sorted(parameters)} beside a sum of losses, wanted them inside its terms")
+    from prefloss.losses._composite import Composite
+
+    return Composite([(term.weight, _bound(term.name, term.parameters)) for term in terms])
+
+
+def _bound(name: str, given: Mapping[str, Any]) -> Loss:
     spec = spec_of(name)
-    return Loss(spec, _parameters.check(spec.name, spec.parameters, parameters))
+    preset = spec.aliases[name].parameters if name in spec.aliases else {}
+    values = {**preset, **given}
+    modifiers = {key: values.pop(key) for key in list(values) if key not in spec.parameters and key in _modifiers.MODIFIERS}
+    params = _parameters.check(spec.name, spec.parameters, values, _modifiers.admitted(spec))
+    for key, value in modifiers.items():
+        refusal = _modifiers.refusal(spec, _modifiers.MODIFIERS[key])
+        if refusal:
+            raise TypeError(f"{spec.name}: {key}: got {value!r}, but the loss {refusal}")
+        params[key] = _modifiers.MODIFIERS[key].parameter.checked(spec.name, value)
+    return Loss(spec, params)
+
+
+def _merged(name: str, written: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    repeated = sorted(written.keys() & parameters.keys())
+    if repeated:
+        raise TypeError(f"{name}: {repeated[0]}: got it both in the name and as an argument, wanted it once")
+    return {**written, **parameters}
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {name!r}, wanted the name of a loss")
+    return name
 
 
 def spec_of(name: str) -> LossSpec:
@@ -167,9 +224,7 @@ def spec_of(name: str) -> LossSpec:
     Raises:
         ValueError: If no loss has the name.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name: got {name!r}, wanted the name of a loss")
-    if name not in _specs and name not in _aliases:
+    if _checked_name(name) not in _specs and name not in _aliases:
         _load_entry_point(name)
     spec = _specs.get(_aliases.get(name, name))
     if spec is None:
@@ -207,14 +262,19 @@ def _spec_from(function: Any, name: str, traits: dict[str, Any]) -> LossSpec:
     beta = traits.pop("beta", None) or ("beta" if "beta" in parameters else None)
     if beta is not None and beta not in parameters:
         raise TypeError(f"{name}: beta: got {beta!r}, wanted one of its hyperparameters {sorted(parameters)}")
+    aliases = {
+        alias: Alias(entry) if isinstance(entry, str) else Alias(*entry)
+        for alias, entry in (traits.pop("aliases", None) or {}).items()
+    }
     return LossSpec(
         name=name,
         function=cast(Any, function),
         feedback=kind,
         parameters=types.MappingProxyType(parameters),
-        aliases=types.MappingProxyType(dict(traits.pop("aliases", None) or {})),
+        aliases=types.MappingProxyType(aliases),
         beta=beta,
-        reads=frozenset(traits.pop("reads", ())),
+        needs=_fields(name, "needs", traits.pop("needs", ())),
+        reads=_fields(name, "reads", traits.pop("reads", ())),
         summary=text.summary,
         formula=text.formula,
         paper=text.paper,
@@ -225,15 +285,24 @@ def _spec_from(function: Any, name: str, traits: dict[str, Any]) -> LossSpec:
     )
 
 
+def _fields(name: str, trait: str, listed: Iterable[str]) -> frozenset[str]:
+    unknown = sorted(set(listed) - set(_needs.NEEDS))
+    if unknown:
+        raise ValueError(f"{name}: {trait}: got {unknown[0]!r}, wanted some of {', '.join(_needs.NEEDS)}")
+    return frozenset(listed)
+
+
 _TRAITS = {
     "aliases",
     "beta",
     "difference_only",
     "monotone",
+    "needs",
     "needs_reference",
     "reads",
     "separable",
     "stateful",
+    "valid",
 }
 
 
@@ -262,31 +331,6 @@ def _signature(function: Any, name: str, described: Mapping[str, str]) -> tuple[
         )
         for parameter in rest
     }
-
-
-def split_name(name: str, parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """`"ipo(tau=0.1)"` and further hyperparameters -> `"ipo"` and all of them.
-
-    Raises:
-        ValueError: If the string is not a name with literal hyperparameters.
-        TypeError: If a hyperparameter is given twice.
-    """
-    if not isinstance(name, str) or "(" not in name:
-        return name, dict(parameters)
-    wanted = ValueError(
-        f"name: got {name!r}, wanted a loss name with literal hyperparameters, as 'ipo(tau=0.1)'"
-    )
-    try:
-        call = ast.parse(name.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            raise wanted
-        written = {str(item.arg): ast.literal_eval(item.value) for item in call.keywords if item.arg}
-    except (SyntaxError, ValueError) as error:
-        raise wanted from error
-    repeated = sorted(written.keys() & parameters.keys())
-    if repeated:
-        raise TypeError(f"{name}: {repeated[0]}: got it both in the name and as an argument, wanted it once")
-    return call.func.id, {**written, **parameters}
 
 
 def _load_entry_point(name: str) -> None:

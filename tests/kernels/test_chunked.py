@@ -183,6 +183,31 @@ def test_mixed_precision_matmul(mixed_matmul, dtype, error):
         assert (a - b).norm() < error * b.norm()
 
 
+def test_small_gradients_survive_float16(mixed_matmul):
+    # each logit gets 1e-6 / 5, which float16 would round by a tenth; the head gets 1000 times that
+    hidden = torch.full((1, 1), 1000.0, dtype=torch.float16)
+    weight = torch.zeros(5, 1, dtype=torch.float16, requires_grad=True)
+    out = chunked.linear_token_logps(hidden, weight, None, torch.tensor([0]), PLAIN, -100)
+    out.backward(torch.tensor([1e-6]))
+    torch.testing.assert_close(weight.grad[1:], torch.full((4, 1), -2e-4).half(), rtol=2e-3, atol=0)
+
+
+def test_token_op_where_no_answer_is_waited_for(monkeypatch):
+    """The path of accelerators, which computes ignored rows too rather than ask which they are."""
+    monkeypatch.setattr(chunked, "_on_cpu", lambda x: False)
+    logits = torch.randn(6, 5)
+    targets = torch.tensor([-100, -100, 1, -100, 4, 0])
+    logits[targets == -100] = torch.nan
+    results = []
+    for op, options in ((naive, {}), (chunked, {"chunk_tokens": 2}), (chunked, {})):
+        x = logits.clone().requires_grad_()
+        out = op.token_logps(x, targets, CAPPED, -100, **options)
+        out.sum().backward()
+        results.append((out, x.grad))
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0])
+
+
 @pytest.mark.skipif(
     "dtype_out" not in torch.ops.aten.mm.overloads(), reason="this torch has no mm(out_dtype=)"
 )

@@ -82,7 +82,7 @@ def test_a_spec_says_what_the_loss_is():
         ("rpo", r"means several things:\n  dpo_nll: iterative reasoning"),
         ("R-DPO", "robust_dpo: provably robust DPO"),
         ("XPO", "exploratory PO"),
-        ("zzzzzz", r"unknown loss 'zzzzzz'\. Registered: dpo, hinge"),
+        ("zzzzzz", r"unknown loss 'zzzzzz'\. Registered: "),
     ],
 )
 def test_unknown_names(name, message):
@@ -94,7 +94,7 @@ def test_unknown_names(name, message):
     ("given", "error", "message"),
     [
         ({"bta": 0.1}, TypeError, r"dpo: unknown hyperparameter 'bta'; did you mean 'beta'\?"),
-        ({"tau": 0.1}, TypeError, r"unknown hyperparameter 'tau'; it takes 'beta', 'label_smoothing'"),
+        ({"tau": 0.1}, TypeError, r"unknown hyperparameter 'tau'; it takes 'beta'; and the modifiers wpo, "),
         ({"beta": 0}, ValueError, r"dpo: beta: got 0, wanted a number > 0"),
         ({"beta": -0.1}, ValueError, r"beta: got -0.1"),
         ({"beta": float("nan")}, ValueError, "beta: got nan"),
@@ -124,7 +124,7 @@ def test_hyperparameters_in_the_name(name):
     assert prefloss.get(name.strip(), per_token=False).params == {"tau": 0.2, "per_token": False}
 
 
-@pytest.mark.parametrize("name", ["ipo(0.2)", "ipo(tau=x)", "ipo(tau=0.1", "ipo()(tau=1)", "a.ipo(tau=1)"])
+@pytest.mark.parametrize("name", ["ipo(0.2)", "ipo(tau=-x)", "ipo(tau=0.1", "ipo()(tau=1)", "a.ipo(tau=1)"])
 def test_names_that_are_no_call(name):
     with pytest.raises(ValueError, match=r"wanted a loss name with literal hyperparameters"):
         prefloss.get(name)

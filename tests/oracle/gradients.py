@@ -12,7 +12,7 @@ from mpmath import mp, mpf
 from tests.oracle.numbers import Group, Numbers, Pair, Side, number
 
 # What the policy is asked for; the rest of a side is the reference's or is detached.
-POLICY_FIELDS = ("policy", "per_token_policy", "per_token_kl")
+POLICY_FIELDS = ("policy", "per_token_policy", "per_token_kl", "per_token_kl_policy")
 
 
 def gradient(function: Callable, data: Any, *, digits: int = 150, **hyper) -> dict[tuple, mpf]:

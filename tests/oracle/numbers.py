@@ -50,11 +50,12 @@ class Side(Numbers):
     per_token_reference: Any = None
     # log of the sum over the vocabulary of the policy's squared probabilities
     per_token_log_sum_sq: Any = None
-    # KL(reference || policy) over the vocabulary
+    # KL(reference ‖ policy) and KL(policy ‖ reference) over the vocabulary
     per_token_kl: Any = None
+    per_token_kl_policy: Any = None
     # importance weights of TIS-DPO
     per_token_weight: Any = None
-    # entropy term of the reference, Mallows-DPO and RainbowPO
+    # mean over the tokens of the reference's entropy over log(vocabulary size), Mallows-DPO and RainbowPO
     reference_entropy: Any = None
 
     @property

@@ -22,58 +22,61 @@ def logit_of_mean(side):
 
 @oracle("pair")
 def slic_hf(pair, *, delta, nll_weight):
-    """SLiC-HF, 2305.10425: hinge on the summed log-probs, regularised on the gold or else the chosen one."""
+    """SLiC-HF, 2305.10425: hinge on the summed log-probs, regularised on the gold or else the chosen one.
+
+    Read in the HALOs trainer as copied by relative-preference-optimization.
+    """
     target = pair.gold or pair.chosen
     return relu(delta - policy_gap(pair)) - nll_weight * target.policy
 
 
 @oracle("pair")
 def simpo(pair, *, beta, gamma):
-    """SimPO, 2405.14734 Eq. 6."""
+    """SimPO, 2405.14734 Eq. 6. Read in copies of princeton-nlp/SimPO scripts/simpo_trainer.py."""
     return -log_sigma(beta * mean_gap(pair) - gamma)
 
 
 @oracle("pair")
 def cpo(pair, *, beta, nll_weight):
-    """CPO, 2401.08417 Eq. 3; the NLL per token."""
+    """CPO, 2401.08417 Eq. 3; the NLL per token. Read in the README of fe1ixxu/CPO_SIMPO, by CPO's author."""
     return -log_sigma(beta * policy_gap(pair)) + nll_weight * pair.chosen.nll
 
 
 @oracle("pair")
 def cpo_simpo(pair, *, beta, gamma, nll_weight):
-    """CPO-SimPO (fe1ixxu/CPO_SIMPO)."""
+    """CPO-SimPO. Read in the README of fe1ixxu/CPO_SIMPO."""
     return -log_sigma(beta * mean_gap(pair) - gamma) + nll_weight * pair.chosen.nll
 
 
 @oracle("pair")
 def orpo(pair, *, odds_weight):
-    """ORPO, 2403.07691 Eqs. 4-7; the NLL over the response."""
+    """ORPO, 2403.07691 Eqs. 4-7. Read in xfactlab/orpo src/orpo_trainer.py; here the NLL is over the response."""
     odds = logit_of_mean(pair.chosen) - logit_of_mean(pair.rejected)
     return pair.chosen.nll - odds_weight * log_sigma(odds)
 
 
 @oracle("pair")
 def alphapo(pair, *, alpha, beta, gamma):
-    """AlphaPO, 2501.03884: reward (1 - p^-alpha)/alpha of the mean token probability p."""
+    """AlphaPO, 2501.03884: reward (1 - p^-alpha)/alpha of the mean token probability p. Taken from the catalogue."""
     chosen, rejected = (-expm1(-alpha * side.policy_mean) / alpha for side in (pair.chosen, pair.rejected))
     return -log_sigma(beta * (chosen - rejected) - gamma)
 
 
 @oracle("pair")
 def simper(pair):
-    """SimPER, 2502.00883: difference of the inverse perplexities."""
+    """SimPER, 2502.00883: difference of the inverse perplexities. Read in tengxiao1/SimPER scripts."""
     return exp(pair.rejected.policy_mean) - exp(pair.chosen.policy_mean)
 
 
 @oracle("pair")
 def tpo(pair, *, beta, nll_weight):
-    """TPO, 2405.16681; the NLL on the gold completion."""
+    """TPO, 2405.16681; the NLL on the gold completion. Read in TRL's page on it."""
     return -log_sigma(beta * policy_gap(pair)) + nll_weight * pair.gold.nll
 
 
 @oracle("pair")
 def tpo_l(pair, *, beta, gamma, nll_weight):
-    """TPO-L, 2405.16681."""
+    """TPO-L, 2405.16681. Read in TRL's page on it."""
     return -log_sigma(beta * mean_gap(pair) - gamma) + nll_weight * pair.gold.nll
 
 

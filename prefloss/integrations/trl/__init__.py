@@ -21,5 +21,6 @@ except ModuleNotFoundError as error:
 from prefloss.integrations.trl._callback import PreferenceLossCallback as PreferenceLossCallback
 from prefloss.integrations.trl._callback import attach as attach
 from prefloss.integrations.trl._callback import detach as detach
+from prefloss.integrations.trl._collate import FeedbackCollator as FeedbackCollator
 from prefloss.integrations.trl._enable import disable as disable
 from prefloss.integrations.trl._enable import enable as enable

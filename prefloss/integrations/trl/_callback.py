@@ -49,7 +49,8 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
             if parameters:
                 raise TypeError(f"parameters: got {sorted(parameters)} with a Loss, wanted them in the Loss")
             # All of a Loss's hyperparameters count as stated.
-            loss, parameters = loss.name, dict(loss.params)
+            parameters = loss.config()
+            loss = str(parameters.pop("name"))
         self._name, self._parameters = loss, parameters
         self._loss = get(loss, **parameters)
         self._args: Any = None
@@ -75,7 +76,7 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
             self.loss_state = saved["attributes"]["loss_state"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop a training that goes around the loss.
+        """Move the loss's schedules on; stop a training that goes around the loss.
 
         Raises:
             RuntimeError: If an optimizer step was made without it.
@@ -85,14 +86,13 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
                 f"{self!r} was not used in a training step: the trainer's class overrides compute_loss without calling "
                 "TRL's; call super().compute_loss there"
             )
+        self._loss.train().step()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps (transformers' `ExportableState`)."""
+        config = self._loss.config()
         return {
-            "args": {
-                "loss": self._loss.name,
-                **{name: _plain(value) for name, value in self._loss.params.items()},
-            },
+            "args": {"loss": config.pop("name"), **config},
             "attributes": {"loss_state": self.loss_state},
         }
 
@@ -116,11 +116,6 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
 
     def _compute(self, trainer: Any, own: Callable[..., Any], inputs: Any, return_outputs: bool) -> Any:
         self._bind(trainer.args)
-        if self._loss.state and trainer.accelerator.num_processes > 1:
-            raise NotImplementedError(
-                f"{self._loss!r} keeps a state that prefloss does not yet reduce over processes: got "
-                f"{trainer.accelerator.num_processes}, wanted 1"
-            )
         self._used = self._inside = True
         try:
             loss, returned = _step.compute_loss(trainer, self._loss, own, inputs)
@@ -197,13 +192,6 @@ class _AttachedCallback(PreferenceLossCallback):
     """Made by `attach`, which wraps the method of one trainer and leaves the classes alone."""
 
     _wraps_classes = False
-
-
-def _plain(value: Any) -> Any:
-    """A hyperparameter as JSON keeps it; one that is code is kept as its name, and refused when read back."""
-    if hasattr(value, "config"):
-        return value.config()
-    return value if isinstance(value, str | int | float | bool | types.NoneType) else repr(value)
 
 
 def _install() -> None:

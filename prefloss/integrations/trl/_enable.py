@@ -71,13 +71,9 @@ def _loss_named_in(config: Any) -> Loss | None:
     """The prefloss loss that a configuration names; None if it names TRL's own.
 
     Raises:
-        ValueError: If the name is unknown, or several are given of which TRL does not know all.
+        ValueError: If a name is unknown, or the configuration sets an option that no loss reads.
     """
     names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
     if all(_options.known_to_trl(config, name) for name in names):
         return None
-    if len(names) > 1:
-        raise ValueError(
-            f"{type(config).__name__}.loss_type: got {names!r}, wanted one name, or several that TRL itself knows"
-        )
-    return _options.resolve(config, names[0], {})
+    return _options.resolve(config, _options.expression(names, getattr(config, "loss_weights", None)), {})

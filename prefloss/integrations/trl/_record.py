@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ class Pass:
         labels: Token ids of completion tokens, `IGNORE_INDEX` elsewhere, [rows, T].
         log_probs: Log-probs of `labels[:, 1:]`, [rows, T - 1], nats; 0 where ignored.
         aux_loss: Router loss of a mixture of experts, a scalar, or None.
+        log_sum_sq: Log of the sum of squared probabilities at each of those positions, if TRL computed it.
     """
 
     labels: Tensor
     log_probs: Tensor
     aux_loss: Tensor | None
+    log_sum_sq: Tensor | None
 
 
 @contextmanager
@@ -38,7 +40,15 @@ def recorded(trainer: Any) -> Iterator[list[Pass]]:
         if kwargs.get("fused_lm_head"):
             width = kwargs["labels"].shape[1] - 1
             # Prompt-learning adapters prepend virtual tokens; the last columns are the real ones.
-            passes.append(Pass(kwargs["labels"], output.log_probs[:, -width:], output.aux_loss))
+            squares = output.log_sum_sq_probs
+            passes.append(
+                Pass(
+                    kwargs["labels"],
+                    output.log_probs[:, -width:],
+                    output.aux_loss,
+                    None if squares is None else squares[:, -width:],
+                )
+            )
 
     # On the unwrapped policy, so that one hook sees a pass however it was started: by DDP, an engine or directly.
     modules = {trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)}
@@ -78,10 +88,17 @@ def masked_labels(inputs: Mapping[str, Tensor], prefix: str = "") -> Tensor:
 
 
 def log_ratios(policy: Pass, reference: Pass | Tensor) -> LogRatios:
-    """Log-ratios of the rows of a pass, [rows]; `reference` is a pass or its sums, computed beforehand, [rows]."""
+    """Log-ratios of the rows of a pass, [rows], with their tokens where the reference has them.
+
+    Args:
+        policy: The pass.
+        reference: The reference's pass, or its sums computed beforehand, [rows].
+    """
     mask = policy.labels[:, 1:] != IGNORE_INDEX
     if isinstance(reference, Pass):
-        return LogRatios.from_token_logps(policy.log_probs, mask, reference.log_probs)
+        found = LogRatios.from_token_logps(policy.log_probs, mask, reference.log_probs, keep_per_token=True)
+        assert found.per_token is not None
+        return replace(found, per_token=replace(found.per_token, log_sum_sq=policy.log_sum_sq))
     summed = LogRatios.from_token_logps(policy.log_probs, mask)
     return LogRatios(summed.policy, reference, summed.tokens)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,22 +12,12 @@ from torch import Tensor
 from trl import KTOTrainer
 
 from prefloss import diagnostics
-from prefloss.feedback import Feedback, Labels, Pairs
-from prefloss.integrations.trl import _options
+from prefloss.feedback import Labels, Pairs
+from prefloss.integrations.trl import _guard, _metrics, _options
+from prefloss.integrations.trl._collate import ITEMS
 from prefloss.integrations.trl._record import Pass, assign, log_ratios, masked_labels, recorded
 from prefloss.logratios import LogRatios
 from prefloss.losses import Loss
-
-# Batch items that only a loss can use, with what a loss must read to take them. TRL hands the model everything it
-# does not know, so these must not reach it.
-_ITEMS = {
-    "weight": None,
-    "score_chosen": "scores",
-    "score_rejected": "scores",
-    "scores": "scores",
-    "kl": "kl",
-}
-_FIELDS = {Pairs: {"weight", "score_chosen", "score_rejected"}, Labels: {"weight", "scores", "kl"}}
 
 
 def compute_loss(
@@ -46,8 +37,9 @@ def compute_loss(
         RuntimeError: If TRL computes its loss in an order that prefloss does not know.
     """
     kind = _kind(trainer)
-    items = {name: inputs[name] for name in _ITEMS if name in inputs}
-    _check_items(loss, kind, items)
+    items = {name: inputs[name] for name in ITEMS if name in inputs}
+    _guard.check_items(loss, kind, items)
+    # TRL hands the model everything it does not know, so these must not reach it.
     batch = {name: value for name, value in inputs.items() if name not in items}
     with _as_trl_expects(trainer, loss), recorded(trainer) as found:
         returned = own(batch)
@@ -55,12 +47,14 @@ def compute_loss(
     feedback = (
         _labels(trainer, batch, items, passes) if kind is Labels else _pairs(trainer, batch, items, passes)
     )
-    _log(trainer, diagnostics.metrics(feedback, beta=loss.beta or 1.0))
+    _metrics.log_diagnostics(trainer, diagnostics.metrics(feedback, beta=loss.beta or 1.0))
     if isinstance(feedback, Pairs) and loss.spec.feedback is Labels:
         feedback = feedback.to_labels()
-    values = loss.train(trainer.model.training)(feedback)
-    _check_finite(loss, values, feedback)
-    total = loss.reduce(values, feedback)
+    loss.reduce_over(functools.partial(trainer.accelerator.reduce, reduction="sum"))
+    evaluated = loss.train(trainer.model.training).evaluate(feedback)
+    _guard.check_finite(loss, evaluated.terms, feedback)
+    _metrics.log_terms(trainer, evaluated.means)
+    total = evaluated.mean
     router_loss = passes["policy"].aux_loss
     if trainer.aux_loss_enabled and router_loss is not None:
         total = total + trainer.router_aux_loss_coef * router_loss
@@ -105,7 +99,7 @@ def _expected_passes(trainer: Any, kind: type, batch: Mapping[str, Tensor]) -> l
 
 
 def _pairs(
-    trainer: Any, batch: Mapping[str, Any], items: Mapping[str, Tensor], passes: Mapping[str, Pass]
+    trainer: Any, batch: Mapping[str, Any], items: Mapping[str, Any], passes: Mapping[str, Pass]
 ) -> Pairs:
     reference: Pass | Tensor
     if trainer.precompute_ref_logps:
@@ -118,7 +112,7 @@ def _pairs(
 
 
 def _labels(
-    trainer: Any, batch: Mapping[str, Any], items: Mapping[str, Tensor], passes: Mapping[str, Pass]
+    trainer: Any, batch: Mapping[str, Any], items: Mapping[str, Any], passes: Mapping[str, Pass]
 ) -> Labels:
     def against_reference(policy: str, reference: str, precomputed: str) -> LogRatios:
         return log_ratios(
@@ -141,43 +135,3 @@ def _gathered(trainer: Any, ratios: LogRatios) -> LogRatios:
     """The log-ratios of all ranks: KTO's baseline is a mean over the global batch."""
     policy, reference, tokens = trainer.accelerator.gather((ratios.policy, ratios.reference, ratios.tokens))
     return LogRatios(policy, reference, tokens)
-
-
-def _check_items(loss: Loss, kind: type, items: Mapping[str, Any]) -> None:
-    for name in items:
-        reads = _ITEMS[name]
-        if name not in _FIELDS[kind] or (reads is not None and reads not in loss.spec.reads):
-            raise ValueError(
-                f"batch item {name!r}: {loss.name} does not read it here; take the column out of the data, or choose "
-                "a loss that reads it"
-            )
-
-
-def _check_finite(loss: Loss, values: Tensor, feedback: Feedback) -> None:
-    bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-    if not bad:
-        return
-    first = bad[0]
-    sides = ", ".join(
-        f"{name}: policy {part.policy.flatten()[first].item():g}, reference "
-        + ("none" if part.reference is None else f"{part.reference.flatten()[first].item():g}")
-        for name, part in zip(_SIDES[type(feedback)], feedback.parts, strict=False)
-    )
-    raise FloatingPointError(
-        f"{loss!r}: the loss of example {first} of this batch is {values[first].item()} ({len(bad)} of "
-        f"{values.numel()} are not finite); its log-probs in nats are {sides}"
-    )
-
-
-_SIDES = {Pairs: ("chosen", "rejected"), Labels: ("completion",)}
-
-
-def _log(trainer: Any, found: Mapping[str, diagnostics.Stat]) -> None:
-    """Add what TRL does not log itself to its metrics, as means over all ranks."""
-    own = {name: stat for name, stat in found.items() if not name.startswith(("rewards/", "logps/"))}
-    mine = torch.stack([torch.stack([stat.sum.float(), stat.count.float()]) for stat in own.values()])
-    summed = trainer.accelerator.reduce(mine, reduction="sum")
-    logged = trainer._metrics["train" if trainer.model.training else "eval"]
-    for name, (total, count) in zip(own, summed.tolist(), strict=True):
-        if count:
-            logged[f"prefloss/{name}"].append(total / count)

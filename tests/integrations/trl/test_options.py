@@ -37,12 +37,14 @@ def test_the_same_value_twice_is_no_contradiction(tmp_path):
 @pytest.mark.parametrize(
     ("loss", "given", "options", "message"),
     [
-        (
-            "ipo",
-            {},
-            {"label_smoothing": 0.1},
-            r"DPOConfig.label_smoothing: got 0.1, but ipo does not read it",
-        ),
+        ("ipo", {}, {"discopop_tau": 0.1}, r"DPOConfig.discopop_tau: got 0.1, but ipo does not read it"),
+        ("bco_pair", {}, {"label_smoothing": 0.1}, r"label_smoothing: got 0.1, but bco_pair does not read it"),
+        ("bco_pair", {}, {"f_divergence_type": "js_divergence"}, r"f_divergence_type: got 'js.*', but bco_pair"),
+        ("aot", {}, {"use_weighting": True}, r"use_weighting: got True, but aot does not read it"),
+        ("dpo", {"wpo": True}, {}, r"DPOConfig\(use_weighting=True\) makes DPOTrainer compute it"),
+        ("dpo", {}, {"ld_alpha": 0.5, "precompute_ref_log_probs": True}, "keeps only the reference's sums"),
+        ("tdpo1", {}, {}, r"tdpo1: needs per_token.kl, which DPOTrainer does not compute"),
+        ("tpo", {}, {}, "tpo: needs gold, which DPOTrainer does not compute"),
         ("ipo", {"tau": 0.2}, {"beta": 0.3}, r"DPOConfig.beta: got 0.3, but ipo was given tau=0.2"),
         ("ipo(tau=0.2)", {}, {"beta": 0.3}, r"DPOConfig.beta: got 0.3, but ipo was given tau=0.2"),
         (
@@ -51,9 +53,6 @@ def test_the_same_value_twice_is_no_contradiction(tmp_path):
             {"loss_type": ["hinge"]},
             r"DPOConfig.loss_type: got \['hinge'\], but the loss to train is ipo",
         ),
-        ("dpo", {}, {"ld_alpha": 0.5}, "DPOConfig.ld_alpha: got 0.5, but dpo does not read it"),
-        ("dpo", {}, {"use_weighting": True}, "DPOConfig.use_weighting: got True"),
-        ("dpo", {}, {"f_divergence_type": "js_divergence"}, "f_divergence_type: got 'js_divergence'"),
         ("kto", {}, {}, "DPOTrainer scores no mismatched completions; choose 'running_mean' or 'zero'"),
     ],
 )

@@ -1,0 +1,68 @@
+"""Refusals while training: batch items that no loss reads, missing scores, losses that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefloss.feedback import Feedback, Labels, Pairs
+from prefloss.integrations.trl._collate import ITEMS
+from prefloss.losses import Loss
+
+_FIELDS = {
+    Pairs: {"weight", "score_chosen", "score_rejected"},
+    Labels: {"weight", "scores", "kl", "baseline"},
+}
+_SIDES = {Pairs: ("chosen", "rejected"), Labels: ("completion",)}
+
+
+def check_items(loss: Loss, kind: type, items: Mapping[str, Any]) -> None:
+    """Refuse feedback that the loss does not read, and a batch without the scores that it needs.
+
+    Args:
+        loss: The loss to train with.
+        kind: `Pairs` or `Labels`, what the trainer gives.
+        items: The feedback that came with the batch.
+
+    Raises:
+        ValueError: If an item is not read, or scores are missing.
+    """
+    for name in items:
+        reads = ITEMS[name]
+        if name not in _FIELDS[kind] or (reads is not None and reads not in loss.needs | loss.spec.reads):
+            raise ValueError(
+                f"batch item {name!r}: {loss.name} does not read it here; take the column out of the data, or choose "
+                "a loss that reads it"
+            )
+    if "scores" in loss.needs and not items.keys() & {"score_chosen", "scores"}:
+        columns = "score_chosen and score_rejected" if kind is Pairs else "scores"
+        raise ValueError(
+            f"{loss.name}: got a batch without scores, wanted {columns}: give the trainer "
+            "data_collator=FeedbackCollator(...) and remove_unused_columns=False"
+        )
+
+
+def check_finite(loss: Loss, terms: Mapping[str, Tensor], feedback: Feedback) -> None:
+    """Stop at a loss that is NaN or infinite, naming the example and its log-probs.
+
+    Raises:
+        FloatingPointError: If some value is not finite.
+    """
+    for term, values in terms.items():
+        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+        if bad:
+            raise FloatingPointError(
+                f"{loss!r}: {term} of example {bad[0]} of this batch is {values[bad[0]].item()} ({len(bad)} of "
+                f"{values.numel()} are not finite); its log-probs in nats are {_log_probs(feedback, bad[0])}"
+            )
+
+
+def _log_probs(feedback: Feedback, example: int) -> str:
+    return ", ".join(
+        f"{side}: policy {part.policy.flatten()[example].item():g}, reference "
+        + ("none" if part.reference is None else f"{part.reference.flatten()[example].item():g}")
+        for side, part in zip(_SIDES[type(feedback)], feedback.parts, strict=False)
+    )
