@@ -11,15 +11,15 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
-demo test: export HF_HUB_OFFLINE := 1
-test: export OMP_NUM_THREADS := 1
-test: export MKL_NUM_THREADS := 1
-test: export TOKENIZERS_PARALLELISM := false
+demo test proof: export HF_HUB_OFFLINE := 1
+test proof: export OMP_NUM_THREADS := 1
+test proof: export MKL_NUM_THREADS := 1
+test proof: export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types docs clean
+.PHONY: help demo test proof lint format types docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: $(INSTALLED) ## train a small model on the built-in preference data, on CP
 
 test: $(INSTALLED) ## all tests and docstring examples
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+proof: $(INSTALLED) ## the losses alone: every kit check, every oracle point, counted in the closing line
+	$(BIN)/pytest -n $(JOBS) tests/losses tests/oracle tests/testing $(ARGS)
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -38,3 +38,30 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.dtest.globs = {"prefloss": prefloss, "torch": torch, **names, **item.dtest.globs}
+
+
+class Proof:
+    """Counts for the closing line: kit checks and oracle points, of all workers."""
+
+    checks = 0
+    not_applicable = 0
+    points = 0
+
+
+def pytest_runtest_logreport(report):
+    """Runs in the controlling process for the reports of every worker."""
+    if "test_conformance" in report.nodeid and report.when == "call":
+        Proof.checks += report.passed
+    if "test_conformance" in report.nodeid and report.skipped:
+        Proof.not_applicable += 1
+    if report.when == "teardown":
+        Proof.points += sum(value for name, value in report.user_properties if name == "oracle_points")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the losses were put through."""
+    if Proof.checks or Proof.points:
+        terminalreporter.write_line(
+            f"prefloss: {len(prefloss.specs)} losses; kit checks: {Proof.checks} passed, {Proof.not_applicable} not "
+            f"applicable; oracle points compared: {Proof.points}"
+        )

@@ -147,7 +147,7 @@ def kto_pair(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     Example:
         >>> kto_pair(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1)  # K_w = 1.5, K_l = 0
-        tensor([0.9003])
+        tensor([0.9004])
 
     Note:
         Withdrawn by its authors: use `kto`, or `apo_zero` on pairs. PaddleNLP, XTuner, turbo-alignment and old TRL have
@@ -158,7 +158,7 @@ def kto_pair(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     """
     counted = pairs.valid
     chosen, rejected = pairs.chosen.h, pairs.rejected.h
-    k_chosen, k_rejected = (_mean(h.detach(), counted).clamp(min=0) for h in (chosen, rejected))
+    k_chosen, k_rejected = (batch_mean(h.detach(), counted).clamp(min=0) for h in (chosen, rejected))
     # 1 - sigmoid(x) loses every digit for large x; sigmoid(-x) does not.
     return torch.sigmoid(-beta * (chosen - k_rejected)) + torch.sigmoid(-beta * (k_chosen - rejected))
 
@@ -210,9 +210,9 @@ def beta_dpo(
     location, scale = _state.of_batch("moments", moments, margin, counted)
     settled = margin.detach()
     kept = _drawn(-0.5 * ((settled - location) / (scale or torch.inf)) ** 2, counted, keep, draws)
-    strength = (beta * (1 + alpha * (_mean(settled, kept) - location))).clamp(min=1e-3)
-    share = counted.sum() / kept.sum().clamp(min=1)
-    return torch.where(kept, -share * F.logsigmoid(strength * margin), 0.0)
+    strength = (beta * (1 + alpha * (batch_mean(settled, kept) - location))).clamp(min=1e-3)
+    values = -F.logsigmoid(strength * margin) * counted.sum() / kept.sum().clamp(min=1)
+    return torch.where(kept, values, 0.0)
 
 
 @register(separable=False, stateful=True, needs=("tokens",))
@@ -244,8 +244,8 @@ def alpha_dpo(
     Example:
         >>> chosen = LogRatios(policy=[-20.0], reference=[-21.5], tokens=[10])
         >>> rejected = LogRatios(policy=[-24.0], reference=[-23.0], tokens=[8])
-        >>> alpha_dpo(Pairs(chosen, rejected), moments=(0.0, 1.0))  # M = 0.275
-        tensor([0.5242])
+        >>> alpha_dpo(Pairs(chosen, rejected), moments=(0.0, 1.0))  # 2.5 * (3 - 2) - (1.5 + 0.5 * 0.275)
+        tensor([0.3521])
 
     Note:
         Form of the authors' code: all log-probs per token, moments of the global batch from 0, moved before use, the
@@ -278,7 +278,7 @@ def _reference_margin(pairs: Pairs) -> Tensor:
     return chosen - rejected
 
 
-def _mean(values: Tensor, keep: Tensor) -> Tensor:
+def batch_mean(values: Tensor, keep: Tensor) -> Tensor:
     """Mean of the values that count, a scalar; 0 if none does."""
     return torch.where(keep, values, 0.0).sum() / keep.sum().clamp(min=1)
 

@@ -103,8 +103,8 @@ def infonca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0)
 
     Reference: Chen et al. 2024, arXiv:2402.05369.
     """
-    target = _log_softmax(_scores(rankings) / alpha, rankings.present)
-    log_p = _log_softmax(beta * _log_ratios(rankings), rankings.present)
+    target = log_softmax(_scores(rankings) / alpha, rankings.present)
+    log_p = log_softmax(beta * _log_ratios(rankings), rankings.present)
     return -torch.where(rankings.present, torch.exp(target) * log_p, 0.0).sum(-1)
 
 
@@ -137,9 +137,9 @@ def nca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0) -> 
     Reference: Chen et al. 2024, arXiv:2402.05369.
     """
     present, h = rankings.present, beta * _log_ratios(rankings)
-    target = torch.exp(_log_softmax(_scores(rankings) / alpha, present))
-    share = 1 / present.sum(-1, keepdim=True).clamp(min=1)
-    return -torch.where(present, target * F.logsigmoid(h) + share * F.logsigmoid(-h), 0.0).sum(-1)
+    target = torch.exp(log_softmax(_scores(rankings) / alpha, present))
+    count = present.sum(-1, keepdim=True).clamp(min=1)
+    return -torch.where(present, target * F.logsigmoid(h) + F.logsigmoid(-h) / count, 0.0).sum(-1)
 
 
 @register
@@ -171,8 +171,8 @@ def exo(rankings: Rankings, *, beta: Positive = 0.1, beta_r: Positive = 0.1) -> 
 
     Reference: Ji et al. 2024, arXiv:2402.00856.
     """
-    log_q = _log_softmax(_scores(rankings) / beta_r, rankings.present)
-    log_p = _log_softmax(beta * _log_ratios(rankings), rankings.present)
+    log_q = log_softmax(_scores(rankings) / beta_r, rankings.present)
+    log_p = log_softmax(beta * _log_ratios(rankings), rankings.present)
     return torch.where(rankings.present, torch.exp(log_p) * (log_p - log_q), 0.0).sum(-1)
 
 
@@ -246,9 +246,9 @@ def pro(rankings: Rankings, *, nll_weight: NonNegative = 0.05) -> Tensor:
     worse = _worse(rankings)
     gaps = torch.where(worse, scores.unsqueeze(-1) - scores.unsqueeze(-2), 0.0)
     below, some = log_sum_exp(mean.unsqueeze(-2) * gaps, worse)
-    ranked = torch.where(some, F.softplus(below - mean * _largest(gaps)), 0.0).sum(-1)
-    weight = nll_weight * (rankings.present.sum(-1) - 1).clamp(min=0) ** 2
-    return ranked - weight * torch.where(_best(rankings), policy, 0.0).sum(-1)
+    ranked = torch.where(some, -F.logsigmoid(mean * _largest(gaps) - below), 0.0).sum(-1)
+    factor = (rankings.present.sum(-1) - 1).clamp(min=0) ** 2
+    return ranked - nll_weight * (factor * torch.where(_best(rankings), policy, 0.0).sum(-1))
 
 
 @register
@@ -270,7 +270,7 @@ def lipo_lambda(rankings: Rankings, *, beta: Positive = 0.05) -> Tensor:
     Example:
         >>> group = Rankings(completions=LogRatios.of([[1.5, -1.0]]), scores=[[1.0, 0.0]])
         >>> lipo_lambda(group, beta=0.1)
-        tensor([0.3065])
+        tensor([0.3067])
 
     Note:
         The gain is 2^r, so scores belong near [0, 1]; r is clamped at 115, where the gain leaves float32. The
@@ -298,7 +298,7 @@ def log_sum_exp(values: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     return torch.logsumexp(logits, -1), some.squeeze(-1)
 
 
-def _log_softmax(values: Tensor, keep: Tensor) -> Tensor:
+def log_softmax(values: Tensor, keep: Tensor) -> Tensor:
     """Log-softmax over the kept values of each row; 0 elsewhere."""
     return torch.where(keep, torch.log_softmax(_kept_logits(values, keep)[0], -1), 0.0)
 

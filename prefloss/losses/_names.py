@@ -72,7 +72,7 @@ def unknown(name: str, known: Iterable[str]) -> str:
         return f"unknown loss {name!r}: the name means several things:\n" + "\n".join(lines)
     close = _close(name, known)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-    return f"unknown loss {name!r}{hint} Registered: {', '.join(known)}"
+    return f"unknown loss {name!r}{hint} prefloss.specs holds all, `prefloss losses` lists them"
 
 
 def _standing(identifier: str, known: list[str]) -> str:

@@ -205,7 +205,7 @@ def simnpo(labels: Labels, *, beta: Positive = 2.5, gamma: NonNegative = 0.0) ->
     Example:
         >>> made = LogRatios(policy=[-20.0, -2.4], tokens=[10, 8])
         >>> simnpo(Labels(completions=made, desirable=[True, False]))
-        tensor([0.0000, 0.3093])
+        tensor([0.0000, 0.3095])
 
     Note:
         The official code subtracts gamma from the mean NLL before multiplying by beta, the paper after; they agree at

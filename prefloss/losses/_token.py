@@ -42,7 +42,7 @@ def ld_dpo(
         >>> mask = torch.tensor([[True, True, True], [True, True, False]])
         >>> both = PerToken(tokens, torch.full((2, 3), -1.5), mask).log_ratios()
         >>> ld_dpo(Pairs(both[:1], both[1:]), alpha=0.5)  # h_w = 1 + 0.5 * 0.5, h_l = -1
-        tensor([0.5869])
+        tensor([0.5870])
 
     Note:
         The same as `dpo` with the modifier `ld_alpha`. Policy and reference are weighted alike, as in TRL (`ld_alpha`)

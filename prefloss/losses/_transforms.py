@@ -108,7 +108,8 @@ def reweighted_tail(pairs: Pairs, alpha: float) -> Pairs:
 
     def side(rows: PerToken) -> LogRatios:
         place = rows.mask.cumsum(-1)
-        factor = torch.where(place <= shared.unsqueeze(-1), 1.0, alpha)
+        # In the log-probs' own precision: two Python numbers would make float32 of a float64 loss.
+        factor = torch.where(place <= shared.unsqueeze(-1), rows.policy.new_ones(()), rows.policy.new_tensor(alpha))
         scale = replace(
             rows,
             policy=rows.policy * factor,

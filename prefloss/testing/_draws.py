@@ -54,6 +54,7 @@ class Wanted:
 
     Attributes:
         size: Number of examples; None draws 1 to 6.
+        places: Number of completions in each group of a ranking; None draws 2 to 4.
         fields: Names as in a loss's `needs`: what to fill beside the log-probs.
         reference: With reference log-probs.
         tokens: With token counts.
@@ -65,6 +66,7 @@ class Wanted:
     """
 
     size: int | None = None
+    places: int | None = None
     fields: frozenset[str] = frozenset()
     reference: bool = True
     tokens: bool = True
@@ -171,7 +173,7 @@ def draw_labels(source: Source, wanted: Wanted) -> Labels:
 
 def draw_rankings(source: Source, wanted: Wanted) -> Rankings:
     """Groups of two to four completions, some of them absent where `wanted.masked`."""
-    groups, places = wanted.size or 1, source.integer(2, 4)
+    groups, places = wanted.size or 1, wanted.places or source.integer(2, 4)
     mask = [_present(source, places) for _ in range(groups)]
     return Rankings(
         completions=draw_log_ratios(source, (groups, places), wanted),

@@ -82,7 +82,7 @@ def test_a_spec_says_what_the_loss_is():
         ("rpo", r"means several things:\n  dpo_nll: iterative reasoning"),
         ("R-DPO", "robust_dpo: provably robust DPO"),
         ("XPO", "exploratory PO"),
-        ("zzzzzz", r"unknown loss 'zzzzzz'\. Registered: "),
+        ("zzzzzz", r"unknown loss 'zzzzzz'\. prefloss.specs holds all"),
     ],
 )
 def test_unknown_names(name, message):

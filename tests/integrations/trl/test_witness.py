@@ -96,8 +96,8 @@ def test_wpo_is_trls_with_the_papers_bound(tmp_path, moved):
     detach(trainer)
     attach(trainer, "wpo", beta=0.1)
     assert batch_loss_and_gradient(trainer)[0] == pytest.approx(with_modifier, rel=1e-6)
-    # The paper bounds a weight by 1, TRL does not; here no weight reaches it.
-    assert with_modifier == pytest.approx(theirs, rel=1e-5)
+    # The paper bounds a weight by 1; TRL since 0.29 does not, and this policy is surer than that of some pairs.
+    assert with_modifier < theirs
 
 
 def test_a_sum_of_losses_is_trls(tmp_path, moved):

@@ -1,0 +1,165 @@
+"""Losses of pairs that few use and that read each token: entropies of the reference, importance weights."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefloss.feedback import Pairs
+from prefloss.logratios import LogRatios
+from prefloss.losses import _transforms
+from prefloss.losses._parameters import Interval, NonNegative, Positive
+from prefloss.losses._registry import register
+from prefloss.losses._token import column
+
+
+@register(monotone=True, needs=("per_token.reference_entropy",))
+def mallows_dpo(pairs: Pairs, *, beta: Positive = 0.1, dispersion: Positive = 0.29) -> Tensor:
+    r"""DPO at a strength set by how sure the reference is of its completions (Mallows-DPO).
+
+    .. math::
+        \ell = -\log \sigma(\beta \phi (h_w - h_l)), \quad \phi = -d \log \frac{e_w + e_l}{2}, \quad
+        e = \frac{1}{|y|} \sum_t \frac{H(\pi_\mathrm{ref}(\cdot \mid t))}{\log V}
+
+    Args:
+        pairs: Reads the log-ratios h of both sides, [pairs], nats, and at each token the reference's entropy over that
+            of the uniform distribution, [pairs, T].
+        beta: Strength of the pull towards the reference.
+        dispersion: Scale d that brings φ to about 1; a statistic of the data.
+
+    Returns:
+        Loss of each pair, [pairs], nats; not reduced.
+
+    Example:
+        >>> from prefloss.logratios import PerToken
+        >>> tokens, mask, entropy = torch.tensor([[-1.0]]), torch.tensor([[True]]), torch.tensor([[0.1]])
+        >>> chosen = PerToken(tokens, tokens - 1, mask, reference_entropy=entropy).log_ratios()
+        >>> rejected = PerToken(tokens, tokens + 1, mask, reference_entropy=entropy).log_ratios()
+        >>> mallows_dpo(Pairs(chosen, rejected), beta=0.1)  # phi = 0.29 * 2.3026
+        tensor([0.6286])
+
+    Note:
+        Low adoption: the authors' repositories alone have it. The entropies have no gradient; one below the smallest
+        normal number counts as that. The default of d is the authors' statistic of their data. When to use: prompts of
+        which some have one answer and some have many.
+
+    Reference: Chen et al. 2024, arXiv:2405.14953.
+    """
+    return -F.logsigmoid(beta * _sharpness(pairs, dispersion) * pairs.margin())
+
+
+@register(monotone=True, needs=("tokens", "per_token.reference_entropy"))
+def rainbowpo(
+    pairs: Pairs,
+    *,
+    beta: Positive = 10.0,
+    gamma: NonNegative = 0.1,
+    mixing: Annotated[float, Interval(ge=0, le=1)] = 0.25,
+    dispersion: Positive = 0.29,
+) -> Tensor:
+    r"""Mean log-probs, part of the reference, part of a fixed margin, and Mallows' strength (RainbowPO).
+
+    .. math::
+        \ell = -\log \sigma\left(\beta \phi \left[(\bar\pi_w - \bar\pi_l) - \alpha (\bar\rho_w - \bar\rho_l)
+        - (1 - \alpha) \gamma\right]\right), \quad \bar x = \frac{x}{|y|}, \;
+        \pi, \rho \text{ the log-probs of policy and reference}
+
+    Args:
+        pairs: Reads the log-probs of both sides under policy and reference, [pairs], nats, the token counts, and at
+            each token the reference's entropy over that of the uniform distribution, [pairs, T].
+        beta: Slope, in tokens per nat.
+        gamma: Margin, in nats per token.
+        mixing: Share α of the reference against the fixed margin.
+        dispersion: Scale d of the strength φ, as in `mallows_dpo`.
+
+    Returns:
+        Loss of each pair, [pairs], nats; not reduced.
+
+    Example:
+        >>> from prefloss.logratios import PerToken
+        >>> tokens, mask, entropy = torch.tensor([[-1.0]]), torch.tensor([[True]]), torch.tensor([[0.1]])
+        >>> chosen = PerToken(tokens, tokens, mask, reference_entropy=entropy).log_ratios()
+        >>> rejected = PerToken(tokens - 1, tokens, mask, reference_entropy=entropy).log_ratios()
+        >>> rainbowpo(Pairs(chosen, rejected), beta=1.0)  # 0.66775 * (1 - 0.75 * 0.1)
+        tensor([0.4312])
+
+    Note:
+        Low adoption: the authors' repository alone has it. The margin stands inside beta and is scaled by 1 - α, unlike
+        that of `simpo`. Defaults are those of the code's classes. The entropies have no gradient. When to use: to try
+        which of its parts (length, reference, margin, strength) helps on your data.
+
+    Reference: Zhao et al. 2024, arXiv:2410.04203.
+    """
+    chosen, rejected = pairs.chosen, pairs.rejected
+    policy = chosen.policy_mean - rejected.policy_mean
+    reference = chosen.reference_mean - rejected.reference_mean
+    score = policy - mixing * reference - (1 - mixing) * gamma
+    return -F.logsigmoid(beta * _sharpness(pairs, dispersion) * score)
+
+
+@register(monotone=True, needs=("per_token.weight",), reads=("per_token.reverse_kl",))
+def tis_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.0) -> Tensor:
+    r"""DPO with an importance weight on each token (TIS-DPO).
+
+    .. math::
+        \ell = -\log \sigma\left(\beta \left[h^w_w - h^w_l - \alpha (K_w - K_l)\right]\right), \quad
+        h^w = \sum_t w_t h_t, \quad K = \sum_t w_t \mathrm{KL}(\pi(\cdot \mid t) \,\|\, \pi_\mathrm{ref}(\cdot \mid t))
+
+    Args:
+        pairs: Reads the log-probs of each token under policy and reference, [pairs, T], nats, its weight, and unless
+            alpha is 0 its KL.
+        beta: Strength of the pull towards the reference.
+        alpha: Weight of the KL offset: 0 in the authors' configuration, 1 in the paper.
+
+    Returns:
+        Loss of each pair, [pairs], nats; not reduced.
+
+    Example:
+        >>> from prefloss.logratios import PerToken
+        >>> tokens, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, True]])
+        >>> chosen = PerToken(tokens, tokens - 1, mask, weight=torch.tensor([[1.3, 0.7]])).log_ratios()
+        >>> rejected = PerToken(tokens, tokens + 1, mask, weight=torch.tensor([[0.5, 0.5]])).log_ratios()
+        >>> tis_dpo(Pairs(chosen, rejected), beta=0.1)  # 2 against -1
+        tensor([0.5544])
+
+    Note:
+        Low adoption: the authors' repository alone has it. The weights are data, worked out beforehand from two
+        contrastive models (the code clips them to [0.7, 1.3] or so), and have no gradient. The KL has the policy in
+        front, the reverse of `tdpo1`, and a gradient on both sides. When to use: answers of which a few words decide.
+
+    Reference: Liu et al. 2024, arXiv:2410.04350.
+    """
+    margin = _weighted(pairs.chosen, "chosen") - _weighted(pairs.rejected, "rejected")
+    if alpha != 0:
+        kl = _weighted_kl(pairs.chosen, "chosen") - _weighted_kl(pairs.rejected, "rejected")
+        margin = margin - alpha * kl
+    return -F.logsigmoid(beta * margin)
+
+
+def _sharpness(pairs: Pairs, dispersion: float) -> Tensor:
+    """Mallows' φ, [pairs], without gradient: large where the reference is sure."""
+    entropy = sum(
+        _transforms.rows_of(side, name).mean(column(side, name, "reference_entropy"))
+        for side, name in ((pairs.chosen, "chosen"), (pairs.rejected, "rejected"))
+    )
+    assert isinstance(entropy, Tensor)
+    return -dispersion * torch.log((0.5 * entropy).detach().clamp(min=torch.finfo(entropy.dtype).tiny))
+
+
+def _weights(ratios: LogRatios, side: str) -> Tensor:
+    # 0 outside the mask, where a weight may be anything and would reach the gradients.
+    rows = _transforms.rows_of(ratios, side)
+    return torch.where(rows.mask, column(ratios, side, "weight").detach(), 0.0)
+
+
+def _weighted(ratios: LogRatios, side: str) -> Tensor:
+    rows = _transforms.rows_of(ratios, side)
+    return rows.sum(_weights(ratios, side) * (rows.policy - column(ratios, side, "reference").detach()))
+
+
+def _weighted_kl(ratios: LogRatios, side: str) -> Tensor:
+    rows = _transforms.rows_of(ratios, side)
+    return rows.sum(_weights(ratios, side) * column(ratios, side, "reverse_kl"))
