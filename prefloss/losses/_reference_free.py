@@ -15,7 +15,10 @@ from prefloss.losses._registry import register
 
 
 @register(
-    aliases={"slic": "HALOs, whose NLL is per token", "SLIC_HF": "turbo-alignment"},
+    aliases={
+        "slic": "HALOs, whose NLL is per token",
+        "SLIC_HF": "turbo-alignment, whose margin has no gradient",
+    },
     needs_reference=False,
     monotone=True,
     reads=("gold",),

@@ -69,7 +69,8 @@ def discopop_padll(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
 
     Reference: Lu et al. 2024, arXiv:2406.08414, appendix.
     """
-    return torch.where(pairs.margin() < 0, 0.45, 0.9) * dpo(pairs, beta=beta)
+    logistic = 0.9 * dpo(pairs, beta=beta)
+    return torch.where(pairs.margin() < 0, 0.5 * logistic, logistic)
 
 
 @register(aliases={"PFL": "DiscoPOP"})
@@ -121,7 +122,7 @@ def discopop_dbaql(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
 
     Example:
         >>> discopop_dbaql(Pairs.of(chosen=[1.5, 1.5], rejected=[-1.0, -1.0]), beta=0.1)  # variance 0
-        tensor([0.6806, 0.6806])
+        tensor([0.6812, 0.6812])
 
     Note:
         Low adoption: the authors' repository alone has it. The variance is the unbiased one of the pairs that count,

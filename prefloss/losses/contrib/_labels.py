@@ -70,7 +70,7 @@ def kto_logsigmoid(
 
     Example:
         >>> kto_logsigmoid(Labels(completions=LogRatios.of([1.5, -1.0]), desirable=[True, False], kl=0.2))
-        tensor([0.6302, 0.6350])
+        tensor([0.6303, 0.6349])
 
     Note:
         Low adoption: an ablation on the legacy branch of HALOs. With z_0 as a running mean of rewards it is `bco`. When

@@ -114,8 +114,9 @@ def bregman_dpo(
     Note:
         Formula from third-party code only: later code by the same authors, whose own repository is empty; `"lsif"`
         follows the general line there (R^2 - 2/R, `"ba"` at λ = 1), of which that code's -2R is a slip. `"sba"` is
-        `"ba"` over s (λ + 1). Later recipes set s = 4 with λ = 0.2 or 0.3; the paper's default was not seen. Each exponent is
-        clamped at 80, and flat beyond. Not `balanced_bpo`. When to use: to vary how hard wrong pairs are pulled.
+        `"ba"` over s (λ + 1). Later recipes set s = 4 with λ = 0.2 or 0.3; the paper's default was not seen. Each
+        exponent is clamped at 80, and flat beyond. Not `balanced_bpo`. When to use: to vary how hard wrong pairs are
+        pulled.
 
     Reference: Kim et al. 2025, arXiv:2505.19601.
     """

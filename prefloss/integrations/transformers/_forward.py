@@ -1,0 +1,135 @@
+"""One forward pass of a causal model that ends in log-probs instead of logits.
+
+The model runs whole, wrapped as it may be, with all its inputs, so that hooks of DDP, FSDP and DeepSpeed fire. Only
+its output head is stood in for: where it would multiply by [V, H], the completion tokens are scored, and a probe of a
+few known numbers goes on in place of the logits. What the model makes of the probe shows whether its transform of the
+logits is the one that was read from its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prefloss.integrations.transformers._head import HeadSpec
+from prefloss.logprobs import linear_token_logps
+
+_PROBE = (-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 30.0)
+
+
+class ModelLogps(NamedTuple):
+    """What a scored forward pass gives.
+
+    Attributes:
+        logps: Log-prob of each target, [rows, T], nats, float32; 0 where ignored.
+        aux_loss: Router loss of a mixture of experts, a scalar, or None.
+    """
+
+    logps: Tensor
+    aux_loss: Tensor | None
+
+
+def model_logps(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    impl: str = "auto",
+) -> ModelLogps:
+    """Log-probs of targets under a causal language model, without its logits.
+
+    Args:
+        model: A causal language model of transformers; wrapped by DDP, FSDP, an engine or PEFT if you like.
+        inputs: Everything the model takes: input ids, attention mask, position ids, images. No labels.
+        targets: Token that each position predicts, [rows, T], `IGNORE_INDEX` where nothing is scored:
+            `prefloss.logratios.completion_targets`.
+        temperature: Divides the logits, > 0.
+        impl: As for `prefloss.linear_token_logps`.
+
+    Returns:
+        Log-probs, and the router loss if the model gave one.
+
+    Raises:
+        TypeError: If the model's head has no exact form here; the message says why.
+        ValueError: If targets and hidden states differ in shape, or labels are among the inputs.
+    """
+    if "labels" in inputs:
+        raise ValueError("inputs: got labels, wanted them as targets: the model would compute its own loss from no logits")
+    spec = HeadSpec.of(_unwrapped(model))
+    found: list[Tensor] = []
+
+    def score(hidden: Tensor) -> Tensor:
+        weight, bias = spec.weight_and_bias()
+        # Adapters of the prompt-learning kind prepend positions; the last ones are the real ones.
+        hidden_at_targets = hidden[:, -targets.shape[1] :] if hidden.ndim == 3 else hidden
+        if hidden_at_targets.shape[:-1] != targets.shape:
+            raise ValueError(
+                f"targets: got shape {list(targets.shape)}, wanted {list(hidden.shape[:-1])} as the hidden states have"
+            )
+        found.append(
+            linear_token_logps(
+                hidden_at_targets.to(weight.dtype),
+                weight,
+                targets.to(weight.device),
+                bias=bias,
+                temperature=temperature,
+                logit_scale=spec.logit_scale,
+                softcap=spec.softcap,
+                impl=impl,  # type: ignore[arg-type]
+            )
+        )
+        probe = torch.tensor(_PROBE, dtype=weight.dtype, device=hidden.device)
+        return probe.expand(*hidden.shape[:-1], len(_PROBE))
+
+    with _standing_in(spec.module, score):
+        outputs = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
+    if len(found) != 1:
+        raise TypeError(f"model: got {len(found)} calls of the output head in a forward pass, wanted one")
+    _check_transform(spec, outputs.logits, type(_unwrapped(model)).__name__)
+    return ModelLogps(found[0], getattr(outputs, "aux_loss", None))
+
+
+@contextmanager
+def _standing_in(head: nn.Module, score: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `score` take the place of the head's forward; its hooks still fire."""
+    own = head.__dict__.get("forward")
+    head.forward = lambda hidden, *args, **kwargs: score(hidden)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own  # type: ignore[method-assign]
+
+
+def _check_transform(spec: HeadSpec, logits: Tensor, model: str) -> None:
+    probe = torch.tensor(_PROBE, dtype=logits.dtype, device=logits.device)
+    wanted = spec.transformed(probe)
+    # The last position: prefixes of padding or images do not matter to a transform of single numbers.
+    found = logits.reshape(-1, logits.shape[-1])[-1]
+    tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
+    if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance):
+        raise TypeError(
+            f"model: {model} turns logits {list(_PROBE)} into {[round(x, 4) for x in found.detach().float().tolist()]}, which "
+            f"is not a scale of {spec.logit_scale} and a softcap of {spec.softcap} as read from its configuration; its "
+            "log-probs cannot be computed without its logits"
+        )
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    return hasattr(getattr(_unwrapped(model), "config", None), "use_cache")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, an engine, a compiled module or PEFT."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -1,0 +1,489 @@
+/* The CPU side of the log-prob ops; native.py compiles and calls it, and says what each function means.
+ *
+ * Rows are read in blocks that stay in the first-level cache, converted to float32 there, and never copied whole.
+ * A target < 0 marks a row to leave out: it is not read. Products of bfloat16 are summed in float32.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+enum { F32 = 0, BF16 = 1, F16 = 2, CODE = 3 };
+#define BLOCK 1024
+/* a kept log-prob is (code / 2048) - 16, so 2.4e-4 off at most; the lowest code is probability 0 */
+#define CODE_STEPS 2048.0f
+#define CODE_ZERO (-32768)
+
+typedef struct {
+    float factor;  /* without a cap: z = factor * x; with one: the slope at x = 0 */
+    float cap_in;  /* z = cap_out * tanh(cap_in * x) */
+    float cap_out; /* 0 without a cap */
+} transform_t;
+
+typedef struct {
+    float grad; /* of the log-prob of the target */
+    float a, b, c; /* dz_v = p_v (a + b log p_v + c p_v), besides the target's 1 */
+} coefficients_t;
+
+static inline float from_bits(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+static inline uint16_t to_bf16(float x) {
+    uint32_t bits = to_bits(x);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)(x != x ? 0x7fc0 : rounded);
+}
+
+/* Cody-Waite reduction and the polynomial of Cephes: x = n log 2 + r, e^r = 1 + r + r^2 q(r) */
+static inline float reduced(float x, float *n) {
+    *n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    return (x - *n * 0.693359375f) + *n * 2.12194440e-4f;
+}
+
+static inline float expm1_of_reduced(float r) {
+    float q = 1.9875691500e-4f;
+    q = q * r + 1.3981999507e-3f;
+    q = q * r + 8.3334519073e-3f;
+    q = q * r + 4.1665795894e-2f;
+    q = q * r + 1.6666665459e-1f;
+    q = q * r + 5.0000001201e-1f;
+    return q * (r * r) + r;
+}
+
+static inline float fast_exp(float x) {
+    float n, clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float r = reduced(clamped, &n);
+    float value = (expm1_of_reduced(r) + 1.0f) * from_bits((uint32_t)((int32_t)n + 127) << 23);
+    return x < -87.0f ? 0.0f : value;
+}
+
+static inline float fast_tanh(float x) {
+    float n, twice = 2.0f * fabsf(x), clamped = twice > 20.0f ? 20.0f : twice;
+    float r = reduced(clamped, &n);
+    float power = from_bits((uint32_t)((int32_t)n + 127) << 23);
+    float minus1 = power * expm1_of_reduced(r) + (power - 1.0f);
+    return copysignf(minus1 / (minus1 + 2.0f), x);
+}
+
+static inline float apply(float x, transform_t t) {
+    if (t.cap_out == 0.0f) return x * t.factor;
+    float z = t.cap_out * fast_tanh(x * t.cap_in);
+    return x == -INFINITY ? -INFINITY : z;
+}
+
+static inline void load_block(const void *row, int kind, int64_t start, int m, float *restrict x) {
+    if (kind == F32) {
+        memcpy(x, (const float *)row + start, m * sizeof(float));
+    } else if (kind == BF16) {
+        const uint16_t *in = (const uint16_t *)row + start;
+        for (int i = 0; i < m; i++) x[i] = from_bits((uint32_t)in[i] << 16);
+#ifdef __FLT16_MAX__
+    } else if (kind == F16) {
+        const _Float16 *in = (const _Float16 *)row + start;
+        for (int i = 0; i < m; i++) x[i] = (float)in[i];
+#endif
+    } else {
+        const int16_t *in = (const int16_t *)row + start;
+        for (int i = 0; i < m; i++)
+            x[i] = in[i] == CODE_ZERO ? -INFINITY : (float)in[i] * (1.0f / CODE_STEPS) - 16.0f;
+    }
+}
+
+static inline void store_block(void *row, int kind, int64_t start, int m, const float *restrict x) {
+    if (kind == F32) {
+        memcpy((float *)row + start, x, m * sizeof(float));
+    } else if (kind == BF16) {
+        uint16_t *out = (uint16_t *)row + start;
+        for (int i = 0; i < m; i++) out[i] = to_bf16(x[i]);
+#ifdef __FLT16_MAX__
+    } else if (kind == F16) {
+        _Float16 *out = (_Float16 *)row + start;
+        for (int i = 0; i < m; i++) out[i] = (_Float16)x[i];
+#endif
+    } else {
+        int16_t *out = (int16_t *)row + start;
+        for (int i = 0; i < m; i++) {
+            float code = nearbyintf((x[i] + 16.0f) * CODE_STEPS);
+            code = code > 32767.0f ? 32767.0f : code;
+            out[i] = (int16_t)(code > CODE_ZERO ? code : CODE_ZERO);
+        }
+    }
+}
+
+static inline void transform_block(float *restrict x, int m, transform_t t) {
+    if (t.cap_out != 0.0f) {
+        for (int i = 0; i < m; i++) x[i] = apply(x[i], t);
+    } else if (t.factor != 1.0f) {
+        for (int i = 0; i < m; i++) x[i] *= t.factor;
+    }
+}
+
+static const char *row_of(const void *base, int kind, int64_t row, int64_t stride) {
+    return (const char *)base + row * stride * (kind == F32 ? 4 : 2);
+}
+
+int prefloss_has_float16(void) {
+#ifdef __FLT16_MAX__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* NULL for the outputs that nobody asked for */
+void prefloss_score(const void *logits, int kind, int64_t rows, int64_t vocabulary, int64_t stride,
+                    const int64_t *targets, transform_t t, float *logps, float *lses, float *entropies,
+                    float *log_sum_sqs, uint8_t *top1, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const char *in = row_of(logits, kind, row, stride);
+        int stats = entropies || log_sum_sqs;
+        float peak = -INFINITY, x[BLOCK];
+        double sum = 0, weighted = 0, squares = 0;
+        if (targets[row] < 0) {
+            logps[row] = lses[row] = 0;
+            if (entropies) entropies[row] = 0;
+            if (log_sum_sqs) log_sum_sqs[row] = 0;
+            if (top1) top1[row] = 0;
+            continue;
+        }
+        for (int64_t start = 0; start < vocabulary; start += BLOCK) {
+            int m = vocabulary - start < BLOCK ? (int)(vocabulary - start) : BLOCK;
+            load_block(in, kind, start, m, x);
+            transform_block(x, m, t);
+            float high = peak;
+#pragma omp simd reduction(max : high)
+            for (int i = 0; i < m; i++) high = x[i] > high ? x[i] : high;
+            /* a row so far of -inf only has no sums to rescale, and -inf - -inf is NaN */
+            float shift = high == -INFINITY ? 0.0f : high;
+            if (high > peak && peak != -INFINITY) {
+                double rescale = exp((double)peak - high), moved = (double)peak - high;
+                weighted = rescale * (weighted + moved * sum);
+                sum *= rescale;
+                squares *= rescale * rescale;
+            }
+            peak = high;
+            if (!stats) {
+                float block = 0;
+#pragma omp simd reduction(+ : block)
+                for (int i = 0; i < m; i++) block += fast_exp(x[i] - shift);
+                sum += block;
+            } else {
+                float block = 0, block_weighted = 0, block_squares = 0;
+#pragma omp simd reduction(+ : block, block_weighted, block_squares)
+                for (int i = 0; i < m; i++) {
+                    float d = x[i] - shift, e = fast_exp(d);
+                    block += e;
+                    block_weighted += e == 0.0f ? 0.0f : e * d;
+                    block_squares += e * e;
+                }
+                sum += block;
+                weighted += block_weighted;
+                squares += block_squares;
+            }
+        }
+        float picked;
+        load_block(in, kind, targets[row], 1, &picked);
+        picked = apply(picked, t);
+        double log_sum = log(sum);
+        /* in this order: of two large logits the difference is exact */
+        logps[row] = (float)(((double)picked - peak) - log_sum);
+        lses[row] = (float)(peak + log_sum);
+        if (entropies) entropies[row] = (float)(log_sum - weighted / sum);
+        if (log_sum_sqs) log_sum_sqs[row] = (float)(log(squares) - 2 * log_sum);
+        if (top1) top1[row] = picked == peak;
+    }
+}
+
+void prefloss_encode(const float *logits, int64_t rows, int64_t vocabulary, int64_t stride, transform_t t,
+                     const float *lses, int16_t *codes, int64_t codes_stride, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t row = 0; row < rows; row++) {
+        float x[BLOCK];
+        for (int64_t start = 0; start < vocabulary; start += BLOCK) {
+            int m = vocabulary - start < BLOCK ? (int)(vocabulary - start) : BLOCK;
+            load_block(logits + row * stride, F32, start, m, x);
+            transform_block(x, m, t);
+            for (int i = 0; i < m; i++) x[i] -= lses[row];
+            store_block(codes + row * codes_stride, CODE, start, m, x);
+        }
+    }
+}
+
+/* `out` may be `in`: element i of a row is written after it is read, and no later one is touched */
+void prefloss_differentiate(const void *in, int in_kind, int64_t in_stride, void *out, int out_kind,
+                            int64_t out_stride, int64_t rows, int64_t vocabulary, const int64_t *targets,
+                            transform_t t, const float *logps, const float *lses,
+                            const coefficients_t *coefficients, int plain, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const char *from = row_of(in, in_kind, row, in_stride);
+        char *to = (char *)row_of(out, out_kind, row, out_stride);
+        coefficients_t w = coefficients[row];
+        float lse = lses[row], x[BLOCK], slopes[BLOCK];
+        if (targets[row] < 0) {
+            memset(to, 0, vocabulary * (out_kind == F32 ? 4 : 2));
+            continue;
+        }
+        for (int64_t start = 0; start < vocabulary; start += BLOCK) {
+            int m = vocabulary - start < BLOCK ? (int)(vocabulary - start) : BLOCK;
+            int64_t y = targets[row] - start;
+            load_block(from, in_kind, start, m, x);
+            if (in_kind == CODE) {
+                /* codes hold z - lse */
+                if (t.cap_out != 0.0f)
+                    for (int i = 0; i < m; i++) {
+                        float bent = (x[i] + lse) / t.cap_out;
+                        slopes[i] = x[i] == -INFINITY ? 0.0f : t.factor * (1.0f - bent * bent);
+                    }
+            } else {
+                transform_block(x, m, t);
+                if (t.cap_out != 0.0f)
+                    for (int i = 0; i < m; i++) {
+                        float bent = x[i] / t.cap_out;
+                        slopes[i] = x[i] == -INFINITY ? 0.0f : t.factor * (1.0f - bent * bent);
+                    }
+                for (int i = 0; i < m; i++) x[i] -= lse;
+            }
+            if (plain) {
+                for (int i = 0; i < m; i++) x[i] = w.a * fast_exp(x[i]);
+            } else {
+                for (int i = 0; i < m; i++) {
+                    float p = fast_exp(x[i]), finite = p == 0.0f ? 0.0f : x[i];
+                    x[i] = p * (w.a + w.b * finite + w.c * p);
+                }
+            }
+            if (y >= 0 && y < m) {
+                /* 1 - p from the log-prob: where p is near 1, exp(z - lse) lacks the digits */
+                float logp = logps[row], p = expf(logp), finite = p == 0.0f ? 0.0f : logp;
+                x[y] = -w.grad * expm1f(logp) + p * ((w.a + w.grad) + w.b * finite + w.c * p);
+            }
+            if (t.cap_out != 0.0f) {
+                for (int i = 0; i < m; i++) x[i] *= slopes[i];
+            } else if (t.factor != 1.0f) {
+                for (int i = 0; i < m; i++) x[i] *= t.factor;
+            }
+            store_block(to, out_kind, start, m, x);
+        }
+    }
+}
+
+#ifdef __AVX512BF16__
+#define MR 6
+#define NR 64
+#define KC 1024
+
+typedef struct {
+    const char *data;
+    int64_t row, k; /* bytes from one row to the next, and from one pair of k to the next */
+} pairs_t;
+
+/* [m, NR] += pairs of a [m, 2 depth] times packed b [depth, NR, 2]; `fresh` starts from 0 */
+static inline __attribute__((always_inline)) void tile(const int m, int64_t depth, pairs_t a,
+                                                      const uint32_t *restrict b, float *out, int64_t stride,
+                                                      int width, int fresh) {
+    __m512 sums[MR][4];
+    __mmask16 masks[4];
+    for (int j = 0; j < 4; j++) {
+        int left = width - 16 * j;
+        masks[j] = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            sums[r][j] = fresh ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(masks[j], out + r * stride + 16 * j);
+    for (int64_t k = 0; k < depth; k++) {
+        __m512bh columns[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) columns[j] = (__m512bh)_mm512_load_si512(b + k * NR + 16 * j);
+#pragma GCC unroll 6
+        for (int r = 0; r < m; r++) {
+            int32_t pair;
+            memcpy(&pair, a.data + r * a.row + k * a.k, 4);
+            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], both, columns[j]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(out + r * stride + 16 * j, masks[j], sums[r][j]);
+}
+
+static void tiles(int64_t m, int64_t depth, pairs_t a, const uint32_t *b, float *out, int64_t stride, int width,
+                  int fresh) {
+    for (int64_t r = 0; r < m; r += MR) {
+        pairs_t at = {a.data + r * a.row, a.row, a.k};
+        float *to = out + r * stride;
+        switch (m - r) {
+            case 1: tile(1, depth, at, b, to, stride, width, fresh); break;
+            case 2: tile(2, depth, at, b, to, stride, width, fresh); break;
+            case 3: tile(3, depth, at, b, to, stride, width, fresh); break;
+            case 4: tile(4, depth, at, b, to, stride, width, fresh); break;
+            case 5: tile(5, depth, at, b, to, stride, width, fresh); break;
+            default: tile(6, depth, at, b, to, stride, width, fresh);
+        }
+    }
+}
+
+/* 16 x 16 transpose of 32-bit words, from rows `stride` words apart */
+static inline void transpose16(const uint16_t *from, int64_t stride, int rows, uint32_t *to, int64_t to_stride) {
+    __m512i r[16], s[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = i < rows ? _mm512_loadu_si512(from + i * stride) : _mm512_setzero_si512();
+    for (int i = 0; i < 8; i++) {
+        s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(s[4 * i], s[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(s[4 * i], s[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(s[4 * i + 1], s[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(s[4 * i + 1], s[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        s[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        s[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        s[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        s[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd));
+        _mm512_storeu_si512(to + (i + 4) * to_stride, _mm512_shuffle_i32x4(s[i + 4], s[i + 12], 0x88));
+        _mm512_storeu_si512(to + (i + 12) * to_stride, _mm512_shuffle_i32x4(s[i + 4], s[i + 12], 0xdd));
+    }
+}
+
+/* k of [depth * 2] and n of [width] from x[k * k_stride + n * n_stride] to pairs [depth, to_stride], zeros beyond */
+static void pack(const uint16_t *x, int64_t k_stride, int64_t n_stride, int64_t ks, int width, int padded,
+                 uint32_t *to, int64_t to_stride) {
+    int64_t depth = (ks + 1) / 2, k = 0;
+    if (k_stride == 1) {
+        for (; 2 * k + 32 <= ks; k += 16)
+            for (int n = 0; n < padded; n += 16)
+                transpose16(x + 2 * k + n * n_stride, n_stride, width - n < 16 ? (width - n > 0 ? width - n : 0) : 16,
+                            to + k * to_stride + n, to_stride);
+    } else if (n_stride == 1) {
+        for (; 2 * k + 2 <= ks; k++) {
+            const uint16_t *low = x + 2 * k * k_stride, *high = low + k_stride;
+            uint32_t *row = to + k * to_stride;
+            for (int n = 0; n < width; n++) row[n] = low[n] | (uint32_t)high[n] << 16;
+            for (int n = width; n < padded; n++) row[n] = 0;
+        }
+    }
+    for (; k < depth; k++)
+        for (int n = 0; n < padded; n++) {
+            const uint16_t *at = x + 2 * k * k_stride + n * n_stride;
+            uint32_t low = n < width ? at[0] : 0, high = n < width && 2 * k + 1 < ks ? at[k_stride] : 0;
+            to[k * to_stride + n] = low | high << 16;
+        }
+}
+
+static void *workspace(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+/* Rows of `a` lie k after k, and there are few: each thread packs panels of b and passes all rows over them.
+ * Where `out` is small it stays in the cache while k goes by, so that `a` is read once. */
+static int multiply_few_rows(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_stride,
+                             const uint16_t *b, int64_t bk, int64_t bn, float *out, int64_t stride, int add,
+                             int threads) {
+    int64_t panels = (columns + NR - 1) / NR, even = ks / 2 * 2;
+    int small = rows * columns <= (1 << 20), failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        uint32_t *packed = workspace(sizeof(uint32_t) * KC / 2 * NR);
+        if (!packed) failed = 1;
+        int64_t blocks = (even + KC - 1) / KC, outer = small ? blocks : 1, inner = small ? 1 : blocks;
+        for (int64_t o = 0; o < outer; o++) {
+#pragma omp for schedule(static) nowait
+            for (int64_t panel = 0; panel < panels; panel++) {
+                int width = columns - panel * NR < NR ? (int)(columns - panel * NR) : NR;
+                for (int64_t i = 0; packed && i < inner; i++) {
+                    int64_t k = (small ? o : i) * KC, deep = even - k < KC ? even - k : KC;
+                    pack(b + k * bk + panel * NR * bn, bk, bn, deep, width, NR, packed, NR);
+                    pairs_t pairs = {(const char *)(a + k), a_stride * 2, 4};
+                    tiles(rows, deep / 2, pairs, packed, out + panel * NR, stride, width, !add && k == 0);
+                }
+            }
+        }
+        free(packed);
+    }
+    return failed;
+}
+
+/* Columns of `a` lie next to each other, and there are many rows: b is packed once, each thread packs blocks of a. */
+static int multiply_many_rows(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_stride,
+                              const uint16_t *b, int64_t bk, int64_t bn, float *out, int64_t stride, int add,
+                              int threads) {
+    enum { ROWS = 16 * MR };
+    int64_t panels = (columns + NR - 1) / NR, blocks = (rows + ROWS - 1) / ROWS;
+    int failed = 0;
+    for (int64_t k = 0; k < ks; k += KC) {
+        int64_t deep = ks - k < KC ? ks - k : KC, depth = (deep + 1) / 2;
+        uint32_t *packed = workspace(sizeof(uint32_t) * panels * depth * NR);
+        if (!packed) return 1;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+        {
+            uint32_t *mine = workspace(sizeof(uint32_t) * depth * ROWS);
+            if (!mine) failed = 1;
+#pragma omp for schedule(static)
+            for (int64_t panel = 0; panel < panels; panel++) {
+                int width = columns - panel * NR < NR ? (int)(columns - panel * NR) : NR;
+                pack(b + k * bk + panel * NR * bn, bk, bn, deep, width, NR, packed + panel * depth * NR, NR);
+            }
+#pragma omp for schedule(dynamic, 4)
+            for (int64_t block = 0; block < blocks; block++) {
+                int64_t first = block * ROWS;
+                int count = rows - first < ROWS ? (int)(rows - first) : ROWS;
+                if (!mine) continue;
+                pack(a + k * a_stride + first, a_stride, 1, deep, count, ROWS, mine, ROWS);
+                for (int64_t panel = 0; panel < panels; panel++) {
+                    int width = columns - panel * NR < NR ? (int)(columns - panel * NR) : NR;
+                    pairs_t pairs = {(const char *)mine, 4, ROWS * 4};
+                    tiles(count, depth, pairs, packed + panel * depth * NR, out + first * stride + panel * NR,
+                          stride, width, !add && k == 0);
+                }
+            }
+            free(mine);
+        }
+        free(packed);
+    }
+    return failed;
+}
+
+/* out[rows, columns] (+)= a[rows, ks] b[ks, columns]; strides in elements. 0 when done. */
+int prefloss_multiply(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_row, int64_t a_k,
+                      const uint16_t *b, int64_t bk, int64_t bn, float *out, int64_t stride, int add, int threads) {
+    if (a_k == 1 && ks >= 2) {
+        int failed = multiply_few_rows(rows, columns, ks, a, a_row, b, bk, bn, out, stride, add, threads);
+        if (failed || ks % 2 == 0) return failed;
+        /* the last of an odd number of k has no partner in its pair */
+        for (int64_t r = 0; r < rows; r++) {
+            float last = from_bits((uint32_t)a[r * a_row + ks - 1] << 16);
+            for (int64_t n = 0; n < columns; n++)
+                out[r * stride + n] += last * from_bits((uint32_t)b[(ks - 1) * bk + n * bn] << 16);
+        }
+        return 0;
+    }
+    if (a_row != 1) return 2;
+    return multiply_many_rows(rows, columns, ks, a, a_k, b, bk, bn, out, stride, add, threads);
+}
+#else
+int prefloss_multiply(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_row, int64_t a_k,
+                      const uint16_t *b, int64_t bk, int64_t bn, float *out, int64_t stride, int add, int threads) {
+    return 2;
+}
+#endif
+
+int prefloss_multiplies(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
