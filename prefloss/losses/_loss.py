@@ -156,7 +156,7 @@ class Loss:
             value.all_sum = all_sum
 
     def config(self) -> dict[str, Any]:
-        """Name and hyperparameters as a configuration file holds them: `get(**config)` gives the loss back."""
+        """Name and hyperparameters as a configuration file holds them; `get(config.pop("name"), **config)` reads it."""
         return {"name": self.name, **{name: _plain(value) for name, value in self.params.items()}}
 
     def __repr__(self) -> str:

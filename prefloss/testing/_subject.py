@@ -99,9 +99,9 @@ class Subject:
         return self.spec.parameters
 
     @property
-    def draws_random_numbers(self) -> bool:
-        """Whether an example's value depends on its place among the random numbers that the loss draws."""
-        return any(isinstance(state, Draws) for state in self.loss.state.values())
+    def draws_by_place(self) -> bool:
+        """Whether an example's random numbers depend on its place in the batch; never in a separable loss."""
+        return not self.spec.separable and any(isinstance(state, Draws) for state in self.loss.state.values())
 
     def fresh(self, **changes: Any) -> Loss:
         """The loss with its first state, in training; `changes` replace hyperparameters."""

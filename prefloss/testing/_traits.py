@@ -27,13 +27,7 @@ def differs(first: Tensor, second: Tensor) -> bool:
     return not close(first, second, NOTICED)
 
 
-def _place_matters(subject: Subject) -> str | None:
-    if subject.draws_random_numbers:
-        return "draws random numbers by place in the batch"
-    return None
-
-
-@check(_place_matters)
+@check()
 def check_separability(subject: Subject) -> None:
     """A separable loss gives an example the same value alone as in a batch; one that is not, somewhere does not."""
     if subject.spec.separable:
@@ -68,19 +62,21 @@ def _check_alone(subject: Subject, feedback: Feedback) -> None:
 
 
 def _no_score_difference(subject: Subject) -> str | None:
-    declared = subject.spec.difference_only
+    spec = subject.spec
     if subject.modifiers:
         return f"changed by {', '.join(subject.modifiers)}: the trait is that of the plain loss"
-    if declared:
+    if spec.difference_only:
         return None
-    if subject.spec.feedback is not Pairs:
-        return f"takes {subject.spec.feedback.__name__}, and only pairs have one difference"
-    return None if subject.spec.needs_reference else "has no reference, so no log-ratios to subtract"
+    if spec.feedback is not Pairs:
+        return f"takes {spec.feedback.__name__}, and only pairs have one difference"
+    if not spec.needs_reference:
+        return "has no reference, so no log-ratios to subtract"
+    return None if spec.separable else "mixes the pairs of a batch, so more than a pair's own difference matters"
 
 
 @check(_no_score_difference)
 def check_difference_only(subject: Subject) -> None:
-    """The loss depends on a pair through the difference of its log-ratios alone if and only if it declares so."""
+    """Of what the policy gives, only the difference of a pair's log-ratios matters if and only if the loss says so."""
     spec = subject.spec
     if spec.difference_only and spec.feedback is not Pairs:
         raise subject.failed(f"declares difference_only=True, but takes {spec.feedback.__name__}: only pairs differ")
@@ -125,18 +121,29 @@ def _difference_problem(subject: Subject, feedback: Feedback) -> str | None:
     if all(differs(values, other) for _, other in found):
         what, other = found[0]
         return f"with {told(nats)} nats added to the {what} of both sides the values went {_from_to(values, other)}"
-    kept = replace(
-        feedback,
-        chosen=_fields.moved(feedback.chosen, policy=nats, reference=nats),
-        rejected=_fields.moved(feedback.rejected, policy=2 * nats, reference=2 * nats),
-    )
-    other = subject.detached(loss, kept)
-    if differs(values, other):
-        return f"with the same nats added to policy and reference of a side the values went {_from_to(values, other)}"
-    other = subject.detached(loss, replace(feedback, chosen=_mixed(feedback.chosen), rejected=_mixed(feedback.rejected)))
-    if differs(values, other):
-        return f"with nats moved from token to token of a completion the values went {_from_to(values, other)}"
+    for what, other in _same_differences(feedback, nats):
+        found = subject.detached(loss, other)
+        if differs(values, found):
+            return f"with {what} the values went {_from_to(values, found)}"
     return None
+
+
+def _same_differences(pairs: Pairs, nats: Tensor) -> Iterator[tuple[str, Pairs]]:
+    """The pairs with the same log-ratios of both sides, from another policy."""
+    yield (
+        "the same nats added to policy and reference of a side",
+        replace(
+            pairs,
+            chosen=_fields.moved(pairs.chosen, policy=nats, reference=nats),
+            rejected=_fields.moved(pairs.rejected, policy=2 * nats, reference=2 * nats),
+        ),
+    )
+    mixed = replace(pairs, chosen=_mixed(pairs.chosen), rejected=_mixed(pairs.rejected))
+    yield "nats moved from token to token of a completion", mixed
+    for name in ("gold", *(f"per_token.{row}" for row in ("log_sum_sq", "kl", "reverse_kl"))):
+        other = _altered(pairs, name, 0)
+        assert isinstance(other, Pairs)
+        yield f"another {name}", other
 
 
 def _both_sides(pairs: Pairs, chosen: Tensor, rejected: Tensor) -> Pairs:
@@ -171,57 +178,58 @@ def _no_plain_direction(subject: Subject) -> str | None:
 @check(_no_plain_direction)
 def check_monotone(subject: Subject) -> None:
     """The loss never rises with the better completion's log-prob if and only if it declares monotone."""
+    if subject.spec.monotone:
+        for feedback in subject.searched(SEARCHED // 2):
+            if _rises(subject, lambda: subject.settled, feedback)[0]:
+                problem, smallest = _narrowed(feedback, lambda item: _rises(subject, lambda: subject.settled, item)[0])
+                raise subject.failed(f"{problem}: declare monotone=False", smallest)
+        return
     moved = False
     for feedback in subject.searched(2 * SEARCHED):
-        rise = _largest_rise(subject, feedback)
-        moved = moved or bool(rise.abs().max() > NOTICED)
-        if _rising_problem(subject, feedback) is None:
-            continue
-        if not subject.spec.monotone:
-            return
-        problem, smallest = _narrowed(feedback, lambda item: _rising_problem(subject, item))
-        raise subject.failed(f"{problem}: declare monotone=False", smallest)
-    if not subject.spec.monotone and moved:
+        # A state that moves with the batch may turn the direction, so look in training too.
+        for loss in (lambda: subject.settled, subject.fresh) if subject.loss.state else (lambda: subject.settled,):
+            problem, changed = _rises(subject, loss, feedback)
+            moved = moved or changed
+            if problem:
+                return
+    if moved:
         raise subject.failed(
             f"declares monotone=False, but in {2 * SEARCHED} batches the value never rose with the policy's log-prob "
             "of the better completion: declare monotone=True"
         )
 
 
-def _rising_problem(subject: Subject, feedback: Feedback) -> str | None:
-    """What shows that the loss rose with the better completion's log-prob, or None."""
-    values = _of_interest(subject, feedback)
-    for lower in _lowered(feedback):
-        below = _of_interest(subject, lower)
-        if bool((_rise(below, values) > NOTICED).any()):
-            return (
+def _rises(subject: Subject, loss: Callable[[], Loss], feedback: Feedback) -> tuple[str | None, bool]:
+    """What shows that the loss rose with the better completion's log-prob; and whether it changed at all."""
+    values, changed = _of_interest(subject, loss(), feedback), False
+    for lower in _lowered(subject, feedback):
+        below = _of_interest(subject, loss(), lower)
+        rise = (values - below) / torch.maximum(values.abs(), below.abs()).clamp(min=1)
+        changed = changed or bool((rise.abs() > NOTICED).any())
+        if bool((rise > NOTICED).any()):
+            problem = (
                 f"the value rose from {told(below)} to {told(values)} when the policy's log-prob of the better "
                 f"completion rose from {_better_log_probs(lower)} to {_better_log_probs(feedback)}"
             )
-    return None
+            return problem, True
+    return None, changed
 
 
-def _largest_rise(subject: Subject, feedback: Feedback) -> Tensor:
-    values = _of_interest(subject, feedback)
-    return torch.stack([_rise(_of_interest(subject, lower), values).abs().max() for lower in _lowered(feedback)])
-
-
-def _rise(below: Tensor, values: Tensor) -> Tensor:
-    return (values - below) / torch.maximum(values.abs(), below.abs()).clamp(min=1)
-
-
-def _of_interest(subject: Subject, feedback: Feedback) -> Tensor:
+def _of_interest(subject: Subject, loss: Loss, feedback: Feedback) -> Tensor:
     """Each value of a separable loss, the sum of the others': one example's rise may be another's fall."""
-    values = subject.detached(subject.settled, feedback)
+    values = subject.detached(loss, feedback)
     return values if subject.spec.separable else values.sum()
 
 
-def _lowered(feedback: Feedback) -> Iterator[Feedback]:
-    for nats in (0.3, 5.0, 80.0, 1500.0):
-        name = "completions" if isinstance(feedback, Labels | Rankings) else "chosen"
-        part = _fields.parts(feedback)[name]
-        down = torch.where(_better(feedback), -nats, 0.0).to(part.policy.dtype)
-        yield replace(feedback, **{name: _fields.moved(part, policy=down)})
+def _lowered(subject: Subject, feedback: Feedback) -> Iterator[Feedback]:
+    """The feedback with a lower log-prob of the better completions: of all, and of one where they are coupled."""
+    name = "chosen" if isinstance(feedback, Pairs) else "completions"
+    part, better = _fields.parts(feedback)[name], _better(feedback)
+    first = better & (better.flatten().cumsum(0).reshape(better.shape) == 1)
+    for which in (better,) if subject.spec.separable and not subject.loss.state else (better, first):
+        for nats in (0.3, 5.0, 80.0, 1500.0):
+            down = torch.where(which, -nats, 0.0).to(part.policy.dtype)
+            yield replace(feedback, **{name: _fields.moved(part, policy=down)})
 
 
 def _better(feedback: Feedback) -> Tensor:
@@ -382,8 +390,8 @@ def _other_values(value: Tensor, seed: int, rising: bool) -> Tensor:
 
 
 def _with_other_tokens(feedback: Feedback) -> Feedback:
-    def change(_: str, part: LogRatios) -> LogRatios:
-        extra = torch.arange(part.policy.numel()).reshape(part.shape) % 3 + 1
+    def change(name: str, part: LogRatios) -> LogRatios:
+        extra = (torch.arange(part.policy.numel()).reshape(part.shape) + len(name)) % 3 + 1
         return part if part.tokens is None else replace(part, tokens=part.tokens + extra)
 
     return _fields.map_parts(feedback, change)

@@ -101,7 +101,7 @@ def check_determinism(subject: Subject) -> None:
 
 
 def _place_matters(subject: Subject) -> str | None:
-    if subject.draws_random_numbers:
+    if subject.draws_by_place:
         return "draws random numbers by place in the batch"
     return None
 
@@ -279,7 +279,7 @@ def _check_emptied(subject: Subject, whole: Feedback, given: Feedback, place: in
 
 def _check_others(subject: Subject, whole: Feedback, given: Feedback, values: Tensor, place: int) -> None:
     others = torch.tensor([index for index in range(len(values)) if index != place], dtype=torch.long)
-    if subject.draws_random_numbers or not len(others):
+    if subject.draws_by_place or not len(others):
         return
     left = _fields.select(whole, others)
     if isinstance(left, Labels) and isinstance(whole, Labels):

@@ -11,6 +11,7 @@ import torch
 import prefloss
 from prefloss import Labels, Pairs, Rankings
 from prefloss.logratios import PerToken
+from prefloss.losses import Interval
 from tests.oracle.numbers import Group, Pair, Side, Vote
 
 LONGEST = 4
@@ -184,7 +185,8 @@ def hyperparameters(spec, rng):
             drawn[name] = rng.random() < 0.5
         elif isinstance(default, int | float):
             candidate = default * rng.choice((0.5, 1.0, 1.7)) or rng.choice((0.0, 0.1))
-            inside = parameter.constraint is None or candidate in parameter.constraint
+            bounds = parameter.constraint if isinstance(parameter.constraint, Interval) else None
+            inside = bounds is None or candidate in bounds
             drawn[name] = type(default)(candidate) if inside else default
         elif hasattr(parameter.type, "__args__") and isinstance(default, str) and parameter.constraint is None:
             drawn[name] = rng.choice(parameter.type.__args__)

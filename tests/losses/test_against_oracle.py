@@ -47,6 +47,8 @@ def oracle_of(name, records, theirs):
     return values, found
 
 
+# Losses that read the spread of a batch, which one pair does not have.
+TWO_AT_LEAST = ("discopop_dbaql", "discopop_aqfl")
 # Losses whose hyperparameters are states or draws: compared below, with the state's numbers handed to the oracle.
 WITH_STATE = ("alpha_dpo", "beta_dpo", "gamma_po", "sampo")
 
@@ -58,7 +60,9 @@ def test_values_and_gradients(name, seed, double, size, spread):
     rng, dtype = bridge.seeded(seed), torch.float64 if double else torch.float32
     spec = prefloss.specs[name]
     drawn = bridge.hyperparameters(spec, rng)
-    batch = bridge.Batch(spec.feedback, spec.needs, rng, dtype, size, spread)
+    if name in TWO_AT_LEAST:
+        size += 1
+    batch = bridge.Batch(spec.feedback, spec.needs | spec.reads, rng, dtype, size, spread)
     ours, theirs = same(name, drawn, batch.feedback, rng)
     compare(prefloss.get(name, **ours), batch, *oracle_of(name, batch.records, theirs))
 
@@ -94,6 +98,67 @@ def compare(loss, batch, wanted, wanted_gradient):
         torch.testing.assert_close(
             value.double(), expected[name], rtol=200 * EPS[dtype], atol=slack + 300 * EPS[dtype] * (1 + largest)
         )
+
+
+def drawn_batch(name, seed, double, size, **changes):
+    """Hyperparameters and a batch for a loss with a state."""
+    rng, dtype = bridge.seeded(seed), torch.float64 if double else torch.float32
+    spec = prefloss.specs[name]
+    drawn = {k: v for k, v in bridge.hyperparameters(spec, rng).items() if k not in ("moments", "draws", "subset", "queue")}
+    return {**drawn, **changes}, bridge.Batch(spec.feedback, spec.needs, rng, dtype, size)
+
+
+@given(seed=st.integers(0, 10**9), double=st.booleans(), size=st.integers(2, 4))
+@settings(max_examples=12)
+def test_alpha_dpo_with_its_moments(seed, double, size):
+    drawn, batch = drawn_batch("alpha_dpo", seed, double, size)
+    loss = prefloss.get("alpha_dpo", **drawn)
+    loss(batch.feedback)
+    # The moments are updated before they are used: hold them still, and hand the oracle what the loss then uses.
+    moments = loss.eval().params["moments"]
+    theirs = {**drawn, "location": moments.mean, "scale": moments.std}
+    compare(loss, batch, *oracle_of("alpha_dpo", batch.records, theirs))
+
+
+@given(seed=st.integers(0, 10**9), double=st.booleans(), size=st.integers(2, 4))
+@settings(max_examples=12)
+def test_beta_dpo_with_its_moments_and_draws(seed, double, size):
+    drawn, batch = drawn_batch("beta_dpo", seed, double, size)
+    loss = prefloss.get("beta_dpo", **drawn)
+    loss(batch.feedback)
+    loss.eval()
+    kept = (loss(batch.feedback) != 0).tolist()
+    assert sum(kept) == max(1, int(size * drawn["keep"]))
+    moments = loss.params["moments"]
+    theirs = {"beta": drawn["beta"], "alpha": drawn["alpha"], "location": moments.mean, "kept": kept}
+    compare(loss, batch, *oracle_of("beta_dpo", batch.records, theirs))
+
+
+@given(seed=st.integers(0, 10**9), double=st.booleans(), size=st.integers(1, 3))
+@settings(max_examples=12)
+def test_sampo_with_its_draws(seed, double, size):
+    drawn, batch = drawn_batch("sampo", seed, double, size)
+    loss = prefloss.get("sampo", subset=seed % 100, **drawn).eval()
+    touched = batch.gradients(loss(batch.feedback).sum())["policy"] != 0
+    for row in range(size):
+        places = [touched[start + row].nonzero().flatten().tolist() for start in (0, size)]
+        counts = [int(batch.rows.mask[start + row].sum()) for start in (0, size)]
+        assert len(places[0]) == len(places[1]) == min(counts)
+        theirs = {**drawn, "chosen_tokens": places[0], "rejected_tokens": places[1]}
+        wanted = ORACLES["sampo"](batch.records[row], **theirs)
+        assert loss(batch.feedback)[row].item() == pytest.approx(float(wanted), rel=1e-5)
+
+
+@given(seed=st.integers(0, 10**9), double=st.booleans(), size=st.integers(1, 3))
+@settings(max_examples=8)
+def test_gamma_po_with_its_queue(seed, double, size):
+    drawn, batch = drawn_batch("gamma_po", seed, double, size, reference=False, steps=20)
+    queue = [0.5, -1.0, 2.0]
+    compare(
+        prefloss.get("gamma_po", queue=queue, **drawn),
+        batch,
+        *oracle_of("gamma_po", batch.records, {**drawn, "queue": queue}),
+    )
 
 
 def test_every_loss_has_an_oracle():

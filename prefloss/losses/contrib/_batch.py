@@ -120,7 +120,8 @@ def _target_margins(
     before = gaps.new_tensor(list(earlier))
     known = torch.cat([before, gaps.flatten()])
     there = torch.cat([torch.ones_like(before, dtype=torch.bool), counted.flatten()])
-    count, rate = there.sum(), min(0.5 / tau, 1.0)
+    # In the gaps' own precision: a number times an integer tensor would be float32.
+    count, rate = there.sum().to(gaps.dtype), min(0.5 / tau, 1.0)
     log_share = log_softmax(torch.zeros_like(known), there)
     for _ in range(steps - 1):
         share = torch.exp(log_share)
