@@ -13,7 +13,9 @@ from prefloss.feedback import Pairs as Pairs
 from prefloss.feedback import Rankings as Rankings
 from prefloss.logprobs import linear_token_logps as linear_token_logps
 from prefloss.logprobs import token_logps as token_logps
+from prefloss.logratios import IGNORE_INDEX as IGNORE_INDEX
 from prefloss.logratios import LogRatios as LogRatios
+from prefloss.logratios import completion_targets as completion_targets
 from prefloss.losses import Loss as Loss
 from prefloss.losses import LossSpec as LossSpec
 from prefloss.losses import get as get

@@ -155,7 +155,7 @@ class Labels:
         mismatched: Log-ratios of completions under prompts they do not belong to, any shape: what KTO estimates
             its KL baseline from.
         kl: KL baseline computed elsewhere, scalar or [n], nats.
-        baseline: Value of the prompt that a score is measured against, [n].
+        baseline: Value of the prompt that a score is measured against, [n]; alone may carry a gradient.
 
     Raises:
         ValueError: If shapes or devices differ.
@@ -266,7 +266,7 @@ class Rankings:
                 )
             object.__setattr__(self, "mask", mask)
         if self.weight is not None:
-            weight = _as_values("weight", self.weight, self.completions.device)
+            weight = _as_values("weight", self.weight, self.completions.device).detach()
             if weight.shape != shape[:1]:
                 raise ValueError(
                     f"weight: got shape {list(weight.shape)}, wanted {list(shape[:1])}: one per group"
@@ -367,9 +367,12 @@ def _as_values(name: str, value: Any, device: torch.device) -> Tensor:
 
 
 def _convert_values(feedback: Any, name: str, like: LogRatios) -> None:
+    """Check a field of numbers; what people said is data and gets no gradient, a value baseline may be a model's."""
     value = getattr(feedback, name)
     if value is None:
         return
+    if _is_tensor(value) and name != "baseline":
+        value = value.detach()
     value = _as_values(name, value, like.device)
     if value.shape != like.shape:
         raise ValueError(

@@ -6,24 +6,56 @@ Nothing is shifted here: ``targets[..., t]`` is the token that position t predic
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import inf
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from prefloss.kernels import chunked, naive
+from prefloss import plan as planning
+from prefloss.kernels import chunked, kl, naive, ops
 from prefloss.kernels.naive import LogitTransform
+from prefloss.plan import Plan
 
 Impl = Literal["auto", "naive", "chunked", "triton"]
 _IMPLS = get_args(Impl)
 
-# "auto" takes naive up to so many logits: there the two take the same time (CPU), and naive can be compiled whole
-# and differentiated twice. Beyond it naive's 12 to 16 bytes per logit count, and asking for that much fresh memory
-# takes longer than computing the logits twice.
-_NAIVE_ELEMENTS = 2**20
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStats:
+    """Numbers of each token's distribution over the vocabulary; all [...], 0 at ignored targets.
+
+    Attributes:
+        logps: Log-prob of the target, nats.
+        logsumexp: Log of the sum of exp of the (transformed) logits, nats.
+        entropy: Entropy, nats.
+        log_sum_sq: Log of the sum of the squared probabilities, nats.
+        top1: Whether no token is likelier than the target; bool.
+    """
+
+    logps: Tensor
+    logsumexp: Tensor
+    entropy: Tensor
+    log_sum_sq: Tensor
+    top1: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokenKL:
+    """How two distributions over the vocabulary differ at each token; all [...], 0 at ignored targets.
+
+    Attributes:
+        kl: KL(reference || policy), nats, with gradient to the policy.
+        reverse_kl: KL(policy || reference), nats, with gradient to the policy.
+        reference_entropy: Entropy of the reference divided by log V, in [0, 1]; no gradient.
+    """
+
+    kl: Tensor
+    reverse_kl: Tensor
+    reference_entropy: Tensor
 
 
 def token_logps(
@@ -36,6 +68,8 @@ def token_logps(
     ignore_index: int = -100,
     impl: Impl = "auto",
     chunk_tokens: int | None = None,
+    inplace_backward: bool = False,
+    strict: bool = False,
 ) -> Tensor:
     r"""Log-prob of each target token, from logits.
 
@@ -55,11 +89,18 @@ def token_logps(
         impl: "naive" is plain torch: it can be differentiated twice and compiled as one graph. "chunked" works a
             slice of tokens at a time and stores no second [..., V] but the gradient. "auto" chooses by size.
         chunk_tokens: Tokens per slice of "chunked", >= 1; None chooses by memory.
+        inplace_backward: Let the backward pass of "chunked" write the gradient over the logits, which saves memory
+            of their size. They hold no logits afterwards. Whether somebody reads them later (a metric, say) cannot
+            be detected; another op that saved them for its own backward pass raises torch's error about in-place
+            changes, and so does a second backward pass. Without effect under torch.compile, where the gradient
+            gets memory of its own.
+        strict: Refuse a slower way than this op has for such inputs, see `prefloss.explain`.
 
     Returns:
         Log-probs, [...], nats, float32 (float64 for float64 logits); 0 and no gradient at ignored targets.
 
     Raises:
+        RuntimeError: If `strict` and there is a fallback.
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If shapes or devices do not match, or an option is out of range.
         IndexError: If a target is neither in [0, V) nor `ignore_index`. Checked on CPU, outside torch.compile.
@@ -70,14 +111,52 @@ def token_logps(
         >>> token_logps(logits, torch.tensor([0, 1, -100]))
         tensor([-0.6931, -0.0486,  0.0000])
     """
-    _check_tensor("logits", logits, floating=True)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {list(logits.shape)}, wanted [..., V] with V >= 1")
-    transform = _checked_transform(temperature, logit_scale, softcap)
-    targets = _checked_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
-    if _choose(impl, logits.numel(), chunk_tokens) == "naive":
-        return naive.token_logps(logits, targets, transform, ignore_index)
-    return chunked.token_logps(logits, targets, transform, ignore_index, chunk_tokens)
+    stats = _token_stats(
+        logits, targets, (temperature, logit_scale, softcap), ignore_index, impl, chunk_tokens, 1, strict,
+        inplace_backward,
+    )  # fmt: skip
+    return stats[0]
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    impl: Impl = "auto",
+    chunk_tokens: int | None = None,
+    stats_gradient: bool = False,
+    strict: bool = False,
+) -> TokenStats:
+    """Log-prob of each target token and further numbers of its distribution, in one pass over the logits.
+
+    Args:
+        logits: As in `token_logps`, like all that follow.
+        targets: As there.
+        temperature: As there.
+        logit_scale: As there.
+        softcap: As there.
+        ignore_index: As there.
+        impl: As there.
+        chunk_tokens: As there.
+        stats_gradient: Whether logsumexp, entropy and log_sum_sq have a gradient; the log-probs always do.
+        strict: As there.
+
+    Returns:
+        The numbers, each [...].
+
+    Example:
+        >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]))
+        >>> stats.entropy.exp(), stats.log_sum_sq.exp(), stats.top1
+        (tensor([4.]), tensor([0.2500]), tensor([True]))
+    """
+    stats = _token_stats(
+        logits, targets, (temperature, logit_scale, softcap), ignore_index, impl, chunk_tokens, 5, strict
+    )
+    return _named(stats, stats_gradient)
 
 
 def linear_token_logps(
@@ -92,13 +171,18 @@ def linear_token_logps(
     ignore_index: int = -100,
     impl: Impl = "auto",
     chunk_tokens: int | None = None,
+    budget_bytes: int | None = None,
+    strict: bool = False,
 ) -> Tensor:
     r"""Log-prob of each target token, from hidden states and the output head, without storing the logits.
 
-    `token_logps` of the logits :math:`x = h W^\top + b`, which are accumulated and kept in float32 whatever the
-    dtype of h and W. "chunked" drops ignored positions before the matmul and computes the logits of each slice
-    again in the backward pass; the gradients of weight and bias are summed in float32. What needs no gradient (a
-    frozen head) costs none.
+    `token_logps` of the logits :math:`x = h W^\top + b`, which are accumulated in float32 whatever the dtype of h
+    and W. "chunked" drops ignored positions before the matmul and keeps for the backward pass what makes it cheapest
+    within a memory budget (`prefloss.explain` says what that is): with a frozen head the gradient of each log-prob
+    in its hidden state, two matmuls in all; with a trainable one the logits, three matmuls, or four for the tokens
+    whose logits do not fit. Any loss may follow. The log-probs are those of float32 logits on every path. In
+    bfloat16 each gradient of a logit is rounded to bfloat16 once (relative error up to 2^-8) where the device
+    multiplies bfloat16; all sums are float32. What needs no gradient costs none.
 
     Args:
         hidden: Last hidden states, floating point, [..., H].
@@ -111,6 +195,9 @@ def linear_token_logps(
         ignore_index: Target of the positions to leave out, whatever their hidden states are (inf and NaN too).
         impl: "naive", "chunked" or "auto", as in `token_logps`; "naive" computes the logits of all positions.
         chunk_tokens: Tokens per slice of "chunked", >= 1; None chooses by memory.
+        budget_bytes: Memory that "chunked" may use between forward and backward and for its slices, >= 0, gradients
+            left out; None for 1 GiB. One slice is used whatever the budget is.
+        strict: Refuse a slower way than this op has for such inputs, see `prefloss.explain`.
 
     Returns:
         Log-probs, [...], nats, float32 (float64 for float64 inputs); 0 and no gradient at ignored targets.
@@ -120,6 +207,7 @@ def linear_token_logps(
         ValueError: If shapes or devices do not match, or an option is out of range.
         IndexError: If a target is neither in [0, V) nor `ignore_index`. Checked on CPU, outside torch.compile.
         NotImplementedError: If `impl` is "triton".
+        RuntimeError: If `strict` and there is a fallback.
 
     Example:
         >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -127,50 +215,255 @@ def linear_token_logps(
         >>> linear_token_logps(hidden, head, torch.tensor([0, 1]))
         tensor([-0.6931, -0.0486])
     """
-    _check_tensor("hidden", hidden, floating=True)
+    return _linear_token_stats(
+        hidden, weight, bias, targets, (temperature, logit_scale, softcap), ignore_index, impl, chunk_tokens,
+        budget_bytes, strict, 1, False,
+    )[0]  # fmt: skip
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    impl: Impl = "auto",
+    chunk_tokens: int | None = None,
+    budget_bytes: int | None = None,
+    stats_gradient: bool = False,
+    strict: bool = False,
+) -> TokenStats:
+    """Log-prob of each target token and further numbers of its distribution, without storing the logits.
+
+    Args:
+        hidden: As in `linear_token_logps`, like all that follow.
+        weight: As there.
+        targets: As there.
+        bias: As there.
+        temperature: As there.
+        logit_scale: As there.
+        softcap: As there.
+        ignore_index: As there.
+        impl: As there.
+        chunk_tokens: As there.
+        budget_bytes: As there.
+        stats_gradient: Whether logsumexp, entropy and log_sum_sq have a gradient; the log-probs always do. With a
+            frozen head it costs a third matmul.
+        strict: As there.
+
+    Returns:
+        The numbers, each [...].
+
+    Example:
+        >>> stats = linear_token_stats(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]))
+        >>> stats.entropy.exp()
+        tensor([4.])
+    """
+    stats = _linear_token_stats(
+        hidden, weight, bias, targets, (temperature, logit_scale, softcap), ignore_index, impl, chunk_tokens,
+        budget_bytes, strict, 5, stats_gradient,
+    )  # fmt: skip
+    return _named(stats, stats_gradient)
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> TokenKL:
+    """KL divergences between the next-token distributions of reference and policy, without storing the logits.
+
+    A slice of tokens at a time. With a frozen head the gradients of both divergences in the hidden states are saved
+    unscaled; with a trainable one the backward pass computes the logits of both models again. The reference gets no
+    gradient.
+
+    Args:
+        hidden: Last hidden states of the policy, floating point, [..., H].
+        weight: Weight of its head, [V, H].
+        reference_hidden: The same of the reference, [..., H'].
+        reference_weight: Weight of its head, [V, H'].
+        targets: Integer, [...]; says which positions count, its values are not read otherwise.
+        bias: Bias of the policy's head, [V], or None.
+        reference_bias: Bias of the reference's head, [V], or None.
+        temperature: Divides the logits of both last, > 0.
+        logit_scale: Multiplies the logits of both first, > 0.
+        softcap: Bounds the scaled logits of both, > 0; None leaves them.
+        ignore_index: Target of the positions to leave out.
+        chunk_tokens: Tokens per slice, >= 1; None chooses by memory.
+
+    Returns:
+        The divergences, each [...], in nats.
+
+    Example:
+        >>> hidden, head = torch.ones(1, 2), torch.eye(2)
+        >>> linear_token_kl(hidden, head, hidden, head, torch.tensor([0])).kl
+        tensor([0.])
+    """
+    transform = _checked_transform(temperature, logit_scale, softcap)
+    vocabulary = _check_linear(hidden, weight, bias)
+    if _check_linear(reference_hidden, reference_weight, reference_bias, "reference_") != vocabulary:
+        raise ValueError(
+            f"reference_weight: got {len(reference_weight)} rows, wanted {vocabulary} (V) as weight has"
+        )
+    if reference_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"reference_hidden: got shape {list(reference_hidden.shape)}, wanted {list(hidden.shape[:-1])} and its "
+            "own width, as hidden has"
+        )
+    targets = _checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
+    _check_choice("chunked", chunk_tokens)
+    out = kl.linear_token_kl(
+        hidden, weight, bias, reference_hidden.detach(), reference_weight.detach(),
+        None if reference_bias is None else reference_bias.detach(), targets, transform, ignore_index, chunk_tokens,
+    )  # fmt: skip
+    return TokenKL(out[0], out[1], out[2].detach())
+
+
+def _token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    options: tuple[float, float, float | None],
+    ignore_index: int,
+    impl: Impl,
+    chunk_tokens: int | None,
+    outputs: int,
+    strict: bool,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """[outputs, ...] statistics from logits."""
+    _check_tensor("logits", logits, floating=True)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {list(logits.shape)}, wanted [..., V] with V >= 1")
+    transform = _checked_transform(*options)
+    targets = _checked_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
+    _check_choice(impl, chunk_tokens)
+    if inplace_backward and logits.is_leaf and logits.requires_grad:
+        raise ValueError("inplace_backward: got leaf logits, wanted the output of a model: a leaf outlives its gradient")
+    plan = planning.plan_token(logits, targets.numel(), logits.shape[-1], impl, chunk_tokens)
+    planning.note(plan, strict)
+    if plan.impl == "naive":
+        return naive.token_stats(logits, targets, transform, ignore_index, outputs)
+    if not torch.compiler.is_compiling():
+        return chunked.token_stats(
+            logits, targets, transform, ignore_index, chunk_tokens, outputs, inplace_backward
+        )
+    flat = targets.reshape(-1)
+    safe = torch.where(flat != ignore_index, flat, -1)
+    chunk = chunk_tokens or max(1, 2**26 // logits.shape[-1])
+    stats = ops.token_stats(logits, safe, *_transform_options(transform), chunk, outputs)
+    return stats[:outputs].reshape(outputs, *targets.shape)
+
+
+def _linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: tuple[float, float, float | None],
+    ignore_index: int,
+    impl: Impl,
+    chunk_tokens: int | None,
+    budget_bytes: int | None,
+    strict: bool,
+    outputs: int,
+    stats_gradient: bool,
+) -> Tensor:
+    """[outputs, ...] statistics from hidden states and a head."""
+    vocabulary = _check_linear(hidden, weight, bias)
+    transform = _checked_transform(*options)
+    targets = _checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
+    _check_choice(impl, chunk_tokens)
+    if budget_bytes is not None and (not isinstance(budget_bytes, int) or budget_bytes < 0):
+        raise ValueError(f"budget_bytes: got {budget_bytes!r}, wanted an int >= 0")
+    head = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    hidden_only = torch.is_grad_enabled() and hidden.requires_grad and not head
+
+    def plan_for(tokens: int) -> Plan:
+        plan = planning.plan_linear(
+            hidden, tokens, vocabulary, hidden.shape[-1], hidden_only, head, stats_gradient, impl, chunk_tokens,
+            budget_bytes, targets.numel(),
+        )  # fmt: skip
+        return planning.note(plan, strict)
+
+    if planning.is_naive(impl, targets.numel() * vocabulary, chunk_tokens):
+        plan_for(targets.numel())
+        return naive.linear_token_stats(hidden, weight, bias, targets, transform, ignore_index, outputs)
+    if not torch.compiler.is_compiling():
+        return chunked.linear_token_stats(
+            hidden, weight, bias, targets, transform, ignore_index, lambda n: planning.path_of(plan_for(n)), outputs
+        )
+    path = planning.path_of(plan_for(targets.numel()))
+    stats, _ = ops.linear_token_stats(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), ignore_index,
+        *_transform_options(transform), path.scheme, path.chunk_tokens, path.kept_tokens, outputs,
+    )  # fmt: skip
+    return stats[:outputs].reshape(outputs, *targets.shape)
+
+
+def _transform_options(transform: LogitTransform) -> tuple[float, float | None, float]:
+    """As the custom ops take them."""
+    cap = None if transform.softcap is None else float(transform.softcap)
+    return float(transform.logit_scale), cap, float(transform.temperature)
+
+
+def _named(stats: Tensor, stats_gradient: bool) -> TokenStats:
+    logps, *rest, top1 = stats.unbind()
+    return TokenStats(logps, *(rest if stats_gradient else (x.detach() for x in rest)), top1.detach() > 0.5)
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> int:
+    """The vocabulary V, once hidden, weight and bias are known to fit together."""
+    _check_tensor(f"{prefix}hidden", hidden, floating=True)
     if hidden.dim() == 0:
-        raise ValueError("hidden: got shape [], wanted [..., H]")
-    _check_head("weight", weight, hidden)
+        raise ValueError(f"{prefix}hidden: got shape [], wanted [..., H]")
+    _check_head(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
-            f"weight: got shape {list(weight.shape)}, wanted [V, {hidden.shape[-1]}] with V >= 1 for hidden of "
-            f"shape {list(hidden.shape)}"
+            f"{prefix}weight: got shape {list(weight.shape)}, wanted [V, {hidden.shape[-1]}] with V >= 1 for "
+            f"{prefix}hidden of shape {list(hidden.shape)}"
         )
     vocabulary = weight.shape[0]
     if bias is not None:
-        _check_head("bias", bias, hidden)
+        _check_head(f"{prefix}bias", bias, f"{prefix}hidden", hidden)
         if bias.shape != (vocabulary,):
             raise ValueError(
-                f"bias: got shape {list(bias.shape)}, wanted [{vocabulary}], one for each row of weight"
+                f"{prefix}bias: got shape {list(bias.shape)}, wanted [{vocabulary}], one for each row of weight"
             )
-    transform = _checked_transform(temperature, logit_scale, softcap)
-    targets = _checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
-    if _choose(impl, targets.numel() * vocabulary, chunk_tokens) == "naive":
-        return naive.linear_token_logps(hidden, weight, bias, targets, transform, ignore_index)
-    return chunked.linear_token_logps(hidden, weight, bias, targets, transform, ignore_index, chunk_tokens)
+    return vocabulary
 
 
-def _choose(impl: Impl, elements: int, chunk_tokens: int | None) -> Literal["naive", "chunked"]:
-    """The kernel that `impl` stands for, for so many logits."""
+def _check_choice(impl: Impl, chunk_tokens: int | None) -> None:
+    """Refuse what `impl` and `chunk_tokens` cannot be."""
     if impl not in _IMPLS:
         raise ValueError(f"impl: got {impl!r}, wanted one of {', '.join(map(repr, _IMPLS))}")
     if impl == "triton":
         raise NotImplementedError(
             "impl: 'triton' comes in a later release; wanted 'auto', 'naive' or 'chunked'"
         )
-    if chunk_tokens is not None:
-        if impl == "naive":
-            raise ValueError(
-                f"chunk_tokens: got {chunk_tokens!r}, wanted None with impl='naive', which has no slices"
-            )
-        if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool):
-            raise TypeError(f"chunk_tokens: got {type(chunk_tokens).__name__}, wanted an int >= 1")
-        if chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens: got {chunk_tokens}, wanted an int >= 1")
-        return "chunked"
-    if impl == "auto":
-        return "naive" if elements <= _NAIVE_ELEMENTS else "chunked"
-    return impl
+    if chunk_tokens is None:
+        return
+    if impl == "naive":
+        raise ValueError(
+            f"chunk_tokens: got {chunk_tokens!r}, wanted None with impl='naive', which has no slices"
+        )
+    if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool):
+        raise TypeError(f"chunk_tokens: got {type(chunk_tokens).__name__}, wanted an int >= 1")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: got {chunk_tokens}, wanted an int >= 1")
 
 
 def _checked_transform(temperature: float, logit_scale: float, softcap: float | None) -> LogitTransform:
@@ -203,12 +496,12 @@ def _is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
-def _check_head(name: str, value: Tensor, hidden: Tensor) -> None:
+def _check_head(name: str, value: Tensor, hidden_name: str, hidden: Tensor) -> None:
     _check_tensor(name, value, floating=True)
     if value.dtype != hidden.dtype:
         # under autocast too: which of the two is meant to be rounded is not for a loss to guess
-        raise TypeError(f"{name}: got {value.dtype}, wanted {hidden.dtype} as hidden has; cast one of them")
-    _check_device(name, value, "hidden", hidden)
+        raise TypeError(f"{name}: got {value.dtype}, wanted {hidden.dtype} as {hidden_name} has; cast one of them")
+    _check_device(name, value, hidden_name, hidden)
 
 
 def _check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:

@@ -56,7 +56,8 @@ class PerToken:
         policy: Log-probs of the completion's tokens under the policy, nats.
         reference: The same under the reference, or None.
         mask: True at completion tokens.
-        log_sum_sq: Log of the sum over the vocabulary of the policy's squared probabilities, nats (WPO).
+        log_sum_sq: Log of the sum over the vocabulary of the policy's squared probabilities, nats; without gradient
+            (WPO).
         kl: KL(reference || policy) over the vocabulary, nats, with gradient (TDPO).
         reverse_kl: KL(policy || reference) over the vocabulary, nats, with gradient (TIS-DPO).
         reference_entropy: Entropy of the reference over the vocabulary divided by log V, in [0, 1] (Mallows-DPO).
@@ -73,9 +74,11 @@ class PerToken:
     weight: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check the shapes."""
+        """Check the shapes; what the policy does not set carries no gradient."""
         for name, value in self._present().items():
             _check_same_shape(f"per_token.{name}", value, "per_token.policy", self.policy)
+            if name in ("reference", "log_sum_sq", "reference_entropy", "weight"):
+                object.__setattr__(self, name, value.detach())
 
     def __getitem__(self, index: Any) -> PerToken:
         """The tokens of some completions; `index` addresses the leading dimensions."""

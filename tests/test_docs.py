@@ -1,6 +1,6 @@
 """The examples of README.md and docs/ run: every block of a page in order, in one namespace, offline.
 
-- ```` ```python ```` runs. A line that ends in `# -> TEXT` must have that value, or print it; `...` stands for anything.
+- ```` ```python ```` runs. A line that ends in `# -> TEXT` must have that value, or print it; `...` is anything.
 - ```` ```pycon ```` runs as a doctest; pages show errors so.
 - ```` ```bash ```` is not run, but options of `prefloss` and targets of `make` must exist.
 - A Python block whose first line is `# not run: REASON` has to compile, no more. Other languages are not looked at.
@@ -30,7 +30,9 @@ from prefloss.demo.world import World
 from prefloss.integrations import trl
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -101,7 +103,9 @@ def run_python(block, page, names):
         if expected is None:
             exec(compile(ast.Module([node], []), str(PAGES[page]), "exec"), names)
             continue
-        assert isinstance(node, ast.Expr), f"{page}:{node.end_lineno}: only an expression has a value to check"
+        assert isinstance(node, ast.Expr), (
+            f"{page}:{node.end_lineno}: only an expression has a value to check"
+        )
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             value = eval(compile(ast.Expression(node.value), str(PAGES[page]), "eval"), names)

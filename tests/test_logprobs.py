@@ -26,16 +26,15 @@ def by_definition(logits, targets, *, temperature=1.0, logit_scale=1.0, softcap=
     return torch.stack([*logps, z.sum() * 0])[:-1].reshape(targets.shape)
 
 
-def assert_rounded(got, want, terms=0.0):
-    """Gradients: off by the rounding of their dtype, and by float32 noise of the largest entry."""
+def assert_rounded(got, want, terms=0.0, slack=0.0):
+    """Gradients: off by the rounding of their dtype, float32 noise of the largest entry, and some slack for each."""
     assert not got.isnan().any()
     eps = torch.finfo(got.dtype).eps
     scale = max(want.abs().max().item() if want.numel() else 0.0, terms)
     noise = (1e-14 if got.dtype == torch.float64 else 2e-6) * scale
     # 6e-8 is the smallest number of float16
-    torch.testing.assert_close(
-        got.double(), want, rtol=eps, atol=noise + (6e-8 if got.dtype == torch.float16 else 0)
-    )
+    allowed = eps * want.abs() + noise + (6e-8 if got.dtype == torch.float16 else 0) + 1.01 * slack
+    assert ((got.double() - want).abs() <= allowed).all(), (got, want)
 
 
 @st.composite
@@ -90,16 +89,25 @@ def test_linear_token_logps_and_gradients_against_float64(problem):
         hidden, weight, targets, bias=inputs[2] if len(inputs) == 3 else None, **options, **kernel
     )
     logits = torch.einsum("...h,vh->...v", exact[0], exact[1])
-    want = by_definition(logits + exact[2] if len(exact) == 3 else logits, targets, **options)
+    logits = logits + exact[2] if len(exact) == 3 else logits + 0
+    want = by_definition(logits, targets, **options)
     assert got.shape == targets.shape
     assert got.dtype == (torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     assert (got[targets == options["ignore_index"]] == 0).all()
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
     upstream = torch.randn(targets.shape, dtype=torch.float64)
     grads = torch.autograd.grad((got * upstream).sum(), inputs)
-    wanted = torch.autograd.grad((want * upstream).sum(), exact)
-    for got_grad, want_grad in zip(grads, wanted, strict=True):
-        assert_rounded(got_grad, want_grad, 10 * slope(options))
+    d_logits, *wanted = torch.autograd.grad((want * upstream).sum(), [logits, *exact])
+    # each term of the sums may be off by one rounding of the gradient of a logit to bfloat16
+    terms = d_logits.abs().reshape(-1, len(weight))
+    rounding = 2.0**-8 if hidden.dtype == torch.bfloat16 else 0.0
+    slack = (
+        (terms @ exact[1].detach().abs()).reshape(hidden.shape),
+        terms.T @ exact[0].detach().abs().reshape(-1, hidden.shape[-1]),
+        terms.sum(0),
+    )
+    for got_grad, want_grad, allowed in zip(grads, wanted, slack, strict=False):
+        assert_rounded(got_grad, want_grad, 10 * slope(options), rounding * allowed)
 
 
 def slope(options):
@@ -314,8 +322,8 @@ def test_auto_chooses_by_size(monkeypatch):
 
     used = []
     for module in (naive, chunked):
-        for name in ("token_logps", "linear_token_logps"):
-            monkeypatch.setattr(module, name, lambda *_, module=module: used.append(module))
+        for name in ("token_stats", "linear_token_stats"):
+            monkeypatch.setattr(module, name, lambda *_, module=module: used.append(module) or torch.zeros(1))
     small, large = torch.zeros(4, 5), torch.zeros(1, 1).expand(2**11, 2**10)
     for logits in (small, large):
         token_logps(logits, torch.zeros(len(logits), dtype=torch.int64))
@@ -329,7 +337,7 @@ def test_auto_chooses_by_size(monkeypatch):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiled(impl):
     # aot_eager traces forward and backward as the default backend does, without its seconds of C++
-    compiled = torch.compile(linear_token_logps, fullgraph=impl == "naive", backend="aot_eager")
+    compiled = torch.compile(linear_token_logps, fullgraph=True, backend="aot_eager")
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     # the second call ignores other positions and has other options: nothing of the first may be baked in
     for targets, temperature in (

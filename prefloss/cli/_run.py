@@ -44,11 +44,12 @@ def run(settings: Settings, loss: prefloss.Loss, task: Task, folder: Path, conso
     _tell(console, "model", start.facts)
     settings = _within_positions(settings, start.model, console)
     plan = _trainer.plan(settings, start)
+    config = _trainer.configure(settings, task, plan, loss, str(folder))
     with Screen(console) as screen, _threads(1 if start.built_in and settings.data is None else None):
         warm_loss = _warm(settings, task, start, plan, screen, clock)
         screen.say("")
         _tell(console, "training", (plan.words,))
-        result = _preferences(settings, loss, task, start, plan, folder, screen, clock)
+        result = _preferences(settings, loss, task, start, plan, config, folder, screen, clock)
     return dataclasses.replace(result, warm_loss=warm_loss)
 
 
@@ -69,6 +70,7 @@ def _preferences(
     task: Task,
     start: _models.Start,
     plan: _trainer.Plan,
+    config: Any,
     folder: Path,
     screen: Screen,
     clock: Clock,
@@ -88,13 +90,13 @@ def _preferences(
     watcher = _trainer.Watcher(on_step, measure)
     folder.mkdir(parents=True, exist_ok=True)
     with clock.part("training"):
-        trainer = _trainer.build(settings, task, start, plan, loss, str(folder), watcher)
+        trainer = _trainer.build(task, start, config, loss, settings.lora_rank, watcher)
         _tell_dropped(screen.console, len(task.train), len(trainer.train_dataset), settings.max_length)
         meter = _meter(settings, task, start, plan, trainer)
         measure(0)
         _check_start(measured[0])
         bars.append(screen.stage(loss.name, _trainer.total_steps(trainer)))
-        trainer.train()
+        _train(trainer, loss)
     with clock.part("saving"):
         _output.save(folder, trainer.accelerator.unwrap_model(trainer.model), start.tokenizer)
     return Result(
@@ -110,6 +112,16 @@ def _preferences(
         seconds=clock.seconds,
         about=_about(settings, loss, task, start, plan, trainer),
     )
+
+
+def _train(trainer: Any, loss: prefloss.Loss) -> None:
+    try:
+        trainer.train()
+    except (FloatingPointError, ValueError) as error:
+        # What the loss itself refuses, such as scores in the wrong order, is in the data or the options.
+        if str(error).startswith(loss.name):
+            raise CliError(str(error)) from error
+        raise
 
 
 def _warm(
@@ -134,6 +146,7 @@ def _warm(
             pad_id=start.tokenizer.pad_token_id or start.tokenizer.eos_token_id,
             steps=steps,
             batch_size=32,
+            learning_rate=5e-3 if settings.data is None else 2e-3,
             max_length=settings.max_length,
             seed=settings.seed,
             on_step=lambda step, value: update(step, f"{value:.2f} nats per token"),

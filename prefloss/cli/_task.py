@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,25 +60,33 @@ def make_task(settings: Settings, loss: prefloss.Loss) -> Task:
         CliError: If the data cannot be read, or do not fit the loss.
     """
     wanted = _kind_for(loss)
-    return _world_task(settings, wanted) if settings.data is None else _file_task(settings, loss, wanted)
+    return _world_task(settings, loss, wanted) if settings.data is None else _file_task(settings, loss, wanted)
 
 
 def _kind_for(loss: prefloss.Loss) -> Kind:
     kinds = {prefloss.Pairs: Kind.PAIRED, prefloss.Labels: Kind.LABELLED}
     if loss.spec.feedback not in kinds:
         raise CliError(
-            f"{loss.name} takes {loss.spec.feedback.__name__}, and TRL has no trainer for ranked groups; "
-            f"train with one of {', '.join(_fitting(*kinds))}, or call {loss.name} from your own loop"
+            f"{loss.name} takes {loss.spec.feedback.__name__}, and TRL has no trainer for ranked groups; call it from "
+            f"your own loop, or train with one that takes pairs ({_fitting(prefloss.Pairs)}) or labels "
+            f"({_fitting(prefloss.Labels)})"
         )
     return kinds[loss.spec.feedback]
 
 
-def _fitting(*feedback: type) -> list[str]:
-    return sorted(name for name, spec in prefloss.specs.items() if spec.feedback in feedback)
+def _fitting(feedback: type, most: int = 6) -> str:
+    """Names of losses, the well-known first, that learn from this feedback and nothing besides."""
+    names = [name for name, spec in prefloss.specs.items() if spec.feedback is feedback]
+    plain = [name for name in names if not prefloss.specs[name].needs]
+    more = f" and {len(names) - most} more, see `prefloss losses`" if len(names) > most else ""
+    return ", ".join((plain + [name for name in names if name not in plain])[:most]) + more
 
 
-def _world_task(settings: Settings, kind: Kind) -> Task:
+def _world_task(settings: Settings, loss: prefloss.Loss, kind: Kind) -> Task:
     from datasets import Dataset
+
+    columns = _world_grades(kind) if "scores" in loss.needs | loss.spec.reads else {}
+    _check_needs(loss, columns, "the generated world")
 
     drawn = world.World(seed=settings.seed)
     spoken: list[Row] = [drawn.spoken() for _ in range(DEMO_SPOKEN)]
@@ -87,7 +95,11 @@ def _world_task(settings: Settings, kind: Kind) -> Task:
     prompts = [drawn.prompt() for _ in range(256 if settings.samples is None else settings.samples)]
     draw = drawn.pair if kind is Kind.PAIRED else drawn.labelled
     rows: list[Row] = [draw() for _ in range(DEMO_ROWS)]
+    rows = [_graded(row, columns) for row in rows]
+    if "score_chosen" in columns:
+        rows = [row for row in rows if row["score_chosen"] > row["score_rejected"]]
     what = "pairs judged" if kind is Kind.PAIRED else "thumbs up or down given"
+    graded = " and graded" if columns else ""
     return Task(
         train=Dataset.from_list(rows),
         kind=kind,
@@ -100,7 +112,7 @@ def _world_task(settings: Settings, kind: Kind) -> Task:
         reward=lambda i, text: world.true_reward(prompts[i], text),
         ceiling=world.judge_ceiling(held_out),
         facts=(
-            f"the generated world, seed {settings.seed}: {DEMO_ROWS} {what} by a noisy judge whose true reward "
+            f"the generated world, seed {settings.seed}: {len(rows)} {what}{graded} by a noisy judge whose true reward "
             f"is known; {DEMO_HELD_OUT} further pairs held out",
         ),
     )
@@ -117,8 +129,12 @@ def _file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind) -> Task:
     if wanted is Kind.PAIRED and found.kind is Kind.LABELLED:
         raise CliError(
             f"{loss.name} compares two completions, but {found.name} holds {found.kind} rows; "
-            f"losses that learn from labels: {', '.join(_fitting(prefloss.Labels))}"
+            f"losses that learn from labels: {_fitting(prefloss.Labels)}"
         )
+    columns = _columns(found, wanted)
+    used = _used(loss, columns)
+    _check_needs(loss, used, found.name)
+    facts += _column_facts(loss, found, columns, used)
     train, held_out = pdata.split(found.rows, settings.eval_fraction, settings.seed)
     if found.kind is Kind.RANKED:
         train, held_out = (pdata.ranked_to_pairs(rows) if len(rows) else rows for rows in (train, held_out))
@@ -135,6 +151,7 @@ def _file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind) -> Task:
     if wanted is Kind.LABELLED:
         train = train.shuffle(seed=settings.seed)
         warnings += _label_warnings(loss, *pdata.label_counts(train))
+    train = train.select_columns([*wanted.columns, *used])
     return Task(
         train=train,
         kind=wanted,
@@ -148,6 +165,64 @@ def _file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind) -> Task:
         facts=tuple(facts),
         warnings=tuple(warnings),
     )
+
+
+def _graded(row: Row, columns: dict[str, str]) -> Row:
+    """The row with the true reward of its completions; a judge that gives grades also goes by them."""
+    if not columns:
+        return row
+    if "chosen" in row and world.true_reward(row["prompt"], row["chosen"]) < world.true_reward(
+        row["prompt"], row["rejected"]
+    ):
+        row = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    return row | {column: world.true_reward(row["prompt"], row[of]) for column, of in columns.items()}
+
+
+def _world_grades(kind: Kind) -> dict[str, str]:
+    """Columns of grades, and the completion that each grades."""
+    if kind is Kind.PAIRED:
+        return {"score_chosen": "chosen", "score_rejected": "rejected"}
+    return {"scores": "completion"}
+
+
+# Column -> what a loss must read to use it; a weight multiplies any loss.
+_READ_AS = {"weight": None, "score_chosen": "scores", "score_rejected": "scores", "scores": "scores"}
+
+
+def _columns(found: pdata.Preferences, wanted: Kind) -> tuple[str, ...]:
+    """Optional columns of the training rows, after their conversion to the wanted kind."""
+    columns = found.optional
+    if found.kind is Kind.RANKED:
+        columns = (*columns, "score_chosen", "score_rejected")
+    if wanted is Kind.LABELLED and "score_chosen" in columns:
+        columns = (*(name for name in columns if not name.startswith("score_")), "scores")
+    return columns
+
+
+def _used(loss: prefloss.Loss, columns: tuple[str, ...]) -> tuple[str, ...]:
+    reads = loss.needs | loss.spec.reads
+    return tuple(name for name in columns if _READ_AS.get(name, name) in (None, *reads))
+
+
+def _column_facts(
+    loss: prefloss.Loss, found: pdata.Preferences, columns: tuple[str, ...], used: tuple[str, ...]
+) -> list[str]:
+    unused = [name for name in columns if name not in used] if found.kind is not Kind.RANKED else []
+    unused += found.unused
+    facts = [f"{loss.name} reads the columns {', '.join(used)} too"] if used else []
+    return facts + ([f"columns that {loss.name} does not read: {', '.join(unused)}"] if unused else [])
+
+
+def _check_needs(loss: prefloss.Loss, columns: Collection[str], source: str) -> None:
+    wanted = {
+        "scores": "graded feedback: numbers in the columns score_chosen and score_rejected (of pairs) or scores "
+        "(of labelled rows)",
+        "baseline": "the value of each prompt: numbers in the column baseline (of labelled rows)",
+    }
+    there = {_READ_AS.get(name, name) for name in columns}
+    for need, words in wanted.items():
+        if need in loss.needs and need not in there:
+            raise CliError(f"{loss.name} needs {words}; {source} has none")
 
 
 def _split_fact(train: Any, held_out: Any, marked: Any) -> str:

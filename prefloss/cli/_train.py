@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -38,8 +39,14 @@ def train(settings: Settings) -> None:
         from prefloss.cli._quiet import quiet
         from prefloss.cli._run import run
 
-    with quiet() as heard:
-        result = run(settings, loss, task, folder, console, clock)
+    try:
+        with quiet() as heard:
+            result = run(settings, loss, task, folder, console, clock)
+    except BaseException:
+        # An empty folder would make the next run choose another number.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
     with clock.part("report"):
         _report.write_metrics(result, folder / "metrics.json")
         _report.write_picture(result, folder / "curves.png")

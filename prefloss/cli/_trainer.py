@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 import prefloss
 from prefloss.cli._errors import CliError
@@ -18,8 +20,9 @@ from prefloss.cli._models import Start
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import Task
 from prefloss.data import Kind
-from prefloss.integrations.trl import PreferenceLossCallback
-from prefloss.integrations.trl._options import wants_mismatched
+from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback
+from prefloss.integrations.trl._options import resolve, wants_mismatched
+from prefloss.losses import Composite
 
 BUILT_IN_RATE, WHOLE_RATE, LORA_RATE = 2e-4, 1e-6, 1e-5
 DEMO_STEPS, MEASUREMENTS = 400, 10
@@ -70,22 +73,18 @@ def plan(settings: Settings, start: Start) -> Plan:
     )
 
 
-def build(
-    settings: Settings, task: Task, start: Start, plan: Plan, loss: prefloss.Loss, folder: str, watcher: TrainerCallback
-) -> Any:
-    """A trainer that is ready to train.
+def configure(settings: Settings, task: Task, plan: Plan, loss: prefloss.Loss, folder: str) -> Any:
+    """TRL's configuration of the run, checked against the loss before anything slow happens.
 
     Args:
         settings: The options.
         task: Rows to train on.
-        start: Model and tokenizer.
         plan: How long and how fast.
         loss: The preference loss.
         folder: For what the trainer writes.
-        watcher: Sees every step.
 
     Raises:
-        CliError: If trainer and loss do not fit together.
+        CliError: If TRL's trainer cannot give the loss what it needs.
     """
     accelerated = not plan.on_cpu and torch.cuda.is_available()
     common: dict[str, Any] = {
@@ -108,26 +107,56 @@ def build(
         "disable_tqdm": True,
         "dataloader_pin_memory": accelerated,
         "seed": settings.seed,
+        # Weights and scores travel with the batch; TRL would take their columns out.
+        "remove_unused_columns": not _travellers(task),
     }
     if task.kind is Kind.PAIRED:
-        trainer_class, config = DPOTrainer, DPOConfig(**common)
+        config = DPOConfig(**common, use_weighting="per_token.log_sum_sq" in loss.needs)
     else:
-        trainer_class, config = KTOTrainer, _kto_config(common, loss, plan)
-    adapter = None if settings.lora_rank is None else _adapter(settings.lora_rank)
+        config = _kto_config(common, loss, plan)
     try:
-        trainer = trainer_class(
-            model=start.model,
-            ref_model=None if adapter is not None else copy.deepcopy(start.model),
-            args=config,
-            train_dataset=task.train,
-            processing_class=start.tokenizer,
-            peft_config=adapter,
-            callbacks=[PreferenceLossCallback(loss), watcher],
-        )
+        resolve(config, repr(loss) if isinstance(loss, Composite) else loss.name, dict(loss.params))
     except (TypeError, ValueError) as error:
-        raise CliError(f"{loss!r} cannot be trained so: {error}") from error
+        raise CliError(str(error)) from error
+    return config
+
+
+def build(task: Task, start: Start, config: Any, loss: prefloss.Loss, rank: int | None, watcher: TrainerCallback) -> Any:
+    """A trainer that is ready to train.
+
+    Args:
+        task: Rows to train on.
+        start: Model and tokenizer.
+        config: From `configure`.
+        loss: The preference loss.
+        rank: Of a LoRA adapter; None trains the whole model.
+        watcher: Sees every step.
+    """
+    paired = task.kind is Kind.PAIRED
+    collator = None
+    if _travellers(task):
+        pad_id = start.tokenizer.pad_token_id
+        inner = DataCollatorForPreference if paired else DataCollatorForUnpairedPreference
+        padding = pad_id if pad_id is not None else start.tokenizer.eos_token_id
+        collator = FeedbackCollator(inner(padding, config.max_length))
+    adapter = None if rank is None else _adapter(rank)
+    trainer = (DPOTrainer if paired else KTOTrainer)(
+        model=start.model,
+        ref_model=None if adapter is not None else copy.deepcopy(start.model),
+        args=config,
+        train_dataset=task.train,
+        data_collator=collator,
+        processing_class=start.tokenizer,
+        peft_config=adapter,
+        callbacks=[PreferenceLossCallback(loss), watcher],
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _travellers(task: Task) -> set[str]:
+    """Columns that only the loss reads."""
+    return set(task.train.column_names) - set(task.kind.columns)
 
 
 def total_steps(trainer: Any) -> int:

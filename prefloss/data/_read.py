@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefloss.data._errors import DataError
-from prefloss.data._rows import Clean, clean, is_blank
+from prefloss.data._rows import Clean, clean, is_blank, is_number
 from prefloss.data._sources import rows_of
 from prefloss.data.kinds import Kind, kind_of
 
@@ -22,8 +22,10 @@ class Preferences:
     """A preference data set that the trainers can take.
 
     Attributes:
-        rows: One row per judgement, with the columns of its kind and no others.
+        rows: One row per judgement, with the columns of its kind and the optional ones.
         kind: What a row says.
+        optional: Columns of numbers that came along (`Kind.optional`).
+        unused: Columns of the file that are left out, as its first row has them.
         conversational: Whether texts are lists of messages (role, content) or plain strings.
         name: Of the file, for messages.
         notes: What was dropped or rewritten, one sentence each, with counts.
@@ -34,6 +36,8 @@ class Preferences:
     conversational: bool
     name: str
     notes: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,55 +61,83 @@ def read(path: str | os.PathLike[str]) -> Preferences:
     path = Path(path)
     notes = _Notes()
     kept: list[dict[str, Any]] = []
-    kind, conversational = Kind.PAIRED, False
-    for place, kind, checked in _checked(path):
+    head: _Head | None = None
+    conversational = False
+    for place, head, checked in _checked(path):
         conversational = checked.conversational
         if checked.converted:
             notes.add(checked.converted, place)
-        reason = _useless(checked.row, kind)
+        reason = _useless(checked.row, head.kind)
         if reason:
             notes.add(f"dropped, {reason}", place)
         else:
             kept.append(checked.row)
             if is_blank(checked.row["prompt"]):
                 notes.add("kept, though the prompt is empty", place)
+    if head is None:
+        raise DataError(f"{path}: no rows")
     if not kept:
         raise DataError(f"{path}: no row is left to train on{notes.reasons()}")
-    return Preferences(Dataset.from_list(kept), kind, conversational, path.name, notes.sentences())
+    return Preferences(
+        Dataset.from_list(kept),
+        head.kind,
+        conversational,
+        path.name,
+        notes=notes.sentences(),
+        optional=head.optional,
+        unused=head.unused,
+    )
 
 
-def _checked(path: Path) -> Iterator[tuple[str, Kind, Clean]]:
+@dataclass(frozen=True)
+class _Head:
+    """What the first row says about all rows."""
+
+    place: str
+    kind: Kind
+    optional: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    @classmethod
+    def of(cls, place: str, row: dict[str, Any]) -> _Head:
+        kind = kind_of(place, row)
+        optional = tuple(name for name in kind.optional if is_number(row.get(name)))
+        scores = {"score_chosen", "score_rejected"} & set(optional)
+        if len(scores) == 1:
+            raise DataError(f"{place}: got column {scores.pop()!r} alone; expected scores of both sides, or of neither")
+        unused = tuple(name for name in row if name not in (*kind.columns, *optional))
+        return cls(place, kind, optional, unused)
+
+
+def _checked(path: Path) -> Iterator[tuple[str, _Head, Clean]]:
     """Every row, checked, all of one kind and form."""
-    first: tuple[str, Kind] | None = None
+    head: _Head | None = None
     form: tuple[str, bool] | None = None
     for place, row in rows_of(path):
-        if first is None:
-            first = place, kind_of(place, row)
-        kind = _same_kind(place, row, *first)
-        checked = clean(place, row, kind)
+        head = head or _Head.of(place, row)
+        _check_kind(place, row, head)
+        checked = clean(place, row, head.kind, head.optional)
         form = form or (place, checked.conversational)
         if checked.conversational != form[1]:
             words = {True: "messages", False: "plain text"}
             raise DataError(
                 f"{place}: expected {words[form[1]]} as in {_short(form[0])}, got {words[checked.conversational]}"
             )
-        yield place, kind, checked
-    if first is None:
-        raise DataError(f"{path}: no rows")
+        yield place, head, checked
 
 
-def _same_kind(place: str, row: dict[str, Any], first_place: str, kind: Kind) -> Kind:
+def _check_kind(place: str, row: dict[str, Any], head: _Head) -> None:
+    kind = head.kind
     missing = [name for name in kind.columns[1:] if name not in row or _padding(row, name)]
     if not missing:
-        return kind
+        return
     other = next((k for k in Kind if all(row.get(name) is not None for name in k.columns[1:])), None)
     if other is not None and other is not kind:
-        raise DataError(f"{place}: expected a row of kind {kind} as in {_short(first_place)}, got {other}")
+        raise DataError(f"{place}: expected a row of kind {kind} as in {_short(head.place)}, got {other}")
     absent = [name for name in missing if name not in row]
     if absent:
         has = ", ".join(map(repr, row))
         raise DataError(f"{place}: missing column {absent[0]!r} of {kind} rows; it has columns {has}")
-    return kind
 
 
 def _padding(row: dict[str, Any], name: str) -> bool:

@@ -16,7 +16,7 @@ class Clean:
     """A checked row.
 
     Attributes:
-        row: The columns of its kind, nothing else.
+        row: The columns of its kind, and the optional ones that were asked for.
         conversational: Whether its texts are messages.
         converted: What was rewritten to get there, in words, or "".
     """
@@ -26,8 +26,14 @@ class Clean:
     converted: str = ""
 
 
-def clean(place: str, row: dict[str, Any], kind: Kind) -> Clean:
+def clean(place: str, row: dict[str, Any], kind: Kind, optional: tuple[str, ...] = ()) -> Clean:
     """Check the columns of one row.
+
+    Args:
+        place: Where it is.
+        row: What the file holds.
+        kind: What it should be.
+        optional: Further columns, of numbers, that it must have.
 
     Raises:
         DataError: If a value is not what its column needs.
@@ -41,6 +47,7 @@ def clean(place: str, row: dict[str, Any], kind: Kind) -> Clean:
         made = {"prompt": prompt, "completion": sides[0], "label": _label(place, row["label"])}
     else:
         made = {"prompt": prompt, "completions": sides, "scores": _scores(place, row["scores"], len(sides))}
+    made |= {name: _number(place, name, row.get(name)) for name in optional}
     return Clean(made, conversational, converted)
 
 
@@ -142,11 +149,23 @@ def _label(place: str, value: Any) -> bool:
     raise DataError(f"{place}: column 'label': expected true or false (or 1 or 0), got {shown(value)}")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(place: str, name: str, value: Any) -> float:
+    if not is_number(value) or (name == "weight" and value < 0):
+        wanted = "a number >= 0" if name == "weight" else "a finite number"
+        raise DataError(f"{place}: column {name!r}: expected {wanted} as in the rows before, got {shown(value)}")
+    return float(value)
+
+
 def _scores(place: str, value: Any, count: int) -> list[float]:
     if not isinstance(value, list):
         raise DataError(f"{place}: column 'scores': expected a list of numbers, got {shown(value)}")
     for i, score in enumerate(value):
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        if not is_number(score):
             raise DataError(f"{place}: column 'scores'[{i}]: expected a finite number, got {shown(score)}")
     if len(value) != count:
         raise DataError(

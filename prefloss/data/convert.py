@@ -21,7 +21,7 @@ def ranked_to_pairs(rows: Dataset) -> Dataset:
         rows: Ranked rows (prompt, completions, scores), as `read` returns them.
 
     Returns:
-        As many paired rows.
+        As many paired rows, with the scores of both sides.
     """
     from datasets import Dataset
 
@@ -29,7 +29,9 @@ def ranked_to_pairs(rows: Dataset) -> Dataset:
     for row in rows:
         scored = [(s, c) for s, c in zip(row["scores"], row["completions"], strict=True) if not is_blank(c)]
         best, worst = max(scored, key=lambda x: x[0]), min(scored, key=lambda x: x[0])
-        made.append({"prompt": row["prompt"], "chosen": best[1], "rejected": worst[1]})
+        pair = {"prompt": row["prompt"], "chosen": best[1], "rejected": worst[1]}
+        scores = {"score_chosen": best[0], "score_rejected": worst[0]}
+        made.append(pair | scores | ({"weight": row["weight"]} if "weight" in row else {}))
     return Dataset.from_list(made)
 
 
@@ -50,6 +52,8 @@ def pairs_to_labels(rows: Dataset, seed: int = 0) -> Dataset:
 
     made = [
         {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        | ({"scores": row[f"score_{name}"]} if f"score_{name}" in row else {})
+        | ({"weight": row["weight"]} if "weight" in row else {})
         for row in rows
         for name in ("chosen", "rejected")
     ]

@@ -20,6 +20,11 @@ class Kind(enum.Enum):
         """Columns that a row of this kind must have."""
         return _COLUMNS[self]
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Columns of numbers that some losses read: `weight` of a row, graded feedback, baselines."""
+        return _OPTIONAL[self]
+
     def __str__(self) -> str:
         """As "paired (prompt, chosen, rejected)"."""
         return f"{self.value} ({', '.join(self.columns)})"
@@ -29,6 +34,12 @@ _COLUMNS = {
     Kind.PAIRED: ("prompt", "chosen", "rejected"),
     Kind.LABELLED: ("prompt", "completion", "label"),
     Kind.RANKED: ("prompt", "completions", "scores"),
+}
+
+_OPTIONAL = {
+    Kind.PAIRED: ("weight", "score_chosen", "score_rejected"),
+    Kind.LABELLED: ("weight", "scores", "kl", "baseline"),
+    Kind.RANKED: ("weight",),
 }
 
 

@@ -23,7 +23,7 @@ def warm_start(
     pad_id: int,
     steps: int,
     batch_size: int = 64,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 5e-3,
     max_length: int | None = None,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,

@@ -1,43 +1,110 @@
-"""The ops of `naive` a slice of tokens at a time: no float32 [N, V] is ever stored.
+"""The ops of `naive` a slice of tokens at a time: no float32 [N, V] is ever stored, unless it is asked for.
 
-Forward keeps one logsumexp and one log-prob per token; backward computes the logits of each slice again. The
-peak is one slice in float32 (two with a softcap) besides the gradients themselves.
+Forward keeps a few numbers per token. What else it keeps is the scheme of the linear op (n tokens that count, a
+head matmul is 2 n V H operations):
+
+- "unscaled", for a frozen head: the gradient of each log-prob in its hidden state, [n, H]. It depends on that token
+  alone, so backward only scales it. Two matmuls, one slice of memory, any loss.
+- "keep": the logits of as many tokens as `kept_tokens` says, in float32, or for half precision their log-probs in 16
+  bits (`rows.encode`). Backward writes the gradient over them. Three matmuls.
+- "recompute": nothing; backward computes the logits of each slice again. Four matmuls.
+- "score": nothing, for there is no gradient. One matmul.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from prefloss.kernels import rows as row_ops
 from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
+from prefloss.kernels.rows import has_mixed_matmul, matmul, on_cpu, place_over, rows_of, slices
 
 Gradients = tuple[Tensor | None, ...]
+Scheme = Literal["score", "unscaled", "keep", "recompute"]
 
 # Elements of the slice of logits between two matmuls, which must be large to keep a device busy: 2**26 are
 # 256 MiB of float32, or 512 rows of a vocabulary of 128k.
 _MATMUL_ELEMENTS = 2**26
-# Elements that a CPU passes over at a time, 8 MiB, so that all but the first pass find them in its cache.
-_CACHE_ELEMENTS = 2**21
+# A CPU is busy with fewer: 32 MiB, but not under 256 rows.
+_CPU_MATMUL_ELEMENTS, _CPU_MATMUL_ROWS = 2**23, 256
 # Elements of the head, or of its gradient, that are converted at a time, 16 MiB.
 _HEAD_ELEMENTS = 2**22
 
 
-def token_logps(
+class Path(NamedTuple):
+    """How the linear op goes about n tokens."""
+
+    scheme: Scheme = "recompute"
+    chunk_tokens: int = 1
+    kept_tokens: int = 0
+    skip_below: float = 0.0
+
+
+def default_chunk(tokens: int, vocabulary: int, cpu: bool) -> int:
+    """Tokens per slice of the linear op: the fewest slices within the limits, all of about one size."""
+    if cpu:
+        most = max(_CPU_MATMUL_ROWS, _CPU_MATMUL_ELEMENTS // max(1, vocabulary))
+    else:
+        most = max(1, _MATMUL_ELEMENTS // max(1, vocabulary))
+    parts = max(1, -(-tokens // most))
+    return max(1, -(-tokens // parts))
+
+
+def token_stats(
     logits: Tensor,
     targets: Tensor,
     transform: LogitTransform,
     ignore_index: int,
     chunk_tokens: int | None = None,
+    outputs: int = 1,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Statistics of each target: [..., V] logits and [...] targets -> [outputs, ...], 0 at ignored targets.
+
+    `outputs` is 1 for log-probs alone or 5 for all of `rows.STATS`.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = rows_of(logits, _MATMUL_ELEMENTS)
+    flat = targets.reshape(-1)
+    safe = torch.where(flat != ignore_index, flat, -1)
+    stats = _TokenStats.apply(logits, safe, transform, chunk_tokens, outputs, inplace_backward)
+    return stats.reshape(outputs, *targets.shape)
+
+
+def token_logps(
+    logits: Tensor, targets: Tensor, transform: LogitTransform, ignore_index: int, chunk_tokens: int | None = None
 ) -> Tensor:
     """Log-prob of each target: [..., V] logits and [...] targets -> [...], 0 at ignored targets."""
-    if chunk_tokens is None:
-        chunk_tokens = _cache_rows(logits) if _on_cpu(logits) else _rows_of(logits, _MATMUL_ELEMENTS)
-    flat_targets = targets.reshape(-1)
-    keep = flat_targets != ignore_index
-    logps = _TokenLogps.apply(logits, torch.where(keep, flat_targets, 0), keep, transform, chunk_tokens)
-    return logps.reshape(targets.shape)
+    return token_stats(logits, targets, transform, ignore_index, chunk_tokens)[0]
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+    choose: Callable[[int], Path],
+    outputs: int = 1,
+) -> Tensor:
+    """The same with logits = hidden @ weight.T + bias, for [..., H] hidden, [V, H] weight and [V] bias.
+
+    `choose` is told how many tokens count.
+    """
+    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    # the number of kept rows sizes the matmuls, so on an accelerator this waits for the targets, once
+    kept = torch.nonzero(flat_targets != ignore_index).squeeze(-1)
+    path = choose(len(kept))
+    stats = _LinearTokenStats.apply(
+        flat_hidden, weight, bias, flat_targets[kept], kept, transform, path, outputs
+    )
+    return stats.reshape(outputs, *targets.shape)
 
 
 def linear_token_logps(
@@ -48,17 +115,16 @@ def linear_token_logps(
     transform: LogitTransform,
     ignore_index: int,
     chunk_tokens: int | None = None,
+    scheme: Scheme = "recompute",
+    kept_tokens: int = 0,
 ) -> Tensor:
-    """The same with logits = hidden @ weight.T + bias, for [..., H] hidden, [V, H] weight and [V] bias."""
-    if chunk_tokens is None:
-        chunk_tokens = max(1, _MATMUL_ELEMENTS // weight.shape[0])
-    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    # the number of kept rows sizes the matmuls, so on an accelerator this waits for the targets, once
-    kept = torch.nonzero(flat_targets != ignore_index).squeeze(-1)
-    logps = _LinearTokenLogps.apply(
-        flat_hidden, weight, bias, flat_targets[kept], kept, transform, chunk_tokens
-    )
-    return logps.reshape(targets.shape)
+    """Log-probs alone, by one scheme."""
+
+    def choose(tokens: int) -> Path:
+        chunk = default_chunk(tokens, len(weight), on_cpu(hidden)) if chunk_tokens is None else chunk_tokens
+        return Path(scheme, chunk, kept_tokens)
+
+    return linear_token_stats(hidden, weight, bias, targets, transform, ignore_index, choose)[0]
 
 
 class _NoSecondGradient(torch.autograd.Function):
@@ -88,48 +154,84 @@ def _differentiable_once(backward: Callable[[Any, Tensor], Gradients]) -> Callab
     return guarded
 
 
-class _TokenLogps(torch.autograd.Function):
-    """Logits [..., V], N targets and whether each counts -> [N]."""
+class _TokenStats(torch.autograd.Function):
+    """Logits [..., V] and N targets, -1 at those to leave out -> [outputs, N]."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, keep: Tensor, transform: LogitTransform, chunk_tokens: int
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk_tokens: int,
+        outputs: int,
+        inplace_backward: bool,
     ) -> Tensor:
-        logps = torch.zeros(targets.shape, dtype=compute_dtype(logits.dtype), device=logits.device)
-        lse = torch.zeros_like(logps)
-        scratch = _scratch(min(len(keep), chunk_tokens), logits.shape[-1], logits)
-        # autograd is off in here already, but torch.compile of older torch traces this with it on
-        with torch.no_grad(), no_autocast(logits.device):
-            for part, rows in _row_slices(logits, chunk_tokens):
-                if not _known_to_be_ignored(keep[rows]):
-                    z = scratch[: len(part)].copy_(part)
-                    _score_(z, targets[rows], transform, logps[rows], lse[rows])
-            logps.masked_fill_(~keep, 0)
-        # a copy is saved, so that the caller may write over the result
-        ctx.save_for_backward(logits, targets, keep, lse, logps.clone())
-        ctx.transform, ctx.chunk_tokens = transform, chunk_tokens
-        return logps
+        stats = token_forward(logits, targets, transform, chunk_tokens, outputs)
+        ctx.save_for_backward(logits, targets, stats)
+        ctx.transform, ctx.chunk_tokens, ctx.inplace = transform, chunk_tokens, inplace_backward
+        # a copy is returned, so that the caller may write over the result
+        return stats[:outputs].clone()
 
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        logits, targets, keep, lse, logps = ctx.saved_tensors
+        logits, targets, stats = ctx.saved_tensors
+        d_logits = token_backward(
+            grad, logits, targets, stats, ctx.transform, ctx.chunk_tokens, over_logits=ctx.inplace
+        )
+        return (d_logits, *(None,) * 5)
+
+
+def token_forward(
+    logits: Tensor, targets: Tensor, transform: LogitTransform, chunk_tokens: int, outputs: int
+) -> Tensor:
+    """Statistics [2 or 5, N] of logits [..., V]."""
+    stats = torch.zeros(
+        max(2, outputs), len(targets), dtype=compute_dtype(logits.dtype), device=logits.device
+    )
+    # autograd is off in here already, but torch.compile of older torch traces this with it on
+    with torch.no_grad(), no_autocast(logits.device):
+        for part, rows in _row_slices(logits, chunk_tokens):
+            if not _known_to_be_ignored(targets[rows]):
+                row_ops.score(part, targets[rows], transform, stats[:, rows])
+    return stats
+
+
+def token_backward(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    transform: LogitTransform,
+    chunk_tokens: int,
+    over_logits: bool = False,
+) -> Tensor:
+    """Gradient of logits [..., V], written over them if that is wanted and their rows allow it."""
+    if over_logits:
+        d_rows = None
+    else:
         d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         d_rows = d_logits.view(-1, logits.shape[-1])
-        scratch = _scratch(min(len(keep), ctx.chunk_tokens), logits.shape[-1], logits)
-        with no_autocast(logits.device):
-            for part, rows in _row_slices(logits, ctx.chunk_tokens):
-                if _known_to_be_ignored(keep[rows]):
-                    d_rows[rows] = 0
-                    continue
-                z = scratch[: len(part)].copy_(part)
-                _differentiate_(z, targets[rows], ctx.transform, logps[rows], lse[rows], grad[rows])
-                d_rows[rows] = _clear_(z, ~keep[rows])
-        return d_logits, None, None, None, None
+    rates = row_ops.coefficients(grad, stats)
+    with no_autocast(logits.device):
+        for part, rows in _row_slices(logits, chunk_tokens):
+            out = part if d_rows is None else d_rows[rows]
+            if _known_to_be_ignored(targets[rows]):
+                out.zero_()
+                continue
+            row_ops.differentiate(
+                part, out, targets[rows], transform, stats[:, rows], rates[rows], len(grad) == 1
+            )
+    if not over_logits:
+        return d_logits
+    # whoever saved the logits for its own backward pass is told that they are gone
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach()
 
 
-class _LinearTokenLogps(torch.autograd.Function):
-    """Hidden [N, H], weight [V, H], bias [V] and the n targets that count, at rows `kept` -> [N]."""
+class _LinearTokenStats(torch.autograd.Function):
+    """Hidden [N, H], weight [V, H], bias [V] and the n targets that count, at rows `kept` -> [outputs, N]."""
 
     @staticmethod
     def forward(
@@ -140,147 +242,246 @@ class _LinearTokenLogps(torch.autograd.Function):
         targets: Tensor,
         kept: Tensor,
         transform: LogitTransform,
-        chunk_tokens: int,
+        path: Path,
+        outputs: int,
     ) -> Tensor:
-        logps = torch.zeros(kept.shape, dtype=compute_dtype(hidden.dtype), device=hidden.device)
-        lse = torch.zeros_like(logps)
-        scratch = _scratch(min(len(kept), chunk_tokens), len(weight), weight)
-        with torch.no_grad(), no_autocast(hidden.device):
-            for rows in _slices(len(kept), chunk_tokens):
-                z = _project(hidden.index_select(0, kept[rows]), weight, bias, scratch)
-                _score_(z, targets[rows], transform, logps[rows], lse[rows])
-        ctx.save_for_backward(hidden, weight, bias, targets, kept, lse, logps)
-        ctx.transform, ctx.chunk_tokens = transform, chunk_tokens
-        return logps.new_zeros(len(hidden)).index_copy_(0, kept, logps)
+        x = hidden.index_select(0, kept)
+        stats, saved = linear_forward(x, weight, bias, targets, transform, path, outputs)
+        ctx.save_for_backward(hidden, weight, bias, targets, kept, stats)
+        # not through save_for_backward: the backward pass writes over it
+        ctx.saved, ctx.path, ctx.transform = saved, path, transform
+        return stats.new_zeros(outputs, len(hidden)).index_copy_(1, kept, stats[:outputs])
 
     @staticmethod
     @_differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        hidden, weight, bias, targets, kept, lse, logps = ctx.saved_tensors
-        dtype = compute_dtype(hidden.dtype)
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # sums over all slices, hence float32; a row of hidden belongs to one slice and is rounded there
-        d_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=dtype) if need_bias else None
-        d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        scratch = _scratch(min(len(kept), ctx.chunk_tokens), len(weight), weight)
-        with no_autocast(hidden.device):
-            for rows in _slices(len(kept), ctx.chunk_tokens):
-                x = hidden.index_select(0, kept[rows])
-                z = _project(x, weight, bias, scratch)
-                _differentiate_(z, targets[rows], ctx.transform, logps[rows], lse[rows], grad[kept[rows]])
-                if d_bias is not None:
-                    d_bias += z.sum(0)
-                dz = _factor_of_gradients(z, weight)
-                if d_hidden is not None:
-                    d_hidden.index_copy_(0, kept[rows], _times_head(dz, weight).to(hidden.dtype))
-                if d_weight is not None:
-                    _add_head_gradient(d_weight, dz, x)
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            *(None,) * 4,
+        hidden, weight, bias, targets, kept, stats = ctx.saved_tensors
+        path, saved = ctx.path, ctx.saved
+        if saved is None and path.scheme == "keep":
+            # a second backward pass, after the first wrote over what was kept
+            path = path._replace(scheme="recompute", kept_tokens=0)
+        if path.scheme == "keep":
+            ctx.saved = None
+        x = hidden if path.scheme == "unscaled" else hidden.index_select(0, kept)
+        d_x, d_weight, d_bias = linear_backward(
+            grad[:, kept], x, weight, bias, targets, stats, saved, ctx.transform, path, ctx.needs_input_grad[:3]
         )
+        d_hidden = None if d_x is None else torch.zeros_like(hidden).index_copy_(0, kept, d_x)
+        return (d_hidden, d_weight, d_bias, *(None,) * 5)
 
 
-def _score_(z: Tensor, targets: Tensor, transform: LogitTransform, logps: Tensor, lse: Tensor) -> None:
-    """Raw logits [m, V] -> log-probs and logsumexps [m], written to `logps` and `lse`; overwrites z."""
-    for part in _slices(len(z), _cache_rows(z)):
-        block = transform.apply_(z[part])
-        picked = block.gather(-1, targets[part, None])
-        peak = block.amax(-1, keepdim=True)
-        log_sum = block.sub_(peak).exp_().sum(-1, keepdim=True).log_()
-        # in this order: of two large logits the difference is exact, and small against lse
-        logps[part] = picked.sub_(peak).sub_(log_sum).squeeze(-1)
-        lse[part] = peak.add_(log_sum).squeeze(-1)
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    path: Path,
+    outputs: int,
+    room: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states [n, H] -> statistics [2 or 5, n], and what the scheme keeps for the backward pass, in `room`."""
+    n, dtype = len(x), compute_dtype(x.dtype)
+    stats = torch.zeros(max(2, outputs), n, dtype=dtype, device=x.device)
+    kept_tokens = min(n, path.kept_tokens) if path.scheme == "keep" else 0
+    saved = _room_to_keep(x, weight, path.scheme, kept_tokens) if room is None or not len(room) else room
+    raw = kept_tokens > 0 and saved is not None and saved.dtype == dtype
+    scratch = _scratch(n, weight, path.chunk_tokens, unless=raw and kept_tokens == n)
+    with torch.no_grad(), no_autocast(x.device):
+        for rows in _parts(n, kept_tokens, path.chunk_tokens, whole=raw and on_cpu(x)):
+            keep, m = rows.start < kept_tokens, rows.stop - rows.start
+            z = saved[rows] if saved is not None and raw and keep else scratch[:m]
+            _project(x[rows], weight, bias, z)
+            read_again = keep or path.scheme == "unscaled"
+            row_ops.score(z, targets[rows], transform, stats[:, rows], overwrite=not read_again)
+            if saved is None:
+                continue
+            if path.scheme == "unscaled":
+                dz = _differentiate(z, x.dtype, targets[rows], transform, stats[:, rows], scratch)
+                _times_head(dz, weight, saved[rows], path.skip_below)
+            elif keep and not raw:
+                row_ops.encode(z, transform, stats[1, rows], saved[rows])
+    return stats, saved
 
 
-def _differentiate_(
-    z: Tensor, targets: Tensor, transform: LogitTransform, logps: Tensor, lse: Tensor, grad: Tensor
-) -> None:
-    """Raw logits [m, V] -> the gradient of (grad * logps).sum() with respect to them, written over z."""
-    for part in _slices(len(z), _cache_rows(z)):
-        block, y, g = transform.apply_(z[part]), targets[part, None], grad[part, None]
-        slope = transform.slope(block)
-        block.sub_(lse[part, None]).exp_().mul_(-g)
-        # 1 - p of the target from its log-prob: where p is near 1, exp(z - lse) lacks the digits
-        block.scatter_(-1, y, -g * torch.expm1(logps[part, None]))
-        if not (isinstance(slope, float) and slope == 1):
-            block.mul_(slope)
+def linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    stats: Tensor,
+    saved: Tensor | None,
+    transform: LogitTransform,
+    path: Path,
+    needs: tuple[bool, ...],
+    overwrite: bool = True,
+) -> Gradients:
+    """Gradients of hidden states [n, H], weight and bias; the scheme "keep" may write over `saved`."""
+    need_x, need_weight, need_bias = needs
+    if path.scheme == "unscaled":
+        if saved is None:
+            # no token counts
+            return torch.zeros_like(x), None, None
+        return (saved * grad[0].unsqueeze(-1)).to(x.dtype), None, None
+    n, dtype = len(x), compute_dtype(x.dtype)
+    kept_tokens = 0 if saved is None else len(saved)
+    # gradients as wide as what was kept are written over it, all at once
+    whole = overwrite and saved is not None and saved.element_size() == _gradient_dtype(x).itemsize
+    parts = list(_parts(n, kept_tokens, path.chunk_tokens, whole))
+    scratch = _scratch(n, weight, path.chunk_tokens, unless=whole and kept_tokens == n)
+    rates = row_ops.coefficients(grad, stats)
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+    d_weight = _HeadGradient(weight, len(parts)) if need_weight else None
+    d_bias = torch.zeros(len(weight), dtype=dtype, device=x.device) if need_bias else None
+    with no_autocast(x.device):
+        for rows in parts:
+            m = rows.stop - rows.start
+            kept = saved is not None and rows.start < kept_tokens
+            if saved is not None and kept:
+                z = saved[rows] if overwrite else saved[rows].clone()
+            else:
+                z = _project(x[rows], weight, bias, scratch[:m])
+            dz = _differentiate(
+                z, x.dtype, targets[rows], transform, stats[:, rows], scratch, rates[rows], len(grad) == 1
+            )
+            if d_bias is not None:
+                d_bias += dz.sum(0, dtype=dtype)
+            if d_x is not None:
+                d_rows = torch.empty(m, x.shape[1], dtype=dtype, device=x.device)
+                d_x[rows] = _times_head(dz, weight, d_rows, path.skip_below)
+            if d_weight is not None:
+                d_weight.add(dz, x[rows], path.skip_below)
+    return (
+        d_x,
+        None if d_weight is None else d_weight.rounded(),
+        None if d_bias is None else d_bias.to(x.dtype),
+    )
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
-    """Logits x @ weight.T + bias in the precision of `scratch`, whose first rows it fills and returns."""
-    z = scratch[: len(x)]
+def _parts(n: int, kept_tokens: int, chunk_tokens: int, whole: bool) -> Iterator[slice]:
+    """Slices of the tokens, none of which lies on both sides of `kept_tokens`."""
+    yield from slices(kept_tokens, max(1, kept_tokens) if whole else chunk_tokens)
+    yield from slices(n, chunk_tokens, kept_tokens)
+
+
+def _room_to_keep(x: Tensor, weight: Tensor, scheme: Scheme, kept_tokens: int) -> Tensor | None:
+    dtype = compute_dtype(x.dtype)
+    if scheme == "unscaled":
+        return torch.empty(len(x), weight.shape[1], dtype=dtype, device=x.device)
+    if scheme != "keep" or kept_tokens == 0:
+        return None
+    return torch.empty(kept_tokens, len(weight), dtype=kept_dtype(x.dtype), device=x.device)
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the scheme "keep" holds logits of that precision: as they are, or log-probs in 16 bits."""
+    return torch.int16 if dtype.itemsize == 2 else dtype
+
+
+def _gradient_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the gradient of the logits enters the matmuls of the backward pass."""
+    # A float32 matmul takes 2 (CPU) to 10 (GPU) times as long, so one factor is rounded to bfloat16, once, and the
+    # sums stay in float32. In float16 the small entries would vanish.
+    rounds = x.dtype == torch.bfloat16 and _has_mixed_matmul(x)
+    return torch.bfloat16 if rounds else compute_dtype(x.dtype)
+
+
+def _differentiate(
+    z: Tensor,
+    dtype: torch.dtype,
+    targets: Tensor,
+    transform: LogitTransform,
+    stats: Tensor,
+    scratch: Tensor,
+    rates: Tensor | None = None,
+    plain: bool = True,
+) -> Tensor:
+    """Gradient of the logits in z, over them where it fits; of each log-prob itself without `rates`."""
+    if rates is None:
+        rates = row_ops.coefficients(torch.ones_like(stats[:1]), stats)
+    wanted = _gradient_dtype(z.new_empty(0, dtype=dtype))
+    out = scratch[: len(z)] if z.element_size() < wanted.itemsize else place_over(z, wanted)
+    if native_needs_copy(z, out):
+        row_ops.differentiate(z, z, targets, transform, stats, rates, plain)
+        return out.copy_(z)
+    return row_ops.differentiate(z, out, targets, transform, stats, rates, plain)
+
+
+def native_needs_copy(z: Tensor, out: Tensor) -> bool:
+    """Whether plain torch would need a second float32 block to write `out`, which lies elsewhere."""
+    return z.dtype == torch.float32 and out.data_ptr() != z.data_ptr()
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> Tensor:
+    """Logits x @ weight.T + bias in the precision of z, which it fills and returns."""
     if x.dtype == z.dtype or _has_mixed_matmul(x):
         _matmul(x, weight.T, out=z)
     else:
         x = x.to(z.dtype)
-        for part in _slices(len(weight), _rows_of(weight, _HEAD_ELEMENTS)):
+        for part in slices(len(weight), rows_of(weight, _HEAD_ELEMENTS)):
             _matmul(x, weight[part].to(z.dtype).T, out=z[:, part])
     return z if bias is None else z.add_(bias)
 
 
-def _factor_of_gradients(z: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of the logits in the dtype in which it enters the matmuls of the backward pass."""
-    # A float32 matmul on CUDA takes some ten times as long, so one factor is rounded to bfloat16 and the sums
-    # stay in float32. In float16 the small entries would vanish.
-    rounds = weight.dtype == torch.bfloat16 and _has_mixed_matmul(weight)
-    return z.to(weight.dtype) if rounds else z
-
-
-def _times_head(dz: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of a slice of hidden states, dz @ weight, summed in float32 or float64."""
-    dx = torch.zeros(len(dz), weight.shape[1], dtype=compute_dtype(weight.dtype), device=dz.device)
+def _times_head(dz: Tensor, weight: Tensor, out: Tensor, skip_below: float = 0.0) -> Tensor:
+    """The gradient of a slice of hidden states, dz @ weight, summed in the precision of `out`."""
     if dz.dtype == weight.dtype:
-        return _matmul(dz, weight, out=dx)
-    for part in _slices(len(weight), _rows_of(weight, _HEAD_ELEMENTS)):
-        dx.addmm_(dz[:, part], weight[part].to(dz.dtype))
-    return dx
+        return _matmul(dz, weight, out=out)
+    out.zero_()
+    for part in slices(len(weight), rows_of(weight, _HEAD_ELEMENTS)):
+        out.addmm_(dz[:, part], weight[part].to(dz.dtype))
+    return out
 
 
-def _add_head_gradient(d_weight: Tensor, dz: Tensor, x: Tensor) -> None:
-    """d_weight += dz.T @ x."""
-    if dz.dtype == d_weight.dtype:
-        d_weight.addmm_(dz.T, x.to(dz.dtype))
-        return
-    for part in _slices(len(d_weight), _rows_of(d_weight, _HEAD_ELEMENTS)):
-        d_part = d_weight[part]
-        d_part += _matmul(dz[:, part].T, x, out=torch.empty_like(d_part))
+class _HeadGradient:
+    """Sums dz.T @ x over slices in float32; where there is one slice, it never holds the sum in float32."""
+
+    def __init__(self, weight: Tensor, parts: int) -> None:
+        self.dtype = compute_dtype(weight.dtype)
+        self.weight_dtype = weight.dtype
+        self.straight = parts == 1
+        dtype = weight.dtype if self.straight else self.dtype
+        make = torch.empty if self.straight else torch.zeros
+        self.sum = (make if parts else torch.zeros)(weight.shape, dtype=dtype, device=weight.device)
+
+    def add(self, dz: Tensor, x: Tensor, skip_below: float = 0.0) -> None:
+        if dz.dtype == self.sum.dtype and dz.dtype == self.dtype:
+            _matmul(dz.T, x.to(dz.dtype), out=self.sum, add=not self.straight)
+            return
+        x = x if dz.dtype == x.dtype else x.to(dz.dtype)
+        for part in slices(len(self.sum), rows_of(self.sum, _HEAD_ELEMENTS)):
+            block = torch.empty(self.sum[part].shape, dtype=self.dtype, device=dz.device)
+            _matmul(dz[:, part].T, x, out=block)
+            if self.straight:
+                self.sum[part] = block
+            else:
+                self.sum[part] += block
+
+    def rounded(self) -> Tensor:
+        return self.sum.to(self.weight_dtype)
 
 
-def _has_mixed_matmul(x: Tensor) -> bool:
-    """Whether `_matmul` multiplies x in half precision into float32."""
-    # the builds for AMD devices know the overload, and some refuse to run it
-    return x.is_cuda and torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
+# looked up here, so that tests can put an emulation of the matmul of another device in their place
+_matmul, _has_mixed_matmul = matmul, has_mixed_matmul
 
 
-def _matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Product a @ b, summed in the precision of `out`, which may be float32 where a and b are half precision."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+def _scratch(tokens: int, weight: Tensor, chunk_tokens: int, unless: bool = False) -> Tensor:
+    """A slice of logits to fill again and again: fresh memory costs more than the passes over it."""
+    rows = 0 if unless else min(tokens, chunk_tokens)
+    return torch.empty(rows, len(weight), dtype=compute_dtype(weight.dtype), device=weight.device)
 
 
-def _clear_(z: Tensor, ignored: Tensor) -> Tensor:
-    """Zeros in the ignored rows of z; written, not multiplied in, for those rows may hold inf or NaN."""
-    if _on_cpu(z):
-        return z.index_fill_(0, torch.nonzero(ignored).squeeze(-1), 0)
-    # an accelerator would have to wait for the indices
-    return z.masked_fill_(ignored[:, None], 0)
-
-
-def _known_to_be_ignored(keep: Tensor) -> bool:
+def _known_to_be_ignored(targets: Tensor) -> bool:
     """Whether no row counts; where an accelerator would have to wait for the answer, False."""
-    return _on_cpu(keep) and not keep.any()
+    return on_cpu(targets) and not (targets >= 0).any()
 
 
 def _row_slices(logits: Tensor, chunk_tokens: int) -> Iterator[tuple[Tensor, slice]]:
     """[..., V] as views [m, V] in order, with the slice of all rows that each is."""
     start = 0
     for matrix in _matrices(logits):
-        for part in _slices(len(matrix), chunk_tokens):
+        for part in slices(len(matrix), chunk_tokens):
             yield matrix[part], slice(start + part.start, start + part.stop)
         start += len(matrix)
 
@@ -291,28 +492,3 @@ def _matrices(x: Tensor) -> list[Tensor]:
         return [x.view(-1, x.shape[-1])]
     except RuntimeError:
         return [matrix for part in x.unbind() for matrix in _matrices(part)]
-
-
-def _scratch(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """A slice of logits to fill again and again: fresh memory costs more than the passes over it."""
-    return torch.empty(rows, vocabulary, dtype=compute_dtype(like.dtype), device=like.device)
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    """0..n in steps of `size`."""
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
-
-
-def _rows_of(x: Tensor, elements: int) -> int:
-    """How many rows of x hold that many elements, at least 1."""
-    return max(1, elements // max(1, x.shape[-1]))
-
-
-def _on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
-
-
-def _cache_rows(x: Tensor) -> int:
-    """Rows of x to pass over at a time."""
-    return _rows_of(x, _CACHE_ELEMENTS) if _on_cpu(x) else max(1, len(x))

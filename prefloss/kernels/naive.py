@@ -1,6 +1,7 @@
 """Each op in plain torch: what it means. Autograd does the backward and stores [N, V] several times."""
 
 from contextlib import AbstractContextManager, nullcontext
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -58,15 +59,52 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def token_logps(logits: Tensor, targets: Tensor, transform: LogitTransform, ignore_index: int) -> Tensor:
-    """Log-prob of each target: [..., V] logits and [...] targets -> [...], 0 at ignored targets."""
+def token_stats(
+    logits: Tensor, targets: Tensor, transform: LogitTransform, ignore_index: int, outputs: int = 5
+) -> Tensor:
+    """Log-prob, logsumexp, entropy, log sum p^2 and top-1 hit: [..., V] and [...] -> [outputs, ...], 0 if ignored.
+
+    `outputs` is 1 for log-probs alone, or 5.
+    """
     keep = targets != ignore_index
     with no_autocast(logits.device):
         # selected before any arithmetic: inf and NaN of an ignored row must not reach the gradient as 0 * NaN
         z = transform.apply(torch.where(keep[..., None], logits, 0).to(compute_dtype(logits.dtype)))
         safe_targets = torch.where(keep, targets, 0)
-        logps = z.log_softmax(-1).gather(-1, safe_targets[..., None]).squeeze(-1)
-    return torch.where(keep, logps, 0)
+        all_logps = z.log_softmax(-1)
+        logps = all_logps.gather(-1, safe_targets[..., None]).squeeze(-1)
+        stats = [logps]
+        if outputs > 1:
+            # 0 log 0 is 0, and so is its gradient
+            finite = torch.where(all_logps == -torch.inf, 0, all_logps)
+            entropy = -(finite * all_logps.exp()).sum(-1)
+            top1 = (logps >= all_logps.amax(-1)).to(logps.dtype).detach()
+            stats += [z.logsumexp(-1), entropy, (2 * all_logps).logsumexp(-1), top1]
+    return torch.where(keep, torch.stack(stats), 0)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+    outputs: int = 5,
+) -> Tensor:
+    """The same with logits = hidden @ weight.T + bias, for [..., H] hidden, [V, H] weight and [V] bias."""
+    dtype = compute_dtype(hidden.dtype)
+    keep = targets != ignore_index
+    with no_autocast(hidden.device):
+        # the gradient of weight sums over rows, so a NaN in an ignored hidden row would reach it
+        rows = torch.where(keep[..., None], hidden, 0).to(dtype)
+        logits = torch.nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return token_stats(logits, targets, transform, ignore_index, outputs)
+
+
+def token_logps(logits: Tensor, targets: Tensor, transform: LogitTransform, ignore_index: int) -> Tensor:
+    """Log-prob of each target: [..., V] logits and [...] targets -> [...], 0 at ignored targets."""
+    return token_stats(logits, targets, transform, ignore_index, 1)[0]
 
 
 def linear_token_logps(
@@ -77,11 +115,34 @@ def linear_token_logps(
     transform: LogitTransform,
     ignore_index: int,
 ) -> Tensor:
-    """The same with logits = hidden @ weight.T + bias, for [..., H] hidden, [V, H] weight and [V] bias."""
-    dtype = compute_dtype(hidden.dtype)
+    """Log-probs alone."""
+    return linear_token_stats(hidden, weight, bias, targets, transform, ignore_index, 1)[0]
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    reference_bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+) -> Tensor:
+    """KL(reference || policy), KL(policy || reference), entropy of the reference over log V -> [3, ...]."""
     keep = targets != ignore_index
+    both = []
     with no_autocast(hidden.device):
-        # the gradient of weight sums over rows, so a NaN in an ignored hidden row would reach it
-        rows = torch.where(keep[..., None], hidden, 0).to(dtype)
-        logits = torch.nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-        return token_logps(logits, targets, transform, ignore_index)
+        for x, w, b in ((hidden, weight, bias), (reference_hidden, reference_weight, reference_bias)):
+            dtype = compute_dtype(x.dtype)
+            rows = torch.where(keep[..., None], x, 0).to(dtype)
+            z = torch.nn.functional.linear(rows, w.to(dtype), None if b is None else b.to(dtype))
+            both.append(transform.apply(z).log_softmax(-1))
+        p, q = both
+        # 0 log 0 is 0; a token that only one of the two can say makes a divergence infinite, as it should
+        entropy = -torch.where(q == -torch.inf, 0, q * q.exp()).sum(-1)
+        kl = torch.where(q == -torch.inf, 0, q.exp() * (q - p)).sum(-1)
+        reverse = torch.where(p == -torch.inf, 0, p.exp() * (p - q)).sum(-1)
+    size = max(weight.shape[0], 2)
+    return torch.where(keep, torch.stack((kl, reverse, entropy / log(size))), 0)

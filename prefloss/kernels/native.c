@@ -136,7 +136,7 @@ int prefloss_has_float16(void) {
 /* NULL for the outputs that nobody asked for */
 void prefloss_score(const void *logits, int kind, int64_t rows, int64_t vocabulary, int64_t stride,
                     const int64_t *targets, transform_t t, float *logps, float *lses, float *entropies,
-                    float *log_sum_sqs, uint8_t *top1, int threads) {
+                    float *log_sum_sqs, float *top1, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t row = 0; row < rows; row++) {
         const char *in = row_of(logits, kind, row, stride);
@@ -194,7 +194,7 @@ void prefloss_score(const void *logits, int kind, int64_t rows, int64_t vocabula
         lses[row] = (float)(peak + log_sum);
         if (entropies) entropies[row] = (float)(log_sum - weighted / sum);
         if (log_sum_sqs) log_sum_sqs[row] = (float)(log(squares) - 2 * log_sum);
-        if (top1) top1[row] = picked == peak;
+        if (top1) top1[row] = picked == peak ? 1.0f : 0.0f;
     }
 }
 

@@ -32,6 +32,8 @@ _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _CODE = 3
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: _CODE}
+# no subclass that computes elsewhere or not at all (a DTensor, a FakeTensor)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class _Transform(ctypes.Structure):
@@ -40,35 +42,32 @@ class _Transform(ctypes.Structure):
 
 def available(x: Tensor) -> bool:
     """Whether the row operations here can take `x`: CPU, rows of adjacent elements, a dtype that C knows."""
-    if x.device.type != "cpu" or x.dtype not in _KINDS or x.stride(-1) != 1 or type(x) is not Tensor:
-        return False
-    lib = _library()
-    return lib is not None and (x.dtype != torch.float16 or bool(lib.prefloss_has_float16()))
+    return x.device.type == "cpu" and x.stride(-1) == 1 and type(x) in _PLAIN and passes_over(x.dtype)
 
 
-def multiplies(x: Tensor) -> bool:
-    """Whether `multiply` can take `x`: bfloat16, and a processor that multiplies it."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
-        return False
-    lib = _library()
+# a compiled graph takes both answers as they are when it is traced
+@torch.compiler.assume_constant_result
+def passes_over(dtype: torch.dtype) -> bool:
+    """Whether the row operations here know `dtype`."""
+    lib = _library() if dtype in _KINDS else None
+    return lib is not None and (dtype != torch.float16 or bool(lib.prefloss_has_float16()))
+
+
+@torch.compiler.assume_constant_result
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `multiply` can take `dtype`: bfloat16, and a processor that multiplies it."""
+    lib = _library() if dtype == torch.bfloat16 else None
     return lib is not None and bool(lib.prefloss_multiplies())
 
 
-def score(
-    logits: Tensor,
-    targets: Tensor,
-    transform: LogitTransform,
-    logps: Tensor,
-    lses: Tensor,
-    entropies: Tensor | None = None,
-    log_sum_sqs: Tensor | None = None,
-    top1: Tensor | None = None,
-) -> None:
-    """Raw logits [m, V] and targets [m], -1 to leave a row out -> statistics [m], written; reads a row once."""
+def score(logits: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor) -> None:
+    """Raw logits [m, V] and targets [m], -1 to leave a row out -> `stats`, [2 or 5, m]; reads a row once."""
     rows, vocabulary = logits.shape
+    targets = targets.contiguous()
+    outputs = [_address(row) for row in stats] + [None] * (5 - len(stats))
     _call().prefloss_score(
-        _address(logits), _KINDS[logits.dtype], rows, vocabulary, logits.stride(0), _address(targets.contiguous()),
-        _struct(transform), *map(_address, (logps, lses, entropies, log_sum_sqs, top1)), torch.get_num_threads(),
+        _address(logits), _KINDS[logits.dtype], rows, vocabulary, logits.stride(0), _address(targets),
+        _struct(transform), *outputs, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -82,21 +81,18 @@ def encode(logits: Tensor, transform: LogitTransform, lses: Tensor, codes: Tenso
 
 
 def differentiate(
-    x: Tensor,
-    out: Tensor,
-    targets: Tensor,
-    transform: LogitTransform,
-    logps: Tensor,
-    lses: Tensor,
-    coefficients: Tensor,
-    plain: bool,
+    x: Tensor, out: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor, coefficients: Tensor, plain: bool
 ) -> None:
-    """Raw logits or codes [m, V] -> gradient of the logits, to `out`, which may start where x does."""
+    """Raw logits or codes [m, V] -> gradient of the logits, to `out`, which may start where x does.
+
+    `stats` begins with logps and logsumexps; `plain` says that the last two of the 4 coefficients are all 0.
+    """
     rows, vocabulary = x.shape
+    targets, coefficients = targets.contiguous(), coefficients.contiguous()
     _call().prefloss_differentiate(
         _address(x), _KINDS[x.dtype], x.stride(0), _address(out), _KINDS[out.dtype], out.stride(0), rows, vocabulary,
-        _address(targets.contiguous()), _struct(transform), _address(logps), _address(lses),
-        _address(coefficients.contiguous()), plain, torch.get_num_threads(),
+        _address(targets), _struct(transform), _address(stats[0]), _address(stats[1]),
+        _address(coefficients), plain, torch.get_num_threads(),
     )  # fmt: skip
 
 

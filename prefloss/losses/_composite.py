@@ -49,8 +49,8 @@ class Composite(Loss):
 
         The mean of these is not what `mean` returns when the terms count different examples.
         """
-        values = self.evaluate(feedback).terms.values()
-        return sum((weight * value for (weight, _), value in zip(self.terms, values, strict=True)), start=0.0)  # type: ignore[return-value]
+        values = [_per_example(loss(_seen_by(loss, feedback)), feedback) for _, loss in self.terms]
+        return sum(weight * value for (weight, _), value in zip(self.terms, values, strict=True))  # type: ignore[return-value]
 
     def evaluate(self, feedback: Feedback) -> Evaluation:
         """Each term on the batch, reduced by its own rule, and the weighted sum of their means."""

@@ -53,6 +53,7 @@ def dpo(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     },
     beta="tau",
     difference_only=True,
+    reads=("tokens",),
 )
 def ipo(pairs: Pairs, *, tau: Positive = 0.1, per_token: bool = True) -> Tensor:
     r"""Squared distance of the margin from a fixed target (IPO).

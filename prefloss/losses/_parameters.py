@@ -175,7 +175,8 @@ def _hint(name: str, own: list[str], modifiers: list[str]) -> str:
     close = difflib.get_close_matches(name, own + modifiers, n=1)
     takes = f"it takes {', '.join(map(repr, own))}" if own else "it takes none"
     admits = f"; and the modifiers {', '.join(modifiers)}" if modifiers else ""
-    return f"{f'; did you mean {close[0]!r}?' if close else ''}; {takes}{admits}"
+    meant = f"; did you mean {close[0]!r}" if close else ""
+    return f"{meant}; {takes}{admits}"
 
 
 def _plain_type(annotation: Any) -> Any:

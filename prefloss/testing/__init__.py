@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from prefloss.losses import Loss
 from prefloss.testing import strategies as strategies
 from prefloss.testing._report import LossCheckError as LossCheckError
 from prefloss.testing._report import Report as Report
@@ -60,7 +61,7 @@ def check_loss(
     Example:
         >>> report = check_loss("dpo", max_examples=2)
         >>> len(report.passed), report.skipped
-        (23, {})
+        (26, {'padding': 'reads no tokens'})
     """
     left_out = _checked(skip)
     bound = as_loss(loss, **traits)
@@ -113,10 +114,10 @@ def parametrize_loss_checks(
 
     expected = dict(expected_failures or {})
     _checked({key.rpartition(":")[2]: reason for key, reason in expected.items()})
-    wanted = set(names() if only is None else _checked({name: "wanted" for name in only}))
+    wanted = set(names() if only is None else _checked(dict.fromkeys(only, "wanted")))
     params = []
     for loss in map(as_loss, losses):
-        label = repr(loss) if loss.params else loss.name
+        label = _label(loss)
         for name, check in loss_checks(loss, max_examples=max_examples):
             if name not in wanted:
                 continue
@@ -129,6 +130,18 @@ def parametrize_loss_checks(
                 marks = ()
             params.append(pytest.param(loss, check, id=f"{label}-{name}", marks=marks))
     return pytest.mark.parametrize(("loss", "check"), params)
+
+
+def _label(loss: Loss) -> str:
+    """Name and the hyperparameters that are not at their defaults."""
+    defaults = {name: parameter.default for name, parameter in loss.spec.parameters.items()}
+    plain = int | float | str | bool | None
+    given = [
+        f"{name}={value!r}"
+        for name, value in loss.params.items()
+        if name not in defaults or (isinstance(value, plain) and value != defaults[name])
+    ]
+    return f"{loss.name}({', '.join(given)})" if given else loss.name
 
 
 def _checked(named: Mapping[str, str] | None) -> dict[str, str]:

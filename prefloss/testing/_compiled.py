@@ -83,10 +83,11 @@ def check_torch_func(subject: Subject) -> None:
     """`torch.func.vmap` over the examples gives their values, and `torch.func.grad` their gradient."""
     for seed in range(3):
         feedback = subject.seeded(50 + seed, size=3)
-        per_example = {path: value for path, value in _fields.tensors(feedback).items() if _per_example(feedback, value)}
-        kept = {path: value for path, value in _fields.trainable(feedback).items()}
+        per_example = {
+            path: value for path, value in _fields.tensors(feedback).items() if _per_example(feedback, value)
+        }
         _check_vmap(subject, feedback, per_example)
-        _check_functional_gradient(subject, feedback, kept)
+        _check_functional_gradient(subject, feedback, _fields.trainable(feedback))
 
 
 def _per_example(feedback: Feedback, value: Tensor) -> bool:
@@ -98,7 +99,9 @@ def _check_vmap(subject: Subject, feedback: Feedback, mapped: dict[str, Tensor])
     wanted = subject.detached(subject.settled, feedback)
 
     def alone(values: dict[str, Tensor]) -> Tensor:
-        return subject.settled(_replaced(first, {path: value.unsqueeze(0) for path, value in values.items()}))[0]
+        return subject.settled(
+            _fields.with_tensors(first, {path: value.unsqueeze(0) for path, value in values.items()})
+        )[0]
 
     try:
         found = torch.func.vmap(alone)(mapped)
@@ -120,18 +123,15 @@ def _check_functional_gradient(subject: Subject, feedback: Feedback, leaves: dic
         raise subject.failed(_transform_problem("grad", error), feedback) from error
     for path, slope in wanted.items():
         if not close(found[path], slope):
-            problem = f"torch.func.grad gave {told(found[path])} for {path}, wanted {told(slope)} as autograd gives"
+            problem = (
+                f"torch.func.grad gave {told(found[path])} for {path}, wanted {told(slope)} as autograd gives"
+            )
             raise subject.failed(problem, feedback)
-
-
-def _replaced(feedback: Feedback, values: dict[str, Tensor]) -> Feedback:
-    """The feedback with these tensors; sums are given as they are, not made from rows."""
-    return _fields.with_tensors(feedback, {**values})
 
 
 def _transform_problem(transform: str, error: Exception) -> str:
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return (
-        f"torch.func.{transform} raised {type(error).__name__}: {first}\n  Use no .item(), no if on a value, no in-place "
-        "operation; a custom autograd function needs setup_context and vmap"
+        f"torch.func.{transform} raised {type(error).__name__}: {first}\n  Use no .item(), no if on a value, no "
+        "in-place operation; a custom autograd function needs setup_context and vmap"
     )

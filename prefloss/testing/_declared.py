@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from prefloss.feedback import Feedback
 from prefloss.losses import _registry
 from prefloss.losses._docstring import parse
 from prefloss.losses._loss import Loss
-from prefloss.losses._parameters import Coerce, Interval, Parameter, _plain_type
+from prefloss.losses._parameters import _plain_type
 from prefloss.testing._run import check, for_all
-from prefloss.testing._subject import SEARCHED, Subject
-from prefloss.testing._traits import differs
+from prefloss.testing._settings import other_settings
+from prefloss.testing._subject import Subject
 from prefloss.testing._values import told
 
 
@@ -31,7 +29,9 @@ def check_state(subject: Subject) -> None:
         _check_stateless(subject, first, second)
         return
     if not subject.spec.stateful and not _given(subject):
-        raise subject.failed(f"declares stateful=False, but keeps {sorted(subject.loss.state)}: declare stateful=True")
+        raise subject.failed(
+            f"declares stateful=False, but keeps {sorted(subject.loss.state)}: declare stateful=True"
+        )
     _check_moves(subject, first, second)
     _check_own_state(subject, first, second)
     _check_rests(subject, first, second)
@@ -91,14 +91,16 @@ def _check_own_state(subject: Subject, first: Feedback, second: Feedback) -> Non
         )
         raise subject.failed(problem, first)
     if subject.parameters and not _given(subject):
-        made = [_registry.get(subject.name, **_required(subject)) for _ in range(2)]
+        made = [_registry.get(subject.name, **required(subject)) for _ in range(2)]
         shared = [name for name, state in made[0].state.items() if made[1].state[name] is state]
         if shared:
-            problem = f"get({subject.name!r}) gave the same {shared[0]} twice, wanted an object of its own for each loss"
-            raise subject.failed(f"{problem}: let Coerce make it from a string")
+            raise subject.failed(
+                f"get({subject.name!r}) gave the same {shared[0]} twice, wanted an object of its own for each loss: "
+                "let Coerce make it from a string"
+            )
 
 
-def _required(subject: Subject) -> dict[str, Any]:
+def required(subject: Subject) -> dict[str, Any]:
     return {name: subject.loss.params[name] for name, item in subject.parameters.items() if item.required}
 
 
@@ -137,124 +139,6 @@ def _check_restored(subject: Subject, first: Feedback, second: Feedback) -> None
             raise subject.failed(problem, feedback)
 
 
-def _no_hyperparameters(subject: Subject) -> str | None:
-    return None if subject.parameters else "has no hyperparameters of its own"
-
-
-@check(_no_hyperparameters)
-def check_hyperparameters(subject: Subject) -> None:
-    """A hyperparameter out of its range, of another type or of another name is refused when the loss is built."""
-    for name, parameter in subject.parameters.items():
-        for value in _refusable(parameter):
-            _check_refused(subject, name, value)
-    _check_refused(subject, "no_such_hyperparameter", 1.0, "it has none of that name")
-    for alias in subject.spec.aliases:
-        if _registry.specs.get(subject.name) is subject.spec:
-            _check_alias(subject, alias)
-
-
-def _refusable(parameter: Parameter) -> Iterator[Any]:
-    if isinstance(parameter.constraint, Coerce):
-        yield object()
-        return
-    plain = _plain_type(parameter.type)
-    if get_origin(plain) is Literal:
-        yield "no such choice"
-    elif plain is bool:
-        yield from ("yes", 1)
-    elif plain in (int, float):
-        yield from (math.nan, math.inf, "0.1", True)
-        if isinstance(parameter.constraint, Interval):
-            yield from _outside(parameter.constraint)
-
-
-def _outside(interval: Interval) -> Iterator[float]:
-    yield from (float(bound) for bound in (interval.gt, interval.lt) if bound is not None)
-    yield from (float(bound) - 1e-6 for bound in (interval.ge, interval.gt) if bound is not None)
-    yield from (float(bound) + 1e-6 for bound in (interval.le, interval.lt) if bound is not None)
-
-
-def _check_refused(subject: Subject, name: str, value: Any, why: str = "") -> None:
-    allowed = why or f"its range is {subject.parameters[name].constraint or subject.parameters[name].type}"
-    try:
-        subject.fresh(**{name: value})
-    except (TypeError, ValueError) as error:
-        if name in str(error):
-            return
-        raise subject.failed(f"{name}={value!r} is refused without naming {name}: {error}") from error
-    raise subject.failed(f"get(..., {name}={value!r}) was accepted, but {allowed}: annotate it with an Interval")
-
-
-def _check_alias(subject: Subject, alias: str) -> None:
-    try:
-        loss = _registry.get(alias, **_required(subject))
-        subject.detached(loss.eval(), subject.seeded(1, size=2))
-    except (TypeError, ValueError) as error:
-        raise subject.failed(f"its alias {alias!r} cannot be built: {error}") from error
-
-
-@check(_no_hyperparameters)
-def check_hyperparameter_effect(subject: Subject) -> None:
-    """Every hyperparameter changes some value: none is accepted and ignored."""
-    for name, parameter in subject.parameters.items():
-        others = [value for value in _other_settings(subject, name, parameter) if value != subject.loss.params[name]]
-        if others and not _has_effect(subject, name, others):
-            raise subject.failed(
-                f"{name}={others[0]!r} gave the values of {name}={subject.loss.params[name]!r} in every batch and "
-                f"with every other choice: use {name} or take it out of the signature"
-            )
-
-
-def _other_settings(subject: Subject, name: str, parameter: Parameter) -> list[Any]:
-    plain, now = _plain_type(parameter.type), subject.loss.params[name]
-    if isinstance(parameter.constraint, Coerce):
-        return []
-    if get_origin(plain) is Literal:
-        return list(get_args(plain))
-    if plain is bool:
-        return [not now]
-    if plain not in (int, float) or isinstance(now, bool) or not isinstance(now, int | float):
-        return []
-    candidates = [plain(value) for value in (2 * now, now / 2, now + 1, now - 1, 0.3, 0.7)]
-    allowed = parameter.constraint if isinstance(parameter.constraint, Interval) else Interval()
-    return [value for value in candidates if value in allowed][:3]
-
-
-def _has_effect(subject: Subject, name: str, values: list[Any]) -> bool:
-    for choices in _choices(subject, name):
-        for feedback in subject.searched(12):
-            base = _after_training(subject, feedback, choices)
-            for value in values:
-                if base is not None and _changed(base, _after_training(subject, feedback, {**choices, name: value})):
-                    return True
-    return False
-
-
-def _changed(base: Tensor, other: Tensor | None) -> bool:
-    return other is not None and differs(base, other)
-
-
-def _choices(subject: Subject, name: str) -> Iterator[dict[str, Any]]:
-    """As it stands, then with each other choice of the hyperparameters that choose between forms."""
-    yield {}
-    for other, parameter in subject.parameters.items():
-        plain = _plain_type(parameter.type)
-        if other != name and (get_origin(plain) is Literal or plain is bool or other.endswith("_weight")):
-            for value in _other_settings(subject, other, parameter):
-                yield {other: value}
-
-
-def _after_training(subject: Subject, feedback: Feedback, changes: dict[str, Any]) -> Tensor | None:
-    """Values of the second batch in training, where a setting of the state shows; None if a form needs more."""
-    try:
-        loss = subject.fresh(**changes)
-        if subject.loss.state:
-            loss(subject.seeded(12, size=4))
-        return loss(feedback).detach()
-    except (TypeError, ValueError):
-        return None
-
-
 @check()
 def check_repr(subject: Subject) -> None:
     """`get(repr(loss))` gives a loss of the same values."""
@@ -264,7 +148,9 @@ def check_repr(subject: Subject) -> None:
 @check()
 def check_pickle(subject: Subject) -> None:
     """A loss comes back from pickle with its settings and its state."""
-    _check_copies(subject, "pickle.loads(pickle.dumps(loss))", lambda loss: pickle.loads(pickle.dumps(loss)), state=True)
+    _check_copies(
+        subject, "pickle.loads(pickle.dumps(loss))", lambda loss: pickle.loads(pickle.dumps(loss)), state=True
+    )
 
 
 def _check_copies(subject: Subject, how: str, copied: Callable[[Loss], Loss], state: bool) -> None:
@@ -277,7 +163,9 @@ def _check_copies(subject: Subject, how: str, copied: Callable[[Loss], Loss], st
                 other = copied(loss)
             except Exception as error:
                 problem = f"{how} of {loss!r} raised {type(error).__name__}: {error}"
-                raise subject.failed(f"{problem}; wanted hyperparameters that are literals or objects with a repr") from error
+                raise subject.failed(
+                    f"{problem}; wanted hyperparameters that are literals or objects with a repr"
+                ) from error
             found, wanted = subject.detached(other.train(), feedback), subject.detached(loss, feedback)
             if not torch.equal(found, wanted):
                 raise subject.failed(f"{how} of {loss!r} gave {told(found)}, wanted {told(wanted)}", feedback)
@@ -287,7 +175,7 @@ def _check_copies(subject: Subject, how: str, copied: Callable[[Loss], Loss], st
 
 def _changed_numbers(subject: Subject) -> Iterator[dict[str, Any]]:
     for name, parameter in subject.parameters.items():
-        others = _other_settings(subject, name, parameter)
+        others = other_settings(subject, name, parameter)
         if others and _plain_type(parameter.type) in (int, float):
             yield {name: others[-1]}
             return
@@ -312,7 +200,11 @@ def check_documentation(subject: Subject) -> None:
     missing = [
         *(["a first line that says what the loss is"] if not text.summary else []),
         *(["a `.. math::` block with the formula"] if not text.formula else []),
-        *(f"a line `{name}: ...` in its Args section" for name in subject.parameters if not text.args.get(name)),
+        *(
+            f"a line `{name}: ...` in its Args section"
+            for name in subject.parameters
+            if not text.args.get(name)
+        ),
     ]
     if missing:
         raise subject.failed(f"the docstring lacks {', '.join(missing)}")

@@ -123,7 +123,12 @@ def _from_rows(source: Source, shape: tuple[int, ...], wanted: Wanted) -> LogRat
 
 
 def _further_rows(source: Source, policy: Tensor, wanted: Wanted) -> dict[str, Tensor]:
-    ranges = {"kl": (0.0, 1.5), "reverse_kl": (0.0, 1.5), "reference_entropy": (0.05, 0.95), "weight": (0.5, 1.5)}
+    ranges = {
+        "kl": (0.0, 1.5),
+        "reverse_kl": (0.0, 1.5),
+        "reference_entropy": (0.05, 0.95),
+        "weight": (0.5, 1.5),
+    }
     rows = {}
     for row in ROWS:
         if f"per_token.{row}" not in wanted.fields:
@@ -148,7 +153,10 @@ def draw_pairs(source: Source, wanted: Wanted) -> Pairs:
     if "scores" in wanted.fields:
         gap = _numbers(source, shape, 0.0 if wanted.ties else 0.1, 0.5)
         worse = _numbers(source, shape, 0.05, 0.45)
-        values["score_chosen"], values["score_rejected"] = (worse + gap).to(wanted.dtype), worse.to(wanted.dtype)
+        values["score_chosen"], values["score_rejected"] = (
+            (worse + gap).to(wanted.dtype),
+            worse.to(wanted.dtype),
+        )
     if "embedding" in wanted.fields:
         values["embedding"] = _numbers(source, (*shape, DIMENSIONS), 0.1, 1.0).to(wanted.dtype)
     return Pairs(**values, **_weight(source, shape, wanted))

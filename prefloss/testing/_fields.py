@@ -63,7 +63,11 @@ def _with_tensors(record: Any, changes: dict[str, Tensor | None]) -> Any:
             nested.setdefault(first, {})[rest] = value
     for name, inner in nested.items():
         own[name] = _with_tensors(getattr(record, name), inner)
-    if isinstance(record, LogRatios) and own.get("per_token") is not None and not own.keys() & {"policy", "reference"}:
+    if (
+        isinstance(record, LogRatios)
+        and own.get("per_token") is not None
+        and not own.keys() & {"policy", "reference"}
+    ):
         return summed(own["per_token"])
     return replace(record, **own)
 
@@ -114,7 +118,9 @@ def select(feedback: Feedback, index: Any) -> Feedback:
 def cast_to(feedback: Feedback, dtype: torch.dtype) -> Feedback:
     """The feedback with every floating-point tensor in this dtype; log-ratios upcast half precision themselves."""
     found = tensors(feedback)
-    rows = {path: value for path, value in found.items() if ".per_token." in path and value.is_floating_point()}
+    rows = {
+        path: value for path, value in found.items() if ".per_token." in path and value.is_floating_point()
+    }
     whole = {
         path: value.to(dtype)
         for path, value in found.items()
@@ -122,7 +128,9 @@ def cast_to(feedback: Feedback, dtype: torch.dtype) -> Feedback:
     }
     # Rows reach LogRatios upcast (from_token_logps does it), so half precision means rounded, not stored.
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    return with_tensors(feedback, {**whole, **{path: value.to(dtype).to(wide) for path, value in rows.items()}})
+    return with_tensors(
+        feedback, {**whole, **{path: value.to(dtype).to(wide) for path, value in rows.items()}}
+    )
 
 
 def _has_rows(feedback: Feedback, path: str) -> bool:

@@ -28,7 +28,9 @@ def check_data_gradient(subject: Subject) -> None:
 
     def body(feedback: Feedback) -> None:
         leaves = {path: value.detach().requires_grad_() for path, value in _fields.data(feedback).items()}
-        policy = {path: value.detach().requires_grad_() for path, value in _fields.trainable(feedback).items()}
+        policy = {
+            path: value.detach().requires_grad_() for path, value in _fields.trainable(feedback).items()
+        }
         given = _fields.with_tensors(feedback, {**leaves, **policy})
         for loss in (subject.fresh(), subject.settled):
             for path, slope in slopes(subject.values(loss, given).sum(), leaves).items():
@@ -72,12 +74,16 @@ def check_gradients(subject: Subject) -> None:
         if compared == wanted:
             return
     if not compared:
-        raise subject.failed(f"found no point among {6 * wanted} where the slopes from left and right agree: smooth it")
+        raise subject.failed(
+            f"found no point among {6 * wanted} where the slopes from left and right agree: smooth it"
+        )
 
 
 def _compare_slopes(subject: Subject, feedback: Feedback) -> bool:
     """Compare the gradients at a point; False if there is a kink."""
-    leaves = {path: value.detach().clone().requires_grad_() for path, value in _fields.trainable(feedback).items()}
+    leaves = {
+        path: value.detach().clone().requires_grad_() for path, value in _fields.trainable(feedback).items()
+    }
     constants = _Constants()
     loss = subject.settled
 
@@ -222,7 +228,9 @@ def _check_finite_gradient(subject: Subject, loss: Any, feedback: Feedback) -> N
                 f"the gradient of {path} is {told(slope[bad][:1])} in float32, wanted a finite one: torch.where sends "
                 "the gradient through the branch that it does not select too, so make the argument of both safe"
             )
-            raise subject.failed(problem, _worst(subject, feedback, bad.flatten(1).any(-1) if bad.ndim > 1 else bad))
+            raise subject.failed(
+                problem, _worst(subject, feedback, bad.flatten(1).any(-1) if bad.ndim > 1 else bad)
+            )
 
 
 def _worst(subject: Subject, feedback: Feedback, bad: Tensor) -> Feedback:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from prefloss.feedback import Feedback
 from prefloss.testing._subject import Checkable, CheckFailed, Skip, Subject, as_loss, quiet, registered
-from prefloss.testing.strategies import hypothesis, wanted_feedback
+from prefloss.testing.strategies import Flaky, hypothesis, wanted_feedback
 
 MAX_EXAMPLES = 25
 """Draws that a check makes unless told otherwise."""
@@ -65,7 +65,9 @@ def check(skip: Callable[[Subject], str | None] = _never) -> Callable[[Callable[
                     raise Skip(reason)
                 body(subject)
 
-        public: Any = functools.update_wrapper(run, body, ("__module__", "__name__", "__qualname__", "__doc__"), ())
+        public: Any = functools.update_wrapper(
+            run, body, ("__module__", "__name__", "__qualname__", "__doc__"), ()
+        )
         del public.__wrapped__
         PROPERTIES[name] = Property(name, public, skip)
         return public
@@ -90,7 +92,7 @@ def for_all(subject: Subject, body: Callable[[Feedback], None], **wanted: Any) -
         derandomize=True,
         print_blob=False,
         report_multiple_bugs=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[*hypothesis.HealthCheck],  # type: ignore[arg-type]
     )
     @hypothesis.given(wanted_feedback(subject, **wanted))
     def run(feedback: Feedback) -> None:
@@ -104,7 +106,7 @@ def for_all(subject: Subject, body: Callable[[Feedback], None], **wanted: Any) -
         run()
     except CheckFailed as error:
         raise _plain(error) from None
-    except hypothesis.errors.Flaky:
+    except Flaky:
         # The loss gave other values when the draw was tried again; what it gave first counts.
         raise _plain(failures[0]) from None
 

@@ -57,7 +57,9 @@ class CheckFailed(AssertionError):
 
     def __init__(self, loss: str, property: str, problem: str, feedback: Feedback | None = None) -> None:
         self.loss, self.property, self.problem, self.feedback = loss, property, problem, feedback
-        replay = "" if feedback is None else f"\n  To replay:\n    feedback = {_fields.show(feedback, ' ' * 8)}"
+        replay = (
+            "" if feedback is None else f"\n  To replay:\n    feedback = {_fields.show(feedback, ' ' * 8)}"
+        )
         super().__init__(f"{loss}: {property}: {problem}{replay}")
 
 
@@ -124,8 +126,19 @@ class Subject:
 
     def wanted(self, absent: frozenset[str] = frozenset(), **wanted: Any) -> Wanted:
         """What feedback this loss takes."""
-        options = {"fields": self.fields - absent, "reference": self.spec.needs_reference, **wanted}
+        options = {"fields": self.fields - absent, **wanted}
+        if "reference" not in options:
+            options["reference"] = self.reads_reference
         return replace(Wanted(), **options)
+
+    @cached_property
+    def reads_reference(self) -> bool:
+        """Whether it needs reference log-probs: as declared, or in the form that its hyperparameters choose."""
+        if self.spec.needs_reference:
+            return True
+        return not self._works(self.seeded(5, size=3, reference=False)) and self._works(
+            self.seeded(5, size=3, reference=True)
+        )
 
     @cached_property
     def absences(self) -> list[frozenset[str]]:
@@ -210,7 +223,9 @@ def as_loss(loss: Checkable, **traits: Any) -> Loss:
             return _bound(_registry._spec_from(loss, name, traits))
         loss = known
     if traits:
-        raise TypeError(f"loss: got traits {sorted(traits)} beside {loss!r}, wanted them only for a plain function")
+        raise TypeError(
+            f"loss: got traits {sorted(traits)} beside {loss!r}, wanted them only for a plain function"
+        )
     if isinstance(loss, Loss):
         return loss
     if isinstance(loss, LossSpec):

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prefloss.feedback import Feedback, Labels, Rankings
+from prefloss.feedback import Feedback, Rankings
+from prefloss.logratios import LogRatios
 from prefloss.testing import _fields
 from prefloss.testing._run import check, for_all
 from prefloss.testing._subject import Subject
@@ -43,7 +44,9 @@ def check_shape_and_dtype(subject: Subject) -> None:
             given = _fields.cast_to(feedback, dtype)
             values = subject.detached(subject.settled, given)
             if values.shape != given.shape:
-                problem = f"got values of shape {list(values.shape)}, wanted {list(given.shape)}: do not reduce"
+                problem = (
+                    f"got values of shape {list(values.shape)}, wanted {list(given.shape)}: do not reduce"
+                )
                 raise subject.failed(problem, given)
             wanted = torch.float64 if dtype == torch.float64 else torch.float32
             if values.dtype != wanted:
@@ -53,7 +56,9 @@ def check_shape_and_dtype(subject: Subject) -> None:
                 )
                 raise subject.failed(problem, given)
             if dtype in (torch.float64, torch.float32) and not bool(torch.isfinite(values).all()):
-                raise subject.failed(f"got {told(values)} from ordinary log-probs, wanted finite values", given)
+                raise subject.failed(
+                    f"got {told(values)} from ordinary log-probs, wanted finite values", given
+                )
 
     for_all(subject, body)
 
@@ -196,7 +201,73 @@ def check_single_example(subject: Subject) -> None:
     for_all(subject, body, size=1)
 
 
-def gradient(subject: Subject, loss: object, feedback: Feedback, mean: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+@check(lambda subject: None if _reads_rows(subject) else "reads no tokens")
+def check_padding(subject: Subject) -> None:
+    """What stands outside the mask of the per-token rows is not read, and its width means nothing."""
+
+    def body(feedback: Feedback) -> None:
+        padded = _fields.map_parts(feedback, lambda _, part: _padded(part))
+        values, other = (subject.detached(subject.settled, item) for item in (feedback, padded))
+        if not close(values, other):
+            problem = (
+                f"with other numbers outside the mask, and two more places, the values are {told(other)}, wanted "
+                f"{told(values)}: use PerToken.sum and PerToken.mean, which read what the mask holds"
+            )
+            raise subject.failed(problem, padded)
+
+    for_all(subject, body)
+
+
+def _reads_rows(subject: Subject) -> bool:
+    return any(name.startswith("per_token") for name in subject.fields)
+
+
+def _padded(part: LogRatios) -> LogRatios:
+    rows = part.per_token
+    assert rows is not None
+    wide = rows._map(lambda value: torch.nn.functional.pad(value, (0, 2)))
+    further = {name: getattr(wide, name) for name in _fields.ROWS if getattr(wide, name) is not None}
+    garbage = {name: torch.where(wide.mask, value, 55.0) for name, value in further.items()}
+    return _fields.summed(replace(wide, **garbage))
+
+
+@check()
+def check_precision(subject: Subject) -> None:
+    """In float32 a value has the digits that it has in float64, as far as the rounding of its inputs allows."""
+    for seed in range(subject.examples):
+        absent = subject.absences[seed % len(subject.absences)]
+        options = {"magnitude": (20.0, 200.0, 2000.0)[seed % 3], "size": 4, "dtype": torch.float32}
+        narrow = subject.seeded(600 + seed, absent, **options)
+        wide = _fields.cast_to(narrow, torch.float64)
+        found, wanted = (
+            subject.detached(subject.settled, narrow).double(),
+            subject.detached(subject.settled, wide),
+        )
+        moved = [subject.detached(subject.settled, _rounded(wide, turn)) - wanted for turn in range(4)]
+        allowed = 30 * torch.stack(moved).abs().amax(0) + 1e-3 * wanted.abs() + 1e-36
+        if bool(((found - wanted).abs() > allowed).any()):
+            problem = (
+                f"got {told(found)} in float32 and {told(wanted)} in float64, wanted the same digits: a difference of "
+                "nearly equal numbers loses them, so write 1 - sigmoid(x) as sigmoid(-x), exp(x) - 1 as expm1(x), "
+                "log(1 + x) as log1p(x)"
+            )
+            raise subject.failed(problem, narrow)
+
+
+def _rounded(feedback: Feedback, turn: int) -> Feedback:
+    """The feedback with its log-probs off by about as much as float32 rounds them."""
+
+    def off(_: str, part: LogRatios) -> LogRatios:
+        signs = 1.0 - 2.0 * ((torch.arange(part.policy.numel()).reshape(part.shape) + turn) % 2)
+        reference = 0.0 if part.reference is None else 2e-7 * part.reference * (1 - turn // 2 * 2)
+        return _fields.moved(part, policy=2e-7 * part.policy * signs, reference=reference)
+
+    return _fields.map_parts(feedback, off)
+
+
+def gradient(
+    subject: Subject, loss: object, feedback: Feedback, mean: bool = True
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean loss (or the sum of the values) and its gradient to all that may have one, by path."""
     leaves = {path: value.detach().requires_grad_() for path, value in _fields.trainable(feedback).items()}
     given = _fields.with_tensors(feedback, {**leaves})
@@ -213,118 +284,3 @@ def slopes(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         path: torch.zeros_like(leaf) if slope is None else slope
         for (path, leaf), slope in zip(leaves.items(), found, strict=True)
     }
-
-
-@check()
-def check_empty_examples(subject: Subject) -> None:
-    """An example without tokens has value 0, no gradient, and no influence on the others."""
-
-    def body(feedback: Feedback) -> None:
-        for part, place in _parts_to_empty(feedback):
-            given = _fields.emptied(feedback, part, _kept(feedback, part, place))
-            _check_emptied(subject, feedback, given, place)
-        _check_nothing_left(subject, feedback)
-
-    for_all(subject, body)
-    if subject.spec.feedback is Rankings:
-        for_all(subject, lambda feedback: _check_absent(subject, feedback))
-
-
-def _parts_to_empty(feedback: Feedback) -> Iterator[tuple[str, int]]:
-    for part in _fields.parts(feedback):
-        if part != "mismatched":
-            yield part, 0
-            if feedback.shape[0] > 2:
-                yield part, feedback.shape[0] - 1
-
-
-def _kept(feedback: Feedback, part: str, place: int | None) -> Tensor:
-    """False at the examples to empty; in a ranking one completion is left, which is too few."""
-    count = feedback.shape[0]
-    keep = torch.ones(count, dtype=torch.bool)
-    if place is None:
-        keep[:] = False
-    else:
-        keep[place] = False
-    if not isinstance(feedback, Rankings):
-        return keep
-    places = _fields.parts(feedback)[part].shape[1]
-    first = torch.arange(places) == 0
-    return keep.unsqueeze(-1) | first
-
-
-def _check_emptied(subject: Subject, whole: Feedback, given: Feedback, place: int) -> None:
-    loss = subject.settled
-    counted = loss.counted(given)
-    values = subject.detached(loss, given)
-    _, gradients = gradient(subject, loss, given)
-    for path, slope in gradients.items():
-        if not bool(torch.isfinite(slope).all()):
-            problem = (
-                f"with example {place} empty the gradient of {path} is {told(slope)}, wanted finite numbers: an "
-                "empty completion has 0 tokens, so divide by tokens.clamp(min=1) and guard both branches of a where"
-            )
-            raise subject.failed(problem, given)
-    if not bool(torch.isfinite(values).all()):
-        raise subject.failed(f"with example {place} empty the values are {told(values)}, wanted finite ones", given)
-    if bool(counted[place]):
-        return
-    if bool(values[place] != 0):
-        raise subject.failed(f"example {place} is empty and has value {told(values[place])}, wanted 0", given)
-    for path, slope in gradients.items():
-        if bool((slope[place] != 0).any()):
-            raise subject.failed(f"example {place} is empty and {path} has gradient {told(slope[place])}", given)
-    _check_others(subject, whole, given, values, place)
-
-
-def _check_others(subject: Subject, whole: Feedback, given: Feedback, values: Tensor, place: int) -> None:
-    others = torch.tensor([index for index in range(len(values)) if index != place], dtype=torch.long)
-    if subject.draws_by_place or not len(others):
-        return
-    left = _fields.select(whole, others)
-    if isinstance(left, Labels) and isinstance(whole, Labels):
-        # The empty example's mismatched completion is a completion like the others.
-        left = replace(left, mismatched=whole.mismatched)
-    wanted = subject.detached(subject.settled, left)
-    if not close(values[others], wanted):
-        problem = (
-            f"with example {place} empty the others' values are {told(values[others])}, wanted {told(wanted)} as "
-            "without it: leave examples that do not count (feedback.valid) out of every statistic of the batch"
-        )
-        raise subject.failed(problem, given)
-
-
-def _check_nothing_left(subject: Subject, feedback: Feedback) -> None:
-    part = next(iter(_fields.parts(feedback)))
-    given = _fields.emptied(feedback, part, _kept(feedback, part, None))
-    if bool(subject.settled.counted(given).any()):
-        return
-    for loss in (subject.fresh(), subject.settled):
-        value, gradients = gradient(subject, loss, given)
-        if not bool(value == 0):
-            raise subject.failed(f"with every example empty the mean is {told(value)}, wanted 0", given)
-        for path, slope in gradients.items():
-            if bool((slope != 0).any()) or not bool(torch.isfinite(slope).all()):
-                problem = f"with every example empty the gradient of {path} is {told(slope)}, wanted zeros"
-                raise subject.failed(problem, given)
-
-
-def _check_absent(subject: Subject, feedback: Feedback) -> None:
-    """What stands at an absent completion of a ranking is not read."""
-    assert isinstance(feedback, Rankings)
-    absent = ~feedback.present
-    completions = _fields.moved(feedback.completions, policy=torch.where(absent, -7.5, 0.0))
-    other = replace(feedback, completions=completions, scores=torch.where(absent, 55.0, feedback.scores))
-    first, second = subject.detached(subject.settled, feedback), subject.detached(subject.settled, other)
-    if not close(first, second):
-        problem = (
-            f"the values are {told(second)} when absent completions have another log-prob and score, wanted "
-            f"{told(first)} as before: read completions only where feedback.present is True"
-        )
-        raise subject.failed(problem, other)
-    _, gradients = gradient(subject, subject.settled, feedback)
-    for path, slope in gradients.items():
-        if bool((slope[absent] != 0).any()) or not bool(torch.isfinite(slope).all()):
-            problem = f"the gradient of {path} is {told(slope[absent])} at absent completions, wanted zeros"
-            raise subject.failed(problem, feedback)
-

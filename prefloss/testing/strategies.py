@@ -5,6 +5,7 @@ Example::
     from hypothesis import given
     from prefloss.testing import strategies
 
+
     @given(strategies.pairs(fields=("tokens",)))
     def test_my_loss(pairs): ...
 """
@@ -24,9 +25,9 @@ from prefloss.testing._draws import Wanted
 from prefloss.testing._subject import Checkable, Subject, as_loss, registered
 
 try:
-    import hypothesis
-    import hypothesis.errors
+    import hypothesis as hypothesis
     from hypothesis import strategies as st
+    from hypothesis.errors import Flaky as Flaky
 except ModuleNotFoundError as err:
     if err.name != "hypothesis":  # a fault inside hypothesis is not a missing hypothesis
         raise
@@ -149,7 +150,9 @@ def feedback_for(loss: Checkable, *, extreme: bool = False, **options: Any) -> S
     with registered(bound.spec):
         subject = Subject(bound)
     magnitude = {"magnitude": EXTREME} if extreme else {}
-    return _feedback(subject.spec.feedback, subject.wanted(**{"dtype": torch.float32, **magnitude, **options}))
+    return _feedback(
+        subject.spec.feedback, subject.wanted(**{"dtype": torch.float32, **magnitude, **options})
+    )
 
 
 def wanted_feedback(subject: Subject, **options: Any) -> SearchStrategy[Feedback]:
@@ -163,5 +166,7 @@ def _wanted(kind: type, size: int | None, fields: Iterable[str], options: dict[s
     unknown = sorted(names - {*_fields.available(kind)})
     if unknown:
         listed = ", ".join(_fields.available(kind))
-        raise ValueError(f"fields: got {unknown[0]!r}, wanted some of {listed}: {kind.__name__} have no other")
+        raise ValueError(
+            f"fields: got {unknown[0]!r}, wanted some of {listed}: {kind.__name__} have no other"
+        )
     return replace(Wanted(size=size, fields=names, dtype=torch.float32), **options)

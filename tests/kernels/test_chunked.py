@@ -3,8 +3,18 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefloss.kernels import chunked, naive
+from prefloss.kernels import chunked, naive, native, rows
 from prefloss.kernels.naive import LogitTransform
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def row_passes(request, monkeypatch):
+    """Every test runs with the compiled row operations and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_library", lambda: None)
+    elif native._library() is None:
+        pytest.skip("no C compiler")
+    return request.param
+
 
 PLAIN = LogitTransform()
 CAPPED = LogitTransform(1.3, 3.0, 0.7)
@@ -53,7 +63,8 @@ def test_linear_op_never_makes_all_logits(dtype, transform):
     # 4 tokens at a time: the logits of a slice outweigh the gradient of the head
     assert watch.largest(torch.float32) == 4 * 50
     inputs = {x.data_ptr() for x in (hidden, weight, bias)}
-    assert max(x.numel() for x in saved if x.data_ptr() not in inputs) <= 24
+    # two numbers a token
+    assert max(x.numel() for x in saved if x.data_ptr() not in inputs) <= 2 * 24
 
 
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED])
@@ -67,8 +78,8 @@ def test_token_op_makes_no_float32_copy_of_the_logits(transform):
     ):
         # a shift makes a view whose rows are not evenly spaced
         chunked.token_logps(logits[:, :-1], targets[:, 1:], transform, -100, chunk_tokens=4).sum().backward()
-    assert watch.largest(torch.float32) == 4 * 50
-    assert max(x.numel() for x in saved if x.data_ptr() != logits.data_ptr()) <= 24
+    assert watch.largest(torch.float32) <= max(4 * 50, 5 * 22)
+    assert max(x.numel() for x in saved if x.data_ptr() != logits.data_ptr()) <= 2 * 22
     assert {x.dtype for x in saved if x.numel() >= 22 * 50} == {torch.bfloat16}
 
 
@@ -104,9 +115,10 @@ def test_gradients_of_a_half_precision_head_are_summed_in_float32():
     bias = torch.zeros(vocabulary, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(n, dtype=torch.int64)
     chunked.linear_token_logps(hidden, weight, bias, targets, PLAIN, -100, chunk_tokens=1).sum().backward()
-    want = torch.tensor([n * 2 / 3, -n / 3, -n / 3]).bfloat16()
-    assert torch.equal(bias.grad, want)
-    assert torch.equal(weight.grad[:, 0], want)
+    # each contribution was rounded to bfloat16 once, and so was the sum; all the same, so the errors add up
+    want = torch.tensor([n * 2 / 3, -n / 3, -n / 3])
+    for got in (bias.grad, weight.grad[:, 0]):
+        torch.testing.assert_close(got.float(), want, rtol=2 * 2.0**-8, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +170,10 @@ def test_backward_under_autocast_keeps_its_precision():
 def mixed_matmul(monkeypatch):
     """The path of CUDA, half precision in and float32 out, with an emulation of its matmul."""
 
-    def matmul(a, b, out):
+    def matmul(a, b, out, add=False):
         assert a.dtype == b.dtype
-        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+        product = torch.mm(a.to(out.dtype), b.to(out.dtype))
+        return out.add_(product) if add else out.copy_(product)
 
     monkeypatch.setattr(chunked, "_matmul", matmul)
     monkeypatch.setattr(chunked, "_has_mixed_matmul", lambda x: x.dtype in (torch.bfloat16, torch.float16))
@@ -194,7 +207,9 @@ def test_small_gradients_survive_float16(mixed_matmul):
 
 def test_token_op_where_no_answer_is_waited_for(monkeypatch):
     """The path of accelerators, which computes ignored rows too rather than ask which they are."""
-    monkeypatch.setattr(chunked, "_on_cpu", lambda x: False)
+    monkeypatch.setattr(chunked, "on_cpu", lambda x: False)
+    monkeypatch.setattr(rows, "on_cpu", lambda x: False)
+    monkeypatch.setattr(native, "_library", lambda: None)
     logits = torch.randn(6, 5)
     targets = torch.tensor([-100, -100, 1, -100, 4, 0])
     logits[targets == -100] = torch.nan
@@ -214,6 +229,6 @@ def test_token_op_where_no_answer_is_waited_for(monkeypatch):
 def test_mixed_precision_matmul_has_the_signature_of_torch():
     with FakeTensorMode():
         a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((4, 3), (50, 3)))
-        assert chunked._has_mixed_matmul(a)
-        out = chunked._matmul(a, b.T, out=torch.empty(4, 50, device="cuda"))
+        assert rows.has_mixed_matmul(a)
+        out = rows.matmul(a, b.T, out=torch.empty(4, 50, device="cuda"))
     assert (out.shape, out.dtype) == ((4, 50), torch.float32)

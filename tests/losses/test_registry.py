@@ -93,7 +93,7 @@ def test_unknown_names(name, message):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"bta": 0.1}, TypeError, r"dpo: unknown hyperparameter 'bta'; did you mean 'beta'\?"),
+        ({"bta": 0.1}, TypeError, r"dpo: unknown hyperparameter 'bta'; did you mean 'beta'"),
         ({"tau": 0.1}, TypeError, r"unknown hyperparameter 'tau'; it takes 'beta'; and the modifiers wpo, "),
         ({"beta": 0}, ValueError, r"dpo: beta: got 0, wanted a number > 0"),
         ({"beta": -0.1}, ValueError, r"beta: got -0.1"),

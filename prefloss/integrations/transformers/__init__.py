@@ -1,4 +1,10 @@
-"""prefloss on the causal language models of transformers: completion log-probs without their logits."""
+"""prefloss in `transformers.Trainer`, and on the causal language models of transformers.
+
+- `PreferenceLossCallback("dpo", reference=...)` among a trainer's callbacks: it trains with that loss.
+- `PreferenceCollator(tokenizer)`: batches of pairs, labelled completions or rankings.
+- `Reference`: a frozen model, adapters off, another adapter, cached sums, or none.
+- `model_logps`: completion log-probs of a model without its logits, for loops of your own.
+"""
 
 try:
     import transformers as _transformers  # noqa: F401
@@ -11,6 +17,9 @@ except ModuleNotFoundError as error:
         name="transformers",
     ) from error
 
+from prefloss.integrations.transformers._callback import PreferenceLossCallback as PreferenceLossCallback
+from prefloss.integrations.transformers._collator import PreferenceCollator as PreferenceCollator
 from prefloss.integrations.transformers._forward import ModelLogps as ModelLogps
 from prefloss.integrations.transformers._forward import model_logps as model_logps
 from prefloss.integrations.transformers._head import HeadSpec as HeadSpec
+from prefloss.integrations.transformers._reference import Reference as Reference

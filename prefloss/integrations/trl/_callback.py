@@ -125,7 +125,7 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
 
     def __repr__(self) -> str:
         """The callback with its loss."""
-        return f"{type(self).__name__}({self._loss!r})"
+        return f"PreferenceLossCallback({self._loss!r})"
 
 
 def attach(trainer: Any, loss: str | Loss, **parameters: Any) -> PreferenceLossCallback:

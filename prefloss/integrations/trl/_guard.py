@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ _FIELDS = {
     Pairs: {"weight", "score_chosen", "score_rejected"},
     Labels: {"weight", "scores", "kl", "baseline"},
 }
+_HOW = (
+    "set remove_unused_columns=False and trainer.data_collator = FeedbackCollator(trainer.data_collator), or take the "
+    "column out"
+)
 _SIDES = {Pairs: ("chosen", "rejected"), Labels: ("completion",)}
 
 
@@ -40,9 +44,25 @@ def check_items(loss: Loss, kind: type, items: Mapping[str, Any]) -> None:
     if "scores" in loss.needs and not items.keys() & {"score_chosen", "scores"}:
         columns = "score_chosen and score_rejected" if kind is Pairs else "scores"
         raise ValueError(
-            f"{loss.name}: got a batch without scores, wanted {columns}: give the trainer "
-            "data_collator=FeedbackCollator(...) and remove_unused_columns=False"
+            f"{loss.name}: got a batch without scores, wanted {columns}: {_HOW}"
         )
+
+
+def check_columns(loss: Loss, kind: type, columns: Iterable[str], items: Mapping[str, Any]) -> None:
+    """Refuse a data set with feedback that the loss would read and that TRL drops on the way.
+
+    Args:
+        loss: The loss to train with.
+        kind: `Pairs` or `Labels`, what the trainer gives.
+        columns: Columns of the trainer's data set.
+        items: The feedback that came with the batch.
+
+    Raises:
+        ValueError: If such a column did not arrive.
+    """
+    for name in _FIELDS[kind].intersection(columns) - items.keys():
+        if ITEMS[name] is None or ITEMS[name] in loss.needs | loss.spec.reads:
+            raise ValueError(f"column {name!r}: the data has it and {loss.name} reads it, but TRL drops it: {_HOW}")
 
 
 def check_finite(loss: Loss, terms: Mapping[str, Tensor], feedback: Feedback) -> None:

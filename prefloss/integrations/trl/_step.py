@@ -39,6 +39,7 @@ def compute_loss(
     kind = _kind(trainer)
     items = {name: inputs[name] for name in ITEMS if name in inputs}
     _guard.check_items(loss, kind, items)
+    _guard.check_columns(loss, kind, getattr(trainer.train_dataset, "column_names", None) or (), items)
     # TRL hands the model everything it does not know, so these must not reach it.
     batch = {name: value for name, value in inputs.items() if name not in items}
     with _as_trl_expects(trainer, loss), recorded(trainer) as found:

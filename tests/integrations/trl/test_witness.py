@@ -144,3 +144,16 @@ def test_schedules_move_with_optimizer_steps(tmp_path):
     callback = PreferenceLossCallback("dpo", beta=prefloss.losses.Linear(0.5, 0.1, steps=4))
     tiny.train("dpo", tmp_path, [callback], max_steps=2, gradient_accumulation_steps=2)
     assert callback.loss.beta == pytest.approx(0.3)
+
+
+def test_a_column_that_trl_drops_is_noticed(tmp_path):
+    data = tiny.pairs().add_column("weight", [2.0] * 64)
+    trainer = tiny.build("dpo", tmp_path, [PreferenceLossCallback("hinge")], data=data)
+    with pytest.raises(ValueError, match=r"column 'weight': the data has it and hinge reads it, but TRL drops it"):
+        trainer.train()
+    trainer = tiny.build(
+        "dpo", tmp_path, [PreferenceLossCallback("hinge")], data=data, remove_unused_columns=False, max_steps=1
+    )
+    trainer.data_collator = FeedbackCollator(trainer.data_collator)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(2.0, abs=1e-5)

@@ -1,0 +1,148 @@
+"""The structure of a batch: which rows are compared with which, what people said of them, and who counts.
+
+A batch is one padded block of rows, whatever the feedback; a few tensors beside it say which rows belong together. The
+collator writes them, the training step takes them out again before the model sees the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefloss.feedback import Feedback, Labels, Pairs, Rankings
+from prefloss.logratios import LogRatios, completion_targets
+from prefloss.losses import Composite, Loss
+
+ROWS: Mapping[type, tuple[str, ...]] = {
+    Pairs: ("chosen_rows", "rejected_rows"),
+    Labels: ("completion_rows",),
+    Rankings: ("group_rows",),
+}
+"""Index tensors of each kind: [pairs] twice, [n], or [groups, K] with -1 where a group has fewer than K."""
+
+VALUES: Mapping[type, tuple[str, ...]] = {
+    Pairs: ("weight", "score_chosen", "score_rejected"),
+    Labels: ("weight", "scores", "kl", "baseline"),
+    Rankings: ("weight",),
+}
+"""Tensors of optional feedback, one value per example."""
+
+REFERENCE = "ref_logps"
+"""Reference log-probs computed beforehand, [rows], nats."""
+
+COUNTS = "prefloss_counts"
+"""Examples that each term of the loss counts in the whole optimizer step, on all ranks, [terms]."""
+
+_OTHERS = ("completion_mask", "label", "scores", "labels", REFERENCE, COUNTS)
+_HOWS = ("all", "adjacent", "best_worst")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a batch holds beside the model's inputs.
+
+    Attributes:
+        kind: `Pairs`, `Labels` or `Rankings`.
+        targets: Token that each position predicts, [rows, T], `IGNORE_INDEX` where nothing is scored.
+        items: The other tensors by name.
+    """
+
+    kind: type
+    targets: Tensor
+    items: Mapping[str, Tensor]
+
+    @classmethod
+    def split(cls, inputs: Mapping[str, Any]) -> tuple[Structure, dict[str, Any]]:
+        """The structure of a batch, and what is the model's.
+
+        Raises:
+            ValueError: If the batch was not made by a `PreferenceCollator`, or by something that writes as it does.
+        """
+        kind = next((kind for kind, names in ROWS.items() if all(name in inputs for name in names)), None)
+        if kind is None or "completion_mask" not in inputs:
+            raise ValueError(
+                f"batch: got {sorted(inputs)}, wanted what PreferenceCollator writes; give the trainer "
+                "data_collator=PreferenceCollator(tokenizer)"
+            )
+        own = {*_OTHERS, *(name for names in (*ROWS.values(), *VALUES.values()) for name in names)}
+        items = {name: value for name, value in inputs.items() if name in own}
+        targets = completion_targets(inputs["input_ids"], inputs["completion_mask"])
+        return cls(kind, targets, items), {name: value for name, value in inputs.items() if name not in own}
+
+    @property
+    def tokens(self) -> Tensor:
+        """Completion tokens of each row, [rows]."""
+        return (self.targets >= 0).sum(-1)
+
+    def feedback(self, ratios: LogRatios) -> Feedback:
+        """The feedback of the batch from the log-ratios of its rows, [rows]."""
+        sides = [self.items[name] for name in ROWS[self.kind]]
+        values = {name: self.items.get(name) for name in VALUES[self.kind]}
+        if self.kind is Pairs:
+            return Pairs(ratios[sides[0]], ratios[sides[1]], **values)
+        if self.kind is Labels:
+            return Labels(ratios[sides[0]], self.items["label"].bool(), **values)
+        return Rankings(ratios[sides[0].clamp(min=0)], self.items["scores"], mask=sides[0] >= 0, **values)
+
+    def blank(self) -> Feedback:
+        """The same feedback with every log-prob 0: enough to know which examples count."""
+        zeros = torch.zeros(len(self.targets), device=self.targets.device)
+        return self.feedback(LogRatios(zeros, zeros, self.tokens))
+
+
+def as_wanted(feedback: Feedback, loss: Loss, pairs: str | None) -> Feedback:
+    """The feedback in the kind that a loss takes, where that kind follows from it.
+
+    Args:
+        feedback: Of the batch.
+        loss: The loss.
+        pairs: How rankings become pairs: "all", "adjacent" or "best_worst".
+
+    Raises:
+        TypeError: If it does not follow, or rankings meet a pair loss and `pairs` is None.
+        ValueError: If pairs become rankings and a chosen completion is not scored above the rejected one.
+    """
+    wanted = loss.spec.feedback
+    if isinstance(feedback, wanted):
+        return feedback
+    if isinstance(feedback, Labels):
+        raise TypeError(
+            f"data: got labelled completions (prompt, completion, label), but {loss.name} takes {wanted.__name__}, and "
+            "single votes do not say what to compare them with; choose a loss that takes Labels, such as 'kto'"
+        )
+    if isinstance(feedback, Rankings):
+        if pairs is None:
+            raise TypeError(
+                f"data: got rankings (prompt, completions, scores), but {loss.name} takes {wanted.__name__}; say which "
+                "pairs to make of them with PreferenceLossCallback(..., pairs='all' | 'adjacent' | 'best_worst'), or "
+                "choose a loss that takes Rankings, such as 'dpo_pl'"
+            )
+        feedback = feedback.to_pairs(pairs)
+    if wanted is Pairs:
+        return feedback
+    return feedback.to_labels() if wanted is Labels else feedback.to_rankings()
+
+
+def check_pairs(pairs: str | None) -> None:
+    """Refuse what is no way to make pairs of rankings.
+
+    Raises:
+        ValueError: If it is none of the three, nor None.
+    """
+    if pairs is not None and pairs not in _HOWS:
+        raise ValueError(f"pairs: got {pairs!r}, wanted one of {', '.join(map(repr, _HOWS))} or None")
+
+
+def terms_of(loss: Loss) -> tuple[tuple[float, Loss], ...]:
+    """Weight and loss of each term of a sum; a plain loss is a sum of one."""
+    return loss.terms if isinstance(loss, Composite) else ((1.0, loss),)
+
+
+def counts(loss: Loss, feedback: Feedback) -> Tensor:
+    """How many examples each term counts, [terms]; a term may leave out others than an empty completion."""
+    seen = [(term, as_wanted(feedback, term, None)) for _, term in terms_of(loss)]
+    return torch.stack([term.counted(given).sum() for term, given in seen])

@@ -1,0 +1,169 @@
+"""Examples of any feedback -> one padded batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefloss.data._errors import DataError
+from prefloss.data._tokens import pad
+from prefloss.data.kinds import Kind
+from prefloss.feedback import Labels, Pairs, Rankings
+from prefloss.integrations.transformers._batch import REFERENCE, VALUES, Structure
+from prefloss.integrations.transformers._examples import Example, read_example
+from prefloss.logratios import IGNORE_INDEX
+
+_KINDS = {Kind.PAIRED: Pairs, Kind.LABELLED: Labels, Kind.RANKED: Rankings}
+# So many votes of one kind, and none of the other, are no accident.
+_ONE_SIDED = 64
+
+
+class PreferenceCollator:
+    """Data collator for preferences: pairs, labelled completions or rankings, told apart by their columns.
+
+    - Pairs: `prompt`, `chosen`, `rejected`; optional `score_chosen` and `score_rejected`, `weight`.
+    - Labels: `prompt`, `completion`, `label`; optional `score`, `weight`, `kl`, `baseline`.
+    - Rankings: `prompt`, `completions`, `scores` (higher is better, any number of completions); optional `weight`.
+
+    Texts are strings (an end token is added) or messages (the chat template is applied), split into prompt and
+    completion where TRL splits them. Token ids go in as they are: `prompt_ids` with `chosen_ids` and `rejected_ids`,
+    `completion_ids` or `completions_ids`. Reference log-probs computed beforehand (sums over the completion, nats)
+    come as `ref_chosen_logps` and `ref_rejected_logps`, or `ref_logps`.
+
+    The trainer must be given `remove_unused_columns=False`.
+
+    Args:
+        tokenizer: For text and messages; not needed for token ids.
+        pad_token_id: What fills rows up; the tokenizer's, or 0. It is masked, so any id of the vocabulary will do.
+        max_length: Tokens of a row, prompt and completion, at most; longer rows lose their end. A completion cut
+            away whole has no tokens, and the losses leave it out.
+
+    Attributes:
+        seen: Counts so far, in this process: `examples`, `identical` (two completions of a prompt are the same),
+            `double_end` (two end tokens), `truncated_away`, `upvotes`, `downvotes`.
+
+    Example:
+        >>> collate = PreferenceCollator()
+        >>> batch = collate([{"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 9, 1]}])
+        >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
+        ([[5, 6, 7, 1, 0], [5, 6, 8, 9, 1]], [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
+        >>> batch["chosen_rows"], batch["rejected_rows"]
+        (tensor([0]), tensor([1]))
+    """
+
+    def __init__(
+        self, tokenizer: Any = None, *, pad_token_id: int | None = None, max_length: int | None = None
+    ) -> None:
+        if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2):
+            raise ValueError(f"max_length: got {max_length!r}, wanted a whole number >= 2, or None")
+        if pad_token_id is None:
+            pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        self.tokenizer = tokenizer
+        self.pad_token_id = 0 if pad_token_id is None else pad_token_id
+        self.max_length = max_length
+        self.seen: Counter[str] = Counter()
+        self._warned: set[str] = set()
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch: right-padded rows [rows, T], and tensors that say which belong together.
+
+        Returns:
+            `input_ids`, `attention_mask`, `completion_mask`; `chosen_rows` and `rejected_rows` [pairs] (chosen rows
+            come first), `completion_rows` and `label` [n], or `group_rows` and `scores` [groups, K] (-1 and 0 where a
+            group has fewer); the optional feedback under its column's name (`scores` for `score`); `ref_logps`
+            [rows]; and `labels` [examples], 1 or -100, as transformers' trainer counts examples that can be compared.
+
+        Raises:
+            ValueError: If an example is not what its columns say, or unlike the others.
+            TypeError: If there is text and no tokenizer.
+        """
+        read = [read_example(index, example, self.tokenizer) for index, example in enumerate(examples)]
+        if not read:
+            raise ValueError("examples: got none, wanted at least one")
+        _check_alike(read)
+        self._notice(read)
+        kind = _KINDS[read[0].kind]
+        order = _order(read)
+        batch: dict[str, Tensor] = pad([read[i].rows[j] for i, j in order], self.pad_token_id, self.max_length)
+        batch |= _structure(read, kind)
+        for name in VALUES[kind]:
+            if name in read[0].values:
+                batch[name] = torch.tensor([example.values[name] for example in read], dtype=torch.float32)
+        if read[0].reference is not None:
+            batch[REFERENCE] = torch.tensor([(read[i].reference or ())[j] for i, j in order], dtype=torch.float32)
+        structure, _ = Structure.split(batch)
+        self.seen["truncated_away"] += int((structure.tokens == 0).sum())
+        batch["labels"] = torch.where(structure.blank().valid, 1, IGNORE_INDEX)
+        return batch
+
+    def _notice(self, read: list[Example]) -> None:
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        self.seen["examples"] += len(read)
+        for example in read:
+            completions = [tuple(ids) for _, ids in example.rows]
+            if len(set(completions)) < len(completions):
+                self.seen["identical"] += 1
+                self._warn("identical", f"{example.place}: completions of one prompt are identical, so they teach nothing")
+            if end is not None and any(ids[-2:] == (end, end) for ids in completions):
+                self.seen["double_end"] += 1
+                self._warn("double_end", f"{example.place}: a completion ends in two end-of-sequence tokens")
+            if example.kind is Kind.LABELLED:
+                self.seen["upvotes" if example.label else "downvotes"] += 1
+        votes = self.seen["upvotes"] + self.seen["downvotes"]
+        if votes >= _ONE_SIDED and votes in (self.seen["upvotes"], self.seen["downvotes"]):
+            side = "upvotes" if self.seen["upvotes"] else "downvotes"
+            self._warn("one_sided", f"the first {votes} labels are all {side}; is the column 'label' read rightly?")
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"{message}. Shown once; PreferenceCollator.seen counts.", UserWarning, stacklevel=4)
+
+
+def _check_alike(read: list[Example]) -> None:
+    first = read[0]
+    for example in read[1:]:
+        if example.kind is not first.kind:
+            raise DataError(f"{example.place}: got a row of {example.kind}, but {first.place} is of {first.kind}")
+        if example.values.keys() != first.values.keys() or (example.reference is None) != (first.reference is None):
+            raise DataError(f"{example.place}: {_difference(first, example)}; wanted the column in every example or in none")
+    for one, other in (("score_chosen", "score_rejected"), ("score_rejected", "score_chosen")):
+        if one in first.values and other not in first.values:
+            raise DataError(f"{first.place}: missing column {other!r} beside {one!r}")
+
+
+def _difference(first: Example, example: Example) -> str:
+    names = sorted(first.values.keys() ^ example.values.keys()) or ["ref_logps"]
+    column = {"scores": "score"}.get(names[0], names[0])
+    has = names[0] in example.values or (names[0] == "ref_logps" and example.reference is not None)
+    return f"{'has' if has else 'lacks'} the column {column!r}, which {first.place} {'lacks' if has else 'has'}"
+
+
+def _order(read: list[Example]) -> list[tuple[int, int]]:
+    """Example and completion of each row: all chosen ones first, as TRL does; rankings group by group."""
+    if read[0].kind is Kind.PAIRED:
+        return [(i, side) for side in (0, 1) for i in range(len(read))]
+    return [(i, j) for i, example in enumerate(read) for j in range(len(example.rows))]
+
+
+def _structure(read: list[Example], kind: type) -> dict[str, Tensor]:
+    rows = torch.arange(len(read))
+    if kind is Pairs:
+        return {"chosen_rows": rows, "rejected_rows": rows + len(read)}
+    if kind is Labels:
+        return {"completion_rows": rows, "label": torch.tensor([example.label for example in read])}
+    width = max(len(example.rows) for example in read)
+    group_rows = torch.full((len(read), width), -1)
+    scores = torch.zeros(len(read), width)
+    start = 0
+    for i, example in enumerate(read):
+        count = len(example.rows)
+        group_rows[i, :count] = torch.arange(start, start + count)
+        scores[i, :count] = torch.tensor(example.scores)
+        start += count
+    return {"group_rows": group_rows, "scores": scores}

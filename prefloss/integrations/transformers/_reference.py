@@ -1,0 +1,198 @@
+"""The reference policy, said once and in words: a frozen model, adapters off, another adapter, cached sums, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefloss.integrations.transformers._batch import REFERENCE
+from prefloss.integrations.transformers._forward import model_logps
+
+CHOICES = (
+    "Reference.model(copy.deepcopy(model)), Reference.adapter_off() for a PEFT model, Reference.adapter(name), "
+    "Reference.cached() for ref_*logps columns, or Reference.none() with a loss that needs none"
+)
+
+
+class Reference:
+    """Where reference log-probs come from. Made by one of its five class methods.
+
+    Whatever it is, it is computed in evaluation mode (no dropout), without gradient, and in the precision that the
+    trainer computes the policy in.
+
+    Example:
+        >>> Reference.adapter("sft")
+        Reference.adapter('sft')
+    """
+
+    def __init__(self, kind: str, value: Any = None) -> None:
+        self.kind = kind
+        self.value = value
+
+    @classmethod
+    def model(cls, model: nn.Module) -> Reference:
+        """A model of its own, frozen when training begins: `copy.deepcopy(policy)`, or one loaded a second time.
+
+        It is moved to the device of the batches if it is elsewhere.
+
+        Raises:
+            TypeError: If it is no module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, wanted a causal language model of transformers")
+        return cls("model", model)
+
+    @classmethod
+    def adapter_off(cls) -> Reference:
+        """The policy with its PEFT adapters switched off: the base model."""
+        return cls("adapter_off")
+
+    @classmethod
+    def adapter(cls, name: str) -> Reference:
+        """Another, frozen adapter of the policy: a copy of the one in training, loaded under this name."""
+        return cls("adapter", name)
+
+    @classmethod
+    def cached(cls) -> Reference:
+        """Sums computed beforehand, which come with the data as `ref_*logps` columns, nats."""
+        return cls("cached")
+
+    @classmethod
+    def none(cls) -> Reference:
+        """No reference, for a loss that needs none; reward metrics are then absent."""
+        return cls("none")
+
+    @classmethod
+    def of(cls, value: Any) -> Reference:
+        """What a user gave: a `Reference`, a module (a model of its own), or None (none).
+
+        Raises:
+            TypeError: If it is something else.
+        """
+        if isinstance(value, Reference):
+            return value
+        if isinstance(value, nn.Module):
+            return cls.model(value)
+        if value is None:
+            return cls.none()
+        if isinstance(value, Mapping) and value.get("kind") in ("adapter_off", "adapter", "cached", "none"):
+            return cls(value["kind"], value.get("value"))
+        raise TypeError(f"reference: got {value!r}, wanted {CHOICES}")
+
+    def config(self) -> dict[str, Any]:
+        """As a checkpoint keeps it; a model is only named."""
+        return {"kind": self.kind, "value": self.value if self.kind == "adapter" else None}
+
+    def bind(self, policy: nn.Module) -> None:
+        """Check the reference against the unwrapped policy, and freeze a model of its own.
+
+        Raises:
+            ValueError: If it shares trainable weights with the policy, or is an adapter that is absent or in use.
+            TypeError: If it speaks of adapters and the policy has none.
+        """
+        if self.kind == "model":
+            _check_apart(self.value, policy)
+            self.value.requires_grad_(False).eval()
+        if self.kind in ("adapter_off", "adapter"):
+            _check_adapters(self, policy)
+
+    def logps(self, trainer: Any, model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, items: Any) -> Tensor | None:
+        """Reference log-probs of a batch, without gradient.
+
+        Args:
+            trainer: The trainer, for its precision.
+            model: The policy, wrapped as it is trained.
+            inputs: The model's inputs.
+            targets: Token that each position predicts, [rows, T].
+            items: The rest of the batch.
+
+        Returns:
+            Log-prob of each target, [rows, T]; their sums, [rows], if cached; None if there is no reference.
+
+        Raises:
+            ValueError: If cached sums are not in the batch.
+        """
+        if self.kind == "none":
+            return None
+        if self.kind == "cached":
+            if REFERENCE not in items:
+                raise ValueError(
+                    "reference: got Reference.cached() and data without ref_chosen_logps and ref_rejected_logps (pairs) or "
+                    "ref_logps; wanted these columns, as sums of log-probs in nats"
+                )
+            return items[REFERENCE]
+        with torch.no_grad(), self._as_reference(trainer, model, targets.device) as reference:
+            return model_logps(reference, inputs, targets).logps
+
+    @contextmanager
+    def _as_reference(self, trainer: Any, model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+        if self.kind == "model":
+            _move(self.value, device)
+            with trainer.accelerator.autocast():
+                yield self.value.eval()
+            return
+        policy = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+        training = model.training
+        model.eval()
+        try:
+            with policy.disable_adapter() if self.kind == "adapter_off" else _switched(policy, self.value):
+                yield model
+        finally:
+            model.train(training)
+
+    def __repr__(self) -> str:
+        """As it is written."""
+        shown = {"model": type(self.value).__name__, "adapter": repr(self.value)}.get(self.kind, "")
+        return f"Reference.{self.kind}({shown})"
+
+
+def _check_apart(reference: nn.Module, policy: nn.Module) -> None:
+    own = {id(parameter) for parameter in policy.parameters()}
+    if any(id(parameter) in own for parameter in reference.parameters()):
+        # get_peft_model works in place: the model it was given is the policy's own.
+        raise ValueError(
+            "reference: got a model that shares its weights with the policy, so it would train along; wanted "
+            "copy.deepcopy(model), made before training, or Reference.adapter_off() for a PEFT model"
+        )
+
+
+def _check_adapters(reference: Reference, policy: Any) -> None:
+    if not hasattr(policy, "disable_adapter") or not hasattr(policy, "peft_config"):
+        raise TypeError(
+            f"reference: got {reference!r}, but the policy is a {type(policy).__name__} without PEFT adapters; wanted a "
+            "PeftModel, or Reference.model(copy.deepcopy(model))"
+        )
+    if reference.kind == "adapter":
+        name, there = reference.value, sorted(policy.peft_config)
+        if name not in there:
+            raise ValueError(f"reference: got the adapter {name!r}, wanted one of {there}")
+        if name in policy.active_adapters:
+            raise ValueError(f"reference: got the adapter {name!r}, which is the one in training; wanted a copy of it")
+        trained = [key for key, value in policy.named_parameters() if f".{name}." in key and value.requires_grad]
+        if trained:
+            raise ValueError(f"reference: got the adapter {name!r}, whose {trained[0]} is trainable; wanted it frozen")
+
+
+@contextmanager
+def _switched(policy: Any, name: str) -> Iterator[None]:
+    """Another adapter in place of the active one; which parameters are trainable stays as it was."""
+    before = policy.active_adapter
+    trainable = {key: value.requires_grad for key, value in policy.named_parameters()}
+    policy.set_adapter(name)
+    try:
+        yield
+    finally:
+        policy.set_adapter(before)
+        for key, value in policy.named_parameters():
+            value.requires_grad_(trainable[key])
+
+
+def _move(model: Any, device: torch.device) -> None:
+    """To the device of the batch, unless the model was spread over devices when it was loaded."""
+    first = next(model.parameters(), None)
+    if first is not None and first.device != device and not getattr(model, "hf_device_map", None):
+        model.to(device)

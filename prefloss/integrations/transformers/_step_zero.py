@@ -1,0 +1,142 @@
+"""The check at the first training batch: before any step, policy and reference are the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from prefloss.feedback import Feedback
+from prefloss.integrations.transformers._reference import Reference
+from prefloss.losses import Loss
+
+logger = logging.get_logger(__name__)
+
+TOLERANCE = {True: 2e-2, False: 1e-4}
+"""Mean distance of the log-probs that rounding explains, nats per token, in half precision or not."""
+
+
+def distance(policy: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the distances between log-probs, nats, and the number of tokens, [2].
+
+    Args:
+        policy: Log-prob of each token, [rows, T].
+        reference: The same, or sums, [rows]; then signs may cancel within a row.
+        mask: True at completion tokens, [rows, T].
+    """
+    policy = torch.where(mask, policy.detach(), 0.0)
+    if reference.ndim == 1:
+        # A row without tokens has a cached sum that nothing reads.
+        apart = (policy.sum(-1) - reference) * mask.any(-1)
+    else:
+        apart = policy - torch.where(mask, reference, 0.0)
+    return torch.stack([apart.abs().sum().double(), mask.sum().double()])
+
+
+def check(
+    trainer: Any,
+    loss: Loss,
+    reference: Reference,
+    found: Tensor,
+    loss_of: Callable[[bool], Feedback],
+) -> bool:
+    """Stop training whose policy does not start at its reference.
+
+    Args:
+        trainer: The trainer.
+        loss: The loss to train with.
+        reference: The reference.
+        found: `distance` of the batch, summed over the ranks.
+        loss_of: The feedback of the batch as the loss takes it: as it is, or (True) with every log-ratio 0.
+
+    Returns:
+        Whether the batch could be judged; one without completion tokens cannot.
+
+    Raises:
+        RuntimeError: If they differ; the message names the likely causes.
+    """
+    apart, tokens = found.tolist()
+    if not tokens:
+        return False
+    policy = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    half = trainer.accelerator.mixed_precision not in ("no", None) or _dtype(policy) in (torch.float16, torch.bfloat16)
+    if not apart / tokens <= TOLERANCE[half]:
+        raise RuntimeError(
+            f"step-0 check: before the first step policy and {reference!r} should be the same model, but their log-probs "
+            f"differ by {apart / tokens:.3g} nats per token (rounding explains {TOLERANCE[half]:g}). Likely causes: "
+            f"{'; '.join(_causes(policy, reference))}. If they need not coincide (say, the policy was trained further "
+            "than its reference, or the reference is another model), pass PreferenceLossCallback(..., "
+            "check_step_zero=False)"
+        )
+    with torch.no_grad():
+        value, known = (float(loss.eval().mean(loss_of(at_zero))) for at_zero in (False, True))
+    if not abs(value - known) <= 0.05 * max(1.0, abs(known)):
+        raise RuntimeError(
+            f"step-0 check: policy and reference agree, but {loss!r} is {value:.6g} where equal log-probs make it "
+            f"{known:.6g}; pass check_step_zero=False if that is right"
+        )
+    logger.info(f"step 0: policy and reference agree ({apart / tokens:.2g} nats per token apart); loss {value:.6g}")
+    return True
+
+
+def _causes(policy: nn.Module, reference: Reference) -> list[str]:
+    """What is known to be wrong, or else what could be."""
+    found = list(_dropout(policy))
+    if reference.kind == "model":
+        found += _unlike(policy, reference.value)
+    if reference.kind in ("adapter_off", "adapter"):
+        found += _adapters(policy, reference)
+    if reference.kind == "cached":
+        found.append(
+            "the cached sums are of other weights, another chat template or truncation, another dtype, or other rows"
+        )
+    return found or ["other weights, another adapter, dropout, another dtype"]
+
+
+def _dropout(policy: Any) -> Iterator[str]:
+    names = [name for name, module in policy.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    config = policy.config.to_dict() if hasattr(getattr(policy, "config", None), "to_dict") else {}
+    settings = [
+        f"{name}={value}"
+        for name, value in config.items()
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value > 0
+    ]
+    if settings or names:
+        shown = settings or [f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]]
+        yield f"dropout is on in the policy ({', '.join(shown)}); load it with these set to 0"
+
+
+def _unlike(policy: nn.Module, reference: nn.Module) -> Iterator[str]:
+    if _dtype(policy) != _dtype(reference):
+        yield f"the reference has another dtype ({_dtype(reference)}, the policy {_dtype(policy)})"
+        return
+    theirs = dict(reference.named_parameters())
+    for name, value in policy.named_parameters():
+        other = theirs.get(name)
+        if other is not None and (
+            other.shape != value.shape or not torch.equal(other.detach().to(value.device), value.detach())
+        ):
+            yield f"the reference has other weights ({name} differs)"
+            return
+    if not theirs.keys() & dict(policy.named_parameters()).keys():
+        yield f"the reference is another kind of model ({type(reference).__name__}, the policy {type(policy).__name__})"
+
+
+def _adapters(policy: Any, reference: Reference) -> Iterator[str]:
+    active = ", ".join(map(repr, policy.active_adapters))
+    if reference.kind == "adapter_off":
+        yield (
+            f"the adapter {active} does not start at zero (trained before, or not initialised so); its reference is then a "
+            "frozen copy of it: Reference.adapter(name)"
+        )
+    else:
+        yield f"the adapter {reference.value!r} holds other weights than {active}"
+
+
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    """That of the largest parameter; norms are often kept in float32."""
+    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    return max(floating, key=torch.Tensor.numel).dtype if floating else None

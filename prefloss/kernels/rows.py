@@ -1,0 +1,197 @@
+"""Row operations: what the ops do with a slice of logits before and after a matmul, and the matmuls themselves.
+
+Each is one pass of `native` over rows on a CPU with a compiler, and plain torch elsewhere, on a CPU in blocks that
+fit its cache. Numbers of m tokens are the rows of one tensor, [2 or 5, m], in the order `STATS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from prefloss.kernels import native
+from prefloss.kernels.naive import LogitTransform, compute_dtype
+
+STATS = ("logps", "logsumexp", "entropy", "log_sum_sq", "top1")
+
+# A kept log-prob is an int16 in steps of 1/2048 nat: p is off by 2.4e-4 of itself at most, a tenth of what rounding
+# it to bfloat16 does, and 0 below e^-32, the lowest code.
+_CODE_STEPS, _CODE_MIDDLE, _CODE_ZERO = 2048.0, 16.0, -32768
+
+# Elements that a CPU passes over at a time, 8 MiB, so that all but the first pass find them in its cache.
+_CACHE_ELEMENTS = 2**21
+# ... and an accelerator, which has the memory and no such cache.
+_DEVICE_ELEMENTS = 2**26
+
+
+def score(z: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor, overwrite: bool = False) -> None:
+    """Raw logits [m, V] and targets [m], negative at rows to leave out -> `stats`, [2 or 5, m], 0 in those rows.
+
+    `overwrite` lets plain torch work in z, which then holds nothing of use.
+    """
+    if native.available(z):
+        native.score(z, targets, transform, stats)
+        return
+    for part, block in _blocks(z, overwrite):
+        transform.apply_(block)
+        y = targets[part].clamp(min=0).unsqueeze(-1)
+        picked, peak = block.gather(-1, y), block.amax(-1, keepdim=True)
+        block.sub_(peak)
+        if len(stats) > 2:
+            _statistics(block, picked == peak, stats[2:, part])
+        log_sum = block.exp_().sum(-1, keepdim=True).log_()
+        # in this order: of two large logits the difference is exact, and small against the logsumexp
+        stats[0, part] = (picked - peak).sub_(log_sum).squeeze(-1)
+        stats[1, part] = peak.add_(log_sum).squeeze(-1)
+    stats.masked_fill_(targets < 0, 0)
+
+
+def _statistics(shifted: Tensor, top1: Tensor, stats: Tensor) -> None:
+    """Entropy, log sum p^2 and top-1 hit from logits with maximum 0."""
+    exps = shifted.exp()
+    total = exps.sum(-1)
+    # 0 log 0 is 0
+    stats[0] = total.log() - torch.where(exps == 0, 0, exps * shifted).sum(-1) / total
+    stats[1] = exps.square_().sum(-1).log_().sub_(2 * total.log())
+    stats[2] = top1.squeeze(-1)
+
+
+def coefficients(grads: Tensor, stats: Tensor) -> Tensor:
+    r"""Gradients of the statistics, [1 or 5, m], -> (g, a, b, c) of each row, [m, 4].
+
+    With p the softmax of a row, d logp_y = 1[y] - p, d logsumexp = p, d entropy = -p (log p + entropy) and
+    d log_sum_sq = 2 (p^2 / sum p^2 - p), so the gradient of a logit is g 1[y] + p (a + b log p + c p).
+    """
+    g = grads[0]
+    zero = torch.zeros_like(g)
+    if len(grads) == 1:
+        return torch.stack((g, -g, zero, zero), -1)
+    _, to_lse, to_entropy, to_squares, _ = grads
+    _, _, entropy, log_sum_sq, _ = stats
+    a = -g + to_lse - to_entropy * entropy - 2 * to_squares
+    return torch.stack((g, a, -to_entropy, 2 * to_squares * torch.exp(-log_sum_sq)), -1)
+
+
+def differentiate(
+    x: Tensor, out: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor, rates: Tensor, plain: bool
+) -> Tensor:
+    """Gradient of raw logits [m, V], from those or their codes in x, by the `coefficients` in `rates`; 0 if left out.
+
+    Written to `out`, which may be `place_over(x)`, and returned. `plain`: the last two coefficients are all 0.
+    """
+    if native.available(x) and native.available(out):
+        native.differentiate(x, out, targets, transform, stats, rates, plain)
+        return out
+    for part, block in _blocks(x, x.data_ptr() == out.data_ptr()):
+        g, a, b, c = (column.unsqueeze(-1) for column in rates[part].unbind(-1))
+        y, logp, lse = targets[part].clamp(min=0), stats[0, part, None], stats[1, part, None]
+        if x.dtype == torch.int16:
+            _decode_(block).add_(lse)
+        else:
+            transform.apply_(block)
+        slope = transform.slope(block)
+        block.sub_(lse)
+        # 1 - p of the target from its log-prob: where p is near 1, exp(z - lse) lacks the digits
+        at_target = -g * torch.expm1(logp) + _rate(logp, a + g, b, c, plain)
+        block.copy_(_rate(block, a, b, c, plain)) if not plain else block.exp_().mul_(a)
+        block.scatter_(-1, y.unsqueeze(-1), at_target)
+        if not (isinstance(slope, float) and slope == 1):
+            block.mul_(slope)
+        _clear_(block, targets[part] < 0)
+        if block.data_ptr() != out[part].data_ptr():
+            out[part] = block
+    return out
+
+
+def _rate(logp: Tensor, a: Tensor, b: Tensor, c: Tensor, plain: bool) -> Tensor:
+    p = logp.exp()
+    return p * a if plain else p * (a + b * torch.where(p == 0, 0, logp) + c * p)
+
+
+def encode(z: Tensor, transform: LogitTransform, lse: Tensor, codes: Tensor) -> None:
+    """Log-probs of raw logits [m, V], in 16 bits each, to `codes`, int16."""
+    if native.available(z):
+        native.encode(z, transform, lse, codes)
+        return
+    for part, block in _blocks(z, overwrite=True):
+        transform.apply_(block).sub_(lse[part, None]).add_(_CODE_MIDDLE).mul_(_CODE_STEPS).round_()
+        codes[part] = block.clamp_(_CODE_ZERO, -_CODE_ZERO - 1)
+
+
+def _decode_(block: Tensor) -> Tensor:
+    lowest = block == _CODE_ZERO
+    return block.mul_(1 / _CODE_STEPS).sub_(_CODE_MIDDLE).masked_fill_(lowest, -torch.inf)
+
+
+def place_over(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the gradient in `dtype` of the logits or codes in x, [m, V]: over them where that is possible."""
+    if x.element_size() == dtype.itemsize:
+        return x.view(dtype)
+    if x.element_size() > dtype.itemsize and native.available(x):
+        return x.view(dtype)[:, : x.shape[1]]
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def has_mixed_matmul(x: Tensor) -> bool:
+    """Whether `matmul` multiplies x in half precision into float32."""
+    return native.multiplies(x.dtype) if x.device.type == "cpu" else _device_has_mixed_matmul(x.device.type, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _device_has_mixed_matmul(device_type: str, dtype: torch.dtype) -> bool:
+    # the builds for AMD devices know the overload, and some refuse to run it
+    known = device_type == "cuda" and torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
+    return known and dtype in (torch.float16, torch.bfloat16)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out = a @ b or out += a @ b, summed in the precision of `out`, float32 where a and b are half precision."""
+    if a.dtype == out.dtype:
+        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    if out.device.type == "cpu":
+        if not native.multiply(a, b, out, add):
+            product = torch.mm(a.to(out.dtype), b.to(out.dtype))
+            out.add_(product) if add else out.copy_(product)
+        return out
+    if add:
+        return out.add_(torch.mm(a, b, out_dtype=out.dtype))
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def slices(n: int, size: int, start: int = 0) -> Iterator[slice]:
+    """start..n in steps of `size`."""
+    for first in range(start, n, size):
+        yield slice(first, min(first + size, n))
+
+
+def rows_of(x: Tensor, elements: int) -> int:
+    """How many rows of x hold that many elements, at least 1."""
+    return max(1, elements // max(1, x.shape[-1]))
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether its values can be asked for without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+def _blocks(x: Tensor, overwrite: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of [m, V], each with its values in the precision to compute in: x itself, or one buffer refilled."""
+    dtype = torch.float32 if x.dtype == torch.int16 else compute_dtype(x.dtype)
+    size = rows_of(x, _CACHE_ELEMENTS if on_cpu(x) else _DEVICE_ELEMENTS)
+    if overwrite and x.dtype == dtype:
+        for part in slices(len(x), size):
+            yield part, x[part]
+        return
+    buffer = torch.empty(min(size, len(x)), x.shape[-1], dtype=dtype, device=x.device)
+    for part in slices(len(x), size):
+        yield part, buffer[: part.stop - part.start].copy_(x[part])
+
+
+def _clear_(z: Tensor, ignored: Tensor) -> Tensor:
+    """Zeros in the ignored rows of z; written, not multiplied in, for those rows may hold inf or NaN."""
+    if on_cpu(z):
+        return z.index_fill_(0, torch.nonzero(ignored).squeeze(-1), 0)
+    # an accelerator would have to wait for the indices
+    return z.masked_fill_(ignored[:, None], 0)

@@ -1,0 +1,229 @@
+"""Every scheme of the linear op gives the same numbers, and those of float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from prefloss.kernels import chunked, kl, naive, native, rows
+from prefloss.kernels.chunked import Path
+from prefloss.kernels.naive import LogitTransform
+
+TRANSFORMS = [LogitTransform(), LogitTransform(1.3, 3.0, 0.7), LogitTransform(0.5, None, 2.0)]
+# hidden, weight, bias: which of them get a gradient
+TRAINED = {"frozen": (True, False, False), "all": (True, True, True), "head": (False, True, False)}
+# kept tokens out of 27 that count
+PATHS = {
+    "unscaled": Path("unscaled", 8),
+    "keep": Path("keep", 8, 40),
+    "keep some": Path("keep", 8, 11),
+    "recompute": Path("recompute", 8),
+}
+
+
+@pytest.fixture(params=["native", "torch"])
+def row_passes(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_library", lambda: None)
+    elif native._library() is None:
+        pytest.skip("no C compiler")
+    # the answers that a compiled graph takes are not cached
+    return request.param
+
+
+def problem(dtype, trained, seed=0, n=40, width=24, vocabulary=301):
+    torch.manual_seed(seed)
+    hidden, weight, bias = torch.randn(n, width), torch.randn(vocabulary, width) / 3, torch.randn(vocabulary)
+    inputs = [x.to(dtype).requires_grad_(need) for x, need in zip((hidden, weight, bias), trained, strict=True)]
+    targets = torch.randint(vocabulary, (n,))
+    targets[torch.randperm(n)[:13]] = -100
+    return inputs, targets
+
+
+def run(op, inputs, targets, transform, upstream, **options):
+    out = op(*inputs, targets, transform, -100, **options)
+    wanted = [x for x in inputs if x.requires_grad]
+    return out, torch.autograd.grad((out * upstream.to(out.dtype)).sum(), wanted)
+
+
+def relative(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_scheme_against_float64(dtype, trained, transform, row_passes):
+    inputs, targets = problem(dtype, TRAINED[trained])
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    upstream = torch.randn(1, len(targets), dtype=torch.float64)
+    want, wanted = run(naive.linear_token_stats, exact, targets, transform, upstream, outputs=1)
+    # the sum is exact to float32; then the gradient of a logit and the result are rounded once each
+    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype]
+    results = {}
+    for name, path in PATHS.items():
+        if name == "unscaled" and trained != "frozen":
+            continue
+        got, grads = run(
+            chunked.linear_token_stats, inputs, targets, transform, upstream, choose=lambda n, path=path: path
+        )
+        assert (got - want).abs().max() < (1e-12 if dtype == torch.float64 else 1e-5)
+        for g, w in zip(grads, wanted, strict=True):
+            assert g.dtype == dtype
+            assert relative(g, w) < limit, (name, relative(g, w))
+        results[name] = got, grads
+    for (one, first), (other, second) in itertools.combinations(results.values(), 2):
+        assert torch.equal(one, other) or (one - other).abs().max() < 2e-6
+        for g, w in zip(first, second, strict=True):
+            assert relative(g, w.double()) < limit
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_all_statistics_and_their_gradients(trained, transform, row_passes):
+    inputs, targets = problem(torch.float32, TRAINED[trained])
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    upstream = torch.randn(5, len(targets), dtype=torch.float64)
+    upstream[4] = 0
+    want, wanted = run(naive.linear_token_stats, exact, targets, transform, upstream)
+    for name, path in PATHS.items():
+        if name == "unscaled":
+            continue
+        got, grads = run(
+            chunked.linear_token_stats, inputs, targets, transform, upstream, choose=lambda n, path=path: path,
+            outputs=5,
+        )  # fmt: skip
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+        for g, w in zip(grads, wanted, strict=True):
+            assert relative(g, w) < 5e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_statistics_from_logits(transform, dtype, row_passes):
+    logits = (3 * torch.randn(4, 5, 2053)).to(dtype).requires_grad_()
+    targets = torch.randint(2053, (4, 5))
+    targets[0, :3] = -100
+    # a token that cannot occur, a row that begins with a block of them, and a sure thing
+    with torch.no_grad():
+        logits[1, 1, 7] = -torch.inf
+        logits[1, 2, :1500] = -torch.inf
+        logits[1, 3, 11] = 60
+    targets[1, 2], targets[1, 3] = 1999, 11
+    exact = logits.detach().double().requires_grad_()
+    upstream = torch.randn(5, 4, 5, dtype=torch.float64)
+    upstream[4] = 0
+    want = naive.token_stats(exact, targets, transform, -100)
+    got = chunked.token_stats(logits, targets, transform, -100, chunk_tokens=3, outputs=5)
+    atol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=atol)
+    (d_logits,) = torch.autograd.grad((got * upstream).sum(), logits)
+    (wanted,) = torch.autograd.grad((want * upstream).sum(), exact)
+    assert relative(d_logits, wanted) < {8: 1e-12, 4: 2e-5, 2: 3e-3}[dtype.itemsize]
+    assert (d_logits[0, :3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_over_the_logits(dtype, row_passes):
+    logits = torch.randn(6, 40).to(dtype).requires_grad_()
+    targets = torch.tensor([1, -100, 3, 4, 39, 0])
+    grads = []
+    for inplace in (False, True):
+        z = logits * 1
+        out = chunked.token_stats(z, targets, LogitTransform(), -100, inplace_backward=inplace)
+        (grad,) = torch.autograd.grad(out.square().sum(), z, retain_graph=True)
+        grads.append(grad)
+        assert (grad.data_ptr() == z.data_ptr()) == inplace
+    assert torch.equal(*grads)
+    # the logits are gone, and who saved them is told
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_second_backward_pass_recomputes_what_the_first_wrote_over(row_passes):
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, targets = problem(dtype, TRAINED["all"])
+        out = chunked.linear_token_stats(
+            *inputs, targets, LogitTransform(), -100, lambda n: PATHS["keep"]
+        )
+        once = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+        twice = torch.autograd.grad(out.sum(), inputs)
+        for a, b in zip(once, twice, strict=True):
+            assert relative(a, b.double()) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+def test_bfloat16_gradients_err_no_more_than_those_of_rounded_logit_gradients(row_passes):
+    # the peers': log-probs in float32, each gradient of a logit rounded once, sums in float32, the result rounded
+    inputs, targets = problem(torch.bfloat16, TRAINED["all"], n=200, width=64, vocabulary=3000)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    upstream = torch.randn(1, 200, dtype=torch.float64)
+    _, wanted = run(naive.linear_token_stats, exact, targets, LogitTransform(), upstream, outputs=1)
+    logits = exact[0].detach() @ exact[1].detach().T + exact[2].detach()
+    logits.requires_grad_()
+    out = naive.token_stats(logits, targets, LogitTransform(), -100, 1)
+    (dz,) = torch.autograd.grad((out * upstream).sum(), logits)
+    dz = dz.bfloat16().double()
+    peers = [dz @ exact[1].detach(), dz.T @ exact[0].detach(), dz.sum(0)]
+    for path in PATHS.values():
+        if path.scheme == "unscaled":
+            frozen = [inputs[0], inputs[1].detach(), inputs[2].detach()]
+        else:
+            frozen = inputs
+        _, grads = run(
+            chunked.linear_token_stats, frozen, targets, LogitTransform(), upstream, choose=lambda n, p=path: p
+        )
+        for got, want, peer in zip(grads, wanted, peers, strict=False):
+            assert relative(got, want) < 1.15 * relative(peer.bfloat16(), want)
+
+
+def test_kept_log_probs_are_off_by_a_quarter_of_a_thousandth(row_passes):
+    z = torch.randn(3, 4000) * 8
+    lse = z.logsumexp(-1)
+    codes = torch.empty(z.shape, dtype=torch.int16)
+    rows.encode(z.clone(), LogitTransform(), lse, codes)
+    logp = z - lse[:, None]
+    decoded = codes.float() / 2048 - 16
+    large = logp > -31.9
+    assert (decoded - logp)[large].abs().max() < 2.5e-4
+    assert (codes[logp < -32.1] == -32768).all()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 2), (5, 70, 6), (7, 16, 1), (13, 130, 64), (100, 64, 2051), (256, 65, 1100)])
+def test_native_matmul(sizes):
+    if not native.multiplies(torch.bfloat16):
+        pytest.skip("no compiler, or no bfloat16 on this processor")
+    m, n, k = sizes
+    for a_t, b_t, add in itertools.product((False, True), repeat=3):
+        a = torch.randn(k, m).bfloat16().T if a_t else torch.randn(m, k).bfloat16()
+        b = torch.randn(n, k).bfloat16().T if b_t else torch.randn(k, n).bfloat16()
+        out = torch.full((m, n + 3), 3.0)
+        assert native.multiply(a, b, out[:, :n], add)
+        torch.testing.assert_close(
+            out[:, :n].double(), a.double() @ b.double() + 3 * add, rtol=1e-5, atol=1e-4
+        )
+        assert (out[:, n:] == 3).all()
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_kl_against_float64(dtype, transform, trained, row_passes):
+    inputs, targets = problem(dtype, TRAINED[trained])
+    reference, _ = problem(dtype, (False, False, False), seed=1, width=17)
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    exact_reference = [x.double() for x in reference]
+    upstream = torch.randn(3, len(targets), dtype=torch.float64)
+    upstream[2] = 0
+    results = []
+    for op, policy, other, options in (
+        (naive, exact, exact_reference, {}),
+        (kl, inputs, reference, {"chunk_tokens": 8}),
+    ):
+        out = op.linear_token_kl(*policy, *other, targets, transform, -100, **options)
+        wanted = [x for x in policy if x.requires_grad]
+        results.append((out, torch.autograd.grad((out * upstream.to(out.dtype)).sum(), wanted)))
+    (want, wanted), (got, grads) = results
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    limit = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 3e-3}[dtype]
+    for g, w in zip(grads, wanted, strict=True):
+        assert relative(g, w) < limit

@@ -1,0 +1,100 @@
+import logging
+
+import pytest
+import torch
+
+from prefloss import plan as planning
+from prefloss.kernels import native
+from prefloss.logprobs import linear_token_logps, token_logps
+from prefloss.plan import explain
+
+SIZES = {"tokens": 4096, "vocabulary": 128_256, "width": 1024}
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme", "matmuls"),
+    [
+        ({"gradient": False}, "score", 1),
+        ({"trainable_head": False}, "unscaled", 2),
+        ({"trainable_head": False, "stats_gradient": True, "budget_bytes": 2**40}, "keep", 2),
+        ({"trainable_head": False, "stats_gradient": True, "budget_bytes": 0}, "recompute", 3),
+        ({"budget_bytes": 2**40}, "keep", 3),
+        ({"budget_bytes": 0}, "recompute", 4),
+        ({"impl": "naive"}, "autograd", 3),
+        ({"impl": "naive", "gradient": False}, "autograd", 1),
+    ],
+)
+def test_the_scheme_with_the_fewest_matmuls_that_fits(options, scheme, matmuls):
+    plan = explain(**SIZES, **options)
+    assert (plan.scheme, plan.matmuls) == (scheme, matmuls)
+    assert scheme in str(plan)
+
+
+def test_a_budget_is_used_up_and_not_passed():
+    budget = 2**30
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        plan = explain(**SIZES, budget_bytes=budget, dtype=dtype)
+        assert plan.scheme == "keep"
+        assert 0 < plan.kept_tokens < 4096
+        assert plan.bytes_kept + plan.bytes_scratch <= budget
+        one_more = plan.bytes_kept // plan.kept_tokens
+        assert plan.bytes_kept + plan.bytes_scratch + one_more > budget
+        assert plan.matmuls == pytest.approx(4 - plan.kept_tokens / 4096)
+        assert "do not fit" in plan.why
+
+
+def test_strict_refuses_a_fallback():
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    targets = torch.zeros(6, dtype=torch.int64)
+    linear_token_logps(hidden, weight, targets, chunk_tokens=2, strict=native.passes_over(torch.float32))
+    with pytest.raises(RuntimeError, match="strict: got a fallback, wanted none: 0 of 6 tokens fit the budget of 0"):
+        linear_token_logps(hidden, weight, targets, chunk_tokens=2, budget_bytes=0, strict=True)
+
+
+def test_strict_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(native, "_library", lambda: None)
+    logits, targets = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"strict: got a fallback, wanted none: native\.c could not be compiled"):
+        token_logps(logits, targets, impl="chunked", strict=True)
+    plan = explain(**SIZES, dtype=torch.bfloat16)
+    assert (plan.row_passes, plan.head_sums) == ("torch", "upcast")
+    assert "float32" in plan.fallback
+
+
+def test_one_log_line_for_each_kind_of_plan(caplog, monkeypatch):
+    monkeypatch.setattr(planning, "_logged", set())
+    logits, targets = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
+    with caplog.at_level(logging.INFO, "prefloss"):
+        for _ in range(3):
+            token_logps(logits, targets, impl="chunked")
+            linear_token_logps(logits, logits, targets, impl="chunked")
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        "prefloss: token log-probs of 6 tokens by chunked/recompute, 0 matmuls, 0 MiB kept, slices of 6 tokens",
+        "prefloss: linear log-probs of 6 tokens by chunked/score, 1 matmuls, 0 MiB kept, slices of 6 tokens",
+    ]
+
+
+@pytest.mark.parametrize("budget", [-1, 1.5])
+def test_a_bad_budget_is_named(budget):
+    x = torch.randn(6, 4)
+    with pytest.raises(ValueError, match=r"budget_bytes: got .*, wanted an int >= 0"):
+        linear_token_logps(x, x, torch.zeros(6, dtype=torch.int64), budget_bytes=budget)
+
+
+def test_what_is_planned_is_what_is_done():
+    """Memory and matmuls as `explain` says, counted on the ops themselves."""
+    from tests.kernels.test_chunked import Watch
+
+    hidden, weight = torch.randn(30, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
+    targets = torch.randint(64, (30,))
+    for head, budget in ((True, 2**20), (True, 10 * 64 * 4 + 8 * 64 * 4), (True, 0), (False, 2**20)):
+        frozen = weight if head else weight.detach()
+        plan = explain(
+            tokens=30, vocabulary=64, width=16, trainable_head=head, budget_bytes=budget, chunk_tokens=8
+        )
+        with Watch() as watch:
+            out = linear_token_logps(hidden, frozen, targets, chunk_tokens=8, budget_bytes=budget)
+            out.sum().backward()
+        products = [args for name, args, _ in watch.calls if name in ("mm", "addmm")]
+        flops = sum(a[-2].shape[0] * a[-2].shape[1] * a[-1].shape[1] for a in products)
+        assert flops == pytest.approx(plan.matmuls * 30 * 64 * 16)
