@@ -352,7 +352,9 @@ def _token_stats(
     targets = _checked_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
     _check_choice(impl, chunk_tokens)
     if inplace_backward and logits.is_leaf and logits.requires_grad:
-        raise ValueError("inplace_backward: got leaf logits, wanted the output of a model: a leaf outlives its gradient")
+        raise ValueError(
+            "inplace_backward: got leaf logits, wanted the output of a model: a leaf outlives its gradient"
+        )
     plan = planning.plan_token(logits, targets.numel(), logits.shape[-1], impl, chunk_tokens)
     planning.note(plan, strict)
     if plan.impl == "naive":
@@ -404,7 +406,14 @@ def _linear_token_stats(
         return naive.linear_token_stats(hidden, weight, bias, targets, transform, ignore_index, outputs)
     if not torch.compiler.is_compiling():
         return chunked.linear_token_stats(
-            hidden, weight, bias, targets, transform, ignore_index, lambda n: planning.path_of(plan_for(n)), outputs
+            hidden,
+            weight,
+            bias,
+            targets,
+            transform,
+            ignore_index,
+            lambda n: planning.path_of(plan_for(n)),
+            outputs,
         )
     path = planning.path_of(plan_for(targets.numel()))
     stats, _ = ops.linear_token_stats(
@@ -500,7 +509,9 @@ def _check_head(name: str, value: Tensor, hidden_name: str, hidden: Tensor) -> N
     _check_tensor(name, value, floating=True)
     if value.dtype != hidden.dtype:
         # under autocast too: which of the two is meant to be rounded is not for a loss to guess
-        raise TypeError(f"{name}: got {value.dtype}, wanted {hidden.dtype} as {hidden_name} has; cast one of them")
+        raise TypeError(
+            f"{name}: got {value.dtype}, wanted {hidden.dtype} as {hidden_name} has; cast one of them"
+        )
     _check_device(name, value, hidden_name, hidden)
 
 

@@ -149,11 +149,14 @@ def plan_linear(
     budget = BUDGET_BYTES if budget_bytes is None else budget_bytes
     chunk = chunked.default_chunk(tokens, vocabulary, cpu) if chunk_tokens is None else chunk_tokens
     chunk = max(1, min(chunk, tokens))
-    passes, fallback = _row_passes(like)
-    sums, fallback = _head_sums(like, fallback)
-    scheme, kept, why = _scheme(like, tokens, vocabulary, width, chunk, budget, hidden_only, head, stats_gradient)
+    passes, slow_rows = _row_passes(like)
+    sums, slow_head = _head_sums(like)
+    short = None
+    scheme, kept, why = _scheme(
+        like, tokens, vocabulary, width, chunk, budget, hidden_only, head, stats_gradient
+    )
     if scheme == "keep" and kept < tokens:
-        fallback = f"{kept} of {tokens} tokens fit the budget of {budget} bytes; the rest is projected again"
+        short = f"{kept} of {tokens} tokens fit the budget of {budget} bytes, the rest is projected again"
         scheme = "keep" if kept else "recompute"
     rest = 0 if tokens == 0 else 1 - kept / tokens
     matmuls = {"score": 1, "unscaled": 2, "keep": 3 + rest, "recompute": 4}[scheme]
@@ -164,7 +167,7 @@ def plan_linear(
     straight = scheme == "keep" and kept == tokens and chunked.kept_dtype(like.dtype).itemsize == size
     return Plan(
         "linear", "chunked", scheme, passes, sums, matmuls, tokens, chunk, kept, kept_bytes,
-        0 if straight else chunk * vocabulary * size, why, fallback,
+        0 if straight else chunk * vocabulary * size, why, "; ".join(filter(None, (short, slow_rows, slow_head))) or None,
     )  # fmt: skip
 
 
@@ -184,7 +187,11 @@ def _scheme(
         return "score", 0, "no gradient is wanted"
     size = compute_dtype(like.dtype).itemsize
     if hidden_only and not stats_gradient and tokens * width * size + chunk * vocabulary * size <= budget:
-        return "unscaled", 0, "the head is frozen: the gradient of each log-prob in its hidden state is saved unscaled"
+        return (
+            "unscaled",
+            0,
+            "the head is frozen: the gradient of each log-prob in its hidden state is saved unscaled",
+        )
     kept_size = chunked.kept_dtype(like.dtype).itemsize
     scratch = chunk * vocabulary * size
     if tokens * vocabulary * kept_size + (scratch if kept_size < size else 0) <= budget:
@@ -197,17 +204,20 @@ def _row_passes(like: Tensor) -> tuple[Literal["native", "torch"], str | None]:
     if like.device.type == "cpu" and native.passes_over(like.dtype):
         return "native", None
     if like.device.type == "cpu" and like.dtype != torch.float64:
-        return "torch", "native.c could not be compiled here or is switched off, so rows are passed over in plain torch"
+        return (
+            "torch",
+            "native.c could not be compiled here or is switched off, so rows are passed over in plain torch",
+        )
     return "torch", None
 
 
-def _head_sums(like: Tensor, fallback: str | None) -> tuple[Literal["native", "mixed", "upcast", "same"], str | None]:
+def _head_sums(like: Tensor) -> tuple[Literal["native", "mixed", "upcast", "same"], str | None]:
     if like.dtype not in (torch.bfloat16, torch.float16):
-        return "same", fallback
+        return "same", None
     if rows.has_mixed_matmul(like):
-        return ("native" if like.device.type == "cpu" else "mixed"), fallback
+        return ("native" if like.device.type == "cpu" else "mixed"), None
     what = f"no product of {like.dtype} matrices summed in float32 on this {like.device.type}"
-    return "upcast", f"{what}; the head is copied to float32 some rows at a time"
+    return "upcast", f"{what}, so the head is copied to float32 some rows at a time"
 
 
 def is_naive(impl: str, elements: int, chunk_tokens: int | None) -> bool:
@@ -219,7 +229,18 @@ def _naive(op: Literal["token", "linear"], like: Tensor, tokens: int, vocabulary
     size = 3 * compute_dtype(like.dtype).itemsize
     why = f"{tokens * vocabulary} logits are few, or naive was asked for: plain torch stores all of them"
     return Plan(
-        op, "naive", "autograd", "torch", "same", matmuls, tokens, tokens, tokens, tokens * vocabulary * size, 0, why
+        op,
+        "naive",
+        "autograd",
+        "torch",
+        "same",
+        matmuls,
+        tokens,
+        tokens,
+        tokens,
+        tokens * vocabulary * size,
+        0,
+        why,
     )
 
 

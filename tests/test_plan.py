@@ -47,14 +47,18 @@ def test_strict_refuses_a_fallback():
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets = torch.zeros(6, dtype=torch.int64)
     linear_token_logps(hidden, weight, targets, chunk_tokens=2, strict=native.passes_over(torch.float32))
-    with pytest.raises(RuntimeError, match="strict: got a fallback, wanted none: 0 of 6 tokens fit the budget of 0"):
+    with pytest.raises(
+        RuntimeError, match="strict: got a fallback, wanted none: 0 of 6 tokens fit the budget of 0"
+    ):
         linear_token_logps(hidden, weight, targets, chunk_tokens=2, budget_bytes=0, strict=True)
 
 
 def test_strict_without_a_compiler(monkeypatch):
     monkeypatch.setattr(native, "_library", lambda: None)
     logits, targets = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match=r"strict: got a fallback, wanted none: native\.c could not be compiled"):
+    with pytest.raises(
+        RuntimeError, match=r"strict: got a fallback, wanted none: native\.c could not be compiled"
+    ):
         token_logps(logits, targets, impl="chunked", strict=True)
     plan = explain(**SIZES, dtype=torch.bfloat16)
     assert (plan.row_passes, plan.head_sums) == ("torch", "upcast")

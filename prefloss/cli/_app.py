@@ -79,7 +79,7 @@ def train(
         typer.Option(help="Highest learning rate. [default: 1e-6, with --lora 1e-5; built-in model: 2e-4]"),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows per forward pass. [default: 8; built-in model: 16]")
+        int | None, typer.Option(min=1, help="Rows per forward pass. [default: 16; with --data 8]")
     ] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes per optimizer step.")] = 1,
     max_length: Annotated[int, typer.Option(min=2, help="Longest prompt + completion, tokens; the rest is cut.")] = 512,
@@ -95,7 +95,7 @@ def train(
     ] = False,
     warm_start: Annotated[
         int | None,
-        typer.Option(min=0, help="Supervised steps that teach a model with random weights to speak. [default: 600; with --data 300]"),
+        typer.Option(min=0, help="Supervised steps that teach a model with random weights to speak. [default: 600; with --data 200]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU though there is an accelerator.")] = False,

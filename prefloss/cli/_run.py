@@ -29,7 +29,18 @@ from prefloss.data._tokens import Encoded, encode, encode_prompt
 from prefloss.demo.measure import Measurement, Meter
 from prefloss.demo.warm_start import warm_start
 
-WARM_STEPS, WARM_STEPS_ON_DATA = 600, 300
+
+@dataclasses.dataclass(frozen=True)
+class WarmUp:
+    """Length, batch and learning rate of the supervised warm start."""
+
+    steps: int
+    rows: int
+    learning_rate: float
+
+
+# The world's sentences have 20 tokens; a row of people's data has some hundreds.
+ON_WORLD, ON_DATA = WarmUp(600, 32, 5e-3), WarmUp(200, 8, 2e-3)
 
 
 def run(settings: Settings, loss: prefloss.Loss, task: Task, folder: Path, console: Console, clock: Clock) -> Result:
@@ -128,25 +139,26 @@ def _warm(
     settings: Settings, task: Task, start: _models.Start, plan: _trainer.Plan, screen: Screen, clock: Clock
 ) -> float | None:
     """Teach a model with random weights to speak, before it is copied as the reference."""
+    how = ON_WORLD if settings.data is None else ON_DATA
     steps = settings.warm_start
     if steps is None:
-        steps = 0 if not start.untrained else WARM_STEPS if settings.data is None else WARM_STEPS_ON_DATA
+        steps = how.steps if start.untrained else 0
     if steps == 0 or not task.spoken:
         return None
     source = "the world's own sentences" if settings.data is None else "the preferred completions"
-    _tell(screen.console, "warm-up", (f"supervised, on {source}: {steps} steps of 32 rows",))
+    _tell(screen.console, "warm-up", (f"supervised, on {source}: {steps} steps of {how.rows} rows",))
     if not plan.on_cpu:
         start.model.to(torch.accelerator.current_accelerator())
     update = screen.stage("warm-up", steps)
-    rows = _encoded(start.tokenizer, _some(task.spoken, steps * 32, settings.seed))
+    rows = _encoded(start.tokenizer, _some(task.spoken, steps * how.rows, settings.seed))
     with clock.part("warm-up"):
         return warm_start(
             start.model,
             rows,
             pad_id=start.tokenizer.pad_token_id or start.tokenizer.eos_token_id,
             steps=steps,
-            batch_size=32,
-            learning_rate=5e-3 if settings.data is None else 2e-3,
+            batch_size=how.rows,
+            learning_rate=how.learning_rate,
             max_length=settings.max_length,
             seed=settings.seed,
             on_step=lambda step, value: update(step, f"{value:.2f} nats per token"),

@@ -68,7 +68,7 @@ def plan(settings: Settings, start: Start) -> Plan:
         steps=steps,
         epochs=epochs,
         learning_rate=settings.learning_rate or rate,
-        batch_size=settings.batch_size or (16 if small else 8),
+        batch_size=settings.batch_size or (16 if settings.data is None else 8),
         on_cpu=settings.cpu or start.built_in or not torch.accelerator.is_available(),
     )
 

@@ -77,7 +77,11 @@ def token_stats(
 
 
 def token_logps(
-    logits: Tensor, targets: Tensor, transform: LogitTransform, ignore_index: int, chunk_tokens: int | None = None
+    logits: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Log-prob of each target: [..., V] logits and [...] targets -> [...], 0 at ignored targets."""
     return token_stats(logits, targets, transform, ignore_index, chunk_tokens)[0]
@@ -208,15 +212,15 @@ def token_backward(
     over_logits: bool = False,
 ) -> Tensor:
     """Gradient of logits [..., V], written over them if that is wanted and their rows allow it."""
-    if over_logits:
-        d_rows = None
-    else:
-        d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        d_rows = d_logits.view(-1, logits.shape[-1])
+    over_logits = over_logits and logits.is_contiguous()
+    d_logits = (
+        logits if over_logits else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    )
+    d_rows = d_logits.view(-1, logits.shape[-1])
     rates = row_ops.coefficients(grad, stats)
     with no_autocast(logits.device):
         for part, rows in _row_slices(logits, chunk_tokens):
-            out = part if d_rows is None else d_rows[rows]
+            out = d_rows[rows]
             if _known_to_be_ignored(targets[rows]):
                 out.zero_()
                 continue
@@ -264,7 +268,16 @@ class _LinearTokenStats(torch.autograd.Function):
             ctx.saved = None
         x = hidden if path.scheme == "unscaled" else hidden.index_select(0, kept)
         d_x, d_weight, d_bias = linear_backward(
-            grad[:, kept], x, weight, bias, targets, stats, saved, ctx.transform, path, ctx.needs_input_grad[:3]
+            grad[:, kept],
+            x,
+            weight,
+            bias,
+            targets,
+            stats,
+            saved,
+            ctx.transform,
+            path,
+            ctx.needs_input_grad[:3],
         )
         d_hidden = None if d_x is None else torch.zeros_like(hidden).index_copy_(0, kept, d_x)
         return (d_hidden, d_weight, d_bias, *(None,) * 5)

@@ -116,7 +116,9 @@ class _LinearTokenKL(torch.autograd.Function):
 _Heads = tuple[tuple[Tensor, Tensor, Tensor | None], ...]
 
 
-def _log_softmaxes(heads: _Heads, rows: slice, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor | float]:
+def _log_softmaxes(
+    heads: _Heads, rows: slice, transform: LogitTransform
+) -> tuple[Tensor, Tensor, Tensor | float]:
     """Log-probs of policy and reference over the vocabulary, [m, V] each, and the slope of the policy's logits."""
     logps, slope = [], 1.0
     for which, (x, weight, bias) in enumerate(heads):

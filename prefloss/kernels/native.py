@@ -67,7 +67,7 @@ def score(logits: Tensor, targets: Tensor, transform: LogitTransform, stats: Ten
     outputs = [_address(row) for row in stats] + [None] * (5 - len(stats))
     _call().prefloss_score(
         _address(logits), _KINDS[logits.dtype], rows, vocabulary, logits.stride(0), _address(targets),
-        _struct(transform), *outputs, torch.get_num_threads(),
+        _struct(transform), *outputs, _threads(rows * vocabulary),
     )  # fmt: skip
 
 
@@ -76,12 +76,18 @@ def encode(logits: Tensor, transform: LogitTransform, lses: Tensor, codes: Tenso
     rows, vocabulary = logits.shape
     _call().prefloss_encode(
         _address(logits), rows, vocabulary, logits.stride(0), _struct(transform), _address(lses), _address(codes),
-        codes.stride(0), torch.get_num_threads(),
+        codes.stride(0), _threads(rows * vocabulary),
     )  # fmt: skip
 
 
 def differentiate(
-    x: Tensor, out: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor, coefficients: Tensor, plain: bool
+    x: Tensor,
+    out: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    stats: Tensor,
+    coefficients: Tensor,
+    plain: bool,
 ) -> None:
     """Raw logits or codes [m, V] -> gradient of the logits, to `out`, which may start where x does.
 
@@ -92,7 +98,7 @@ def differentiate(
     _call().prefloss_differentiate(
         _address(x), _KINDS[x.dtype], x.stride(0), _address(out), _KINDS[out.dtype], out.stride(0), rows, vocabulary,
         _address(targets), _struct(transform), _address(stats[0]), _address(stats[1]),
-        _address(coefficients), plain, torch.get_num_threads(),
+        _address(coefficients), plain, _threads(rows * vocabulary),
     )  # fmt: skip
 
 
@@ -104,9 +110,14 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> bool:
         return False
     status = _call().prefloss_multiply(
         a.shape[0], b.shape[1], a.shape[1], _address(a), *a.stride(), _address(b), *b.stride(), _address(out),
-        out.stride(0), add, torch.get_num_threads(),
+        out.stride(0), add, _threads(a.shape[0] * b.shape[1] * a.shape[1] // 64),
     )  # fmt: skip
     return status == 0
+
+
+def _threads(elements: int) -> int:
+    """Small jobs are done before another thread is awake."""
+    return torch.get_num_threads() if elements > 2**15 else 1
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -140,7 +151,9 @@ def _library() -> Any:
         lib = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", "") or error
-        _log.info("prefloss: CPU log-probs run in plain torch, which takes longer, for want of native.c: %s", detail)
+        _log.info(
+            "prefloss: CPU log-probs run in plain torch, which takes longer, for want of native.c: %s", detail
+        )
         return None
     return _declared(lib)
 
@@ -150,7 +163,21 @@ def _declared(lib: Any) -> Any:
     lib.prefloss_score.argtypes = [pointer, number, size, size, size, pointer, real, *[pointer] * 5, number]
     lib.prefloss_encode.argtypes = [pointer, size, size, size, real, pointer, pointer, size, number]
     lib.prefloss_differentiate.argtypes = [
-        *(pointer, number, size, pointer, number, size, size, size, pointer, real, *[pointer] * 3, number, number)
+        *(
+            pointer,
+            number,
+            size,
+            pointer,
+            number,
+            size,
+            size,
+            size,
+            pointer,
+            real,
+            *[pointer] * 3,
+            number,
+            number,
+        )
     ]
     lib.prefloss_multiply.argtypes = [
         *(size, size, size, pointer, size, size, pointer, size, size, pointer, size, number, number)

@@ -99,7 +99,9 @@ def linear_token_stats(
 
 
 @linear_token_stats.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Optional[Tensor], targets: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _(
+    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], targets: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
     *_, scheme, _, kept_tokens, outputs = options
     return _stats_like(hidden, targets, outputs), _room(hidden, weight, scheme, kept_tokens)
 

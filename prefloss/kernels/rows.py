@@ -26,7 +26,9 @@ _CACHE_ELEMENTS = 2**21
 _DEVICE_ELEMENTS = 2**26
 
 
-def score(z: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor, overwrite: bool = False) -> None:
+def score(
+    z: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor, overwrite: bool = False
+) -> None:
     """Raw logits [m, V] and targets [m], negative at rows to leave out -> `stats`, [2 or 5, m], 0 in those rows.
 
     `overwrite` lets plain torch work in z, which then holds nothing of use.
@@ -75,7 +77,13 @@ def coefficients(grads: Tensor, stats: Tensor) -> Tensor:
 
 
 def differentiate(
-    x: Tensor, out: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor, rates: Tensor, plain: bool
+    x: Tensor,
+    out: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    stats: Tensor,
+    rates: Tensor,
+    plain: bool,
 ) -> Tensor:
     """Gradient of raw logits [m, V], from those or their codes in x, by the `coefficients` in `rates`; 0 if left out.
 
@@ -136,13 +144,19 @@ def place_over(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def has_mixed_matmul(x: Tensor) -> bool:
     """Whether `matmul` multiplies x in half precision into float32."""
-    return native.multiplies(x.dtype) if x.device.type == "cpu" else _device_has_mixed_matmul(x.device.type, x.dtype)
+    return (
+        native.multiplies(x.dtype)
+        if x.device.type == "cpu"
+        else _device_has_mixed_matmul(x.device.type, x.dtype)
+    )
 
 
 @torch.compiler.assume_constant_result
 def _device_has_mixed_matmul(device_type: str, dtype: torch.dtype) -> bool:
     # the builds for AMD devices know the overload, and some refuse to run it
-    known = device_type == "cuda" and torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
+    known = (
+        device_type == "cuda" and torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
+    )
     return known and dtype in (torch.float16, torch.bfloat16)
 
 

@@ -46,7 +46,7 @@ AMBIGUOUS: dict[str, tuple[tuple[str, str], ...]] = {
         ("", "self-distillation in TRL's experimental folder: not a preference loss"),
     ),
     "mpo": (
-        ("mpo", "mixed preference optimization: DPO + BCO + NLL, arXiv:2411.10442"),
+        ("", "mixed preference optimization, arXiv:2411.10442: '0.8*dpo + 0.2*bco_pair + 1.0*nll'"),
         ("", "model preference optimization and others of that name"),
     ),
     "drdpo": (

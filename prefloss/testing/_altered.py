@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -75,3 +76,13 @@ def _with_other_tokens(feedback: Feedback) -> Feedback:
         return part if part.tokens is None else replace(part, tokens=part.tokens + extra)
 
     return _fields.map_parts(feedback, change)
+
+
+def narrowed(feedback: Feedback, problem: Callable[[Feedback], str | None]) -> tuple[str | None, Feedback]:
+    """The first single example that shows a problem, or all of them."""
+    for place in range(feedback.shape[0]):
+        alone = _fields.select(feedback, torch.tensor([place]))
+        found = problem(alone)
+        if found:
+            return found, alone
+    return problem(feedback), feedback

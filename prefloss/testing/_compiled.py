@@ -14,7 +14,7 @@ from prefloss.testing._run import check
 from prefloss.testing._subject import Subject
 from prefloss.testing._values import close, gradient, told
 
-SIZES = (3, 5, 8)
+SIZES = (3, 5, 8, 13)
 """Batch sizes that a compiled loss gets, one after the other."""
 
 MOST_GRAPHS = 3
@@ -42,7 +42,7 @@ def check_torch_compile(subject: Subject) -> None:
 
     torch._dynamo.reset()
     try:
-        compiled = torch.compile(function, fullgraph=True, backend=backend)
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
         for size in SIZES:
             feedback = subject.seeded(40 + size, size=size, places=3, dtype=torch.float32)
             _check_compiled(subject, compiled, feedback)

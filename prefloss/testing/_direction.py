@@ -11,7 +11,7 @@ from torch import Tensor
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
 from prefloss.losses._loss import Loss
 from prefloss.testing import _fields
-from prefloss.testing._altered import NOTICED, altered, differs, from_to, mixed
+from prefloss.testing._altered import NOTICED, altered, differs, from_to, mixed, narrowed
 from prefloss.testing._draws import Seeded
 from prefloss.testing._run import check
 from prefloss.testing._subject import SEARCHED, Subject
@@ -52,23 +52,13 @@ def check_difference_only(subject: Subject) -> None:
             continue
         if not spec.difference_only:
             return
-        problem, smallest = _narrowed(feedback, lambda item: _difference_problem(subject, item))
+        problem, smallest = narrowed(feedback, lambda item: _difference_problem(subject, item))
         raise subject.failed(f"{problem}: declare difference_only=False", smallest)
     if not spec.difference_only:
         raise subject.failed(
             f"declares difference_only=False, but in {SEARCHED} batches only the difference of the log-ratios "
             "mattered: declare difference_only=True, which admits label smoothing, margins and divergences"
         )
-
-
-def _narrowed(feedback: Feedback, problem: Callable[[Feedback], str | None]) -> tuple[str | None, Feedback]:
-    """The first single example that shows a problem, or all of them."""
-    for place in range(feedback.shape[0]):
-        alone = _fields.select(feedback, torch.tensor([place]))
-        found = problem(alone)
-        if found:
-            return found, alone
-    return problem(feedback), feedback
 
 
 def _difference_problem(subject: Subject, feedback: Feedback) -> str | None:
@@ -131,7 +121,7 @@ def check_monotone(subject: Subject) -> None:
     if subject.spec.monotone:
         for feedback in subject.searched(SEARCHED // 2):
             if _rises(subject, lambda: subject.settled, feedback)[0]:
-                problem, smallest = _narrowed(
+                problem, smallest = narrowed(
                     feedback, lambda item: _rises(subject, lambda: subject.settled, item)[0]
                 )
                 raise subject.failed(f"{problem}: declare monotone=False", smallest)

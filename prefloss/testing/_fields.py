@@ -188,7 +188,7 @@ def trainable(feedback: Feedback) -> dict[str, Tensor]:
 
 def data(feedback: Feedback) -> dict[str, Tensor]:
     """What no loss may send a gradient to, by path: reference, KL baselines, scores, weights."""
-    whole = {"weight", "score_chosen", "score_rejected", "scores", "kl"}
+    whole = {"weight", "score_chosen", "score_rejected", "scores", "kl", "embedding"}
     last = {"reference", "reference_entropy", "weight"}
     return {
         path: value

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefloss.feedback import Feedback, Rankings
+from prefloss.feedback import Feedback
 from prefloss.logratios import LogRatios
 from prefloss.losses._loss import Loss
 from prefloss.testing import _fields
-from prefloss.testing._altered import altered, differs, from_to
+from prefloss.testing._altered import differs, from_to
 from prefloss.testing._draws import Seeded
 from prefloss.testing._run import check, for_all
-from prefloss.testing._settings import other_settings
 from prefloss.testing._subject import SEARCHED, Subject
 from prefloss.testing._values import close, told
 
@@ -97,93 +96,6 @@ def _other_reference(feedback: Feedback) -> Feedback:
 def _unreferenced(part: LogRatios) -> LogRatios:
     rows = part.per_token
     return replace(part, reference=None, per_token=None if rows is None else replace(rows, reference=None))
-
-
-@check()
-def check_needs(subject: Subject) -> None:
-    """What the loss needs is asked for by name, and matters; what it does not list in needs or reads does not."""
-    _check_missing(subject)
-    for name in sorted(subject.fields):
-        if name == "scores" and subject.spec.feedback is Rankings:
-            continue
-        if name == "per_token" and any(other.startswith("per_token.") for other in subject.fields):
-            continue
-        _check_matters(subject, name)
-    for feedback in subject.searched(6, fields=subject.fields | {*_fields.available(subject.spec.feedback)}):
-        _check_undeclared(subject, feedback)
-
-
-def _check_missing(subject: Subject) -> None:
-    feedback = subject.seeded(1, size=2)
-    for name in sorted(
-        subject.loss.needs - {"scores"} if subject.spec.feedback is Rankings else subject.loss.needs
-    ):
-        lacking = _fields.without(feedback, name)
-        try:
-            subject.settled(lacking)
-        except Exception as error:
-            words = {name, name.split(".")[-1], *({"score_chosen"} if name == "scores" else ())}
-            if isinstance(error, ValueError | TypeError) and any(word in str(error) for word in words):
-                continue
-            problem = f"without {name} it raised {type(error).__name__}: {error}"
-            raise subject.failed(f"{problem}, wanted a ValueError that names {name}", lacking) from error
-        raise subject.failed(
-            f"declares needs={name!r}, but gave values without it: declare it in reads", lacking
-        )
-
-
-def _check_matters(subject: Subject, name: str) -> None:
-    for loss in _settings(subject):
-        for seed in range(SEARCHED):
-            # What is read in its place, as a KL baseline instead of mismatched completions, is sometimes absent.
-            absent = subject.absences[seed % len(subject.absences)] - {name}
-            feedback = subject.seeded(seed, absent, size=4)
-            values = subject.detached(loss, feedback)
-            if differs(values, subject.detached(loss, altered(feedback, name, seed))):
-                return
-    trait = "needs" if name in subject.loss.needs else "reads"
-    raise subject.failed(
-        f"declares {trait}={name!r}, but in {SEARCHED} batches another {name} changed no value: leave it out of {trait}"
-    )
-
-
-def _settings(subject: Subject) -> Iterator[Loss]:
-    """The loss as it is, then with another value of one hyperparameter each."""
-    yield subject.settled
-    for name, parameter in subject.parameters.items():
-        for value in other_settings(subject, name, parameter)[:1]:
-            yield subject.fresh(**{name: value}).eval()
-
-
-def _check_undeclared(subject: Subject, feedback: Feedback) -> None:
-    values = subject.detached(subject.settled, feedback)
-    for name in _undeclared(subject):
-        lacking = _fields.without(feedback, name)
-        try:
-            other = subject.settled(lacking).detach()
-        except Exception as error:
-            problem = (
-                f"without {name} it raised {type(error).__name__}: {error}\n  Declare it in needs or in reads"
-            )
-            raise subject.failed(problem, lacking) from error
-        advice = f"declare {name!r} in needs or in reads"
-        if not close(values, other):
-            raise subject.failed(
-                f"without {name} the values went {from_to(values, other)}: {advice}", feedback
-            )
-        # Rows fix the token counts, so counts change only where there are no rows.
-        base = _fields.without(feedback, "per_token") if name == "tokens" else feedback
-        other = subject.detached(subject.settled, altered(base, name, 0))
-        if not close(values, other):
-            raise subject.failed(
-                f"with another {name} the values went {from_to(values, other)}: {advice}", feedback
-            )
-
-
-def _undeclared(subject: Subject) -> list[str]:
-    reads_rows = any(field.startswith("per_token") for field in subject.fields)
-    implied = {"tokens", "per_token"} if reads_rows else set[str]()
-    return [name for name in _fields.available(subject.spec.feedback) if name not in subject.fields | implied]
 
 
 @check(lambda subject: None if subject.spec.beta else "declares no KL strength")

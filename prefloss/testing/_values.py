@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from prefloss.feedback import Feedback, Rankings
-from prefloss.logratios import LogRatios
 from prefloss.testing import _fields
 from prefloss.testing._run import check, for_all
 from prefloss.testing._subject import Subject
@@ -199,70 +198,6 @@ def check_single_example(subject: Subject) -> None:
                     raise subject.failed(problem, feedback)
 
     for_all(subject, body, size=1)
-
-
-@check(lambda subject: None if _reads_rows(subject) else "reads no tokens")
-def check_padding(subject: Subject) -> None:
-    """What stands outside the mask of the per-token rows is not read, and its width means nothing."""
-
-    def body(feedback: Feedback) -> None:
-        padded = _fields.map_parts(feedback, lambda _, part: _padded(part))
-        values, other = (subject.detached(subject.settled, item) for item in (feedback, padded))
-        if not close(values, other):
-            problem = (
-                f"with other numbers outside the mask, and two more places, the values are {told(other)}, wanted "
-                f"{told(values)}: use PerToken.sum and PerToken.mean, which read what the mask holds"
-            )
-            raise subject.failed(problem, padded)
-
-    for_all(subject, body)
-
-
-def _reads_rows(subject: Subject) -> bool:
-    return any(name.startswith("per_token") for name in subject.fields)
-
-
-def _padded(part: LogRatios) -> LogRatios:
-    rows = part.per_token
-    assert rows is not None
-    wide = rows._map(lambda value: torch.nn.functional.pad(value, (0, 2)))
-    further = {name: getattr(wide, name) for name in _fields.ROWS if getattr(wide, name) is not None}
-    garbage = {name: torch.where(wide.mask, value, 55.0) for name, value in further.items()}
-    return _fields.summed(replace(wide, **garbage))
-
-
-@check()
-def check_precision(subject: Subject) -> None:
-    """In float32 a value has the digits that it has in float64, as far as the rounding of its inputs allows."""
-    for seed in range(subject.examples):
-        absent = subject.absences[seed % len(subject.absences)]
-        options = {"magnitude": (20.0, 200.0, 2000.0)[seed % 3], "size": 4, "dtype": torch.float32}
-        narrow = subject.seeded(600 + seed, absent, **options)
-        wide = _fields.cast_to(narrow, torch.float64)
-        found, wanted = (
-            subject.detached(subject.settled, narrow).double(),
-            subject.detached(subject.settled, wide),
-        )
-        moved = [subject.detached(subject.settled, _rounded(wide, turn)) - wanted for turn in range(4)]
-        allowed = 30 * torch.stack(moved).abs().amax(0) + 1e-3 * wanted.abs() + 1e-36
-        if bool(((found - wanted).abs() > allowed).any()):
-            problem = (
-                f"got {told(found)} in float32 and {told(wanted)} in float64, wanted the same digits: a difference of "
-                "nearly equal numbers loses them, so write 1 - sigmoid(x) as sigmoid(-x), exp(x) - 1 as expm1(x), "
-                "log(1 + x) as log1p(x)"
-            )
-            raise subject.failed(problem, narrow)
-
-
-def _rounded(feedback: Feedback, turn: int) -> Feedback:
-    """The feedback with its log-probs off by about as much as float32 rounds them."""
-
-    def off(_: str, part: LogRatios) -> LogRatios:
-        signs = 1.0 - 2.0 * ((torch.arange(part.policy.numel()).reshape(part.shape) + turn) % 2)
-        reference = 0.0 if part.reference is None else 2e-7 * part.reference * (1 - turn // 2 * 2)
-        return _fields.moved(part, policy=2e-7 * part.policy * signs, reference=reference)
-
-    return _fields.map_parts(feedback, off)
 
 
 def gradient(

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prefloss.kernels import chunked, naive, native, rows
 from prefloss.kernels.naive import LogitTransform
 
+
 @pytest.fixture(autouse=True, params=["native", "torch"])
 def row_passes(request, monkeypatch):
     """Every test runs with the compiled row operations and without."""

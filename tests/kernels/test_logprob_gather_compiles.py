@@ -71,7 +71,11 @@ def compile_all(backend, arch, warp_size):
         launch = logprob_gather.FORWARD if "LANE" in names else logprob_gather.BACKWARD
         tile_size = 4 if kernel_name.startswith("tile") else size
         constants = {name: given.get(name, False) for name in names if name.isupper() and len(name) > 1}
-        constants |= {name: value for name, value in (("BLOCK", launch.block), ("LANE", 16 // tile_size)) if name in names}
+        constants |= {
+            name: value
+            for name, value in (("BLOCK", launch.block), ("LANE", 16 // tile_size))
+            if name in names
+        }
         for name, flags in OPTIONAL.items():
             if name in names and any(f in names for f in flags) and not any(constants.get(f) for f in flags):
                 constants[name] = None
@@ -89,7 +93,8 @@ def compile_all(backend, arch, warp_size):
         scalars |= {name: "i64" for name in names if name.startswith("stride")}
         scalars |= {name: "fp32" for name in ("inner", "outer", "outer2", "slope")}
         signature = {
-            name: "constexpr" if name in constants else scalars.get(name, f"*{pointers[name]}") for name in names
+            name: "constexpr" if name in constants else scalars.get(name, f"*{pointers[name]}")
+            for name in names
         }
         unspecialised = {"T", "v_start", "ignore_index"}
         aligned = {
@@ -109,21 +114,30 @@ def compile_all(backend, arch, warp_size):
                     file.write(asm["cubin"])
                     file.flush()
                     usage = subprocess.run(
-                        [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+                        [cuobjdump, "--dump-resource-usage", file.name],
+                        capture_output=True,
+                        text=True,
+                        check=True,
                     ).stdout
-                record["usage"] = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+                record["usage"] = {
+                    key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)
+                }
         print(json.dumps(record))
 
 
 @pytest.mark.parametrize(
-    ("backend", "arch", "warp_size"), [("cuda", "80", 32), ("cuda", "90", 32), ("cuda", "100", 32), ("hip", "gfx942", 64)]
+    ("backend", "arch", "warp_size"),
+    [("cuda", "80", 32), ("cuda", "90", 32), ("cuda", "100", 32), ("hip", "gfx942", 64)],
 )
 def test_compiles(backend, arch, warp_size, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # of this run, or nothing would be compiled
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run(
-        [sys.executable, __file__, backend, arch, str(warp_size)], capture_output=True, text=True, env=environment
+        [sys.executable, __file__, backend, arch, str(warp_size)],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     if backend not in run.stdout.partition("\n")[0]:
         pytest.skip(f"this Triton has no {backend} backend: {run.stderr[-300:]}")

@@ -17,7 +17,8 @@ def test_token_op(outputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("scheme", "kept", "frozen"), [("recompute", 0, 0), ("keep", 3, 0), ("keep", 6, 0), ("unscaled", 0, 1), ("score", 0, 2)]
+    ("scheme", "kept", "frozen"),
+    [("recompute", 0, 0), ("keep", 3, 0), ("keep", 6, 0), ("unscaled", 0, 1), ("score", 0, 2)],
 )
 def test_linear_op(scheme, kept, frozen, dtype):
     hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((6, 4), (9, 4), (9,)))
@@ -69,7 +70,9 @@ def test_statistics_compiled_whole():
 
     compiled_equals_eager(by_logits, (logits,))
     compiled_equals_eager(by_hidden, (hidden, weight))
-    compiled_equals_eager(lambda x: token_logps(2 * x, TARGETS, chunk_tokens=4, inplace_backward=True), (logits,))
+    compiled_equals_eager(
+        lambda x: token_logps(2 * x, TARGETS, chunk_tokens=4, inplace_backward=True), (logits,)
+    )
 
 
 def test_default_backend():

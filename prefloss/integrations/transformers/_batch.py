@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
-from prefloss.logratios import LogRatios, completion_targets
+from prefloss.logratios import IGNORE_INDEX, LogRatios, completion_targets
 from prefloss.losses import Composite, Loss
 
 ROWS: Mapping[type, tuple[str, ...]] = {
@@ -78,6 +78,13 @@ class Structure:
         """Completion tokens of each row, [rows]."""
         return (self.targets >= 0).sum(-1)
 
+    def per_example(self, values: Tensor) -> Tensor:
+        """Values of rows, [rows], by example: [pairs, 2], [n], or [groups, K] with `IGNORE_INDEX` where none is."""
+        sides = [self.items[name] for name in ROWS[self.kind]]
+        if self.kind is Pairs:
+            return torch.stack([values[side] for side in sides], dim=-1)
+        return torch.where(sides[0] >= 0, values[sides[0].clamp(min=0)], float(IGNORE_INDEX))
+
     def feedback(self, ratios: LogRatios) -> Feedback:
         """The feedback of the batch from the log-ratios of its rows, [rows]."""
         sides = [self.items[name] for name in ROWS[self.kind]]
@@ -140,6 +147,16 @@ def check_pairs(pairs: str | None) -> None:
 def terms_of(loss: Loss) -> tuple[tuple[float, Loss], ...]:
     """Weight and loss of each term of a sum; a plain loss is a sum of one."""
     return loss.terms if isinstance(loss, Composite) else ((1.0, loss),)
+
+
+def looks_across(loss: Loss) -> bool:
+    """Whether an example's loss depends on the others of its batch."""
+    # The other baselines of the KTO family come from earlier batches, or from nowhere.
+    own = ("auto", "mismatched")
+    return any(
+        not term.spec.separable and term.params.get("kl_baseline", own[0]) in own
+        for _, term in terms_of(loss)
+    )
 
 
 def counts(loss: Loss, feedback: Feedback) -> Tensor:

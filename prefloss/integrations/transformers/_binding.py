@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers import Trainer
+from transformers.trainer import Trainer
 
 
 def install(kind: type) -> None:

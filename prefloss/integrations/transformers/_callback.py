@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 
 from prefloss.integrations.transformers import _batch, _binding, _guard, _metrics, _step
@@ -29,6 +28,9 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
     With gradient accumulation and several processes, an optimizer step minimises the mean over all examples of the step
     that the loss counts, however they fall into micro-batches. A loss that looks across its batch (`spec.separable` is
     False, such as `aot`) looks across one micro-batch.
+
+    `Trainer.evaluate` gives the loss and TRL's metrics (`eval_rewards/accuracies` and others) as means over the whole
+    evaluation; `Trainer.predict` gives each completion's log-prob under policy and reference, nats.
 
     Args:
         loss: Name of a registered loss, with hyperparameters if you like (`"ipo(tau=0.1)"`), or a `Loss`.
@@ -57,7 +59,9 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         **hyperparameters: Any,
     ) -> None:
         if isinstance(loss, Loss) and hyperparameters:
-            raise TypeError(f"hyperparameters: got {sorted(hyperparameters)} with a Loss, wanted them in the Loss")
+            raise TypeError(
+                f"hyperparameters: got {sorted(hyperparameters)} with a Loss, wanted them in the Loss"
+            )
         self._loss = loss if isinstance(loss, Loss) else get(loss, **hyperparameters)
         self._reference = Reference.of(reference)
         _batch.check_pairs(pairs)
@@ -111,7 +115,9 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         self._fresh = False
         self._loss.train().step()
 
-    def on_predict(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_predict(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
         """Add the figures of `Trainer.predict` to its metrics."""
         self._add_evaluated(metrics)
 
@@ -144,10 +150,10 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         _guard.check_args(args)
         self._args = args
         logger.info(f"prefloss trains this model with {self!r}")
-        if args.gradient_accumulation_steps > 1 and not self._loss.spec.separable:
+        if args.gradient_accumulation_steps > 1 and _batch.looks_across(self._loss):
             warnings.warn(
-                f"{self._loss.name}: an example's loss depends on its batch, which is one micro-batch of "
-                f"{args.per_device_train_batch_size} examples on each process; gradient accumulation does not enlarge it",
+                f"{self._loss.name}: an example's loss depends on its batch, one micro-batch of "
+                f"{args.per_device_train_batch_size} examples on each process; accumulation does not enlarge it",
                 UserWarning,
                 stacklevel=2,
             )
@@ -187,7 +193,9 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         if prefix is None or self._all_sum is None:
             return
         means = self._evaluation.take(self._all_sum)
-        weights = dict(zip(self._term_names(), (weight for weight, _ in _batch.terms_of(self._loss)), strict=True))
+        weights = dict(
+            zip(self._term_names(), (weight for weight, _ in _batch.terms_of(self._loss)), strict=True)
+        )
         loss = _metrics.total_loss(means, weights, self._router)
         found = _metrics.named(means)
         if loss is not None:
@@ -205,9 +213,11 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
 
 def _check_reference(loss: Loss, reference: Reference) -> None:
     if loss.spec.needs_reference and reference.kind == "none":
-        raise ValueError(f"reference: got {reference!r} with {loss.name}, which reads log-ratios; wanted {CHOICES}")
+        raise ValueError(
+            f"reference: got {reference!r} with {loss.name}, which reads log-ratios; wanted {CHOICES}"
+        )
     if reference.kind == "cached" and any(name.startswith("per_token") for name in loss.needs):
         raise ValueError(
-            f"reference: got {reference!r} with {loss.name}, which reads the log-prob of each token; a cache holds their "
-            "sums; wanted a reference that is computed"
+            f"reference: got {reference!r} with {loss.name}, which reads the log-prob of each token; a cache holds "
+            "their sums; wanted a reference that is computed"
         )

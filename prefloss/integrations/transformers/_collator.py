@@ -59,7 +59,8 @@ class PreferenceCollator:
     def __init__(
         self, tokenizer: Any = None, *, pad_token_id: int | None = None, max_length: int | None = None
     ) -> None:
-        if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2):
+        whole = isinstance(max_length, int) and not isinstance(max_length, bool)
+        if max_length is not None and (not whole or max_length < 2):
             raise ValueError(f"max_length: got {max_length!r}, wanted a whole number >= 2, or None")
         if pad_token_id is None:
             pad_token_id = getattr(tokenizer, "pad_token_id", None)
@@ -89,13 +90,17 @@ class PreferenceCollator:
         self._notice(read)
         kind = _KINDS[read[0].kind]
         order = _order(read)
-        batch: dict[str, Tensor] = pad([read[i].rows[j] for i, j in order], self.pad_token_id, self.max_length)
+        batch: dict[str, Tensor] = pad(
+            [read[i].rows[j] for i, j in order], self.pad_token_id, self.max_length
+        )
         batch |= _structure(read, kind)
         for name in VALUES[kind]:
             if name in read[0].values:
                 batch[name] = torch.tensor([example.values[name] for example in read], dtype=torch.float32)
         if read[0].reference is not None:
-            batch[REFERENCE] = torch.tensor([(read[i].reference or ())[j] for i, j in order], dtype=torch.float32)
+            batch[REFERENCE] = torch.tensor(
+                [(read[i].reference or ())[j] for i, j in order], dtype=torch.float32
+            )
         structure, _ = Structure.split(batch)
         self.seen["truncated_away"] += int((structure.tokens == 0).sum())
         batch["labels"] = torch.where(structure.blank().valid, 1, IGNORE_INDEX)
@@ -108,7 +113,9 @@ class PreferenceCollator:
             completions = [tuple(ids) for _, ids in example.rows]
             if len(set(completions)) < len(completions):
                 self.seen["identical"] += 1
-                self._warn("identical", f"{example.place}: completions of one prompt are identical, so they teach nothing")
+                self._warn(
+                    "identical", f"{example.place}: completions of one prompt are identical and teach nothing"
+                )
             if end is not None and any(ids[-2:] == (end, end) for ids in completions):
                 self.seen["double_end"] += 1
                 self._warn("double_end", f"{example.place}: a completion ends in two end-of-sequence tokens")
@@ -117,21 +124,31 @@ class PreferenceCollator:
         votes = self.seen["upvotes"] + self.seen["downvotes"]
         if votes >= _ONE_SIDED and votes in (self.seen["upvotes"], self.seen["downvotes"]):
             side = "upvotes" if self.seen["upvotes"] else "downvotes"
-            self._warn("one_sided", f"the first {votes} labels are all {side}; is the column 'label' read rightly?")
+            self._warn(
+                "one_sided", f"the first {votes} labels are all {side}; is the column 'label' read rightly?"
+            )
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(f"{message}. Shown once; PreferenceCollator.seen counts.", UserWarning, stacklevel=4)
+            warnings.warn(
+                f"{message}. Shown once; PreferenceCollator.seen counts.", UserWarning, stacklevel=4
+            )
 
 
 def _check_alike(read: list[Example]) -> None:
     first = read[0]
     for example in read[1:]:
         if example.kind is not first.kind:
-            raise DataError(f"{example.place}: got a row of {example.kind}, but {first.place} is of {first.kind}")
-        if example.values.keys() != first.values.keys() or (example.reference is None) != (first.reference is None):
-            raise DataError(f"{example.place}: {_difference(first, example)}; wanted the column in every example or in none")
+            raise DataError(
+                f"{example.place}: got a row of {example.kind}, but {first.place} is of {first.kind}"
+            )
+        if example.values.keys() != first.values.keys() or (example.reference is None) != (
+            first.reference is None
+        ):
+            raise DataError(
+                f"{example.place}: {_difference(first, example)}; wanted it in every example or in none"
+            )
     for one, other in (("score_chosen", "score_rejected"), ("score_rejected", "score_chosen")):
         if one in first.values and other not in first.values:
             raise DataError(f"{first.place}: missing column {other!r} beside {one!r}")
@@ -141,7 +158,9 @@ def _difference(first: Example, example: Example) -> str:
     names = sorted(first.values.keys() ^ example.values.keys()) or ["ref_logps"]
     column = {"scores": "score"}.get(names[0], names[0])
     has = names[0] in example.values or (names[0] == "ref_logps" and example.reference is not None)
-    return f"{'has' if has else 'lacks'} the column {column!r}, which {first.place} {'lacks' if has else 'has'}"
+    return (
+        f"{'has' if has else 'lacks'} the column {column!r}, which {first.place} {'lacks' if has else 'has'}"
+    )
 
 
 def _order(read: list[Example]) -> list[tuple[int, int]]:

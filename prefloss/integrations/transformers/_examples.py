@@ -72,7 +72,9 @@ def read_example(index: int, example: Mapping[str, Any], tokenizer: Any) -> Exam
     """
     place = f"example {index} of the batch"
     row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in example.items()}
-    kind = next((kind for kind, names in _IDS.items() if all(row.get(name) is not None for name in names)), None)
+    kind = next(
+        (kind for kind, names in _IDS.items() if all(row.get(name) is not None for name in names)), None
+    )
     if kind is None:
         kind = _text_kind(place, row)
         cleaned = clean(place, row, kind).row
@@ -102,13 +104,16 @@ def _text_kind(place: str, row: dict[str, Any]) -> Kind:
         begun = [name for name in names if name.endswith("_ids") and row.get(name) is not None]
         if begun and row.get(_SIDES[kind][0]) is None:
             missing = next(name for name in names if row.get(name) is None)
-            raise DataError(f"{place}: missing column {missing!r} beside {begun[0]!r}; it has {', '.join(map(repr, row))}")
+            has = ", ".join(map(repr, row))
+            raise DataError(f"{place}: missing column {missing!r} beside {begun[0]!r}; it has {has}")
     return kind_of(place, row)
 
 
 def _encoded(place: str, kind: Kind, row: dict[str, Any], tokenizer: Any) -> list[Encoded]:
     if tokenizer is None:
-        raise TypeError(f"{place}: got text, but tokenizer is None; give PreferenceCollator(tokenizer) or token ids")
+        raise TypeError(
+            f"{place}: got text, but tokenizer is None; give PreferenceCollator(tokenizer) or token ids"
+        )
     names, texts = _texts(kind, row)
     made = []
     for name, text in zip(names, texts, strict=True):
@@ -135,7 +140,9 @@ def _ids(place: str, kind: Kind, row: dict[str, Any]) -> list[Encoded]:
     if kind is Kind.RANKED:
         many = row["completions_ids"]
         if not isinstance(many, list | tuple):
-            raise DataError(f"{place}: column 'completions_ids': expected a list of lists of ids, got {shown(many)}")
+            raise DataError(
+                f"{place}: column 'completions_ids': expected a list of lists of ids, got {shown(many)}"
+            )
         sides = [(f"'completions_ids'[{i}]", value) for i, value in enumerate(many)]
     else:
         sides = [(f"'{name}_ids'", row[f"{name}_ids"]) for name in _SIDES[kind]]
@@ -150,7 +157,8 @@ def _ids(place: str, kind: Kind, row: dict[str, Any]) -> list[Encoded]:
 
 def _id_list(place: str, name: str, value: Any) -> list[int]:
     value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, list | tuple) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value):
+    listed = isinstance(value, list | tuple)
+    if not listed or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value):
         raise DataError(f"{place}: column {name}: expected a list of token ids >= 0, got {shown(value)}")
     return list(value)
 

@@ -59,7 +59,9 @@ def model_logps(
         ValueError: If targets and hidden states differ in shape, or labels are among the inputs.
     """
     if "labels" in inputs:
-        raise ValueError("inputs: got labels, wanted them as targets: the model would compute its own loss from no logits")
+        raise ValueError(
+            "inputs: got labels, wanted them as targets: the model would compute a loss from no logits"
+        )
     spec = HeadSpec.of(_unwrapped(model))
     found: list[Tensor] = []
 
@@ -115,9 +117,10 @@ def _check_transform(spec: HeadSpec, logits: Tensor, model: str) -> None:
     found = logits.reshape(-1, logits.shape[-1])[-1]
     tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance):
+        made = [round(x, 4) for x in found.detach().float().tolist()]
         raise TypeError(
-            f"model: {model} turns logits {list(_PROBE)} into {[round(x, 4) for x in found.detach().float().tolist()]}, which "
-            f"is not a scale of {spec.logit_scale} and a softcap of {spec.softcap} as read from its configuration; its "
+            f"model: {model} turns logits {list(_PROBE)} into {made}, which is "
+            f"not a scale of {spec.logit_scale} and a softcap of {spec.softcap} as read from its configuration; its "
             "log-probs cannot be computed without its logits"
         )
 

@@ -17,7 +17,13 @@ _FED = {
     Labels: {"tokens", "scores", "per_token", "kl", "baseline"},
     Rankings: {"tokens", "scores", "per_token"},
 }
-_READS = {"score_chosen": "scores", "score_rejected": "scores", "scores": "scores", "kl": "kl", "baseline": "baseline"}
+_READS = {
+    "score_chosen": "scores",
+    "score_rejected": "scores",
+    "scores": "scores",
+    "kl": "kl",
+    "baseline": "baseline",
+}
 _SIDES = {Pairs: ("chosen", "rejected"), Labels: ("completion",), Rankings: ("completions",)}
 
 
@@ -65,7 +71,9 @@ def check_trainer(trainer: Any) -> None:
         ValueError: If the trainer has a `compute_loss_func`.
     """
     if trainer.compute_loss_func is not None:
-        raise ValueError("compute_loss_func: got one beside PreferenceLossCallback, wanted None: it would never be called")
+        raise ValueError(
+            "compute_loss_func: got one beside PreferenceLossCallback, wanted None: it would go unused"
+        )
 
 
 def check_items(loss: Loss, structure: Structure, cached: bool) -> None:

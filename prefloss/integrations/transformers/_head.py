@@ -39,7 +39,8 @@ class HeadSpec:
         """
         module: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if module is None:
-            raise TypeError(f"model: got {type(model).__name__} without output embeddings, wanted a causal language model")
+            name = type(model).__name__
+            raise TypeError(f"model: got {name} without output embeddings, wanted a causal language model")
         spec = cls(module, *_transform(model))
         spec.weight_and_bias()  # Refuse a head without an exact form now.
         return spec
@@ -58,7 +59,8 @@ class HeadSpec:
         weight = getattr(module, "weight", None)
         if weight is None or not weight.is_floating_point():
             kind = "no weight" if weight is None else f"a weight of {weight.dtype}"
-            raise TypeError(f"model: got an output head {type(module).__name__} with {kind}, wanted a floating-point one")
+            name = type(module).__name__
+            raise TypeError(f"model: got an output head {name} with {kind}, wanted a floating-point one")
         return _whole(weight), _whole(getattr(module, "bias", None))
 
     def transformed(self, logits: Tensor) -> Tensor:
@@ -69,11 +71,15 @@ class HeadSpec:
 
 def _transform(model: Any) -> tuple[float, float | None]:
     config = model.config.get_text_config()
-    scale = next((getattr(config, name) for name in _MULTIPLIERS if getattr(config, name, None) is not None), None)
+    scale = next(
+        (getattr(config, name) for name in _MULTIPLIERS if getattr(config, name, None) is not None), None
+    )
     if scale is None and getattr(config, "logits_scaling", None) is not None:
         divides = config.model_type not in _MULTIPLIES_BY_SCALING
         scale = 1 / config.logits_scaling if divides else config.logits_scaling
-    softcap = next((getattr(config, name) for name in _SOFTCAPS if getattr(config, name, None) is not None), None)
+    softcap = next(
+        (getattr(config, name) for name in _SOFTCAPS if getattr(config, name, None) is not None), None
+    )
     for name, value in (("logit scale", scale), ("softcap", softcap)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise TypeError(f"model: got a {name} of {value!r} in {type(config).__name__}, wanted a number")
@@ -87,11 +93,11 @@ def _with_lora(module: Any) -> tuple[Tensor, Tensor | None]:
         return weight, bias
     for name in module.active_adapters:
         plain = name in getattr(module, "lora_A", {}) and not getattr(module, "use_dora", {}).get(name)
-        dropout = module.lora_dropout[name] if plain else None
+        dropout: Any = module.lora_dropout[name] if plain else None
         if not plain or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training):
             raise TypeError(
-                f"model: got the adapter {name!r} ({type(module).__name__}) on the output head, wanted plain LoRA without "
-                "dropout there; take the head out of target_modules"
+                f"model: got the adapter {name!r} ({type(module).__name__}) on the output head, wanted plain LoRA "
+                "without dropout there; take the head out of target_modules"
             )
         low, high = _whole(module.lora_A[name].weight), _whole(module.lora_B[name].weight)
         weight = weight + (module.scaling[name] * (high @ low)).to(weight.dtype)

@@ -34,7 +34,9 @@ class Totals:
         if not stats:
             return {}
         names = sorted(stats)
-        mine = torch.stack([torch.stack([stats[name].sum.double(), stats[name].count.double()]) for name in names])
+        mine = torch.stack(
+            [torch.stack([stats[name].sum.double(), stats[name].count.double()]) for name in names]
+        )
         found = dict(zip(names, all_sum(mine).tolist(), strict=True))
         return {name: total / count for name, (total, count) in found.items() if count}
 

@@ -43,7 +43,9 @@ class Reference:
             TypeError: If it is no module.
         """
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got {type(model).__name__}, wanted a causal language model of transformers")
+            raise TypeError(
+                f"model: got {type(model).__name__}, wanted a causal language model of transformers"
+            )
         return cls("model", model)
 
     @classmethod
@@ -100,7 +102,14 @@ class Reference:
         if self.kind in ("adapter_off", "adapter"):
             _check_adapters(self, policy)
 
-    def logps(self, trainer: Any, model: nn.Module, inputs: Mapping[str, Any], targets: Tensor, items: Any) -> Tensor | None:
+    def logps(
+        self,
+        trainer: Any,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        targets: Tensor,
+        items: Mapping[str, Tensor],
+    ) -> Tensor | None:
         """Reference log-probs of a batch, without gradient.
 
         Args:
@@ -121,8 +130,8 @@ class Reference:
         if self.kind == "cached":
             if REFERENCE not in items:
                 raise ValueError(
-                    "reference: got Reference.cached() and data without ref_chosen_logps and ref_rejected_logps (pairs) or "
-                    "ref_logps; wanted these columns, as sums of log-probs in nats"
+                    "reference: got Reference.cached() and data without ref_chosen_logps and ref_rejected_logps "
+                    "(pairs) or ref_logps; wanted these columns, as sums of log-probs in nats"
                 )
             return items[REFERENCE]
         with torch.no_grad(), self._as_reference(trainer, model, targets.device) as reference:
@@ -163,18 +172,24 @@ def _check_apart(reference: nn.Module, policy: nn.Module) -> None:
 def _check_adapters(reference: Reference, policy: Any) -> None:
     if not hasattr(policy, "disable_adapter") or not hasattr(policy, "peft_config"):
         raise TypeError(
-            f"reference: got {reference!r}, but the policy is a {type(policy).__name__} without PEFT adapters; wanted a "
-            "PeftModel, or Reference.model(copy.deepcopy(model))"
+            f"reference: got {reference!r}, but the policy is a {type(policy).__name__} without PEFT adapters; wanted "
+            "a PeftModel, or Reference.model(copy.deepcopy(model))"
         )
     if reference.kind == "adapter":
         name, there = reference.value, sorted(policy.peft_config)
         if name not in there:
             raise ValueError(f"reference: got the adapter {name!r}, wanted one of {there}")
         if name in policy.active_adapters:
-            raise ValueError(f"reference: got the adapter {name!r}, which is the one in training; wanted a copy of it")
-        trained = [key for key, value in policy.named_parameters() if f".{name}." in key and value.requires_grad]
+            raise ValueError(
+                f"reference: got the adapter {name!r}, which is the one in training; wanted a copy of it"
+            )
+        trained = [
+            key for key, value in policy.named_parameters() if f".{name}." in key and value.requires_grad
+        ]
         if trained:
-            raise ValueError(f"reference: got the adapter {name!r}, whose {trained[0]} is trainable; wanted it frozen")
+            raise ValueError(
+                f"reference: got the adapter {name!r}, whose {trained[0]} is trainable; wanted it frozen"
+            )
 
 
 @contextmanager

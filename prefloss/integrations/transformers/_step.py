@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from prefloss import diagnostics
 from prefloss.diagnostics import Stat
 from prefloss.feedback import Feedback
+from prefloss.integrations.transformers import _guard, _metrics, _step_zero
 from prefloss.integrations.transformers._batch import COUNTS, Structure, as_wanted, counts, terms_of
 from prefloss.integrations.transformers._forward import model_logps
 from prefloss.integrations.transformers._reference import Reference
-from prefloss.integrations.transformers import _guard, _metrics, _step_zero
 from prefloss.logratios import LogRatios
 from prefloss.losses import Evaluation, Loss
 
@@ -39,7 +39,7 @@ class Result(NamedTuple):
 
     Attributes:
         loss: What the trainer takes the gradient of, a scalar.
-        outputs: As a model's outputs: the loss, and each row's log-probs under policy and reference.
+        outputs: As a model's outputs: the loss, and each completion's log-prob under policy and reference, by example.
         figures: Sums and counts to log.
         judged: Whether the step-0 check was made.
     """
@@ -51,7 +51,12 @@ class Result(NamedTuple):
 
 
 def compute(
-    trainer: Any, setting: Setting, model: nn.Module, inputs: Mapping[str, Any], num_items: Any, check_step_zero: bool
+    trainer: Any,
+    setting: Setting,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    num_items: Any,
+    check_step_zero: bool,
 ) -> Result:
     """The loss of a batch, scaled so that the micro-batches of an optimizer step add up to its mean.
 
@@ -97,9 +102,9 @@ def compute(
         **diagnostics.metrics(feedback, beta=loss.beta or 1.0),
         **_metrics.losses(evaluated.means, here, aux_loss if router else None),
     }
-    outputs = {"loss": total, "logps": ratios.policy.detach()}
+    outputs = {"loss": total, "logps": structure.per_example(ratios.policy.detach())}
     if ratios.reference is not None:
-        outputs["ref_logps"] = ratios.reference
+        outputs["ref_logps"] = structure.per_example(ratios.reference)
     return Result(total, outputs, figures, judged)
 
 
@@ -141,7 +146,9 @@ def _ratios(loss: Loss, structure: Structure, policy: Tensor, reference: Tensor 
     return LogRatios(summed.policy, reference, summed.tokens)
 
 
-def _given(loss: Loss, structure: Structure, ratios: LogRatios, pairs: str | None) -> Callable[[bool], Feedback]:
+def _given(
+    loss: Loss, structure: Structure, ratios: LogRatios, pairs: str | None
+) -> Callable[[bool], Feedback]:
     def feedback(at_zero: bool) -> Feedback:
         found = ratios.detach()
         if at_zero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,23 +54,27 @@ def check(
         loss_of: The feedback of the batch as the loss takes it: as it is, or (True) with every log-ratio 0.
 
     Returns:
-        Whether the batch could be judged; one without completion tokens cannot.
+        Whether the batch could be judged; one without completion tokens, or with NaN, cannot.
 
     Raises:
         RuntimeError: If they differ; the message names the likely causes.
     """
     apart, tokens = found.tolist()
-    if not tokens:
+    if not tokens or not math.isfinite(apart):
+        # What is not finite is named with its example when the loss is.
         return False
     policy = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    half = trainer.accelerator.mixed_precision not in ("no", None) or _dtype(policy) in (torch.float16, torch.bfloat16)
-    if not apart / tokens <= TOLERANCE[half]:
+    half = trainer.accelerator.mixed_precision not in ("no", None) or _dtype(policy) in (
+        torch.float16,
+        torch.bfloat16,
+    )
+    if apart / tokens > TOLERANCE[half]:
         raise RuntimeError(
-            f"step-0 check: before the first step policy and {reference!r} should be the same model, but their log-probs "
-            f"differ by {apart / tokens:.3g} nats per token (rounding explains {TOLERANCE[half]:g}). Likely causes: "
-            f"{'; '.join(_causes(policy, reference))}. If they need not coincide (say, the policy was trained further "
-            "than its reference, or the reference is another model), pass PreferenceLossCallback(..., "
-            "check_step_zero=False)"
+            f"step-0 check: before the first step policy and {reference!r} should be the same model, but their "
+            f"log-probs differ by {apart / tokens:.3g} nats per token (rounding explains {TOLERANCE[half]:g}). "
+            f"Likely causes: {'; '.join(_causes(policy, reference))}. If they need not coincide (say, the policy was "
+            "trained further than its reference, or the reference is another model), pass "
+            "PreferenceLossCallback(..., check_step_zero=False)"
         )
     with torch.no_grad():
         value, known = (float(loss.eval().mean(loss_of(at_zero))) for at_zero in (False, True))
@@ -78,7 +83,9 @@ def check(
             f"step-0 check: policy and reference agree, but {loss!r} is {value:.6g} where equal log-probs make it "
             f"{known:.6g}; pass check_step_zero=False if that is right"
         )
-    logger.info(f"step 0: policy and reference agree ({apart / tokens:.2g} nats per token apart); loss {value:.6g}")
+    logger.info(
+        f"step 0: policy and reference agree ({apart / tokens:.2g} nats per token apart); loss {value:.6g}"
+    )
     return True
 
 
@@ -97,7 +104,9 @@ def _causes(policy: nn.Module, reference: Reference) -> list[str]:
 
 
 def _dropout(policy: Any) -> Iterator[str]:
-    names = [name for name, module in policy.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    names = [
+        name for name, module in policy.named_modules() if isinstance(module, nn.Dropout) and module.p > 0
+    ]
     config = policy.config.to_dict() if hasattr(getattr(policy, "config", None), "to_dict") else {}
     settings = [
         f"{name}={value}"
@@ -126,14 +135,23 @@ def _unlike(policy: nn.Module, reference: nn.Module) -> Iterator[str]:
 
 
 def _adapters(policy: Any, reference: Reference) -> Iterator[str]:
-    active = ", ".join(map(repr, policy.active_adapters))
-    if reference.kind == "adapter_off":
+    active = policy.active_adapters
+    shown = ", ".join(map(repr, active))
+    own = {
+        name: value for name, value in policy.named_parameters() if any(f".{key}." in name for key in active)
+    }
+    if reference.kind == "adapter":
+        others = dict(policy.named_parameters())
+        pairs = {name: name.replace(f".{key}.", f".{reference.value}.") for name in own for key in active}
+        if any(
+            other in others and not torch.equal(own[name], others[other]) for name, other in pairs.items()
+        ):
+            yield f"the adapter {reference.value!r} holds other weights than {shown}"
+    elif any("lora_B" in name and bool(value.any()) for name, value in own.items()):
         yield (
-            f"the adapter {active} does not start at zero (trained before, or not initialised so); its reference is then a "
-            "frozen copy of it: Reference.adapter(name)"
+            f"the adapter {shown} does not start at zero (trained before, or not initialised so); its reference is "
+            "then a frozen copy of it: Reference.adapter(name)"
         )
-    else:
-        yield f"the adapter {reference.value!r} holds other weights than {active}"
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:

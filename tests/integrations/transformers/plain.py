@@ -2,6 +2,7 @@
 
 import copy
 import random
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -30,7 +31,12 @@ def scored_pairs(rows=48, seed=0):
     rng = random.Random(seed)
     return Dataset.from_list(
         [
-            {**row, "score_chosen": rng.uniform(1, 2), "score_rejected": rng.uniform(-1, 0), "weight": rng.uniform(0.5, 2)}
+            {
+                **row,
+                "score_chosen": rng.uniform(1, 2),
+                "score_rejected": rng.uniform(-1, 0),
+                "weight": rng.uniform(0.5, 2),
+            }
             for row in tiny.pairs(rows, seed)
         ]
     )
@@ -41,7 +47,19 @@ def callback(policy, loss, **options):
     return PreferenceLossCallback(loss, **options)
 
 
-def build(folder, item, policy, *, data, eval_data=None, max_length=None, collator=None, callbacks=(), kind=Trainer, **options):
+def build(
+    folder,
+    item,
+    policy,
+    *,
+    data,
+    eval_data=None,
+    max_length=None,
+    collator=None,
+    callbacks=(),
+    kind=Trainer,
+    **options,
+):
     """A trainer with the callback `item`; options go to TrainingArguments."""
     settings = {
         "max_steps": 3,
@@ -68,12 +86,25 @@ def train(folder, loss, data, policy=None, *, own=None, resume=None, **options):
     """Train, and return the trainer; `own` goes to the callback, options to `build`."""
     policy = tiny.model() if policy is None else policy
     trainer = build(folder, callback(policy, loss, **(own or {})), policy, data=data, **options)
-    trainer.train(resume_from_checkpoint=resume)
+    # Every training ends in a full garbage collection, which takes longer than these trainings do.
+    with mock.patch("gc.collect"):
+        trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
 def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [entry["loss"] for entry in steps(trainer)]
+
+
+def steps(trainer):
+    """What was logged at each step."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def attached(trainer):
+    return next(
+        item for item in trainer.callback_handler.callbacks if isinstance(item, PreferenceLossCallback)
+    )
 
 
 def weights(model):

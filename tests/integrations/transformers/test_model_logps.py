@@ -55,13 +55,21 @@ CONFIGS = {
         lm_head_multiplier=0.5,
     ),
     "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(
-        **{**STATE, "num_hidden_layers": 3, "intermediate_size": 48, "num_attention_heads": 4, "lru_width": 32},
+        **{
+            **STATE,
+            "num_hidden_layers": 3,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "lru_width": 32,
+        },
         attention_window_size=16,
         logits_soft_cap=6.0,
     ),
     "mamba": lambda: hf.MambaConfig(**STATE),
     "mamba2": lambda: hf.Mamba2Config(**STATE, num_heads=8, head_dim=8, n_groups=1, expand=2),
-    "rwkv": lambda: hf.RwkvConfig(**OLD, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=64),
+    "rwkv": lambda: hf.RwkvConfig(
+        **OLD, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=64
+    ),
     "bloom": lambda: hf.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4),
     "opt": lambda: hf.OPTConfig(
         vocab_size=V,
@@ -111,7 +119,9 @@ def test_log_probs_and_gradients_are_the_models_own(name, batch):
     tolerance = {"rtol": 1e-5, "atol": 2e-6} if name in SINGLE else {"rtol": 1e-9, "atol": 1e-10}
     if name in NO_BACKWARD:
         with torch.no_grad():
-            torch.testing.assert_close(model_logps(model, inputs, targets).logps, expected(model, inputs, targets))
+            torch.testing.assert_close(
+                model_logps(model, inputs, targets).logps, expected(model, inputs, targets)
+            )
         return
     wanted = expected(model, inputs, targets)
     found = model_logps(model, inputs, targets)
@@ -160,7 +170,9 @@ def test_a_head_without_an_exact_form_is_refused(batch):
     inputs, targets = batch
     lora = LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.5)
     model = get_peft_model(built("llama"), lora).double().train()
-    with pytest.raises(TypeError, match=r"adapter 'default' .* on the output head, wanted plain LoRA without dropout"):
+    with pytest.raises(
+        TypeError, match=r"adapter 'default' .* on the output head, wanted plain LoRA without dropout"
+    ):
         model_logps(model, inputs, targets)
     quantised = built("llama")
     quantised.lm_head.weight = nn.Parameter(torch.zeros(V, 32, dtype=torch.uint8), requires_grad=False)
@@ -178,7 +190,9 @@ def test_a_transform_that_was_not_read_is_noticed(batch):
             return outputs
 
     model = Surprising(CONFIGS["llama"]()).double().eval()
-    with pytest.raises(TypeError, match=r"Surprising turns logits .* not a scale of 1.0 and a softcap of None"):
+    with pytest.raises(
+        TypeError, match=r"Surprising turns logits .* not a scale of 1.0 and a softcap of None"
+    ):
         model_logps(model, *batch)
     # The head is itself again after a refusal.
     assert model(**batch[0]).logits.shape[-1] == V

@@ -1,0 +1,80 @@
+"""Other people's ways to get log-probs, and plain torch; each is left out where its package is absent."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Way = Callable[..., Tensor]
+
+
+def naive_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+def gather_logsumexp(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits.float()
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def naive_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Logits in the dtype of the head, as most trainers have them."""
+    return naive_logits(hidden @ weight.T, targets)
+
+
+def logits_ways() -> dict[str, Way]:
+    ways = {
+        "torch naive, float32 inside": naive_logits,
+        "F.cross_entropy": cross_entropy,
+        "torch.compile naive": torch.compile(naive_logits),
+        "torch.compile gather - logsumexp": torch.compile(gather_logsumexp),
+    }
+    try:
+        from trl.trainer.utils import selective_log_softmax
+    except ModuleNotFoundError:
+        return ways
+    return ways | {"TRL selective_log_softmax": selective_log_softmax}
+
+
+def linear_ways() -> dict[str, Way]:
+    """(hidden [n, H], weight [V, H], targets [n]) -> log-probs [n], of completion tokens alone."""
+    ways = {
+        "torch naive": naive_linear,
+        "F.cross_entropy": lambda x, w, y: cross_entropy(x @ w.T, y),
+        "torch.compile naive": torch.compile(naive_linear),
+    }
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        def trl(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            return ChunkedLogProbFunction.apply(x, w, None, y, 1.0, 32_768, None, 1.0, ())[0]
+
+        ways["TRL chunked, completion only"] = trl
+    except ModuleNotFoundError:
+        pass
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        def cce(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            impl = "cce" if x.is_cuda else "torch_compile"
+            return -linear_cross_entropy(x, w, y, reduction="none", impl=impl)
+
+        ways["CCE"] = cce
+    except ModuleNotFoundError:
+        pass
+    return ways
+
+
+def liger_dpo(compiled: bool, beta: float) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """(hidden [2 pairs, T, H], weight, targets [2 pairs, T]) -> DPO loss without a reference, or None."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    except ModuleNotFoundError:
+        return None
+    loss = LigerFusedLinearDPOLoss(beta=beta, compiled=compiled, use_ref_model=False)
+    return lambda hidden, weight, targets: loss(weight, hidden, targets)[0]

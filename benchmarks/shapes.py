@@ -1,0 +1,35 @@
+"""Sizes to measure at, as data."""
+
+from typing import NamedTuple
+
+
+class Logits(NamedTuple):
+    tokens: int
+    vocabulary: int
+
+
+class Linear(NamedTuple):
+    """Pairs of completions; each sequence has so many tokens, the first part of them prompt."""
+
+    pairs: int
+    sequence: int
+    prompt: int
+    width: int
+    vocabulary: int
+
+
+LOGITS = {
+    "tiny": Logits(24, 301),
+    "32k": Logits(2048, 32_000),
+    "128k": Logits(512, 128_256),
+    "gpu-32k": Logits(16_384, 32_000),
+    "gpu-128k": Logits(16_384, 128_256),
+}
+
+LINEAR = {
+    "tiny": Linear(2, 8, 4, 16, 301),
+    "32k": Linear(4, 256, 128, 1024, 32_000),
+    "128k": Linear(4, 512, 256, 1024, 128_256),
+    "32k-no-prompt": Linear(4, 256, 0, 512, 32_000),
+    "gpu-128k": Linear(8, 2048, 1024, 4096, 128_256),
+}

@@ -1,0 +1,24 @@
+"""The scripts in examples/ run offline and learn what they say."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[3] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "metric", "least"),
+    [
+        ("rankings_plackett_luce", 25, "eval_rewards/accuracies", 0.7),
+        ("kto_upvotes", 20, "eval_rewards/margins", 0.1),
+        ("mamba_dpo", 40, "eval_rewards/accuracies", 0.6),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*fast path", "ignore:'pin_memory'")
+def test_an_example_learns(name, steps, metric, least, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = FOLDER / f"{name}.py"
+    assert len(script.read_text().splitlines()) < 60
+    assert runpy.run_path(str(script))["main"](steps)[metric] > least

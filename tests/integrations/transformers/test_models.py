@@ -1,0 +1,93 @@
+"""State-space models, experts, adapters, checkpointing, mixed precision."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import MambaConfig, MambaForCausalLM
+
+from prefloss.integrations.transformers import Reference
+from tests.integrations.transformers import plain
+from tests.integrations.trl import tiny
+from tests.integrations.trl.test_training import experts
+
+
+def mamba():
+    torch.manual_seed(0)
+    return MambaForCausalLM(
+        MambaConfig(
+            vocab_size=43, hidden_size=32, num_hidden_layers=2, state_size=8, pad_token_id=0, eos_token_id=1
+        )
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*fast path")
+def test_a_state_space_model_trains(tmp_path):
+    trainer = plain.train(tmp_path, "dpo", tiny.pairs(16), mamba(), max_steps=8, learning_rate=5e-3)
+    assert plain.losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert min(plain.losses(trainer)) < 0.69
+
+
+def test_router_loss_of_experts_is_kept(tmp_path):
+    policy = experts()
+    for accumulate in (1, 2):
+        trainer = plain.train(
+            tmp_path,
+            "dpo",
+            tiny.pairs(),
+            copy.deepcopy(policy),
+            per_device_train_batch_size=4 // accumulate,
+            gradient_accumulation_steps=accumulate,
+            eval_data=tiny.pairs(8),
+        )
+        first = plain.steps(trainer)[0]
+        assert first["aux_loss"] > 0
+        assert first["loss"] == pytest.approx(math.log(2) + 0.5 * first["aux_loss"], abs=1e-4)
+    found = trainer.evaluate()
+    assert found["eval_loss"] > 0.5 * found["eval_aux_loss"]
+
+
+def adapted(policy=None, **options):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
+    return get_peft_model(tiny.model() if policy is None else policy, config)
+
+
+def test_adapters_train_against_the_model_without_them(tmp_path):
+    lora = adapted()
+    ours = plain.train(
+        tmp_path, "dpo", tiny.pairs(), lora, own={"reference": Reference.adapter_off()}, learning_rate=1e-2
+    )
+    assert plain.losses(ours)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert plain.losses(ours)[-1] != plain.losses(ours)[0]
+    base = tiny.model().state_dict()
+    kept = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): value
+        for name, value in lora.state_dict().items()
+    }
+    assert all(torch.equal(kept[name], value) for name, value in base.items())
+
+
+def test_an_adapter_is_the_reference_of_another(tmp_path):
+    lora = adapted(init_lora_weights=False)
+    lora.add_adapter("sft", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    source = {name: value for name, value in lora.named_parameters() if ".default." in name}
+    for name, value in lora.named_parameters():
+        if ".sft." in name:
+            value.data.copy_(source[name.replace(".sft.", ".default.")])
+            value.requires_grad_(False)
+    before = {name: value.requires_grad for name, value in lora.named_parameters()}
+    trainer = plain.train(tmp_path, "dpo", tiny.pairs(), lora, own={"reference": Reference.adapter("sft")})
+    assert plain.losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert plain.losses(trainer)[-1] != plain.losses(trainer)[0]
+    assert {name: value.requires_grad for name, value in lora.named_parameters()} == before
+    assert lora.active_adapter == "default"
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+def test_checkpointing_and_mixed_precision(tmp_path, options):
+    usual = plain.train(tmp_path, "dpo", tiny.pairs())
+    other = plain.train(tmp_path, "dpo", tiny.pairs(), **options)
+    assert plain.losses(other)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert plain.losses(other) == pytest.approx(plain.losses(usual), abs=1e-2)

@@ -1,0 +1,185 @@
+"""`check_loss` and `parametrize_loss_checks`: what they take, report and refuse."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prefloss
+from prefloss import Pairs, losses, testing
+from prefloss.losses import Positive
+from prefloss.testing import (
+    CannotRun,
+    CheckFailed,
+    LossCheckError,
+    Skip,
+    check_loss,
+    checks,
+    parametrize_loss_checks,
+)
+
+
+def logistic(pairs: Pairs, *, beta: Positive = 0.1):
+    return -F.logsigmoid(beta * pairs.margin())
+
+
+def wrong_twice(pairs: Pairs, *, beta: Positive = 0.1, gamma: float = 0.0):
+    return -torch.log(torch.sigmoid(beta * pairs.margin()))
+
+
+TRAITS = {"difference_only": True, "monotone": True}
+
+
+def test_plain_function_with_traits_passes_and_leaves_no_trace():
+    report = check_loss(logistic, max_examples=3, **TRAITS)
+    assert set(report.passed) | set(report.skipped) == set(checks.names())
+    assert "logistic" not in prefloss.specs
+    assert not report.failed
+
+
+def test_decorated_function_name_spec_and_loss_are_taken():
+    decorated = losses.register(name="decorated_logistic", **TRAITS)(logistic)
+    try:
+        for loss in (decorated, "decorated_logistic", prefloss.specs["decorated_logistic"]):
+            assert testing.as_loss(loss).name == "decorated_logistic"
+        assert "monotone" in check_loss(decorated, max_examples=2).passed
+    finally:
+        losses.unregister("decorated_logistic")
+
+
+def test_all_failures_are_told_at_once():
+    with pytest.raises(LossCheckError) as caught:
+        check_loss(wrong_twice, max_examples=3)
+    report = caught.value.report
+    assert {"extremes", "hyperparameter_effect", "difference_only", "monotone"} <= set(report.failed)
+    assert "shape_and_dtype" in report.passed
+    message = str(caught.value)
+    for words in ("declare monotone=True", "F.logsigmoid", "gamma=", "To replay"):
+        assert words in message
+
+
+def test_report_is_a_table():
+    report = check_loss(logistic, max_examples=2, skip={"torch_compile": "slow"}, **TRAITS)
+    lines = str(report).splitlines()
+    assert (
+        lines[0]
+        == f"logistic(beta=0.1): {len(report.passed)} passed, {len(report.skipped)} skipped, 0 failed"
+    )
+    assert any(line.split() == ["torch_compile", "skipped", "slow"] for line in lines)
+    assert any(line.split() == ["separability", "passed"] for line in lines)
+
+
+def test_what_is_skipped_has_a_reason():
+    with pytest.raises(ValueError, match="wanted why the check is left out"):
+        check_loss(logistic, skip={"torch_compile": " "})
+    with pytest.raises(ValueError, match="got 'no_such_check', wanted one of"):
+        check_loss(logistic, skip={"no_such_check": "because"})
+
+
+def test_loss_that_gives_no_values_is_told_once():
+    def crashes(pairs: Pairs, *, beta: Positive = 0.1):
+        raise RuntimeError("out of order")
+
+    with pytest.raises(LossCheckError) as caught:
+        check_loss(crashes, max_examples=2)
+    report = caught.value.report
+    assert list(report.failed) == ["shape_and_dtype"]
+    assert isinstance(report.failed["shape_and_dtype"], CannotRun)
+    assert "RuntimeError: out of order" in str(caught.value)
+    assert report.skipped["monotone"].startswith("not run")
+
+
+def test_failure_names_loss_property_and_draw():
+    with pytest.raises(CheckFailed) as caught:
+        checks.check_extremes(testing.as_loss(wrong_twice))
+    error = caught.value
+    assert (error.loss, error.property) == ("wrong_twice", "extremes")
+    assert isinstance(error, AssertionError)
+    assert isinstance(error.feedback, Pairs)
+    assert error.feedback.shape == (1,)
+    assert "policy=torch.tensor([" in str(error)
+
+
+def test_check_that_does_not_apply_says_why():
+    found = dict(testing.loss_checks("nll"))
+    assert isinstance(found["beta"], Skip)
+    assert found["beta"].reason == "declares no KL strength"
+    with pytest.raises(Skip, match="declares no KL strength"):
+        checks.check_beta("nll")
+
+
+def test_required_hyperparameters_get_a_value():
+    def needs_alpha(pairs: Pairs, *, alpha: Positive, beta: Positive = 0.1):
+        return -F.logsigmoid(beta * pairs.margin() - alpha)
+
+    assert testing.as_loss(needs_alpha).params["alpha"] == 0.5
+    check_loss(needs_alpha, max_examples=2, **TRAITS)
+
+
+def test_taken_name_and_traits_of_a_registered_loss_are_refused():
+    def dpo(pairs: Pairs, *, beta: Positive = 0.1):
+        return -F.logsigmoid(beta * pairs.margin())
+
+    with pytest.raises(ValueError, match="'dpo' is taken"):
+        check_loss(dpo)
+    assert check_loss(dpo, name="my_dpo", max_examples=2, **TRAITS).loss == "my_dpo(beta=0.1)"
+    with pytest.raises(TypeError, match="wanted them only for a plain function"):
+        check_loss("dpo", monotone=True)
+    with pytest.raises(TypeError, match="wanted a loss, its spec, its name or its function"):
+        check_loss(3)  # type: ignore[arg-type]
+
+
+def test_undocumented_loss_of_a_user_needs_no_page():
+    assert "no formula" in check_loss(logistic, max_examples=2, **TRAITS).skipped["documentation"]
+
+
+def test_stateful_loss_is_left_as_it_was():
+    loss = prefloss.get("bco_pair")
+    before = loss.state_dict()
+    check_loss(loss, max_examples=2)
+    assert loss.state_dict() == before
+
+
+def marks(decorator, name):
+    return {
+        param.id.rpartition("-")[2]: param.marks
+        for param in decorator.mark.args[1]
+        if param.values[0].name == name
+    }
+
+
+def test_decorator_gives_every_check_of_every_loss():
+    found = marks(parametrize_loss_checks(["dpo", logistic]), "dpo")
+    assert set(found) == set(checks.names())
+    assert set(marks(parametrize_loss_checks(["dpo"], only=["repr"]), "dpo")) == {"repr"}
+
+
+def test_decorator_shows_skips_and_expected_failures():
+    expected = {"extremes": "known", "dpo:monotone": "only here"}
+    decorator = parametrize_loss_checks(["dpo", "ipo"], expected_failures=expected)
+    for name, strict in (("dpo", ["extremes", "monotone"]), ("ipo", ["extremes"])):
+        found = marks(decorator, name)
+        failing = [check for check, given in found.items() for mark in given if mark.name == "xfail"]
+        assert sorted(failing) == strict
+        assert all(mark.kwargs["strict"] for check in failing for mark in found[check])
+    (skipped,) = marks(parametrize_loss_checks(["nll"]), "nll")["beta"]
+    assert skipped.kwargs["reason"] == "nll: beta: declares no KL strength"
+    with pytest.raises(ValueError, match="wanted one of"):
+        parametrize_loss_checks(["dpo"], expected_failures={"dpo:no_such_check": "because"})
+
+
+@parametrize_loss_checks([testing.as_loss(logistic, **TRAITS)], max_examples=2)
+def test_decorator_runs_on_a_plain_function(loss, check):
+    check(loss)
+
+
+def test_missing_hypothesis_is_told():
+    code = (
+        "import sys; sys.modules['hypothesis'] = None\n"
+        "try:\n    import prefloss.testing\n"
+        "except ModuleNotFoundError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "prefloss.testing needs hypothesis: pip install 'prefloss[test]'"
