@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from prefloss import kernels
 from prefloss import plan as planning
 from prefloss.kernels import chunked, kl, naive, ops
 from prefloss.kernels.naive import LogitTransform
@@ -87,7 +88,8 @@ def token_logps(
         softcap: Bounds the scaled logits, > 0; None leaves them.
         ignore_index: Target of the positions to leave out, whatever their logits are (inf and NaN too).
         impl: "naive" is plain torch: it can be differentiated twice and compiled as one graph. "chunked" works a
-            slice of tokens at a time and stores no second [..., V] but the gradient. "auto" chooses by size.
+            slice of tokens at a time and stores no second [..., V] but the gradient. "triton" is the same in Triton
+            kernels, for float32 and half precision. "auto" chooses by size and device.
         chunk_tokens: Tokens per slice of "chunked", >= 1; None chooses by memory.
         inplace_backward: Let the backward pass of "chunked" write the gradient over the logits, which saves memory
             of their size. They hold no logits afterwards. Whether somebody reads them later (a metric, say) cannot
@@ -100,11 +102,10 @@ def token_logps(
         Log-probs, [...], nats, float32 (float64 for float64 logits); 0 and no gradient at ignored targets.
 
     Raises:
-        RuntimeError: If `strict` and there is a fallback.
+        RuntimeError: If `strict` and there is a fallback, or `impl` is "triton" and it cannot run here.
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If shapes or devices do not match, or an option is out of range.
         IndexError: If a target is neither in [0, V) nor `ignore_index`. Checked on CPU, outside torch.compile.
-        NotImplementedError: If `impl` is "triton".
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
@@ -172,6 +173,7 @@ def linear_token_logps(
     impl: Impl = "auto",
     chunk_tokens: int | None = None,
     budget_bytes: int | None = None,
+    skip_below: float = 0.0,
     strict: bool = False,
 ) -> Tensor:
     r"""Log-prob of each target token, from hidden states and the output head, without storing the logits.
@@ -193,10 +195,15 @@ def linear_token_logps(
         logit_scale: Multiplies the logits first, > 0.
         softcap: Bounds the scaled logits, > 0; None leaves them.
         ignore_index: Target of the positions to leave out, whatever their hidden states are (inf and NaN too).
-        impl: "naive", "chunked" or "auto", as in `token_logps`; "naive" computes the logits of all positions.
+        impl: "naive", "chunked", "triton" or "auto", as in `token_logps`; "naive" computes the logits of all positions.
         chunk_tokens: Tokens per slice of "chunked", >= 1; None chooses by memory.
         budget_bytes: Memory that "chunked" may use between forward and backward and for its slices, >= 0, gradients
             left out; None for 1 GiB. One slice is used whatever the budget is.
+        skip_below: Lets "chunked" leave blocks of the vocabulary out of the backward matmuls where no gradient of a
+            logit exceeds this times the largest gradient of a log-prob in the slice, G, 0 <= skip_below < 1. With S
+            what is left out, the gradient of a hidden state is then off by at most skip_below * G * sum of |W_v| over
+            S, that of a row of W by skip_below * G * sum of |h_t|. 0 leaves nothing out. Without effect under
+            torch.compile.
         strict: Refuse a slower way than this op has for such inputs, see `prefloss.explain`.
 
     Returns:
@@ -206,8 +213,7 @@ def linear_token_logps(
         TypeError: If an argument has the wrong type, or dtypes differ.
         ValueError: If shapes or devices do not match, or an option is out of range.
         IndexError: If a target is neither in [0, V) nor `ignore_index`. Checked on CPU, outside torch.compile.
-        NotImplementedError: If `impl` is "triton".
-        RuntimeError: If `strict` and there is a fallback.
+        RuntimeError: If `strict` and there is a fallback, or `impl` is "triton" and it cannot run here.
 
     Example:
         >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -217,7 +223,7 @@ def linear_token_logps(
     """
     return _linear_token_stats(
         hidden, weight, bias, targets, (temperature, logit_scale, softcap), ignore_index, impl, chunk_tokens,
-        budget_bytes, strict, 1, False,
+        budget_bytes, strict, 1, False, skip_below,
     )[0]  # fmt: skip
 
 
@@ -325,7 +331,7 @@ def linear_token_kl(
             "own width, as hidden has"
         )
     targets = _checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
-    _check_choice("chunked", chunk_tokens)
+    _check_choice("chunked", chunk_tokens, hidden.dtype)
     out = kl.linear_token_kl(
         hidden, weight, bias, reference_hidden.detach(), reference_weight.detach(),
         None if reference_bias is None else reference_bias.detach(), targets, transform, ignore_index, chunk_tokens,
@@ -350,7 +356,7 @@ def _token_stats(
         raise ValueError(f"logits: got shape {list(logits.shape)}, wanted [..., V] with V >= 1")
     transform = _checked_transform(*options)
     targets = _checked_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
-    _check_choice(impl, chunk_tokens)
+    _check_choice(impl, chunk_tokens, logits.dtype)
     if inplace_backward and logits.is_leaf and logits.requires_grad:
         raise ValueError(
             "inplace_backward: got leaf logits, wanted the output of a model: a leaf outlives its gradient"
@@ -360,13 +366,13 @@ def _token_stats(
     if plan.impl == "naive":
         return naive.token_stats(logits, targets, transform, ignore_index, outputs)
     if not torch.compiler.is_compiling():
-        return chunked.token_stats(
+        return _kernels(plan.impl).token_stats(
             logits, targets, transform, ignore_index, chunk_tokens, outputs, inplace_backward
         )
     flat = targets.reshape(-1)
     safe = torch.where(flat != ignore_index, flat, -1)
     chunk = chunk_tokens or max(1, 2**26 // logits.shape[-1])
-    stats = ops.token_stats(logits, safe, *_transform_options(transform), chunk, outputs)
+    stats = ops.token_stats(logits, safe, *_transform_options(transform), chunk, outputs, plan.impl)
     return stats[:outputs].reshape(outputs, *targets.shape)
 
 
@@ -383,14 +389,17 @@ def _linear_token_stats(
     strict: bool,
     outputs: int,
     stats_gradient: bool,
+    skip_below: float = 0.0,
 ) -> Tensor:
     """[outputs, ...] statistics from hidden states and a head."""
     vocabulary = _check_linear(hidden, weight, bias)
     transform = _checked_transform(*options)
     targets = _checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
-    _check_choice(impl, chunk_tokens)
+    _check_choice(impl, chunk_tokens, hidden.dtype)
     if budget_bytes is not None and (not isinstance(budget_bytes, int) or budget_bytes < 0):
         raise ValueError(f"budget_bytes: got {budget_bytes!r}, wanted an int >= 0")
+    if not 0 <= skip_below < 1:
+        raise ValueError(f"skip_below: got {skip_below}, wanted 0 <= skip_below < 1")
     head = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     hidden_only = torch.is_grad_enabled() and hidden.requires_grad and not head
 
@@ -405,22 +414,33 @@ def _linear_token_stats(
         plan_for(targets.numel())
         return naive.linear_token_stats(hidden, weight, bias, targets, transform, ignore_index, outputs)
     if not torch.compiler.is_compiling():
-        return chunked.linear_token_stats(
+        kernel = "triton" if planning.uses_triton(impl, hidden) else "chunked"
+        return _kernels(kernel).linear_token_stats(
             hidden,
             weight,
             bias,
             targets,
             transform,
             ignore_index,
-            lambda n: planning.path_of(plan_for(n)),
+            lambda n: planning.path_of(plan_for(n), skip_below),
             outputs,
         )
-    path = planning.path_of(plan_for(targets.numel()))
+    plan = plan_for(targets.numel())
+    path = planning.path_of(plan)
     stats, _ = ops.linear_token_stats(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), ignore_index,
-        *_transform_options(transform), path.scheme, path.chunk_tokens, path.kept_tokens, outputs,
+        *_transform_options(transform), path.scheme, path.chunk_tokens, path.kept_tokens, outputs, plan.impl,
     )  # fmt: skip
     return stats[:outputs].reshape(outputs, *targets.shape)
+
+
+def _kernels(impl: str) -> Any:
+    """The module of that name; Triton is imported where it is used."""
+    if impl == "triton":
+        from prefloss.kernels import logprob_gather
+
+        return logprob_gather
+    return chunked
 
 
 def _transform_options(transform: LogitTransform) -> tuple[float, float | None, float]:
@@ -455,13 +475,15 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: s
     return vocabulary
 
 
-def _check_choice(impl: Impl, chunk_tokens: int | None) -> None:
+def _check_choice(impl: Impl, chunk_tokens: int | None, dtype: torch.dtype) -> None:
     """Refuse what `impl` and `chunk_tokens` cannot be."""
     if impl not in _IMPLS:
         raise ValueError(f"impl: got {impl!r}, wanted one of {', '.join(map(repr, _IMPLS))}")
-    if impl == "triton":
-        raise NotImplementedError(
-            "impl: 'triton' comes in a later release; wanted 'auto', 'naive' or 'chunked'"
+    if impl == "triton" and dtype == torch.float64:
+        raise ValueError("impl: got 'triton' for float64, wanted 'auto', 'naive' or 'chunked': it computes in float32")
+    if impl == "triton" and not kernels.available():
+        raise RuntimeError(
+            "impl: 'triton' needs Triton and a device that it compiles for; wanted 'auto' or 'chunked'"
         )
     if chunk_tokens is None:
         return

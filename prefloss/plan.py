@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prefloss import kernels
 from prefloss.kernels import chunked, native, rows
 from prefloss.kernels.chunked import Path, Scheme
 from prefloss.kernels.naive import compute_dtype
@@ -32,10 +33,10 @@ class Plan:
 
     Attributes:
         op: "token" (from logits) or "linear" (from hidden states and a head).
-        impl: "naive" or "chunked".
+        impl: "naive", "chunked" or "triton".
         scheme: What stays in memory for the backward pass: "autograd", "score", "unscaled", "keep" or "recompute";
             see `prefloss.kernels.chunked`.
-        row_passes: What computes softmax and its gradient: "native" (compiled C) or "torch".
+        row_passes: What computes softmax and its gradient: "native" (compiled C), "triton" or "torch".
         head_sums: How products with a half-precision head reach float32: "native", "mixed" (the device's own
             matmul), "upcast" (a copy of the head in float32, some rows at a time) or "same" (not half precision).
         matmuls: Products of 2 n V H operations in forward and backward together, n the tokens that count.
@@ -49,9 +50,9 @@ class Plan:
     """
 
     op: Literal["token", "linear"]
-    impl: Literal["naive", "chunked"]
+    impl: Literal["naive", "chunked", "triton"]
     scheme: Literal["autograd", "score", "unscaled", "keep", "recompute"]
-    row_passes: Literal["native", "torch"]
+    row_passes: Literal["native", "triton", "torch"]
     head_sums: Literal["native", "mixed", "upcast", "same"]
     matmuls: float
     tokens: int
@@ -118,11 +119,11 @@ def plan_token(like: Tensor, tokens: int, vocabulary: int, impl: str, chunk_toke
     """For logits like `like`, [tokens, vocabulary]."""
     if is_naive(impl, tokens * vocabulary, chunk_tokens):
         return _naive("token", like, tokens, vocabulary, 0)
-    passes, fallback = _row_passes(like)
+    passes, fallback = _row_passes(like, impl)
     chunk = tokens if chunk_tokens is None else chunk_tokens
-    scratch = 0 if passes == "native" else min(chunk * vocabulary, 2**21) * compute_dtype(like.dtype).itemsize
+    scratch = 0 if passes != "torch" else min(chunk * vocabulary, 2**21) * compute_dtype(like.dtype).itemsize
     return Plan(
-        "token", "chunked", "recompute", passes, "same", 0, tokens, chunk, 0, 0, scratch,
+        "token", "triton" if passes == "triton" else "chunked", "recompute", passes, "same", 0, tokens, chunk, 0, 0, scratch,
         "rows of logits are read once forward and once backward; one logsumexp and one log-prob per token are kept",
         fallback,
     )  # fmt: skip
@@ -149,7 +150,7 @@ def plan_linear(
     budget = BUDGET_BYTES if budget_bytes is None else budget_bytes
     chunk = chunked.default_chunk(tokens, vocabulary, cpu) if chunk_tokens is None else chunk_tokens
     chunk = max(1, min(chunk, tokens))
-    passes, slow_rows = _row_passes(like)
+    passes, slow_rows = _row_passes(like, impl)
     sums, slow_head = _head_sums(like)
     short = None
     scheme, kept, why = _scheme(
@@ -166,7 +167,7 @@ def plan_linear(
     kept_bytes = tokens * width * size if scheme == "unscaled" else kept_bytes
     straight = scheme == "keep" and kept == tokens and chunked.kept_dtype(like.dtype).itemsize == size
     return Plan(
-        "linear", "chunked", scheme, passes, sums, matmuls, tokens, chunk, kept, kept_bytes,
+        "linear", "triton" if passes == "triton" else "chunked", scheme, passes, sums, matmuls, tokens, chunk, kept, kept_bytes,
         0 if straight else chunk * vocabulary * size, why, "; ".join(filter(None, (short, slow_rows, slow_head))) or None,
     )  # fmt: skip
 
@@ -200,15 +201,27 @@ def _scheme(
     return "keep", min(tokens, kept), "the logits of all tokens do not fit the budget"
 
 
-def _row_passes(like: Tensor) -> tuple[Literal["native", "torch"], str | None]:
+def _row_passes(like: Tensor, impl: str) -> tuple[Literal["native", "triton", "torch"], str | None]:
+    if uses_triton(impl, like):
+        return "triton", None
     if like.device.type == "cpu" and native.passes_over(like.dtype):
         return "native", None
-    if like.device.type == "cpu" and like.dtype != torch.float64:
-        return (
-            "torch",
-            "native.c could not be compiled here or is switched off, so rows are passed over in plain torch",
-        )
-    return "torch", None
+    if like.dtype == torch.float64:
+        return "torch", None
+    if like.device.type == "cpu":
+        return "torch", "native.c could not be compiled here or is switched off, so rows are passed over in plain torch"
+    return "torch", "no Triton for this device, or another impl was asked for, so rows are passed over in plain torch"
+
+
+@torch.compiler.assume_constant_result
+def _triton_runs() -> bool:
+    return kernels.available()
+
+
+def uses_triton(impl: str, like: Tensor) -> bool:
+    """Whether the Triton kernels do what is not left to naive."""
+    fits = like.dtype != torch.float64 and _triton_runs()
+    return impl == "triton" or (impl == "auto" and like.device.type not in ("cpu", "meta") and fits)
 
 
 def _head_sums(like: Tensor) -> tuple[Literal["native", "mixed", "upcast", "same"], str | None]:

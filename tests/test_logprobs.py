@@ -374,7 +374,7 @@ SHARED_ERRORS = [
     ({"softcap": 0.0}, ValueError, "softcap: got 0.0, wanted"),
     ({"softcap": -30.0}, ValueError, "softcap: got -30.0, wanted"),
     ({"impl": "fast"}, ValueError, "impl: got 'fast', wanted one of 'auto', 'naive', 'chunked', 'triton'"),
-    ({"impl": "triton"}, NotImplementedError, "impl: 'triton' comes in a later release"),
+    ({"impl": "triton"}, RuntimeError, "impl: 'triton' needs Triton and a device that it compiles for"),
     ({"impl": "naive", "chunk_tokens": 8}, ValueError, "chunk_tokens: got 8, wanted None with impl='naive'"),
     ({"chunk_tokens": 0}, ValueError, "chunk_tokens: got 0, wanted an int >= 1"),
     ({"chunk_tokens": 1.5}, TypeError, "chunk_tokens: got float, wanted an int >= 1"),
@@ -391,6 +391,11 @@ SHARED_ERRORS = [
         "targets: got -1, wanted 0 <= target < 5 (V) or ignore_index=-100",
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def assert_raises(error, message, call):

@@ -49,7 +49,7 @@ def _built_in(settings: Settings, task: Task) -> Start:
     demo = settings.data is None
     tokenizer = word_tokenizer(_texts(task)) if demo else train_tokenizer(_texts(task), vocab_size=2048)
     # The world's sentences are short; other people's are not.
-    size = {} if demo else {"hidden": 128}
+    size = {} if demo else {"hidden": 96}
     model = tiny_llama(tokenizer, max_length=max(512, settings.max_length), seed=settings.seed, **size)
     tokens = f"{len(tokenizer)} words" if demo else f"{len(tokenizer)} tokens, byte-level BPE trained on the data's text"
     fact = f"built-in Llama, {model.num_parameters() / 1e6:.2f} million random weights; vocabulary of {tokens}"

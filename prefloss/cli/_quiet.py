@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+# What prefloss says itself, with counts.
+_SAID = ("The tokenized prompt is not a prefix", "You have different amounts of desirable")
+
+
 class _Collector(logging.Handler):
     """Keeps each message once, in order."""
 
@@ -16,7 +20,9 @@ class _Collector(logging.Handler):
         self.messages: dict[str, None] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages[f"{record.name.partition('.')[0]}: {record.getMessage()}"] = None
+        text = record.getMessage()
+        if not any(said in text for said in _SAID):
+            self.messages[f"{record.name.partition('.')[0]}: {text}"] = None
 
 
 @contextmanager

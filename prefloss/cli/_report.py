@@ -81,15 +81,14 @@ def table(result: Result) -> Table:
         made.add_row("KL to the reference", f"{before.kl:.2f}", _with_error(after.kl, after.kl_error, "{:.2f}"), reading)
     if after.accuracy is not None and before.accuracy is not None:
         made.add_row("implicit-reward accuracy", _share(before.accuracy), _share(after.accuracy), _accuracy_words(result))
-    for name, value, other in (
-        ("chosen", after.chosen, "moved up or down"),
-        ("rejected", after.rejected, "the margin between the two is what is trained"),
-    ):
-        if value is not None:
-            falling = f"; fell for {_share(after.chosen_falling)} of them" if name == "chosen" else f"; {other}"
-            made.add_row(
-                f"log-prob of {name}", "+0.00", f"{value:+.2f}", f"nats per completion, change since the start{falling}"
-            )
+    better, worse = _sides(result)
+    reading = "nats per completion, change since the start"
+    if after.chosen is not None:
+        words = f"{reading}; fell for {_share(after.chosen_falling)} of them"
+        made.add_row(f"log-prob of {better}", "+0.00", f"{after.chosen:+.2f}", words)
+    if after.rejected is not None:
+        words = f"{reading}; the margin between the two is what is trained" if result.paired else reading
+        made.add_row(f"log-prob of {worse}", "+0.00", f"{after.rejected:+.2f}", words)
     return made
 
 
@@ -104,11 +103,13 @@ def verdict(result: Result) -> list[Text]:
         said.append(Text(words, style="green" if rose else "yellow"))
     if after.chosen is not None and after.rejected is not None and after.chosen < 0:
         margin = after.chosen - after.rejected
+        better, worse = _sides(result)
         words = (
-            "Chosen completions became less likely. That is no bug: the loss raises the margin between chosen and "
-            f"rejected, here to {margin:+.2f} nats, and both may fall on the way."
+            f"{better.capitalize()} completions became less likely. That is no bug: the loss raises the margin between "
+            f"{better} and {worse}, here to {margin:+.2f} nats, and both may fall on the way."
             if margin > 0
-            else "Chosen completions became less likely, and rejected ones no less: the margin did not grow."
+            else f"{better.capitalize()} completions became less likely, and {worse} ones no less so: the margin "
+            "did not grow."
         )
         said.append(Text(words, style="dim" if margin > 0 else "yellow"))
     if not result.held_out:
@@ -228,8 +229,7 @@ def _accuracy_panel(axis: Any, result: Result) -> None:
 
 
 def _log_prob_panel(axis: Any, result: Result) -> None:
-    kinds = ("chosen", "rejected") if result.paired else ("upvoted", "downvoted")
-    for field, name, colour in zip(("chosen", "rejected"), kinds, (_GREEN, _ORANGE), strict=True):
+    for field, name, colour in zip(("chosen", "rejected"), _sides(result), (_GREEN, _ORANGE), strict=True):
         steps, changes = _series(result, field)
         if changes:
             axis.plot(steps, changes, "o-", color=colour, label=name)
@@ -242,6 +242,10 @@ def _log_prob_panel(axis: Any, result: Result) -> None:
 def _series(result: Result, field: str) -> tuple[list[int], list[float]]:
     found = [(m.step, getattr(m, field)) for m in result.measurements if getattr(m, field) is not None]
     return [step for step, _ in found], [value for _, value in found]
+
+
+def _sides(result: Result) -> tuple[str, str]:
+    return ("chosen", "rejected") if result.paired else ("upvoted", "downvoted")
 
 
 def _accuracy_words(result: Result) -> str:

@@ -56,7 +56,7 @@ def run(settings: Settings, loss: prefloss.Loss, task: Task, folder: Path, conso
     settings = _within_positions(settings, start.model, console)
     plan = _trainer.plan(settings, start)
     config = _trainer.configure(settings, task, plan, loss, str(folder))
-    with Screen(console) as screen, _threads(1 if start.built_in and settings.data is None else None):
+    with Screen(console) as screen, _threads(1 if start.built_in else None):
         warm_loss = _warm(settings, task, start, plan, screen, clock)
         screen.say("")
         _tell(console, "training", (plan.words,))
@@ -66,7 +66,7 @@ def run(settings: Settings, loss: prefloss.Loss, task: Task, folder: Path, conso
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Torch on this many threads. The demo's matrices are too small to share: on busy cores, two only wait."""
+    """Torch on this many threads. A tiny model has little to share out: on busy cores, two threads only wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -103,6 +103,7 @@ def _preferences(
     with clock.part("training"):
         trainer = _trainer.build(task, start, config, loss, settings.lora_rank, watcher)
         _tell_dropped(screen.console, len(task.train), len(trainer.train_dataset), settings.max_length)
+        _tell_merged(screen.console, start.tokenizer, task)
         meter = _meter(settings, task, start, plan, trainer)
         measure(0)
         _check_start(measured[0])
@@ -205,6 +206,22 @@ def _check_start(found: Measurement) -> None:
 def _tell_dropped(console: Console, given: int, kept: int, max_length: int) -> None:
     if kept < given:
         message = f"{given - kept} of {given} rows left out: their prompt alone fills --max-length {max_length}"
+        _tell(console, "", (), (message,))
+
+
+def _tell_merged(console: Console, tokenizer: Any, task: Task) -> None:
+    """TRL cuts the end of a prompt whose last token changes when a completion follows."""
+    rows = [*task.better, *task.worse][:200]
+    merged = sum(
+        len(encode(tokenizer, row["prompt"], row["completion"])[0]) < len(encode_prompt(tokenizer, row["prompt"]))
+        for row in rows
+    )
+    if merged:
+        advice = "check its chat template" if task.conversational else "end prompts with a line break"
+        message = (
+            f"in {merged} of {len(rows)} rows the end of the prompt becomes another token when the completion "
+            f"follows, and TRL leaves it out; {advice}"
+        )
         _tell(console, "", (), (message,))
 
 

@@ -134,7 +134,7 @@ def _file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind) -> Task:
     columns = _columns(found, wanted)
     used = _used(loss, columns)
     _check_needs(loss, used, found.name)
-    facts += _column_facts(loss, found, columns, used)
+    facts += _column_facts(loss, found)
     train, held_out = pdata.split(found.rows, settings.eval_fraction, settings.seed)
     if found.kind is Kind.RANKED:
         train, held_out = (pdata.ranked_to_pairs(rows) if len(rows) else rows for rows in (train, held_out))
@@ -204,12 +204,10 @@ def _used(loss: prefloss.Loss, columns: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in columns if _READ_AS.get(name, name) in (None, *reads))
 
 
-def _column_facts(
-    loss: prefloss.Loss, found: pdata.Preferences, columns: tuple[str, ...], used: tuple[str, ...]
-) -> list[str]:
-    unused = [name for name in columns if name not in used] if found.kind is not Kind.RANKED else []
-    unused += found.unused
-    facts = [f"{loss.name} reads the columns {', '.join(used)} too"] if used else []
+def _column_facts(loss: prefloss.Loss, found: pdata.Preferences) -> list[str]:
+    used = _used(loss, found.optional)
+    unused = [*(name for name in found.optional if name not in used), *found.unused]
+    facts = [f"{loss.name} reads also: {', '.join(used)}"] if used else []
     return facts + ([f"columns that {loss.name} does not read: {', '.join(unused)}"] if unused else [])
 
 
@@ -259,8 +257,13 @@ def _label_warnings(loss: prefloss.Loss, up: int, down: int) -> list[str]:
     ratio = weights[0] * up / (weights[1] * down)
     if 0.95 <= ratio <= 4 / 3:
         return []
-    name, value = ("desirable_weight", down / up) if up < down else ("undesirable_weight", up / down)
+    # In the middle of the advised range, by the weight that has to grow.
+    name, value = (
+        ("desirable_weight", 1.15 * weights[1] * down / up)
+        if ratio < 1
+        else ("undesirable_weight", weights[0] * up / down / 1.15)
+    )
     return [
-        f"{up} upvotes and {down} downvotes weigh {ratio:.2f} to 1; the KTO paper advises 1 to 1.33, "
-        f"as with --param {name}={value:.2g}"
+        f"{up} upvotes and {down} downvotes weigh {ratio:.2f} to 1; the KTO paper advises 1 to 1.33, as with "
+        f"--param {name}={value:.2g}. Too far from it, all completions can become unlikely together"
     ]

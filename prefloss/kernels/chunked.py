@@ -34,6 +34,8 @@ _MATMUL_ELEMENTS = 2**26
 _CPU_MATMUL_ELEMENTS, _CPU_MATMUL_ROWS = 2**23, 256
 # Elements of the head, or of its gradient, that are converted at a time, 16 MiB.
 _HEAD_ELEMENTS = 2**22
+# Rows of the head that are left out of the backward pass together.
+_SKIP_COLUMNS = 256
 
 
 class Path(NamedTuple):
@@ -311,7 +313,7 @@ def linear_forward(
                 continue
             if path.scheme == "unscaled":
                 dz = _differentiate(z, x.dtype, targets[rows], transform, stats[:, rows], scratch)
-                _times_head(dz, weight, saved[rows], path.skip_below)
+                _times_head(dz, weight, saved[rows], _columns(dz, path.skip_below))
             elif keep and not raw:
                 row_ops.encode(z, transform, stats[1, rows], saved[rows])
     return stats, saved
@@ -329,8 +331,12 @@ def linear_backward(
     path: Path,
     needs: tuple[bool, ...],
     overwrite: bool = True,
+    rounded: bool = True,
 ) -> Gradients:
-    """Gradients of hidden states [n, H], weight and bias; the scheme "keep" may write over `saved`."""
+    """Gradients of hidden states [n, H], weight and bias; the scheme "keep" may write over `saved`.
+
+    `rounded` to the dtype of x is the first, or left in float32 for the sum over processes.
+    """
     need_x, need_weight, need_bias = needs
     if path.scheme == "unscaled":
         if saved is None:
@@ -344,8 +350,8 @@ def linear_backward(
     parts = list(_parts(n, kept_tokens, path.chunk_tokens, whole))
     scratch = _scratch(n, weight, path.chunk_tokens, unless=whole and kept_tokens == n)
     rates = row_ops.coefficients(grad, stats)
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
-    d_weight = _HeadGradient(weight, len(parts)) if need_weight else None
+    d_x = torch.empty(x.shape, dtype=x.dtype if rounded else dtype, device=x.device) if need_x else None
+    d_weight = _HeadGradient(weight, len(parts), path.skip_below > 0) if need_weight else None
     d_bias = torch.zeros(len(weight), dtype=dtype, device=x.device) if need_bias else None
     with no_autocast(x.device):
         for rows in parts:
@@ -358,13 +364,14 @@ def linear_backward(
             dz = _differentiate(
                 z, x.dtype, targets[rows], transform, stats[:, rows], scratch, rates[rows], len(grad) == 1
             )
+            columns = _columns(dz, path.skip_below, grad[0, rows])
             if d_bias is not None:
                 d_bias += dz.sum(0, dtype=dtype)
             if d_x is not None:
                 d_rows = torch.empty(m, x.shape[1], dtype=dtype, device=x.device)
-                d_x[rows] = _times_head(dz, weight, d_rows, path.skip_below)
+                d_x[rows] = _times_head(dz, weight, d_rows, columns)
             if d_weight is not None:
-                d_weight.add(dz, x[rows], path.skip_below)
+                d_weight.add(dz, x[rows], columns)
     return (
         d_x,
         None if d_weight is None else d_weight.rounded(),
@@ -437,41 +444,69 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> Tenso
     return z if bias is None else z.add_(bias)
 
 
-def _times_head(dz: Tensor, weight: Tensor, out: Tensor, skip_below: float = 0.0) -> Tensor:
+def _columns(dz: Tensor, skip_below: float, grad: Tensor | None = None) -> list[slice] | None:
+    """Runs of the vocabulary to multiply by; None for all of it.
+
+    A block is left out if no gradient of a logit in it exceeds `skip_below` times the largest gradient of a log-prob
+    in this slice (1 without `grad`). So what is left out of the gradient of a hidden state is at most that times the
+    sum of the norms of the rows of the head left out, and likewise for a row of the head.
+    """
+    if skip_below == 0 or dz.numel() == 0:
+        return None
+    limit = skip_below * (1.0 if grad is None else grad.abs().max().item())
+    largest = torch.maximum(dz.amax(0), -dz.amin(0))
+    blocks = torch.nn.functional.pad(largest, (0, -len(largest) % _SKIP_COLUMNS)).view(-1, _SKIP_COLUMNS)
+    runs: list[slice] = []
+    for block in torch.nonzero(blocks.amax(-1) > limit).squeeze(-1).tolist():
+        start, stop = block * _SKIP_COLUMNS, min((block + 1) * _SKIP_COLUMNS, dz.shape[1])
+        if runs and runs[-1].stop == start:
+            start = runs.pop().start
+        runs.append(slice(start, stop))
+    return runs
+
+
+def _times_head(dz: Tensor, weight: Tensor, out: Tensor, columns: list[slice] | None = None) -> Tensor:
     """The gradient of a slice of hidden states, dz @ weight, summed in the precision of `out`."""
-    if dz.dtype == weight.dtype:
+    if columns is None and dz.dtype == weight.dtype:
         return _matmul(dz, weight, out=out)
     out.zero_()
-    for part in slices(len(weight), rows_of(weight, _HEAD_ELEMENTS)):
-        out.addmm_(dz[:, part], weight[part].to(dz.dtype))
+    for run in [slice(0, len(weight))] if columns is None else columns:
+        if dz.dtype == weight.dtype:
+            _matmul(dz[:, run], weight[run], out=out, add=True)
+            continue
+        for part in slices(run.stop, rows_of(weight, _HEAD_ELEMENTS), run.start):
+            out.addmm_(dz[:, part], weight[part].to(dz.dtype))
     return out
 
 
 class _HeadGradient:
     """Sums dz.T @ x over slices in float32; where there is one slice, it never holds the sum in float32."""
 
-    def __init__(self, weight: Tensor, parts: int) -> None:
+    def __init__(self, weight: Tensor, parts: int, skips: bool = False) -> None:
         self.dtype = compute_dtype(weight.dtype)
         self.weight_dtype = weight.dtype
         self.straight = parts == 1
         dtype = weight.dtype if self.straight else self.dtype
-        make = torch.empty if self.straight else torch.zeros
-        self.sum = (make if parts else torch.zeros)(weight.shape, dtype=dtype, device=weight.device)
+        make = torch.empty if self.straight and not skips else torch.zeros
+        self.sum = make(weight.shape, dtype=dtype, device=weight.device)
 
-    def add(self, dz: Tensor, x: Tensor, skip_below: float = 0.0) -> None:
-        if dz.dtype == self.sum.dtype and dz.dtype == self.dtype:
-            _matmul(dz.T, x.to(dz.dtype), out=self.sum, add=not self.straight)
-            return
+    def add(self, dz: Tensor, x: Tensor, columns: list[slice] | None = None) -> None:
+        """Add a slice's share, of the rows of the head in `columns` (None for all)."""
         x = x if dz.dtype == x.dtype else x.to(dz.dtype)
-        for part in slices(len(self.sum), rows_of(self.sum, _HEAD_ELEMENTS)):
-            block = torch.empty(self.sum[part].shape, dtype=self.dtype, device=dz.device)
-            _matmul(dz[:, part].T, x, out=block)
-            if self.straight:
-                self.sum[part] = block
-            else:
-                self.sum[part] += block
+        for run in [slice(0, len(self.sum))] if columns is None else columns:
+            if self.sum.dtype == dz.dtype == self.dtype:
+                _matmul(dz[:, run].T, x, out=self.sum[run], add=not self.straight)
+                continue
+            for part in slices(run.stop, rows_of(self.sum, _HEAD_ELEMENTS), run.start):
+                block = torch.empty(self.sum[part].shape, dtype=self.dtype, device=dz.device)
+                _matmul(dz[:, part].T, x, out=block)
+                if self.straight:
+                    self.sum[part] = block
+                else:
+                    self.sum[part] += block
 
     def rounded(self) -> Tensor:
+        """The sum in the dtype of the head."""
         return self.sum.to(self.weight_dtype)
 
 

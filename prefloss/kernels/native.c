@@ -1,7 +1,8 @@
 /* The CPU side of the log-prob ops; native.py compiles and calls it, and says what each function means.
  *
  * Rows are read in blocks that stay in the first-level cache, converted to float32 there, and never copied whole.
- * A target < 0 marks a row to leave out: it is not read. Products of bfloat16 are summed in float32.
+ * A target < 0 marks a row to leave out: it is not read. One beyond the vocabulary, as in another shard of it, has
+ * probability 0 and no gradient of its own. Products of bfloat16 are summed in float32.
  */
 #include <math.h>
 #include <stdint.h>
@@ -185,9 +186,11 @@ void prefloss_score(const void *logits, int kind, int64_t rows, int64_t vocabula
                 squares += block_squares;
             }
         }
-        float picked;
-        load_block(in, kind, targets[row], 1, &picked);
-        picked = apply(picked, t);
+        float picked = -INFINITY;
+        if (targets[row] < vocabulary) {
+            load_block(in, kind, targets[row], 1, &picked);
+            picked = apply(picked, t);
+        }
         double log_sum = log(sum);
         /* in this order: of two large logits the difference is exact */
         logps[row] = (float)(((double)picked - peak) - log_sum);

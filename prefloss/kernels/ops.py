@@ -27,15 +27,16 @@ def token_stats(
     temperature: float,
     chunk_tokens: int,
     outputs: int,
+    impl: str,
 ) -> Tensor:
     """Logits [..., V] and targets [N], -1 at those to leave out -> [2 or 5, N], see `rows.STATS`."""
     transform = LogitTransform(logit_scale, softcap, temperature)
-    return chunked.token_forward(logits, targets, transform, chunk_tokens, outputs)
+    return _kernels(impl).token_forward(logits, targets, transform, chunk_tokens, outputs)
 
 
 @token_stats.register_fake
 def _(logits: Tensor, targets: Tensor, *options: Any) -> Tensor:
-    return _stats_like(logits, targets, options[-1])
+    return _stats_like(logits, targets, options[-2])
 
 
 @torch.library.custom_op("prefloss::token_stats_backward", mutates_args=())
@@ -49,10 +50,11 @@ def token_stats_backward(
     temperature: float,
     chunk_tokens: int,
     outputs: int,
+    impl: str,
 ) -> Tensor:
     """Gradient of the logits from that of the first `outputs` statistics."""
     transform = LogitTransform(logit_scale, softcap, temperature)
-    return chunked.token_backward(grad[:outputs], logits, targets, stats, transform, chunk_tokens)
+    return _kernels(impl).token_backward(grad[:outputs], logits, targets, stats, transform, chunk_tokens)
 
 
 @token_stats_backward.register_fake
@@ -66,7 +68,7 @@ def _save_token_stats(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _token_stats_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (token_stats_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 6)
+    return (token_stats_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 7)
 
 
 token_stats.register_autograd(_token_stats_grad, setup_context=_save_token_stats)
@@ -86,13 +88,14 @@ def linear_token_stats(
     chunk_tokens: int,
     kept_tokens: int,
     outputs: int,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Hidden [N, H], weight [V, H], bias [V] and targets [N] -> statistics [2 or 5, N] and what the scheme keeps."""
     transform = LogitTransform(logit_scale, softcap, temperature)
     path = Path(_scheme(scheme), chunk_tokens, kept_tokens)
     kept = torch.nonzero(targets != ignore_index).squeeze(-1)
     room = _room(hidden, weight, scheme, kept_tokens)
-    stats, _ = chunked.linear_forward(
+    stats, _ = _kernels(impl).linear_forward(
         hidden.index_select(0, kept), weight, bias, targets[kept], transform, path, outputs, room
     )
     return stats.new_zeros(len(stats), len(hidden)).index_copy_(1, kept, stats), room
@@ -102,7 +105,7 @@ def linear_token_stats(
 def _(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], targets: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    *_, scheme, _, kept_tokens, outputs = options
+    *_, scheme, _, kept_tokens, outputs, _ = options
     return _stats_like(hidden, targets, outputs), _room(hidden, weight, scheme, kept_tokens)
 
 
@@ -124,13 +127,14 @@ def linear_token_stats_backward(
     chunk_tokens: int,
     kept_tokens: int,
     outputs: int,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, of no elements where `needs` says that none is wanted."""
     transform = LogitTransform(logit_scale, softcap, temperature)
     path = Path(_scheme(scheme), chunk_tokens, kept_tokens)
     kept = torch.nonzero(targets != ignore_index).squeeze(-1)
     rows = len(kept) if scheme == "unscaled" else min(len(kept), kept_tokens)
-    d_x, d_weight, d_bias = chunked.linear_backward(
+    d_x, d_weight, d_bias = _kernels(impl).linear_backward(
         grad[:outputs, kept], hidden.index_select(0, kept), weight, bias, targets[kept], stats[:, kept],
         room[:rows] if rows else None, transform, path, tuple(needs), overwrite=False,
     )  # fmt: skip
@@ -171,10 +175,18 @@ def _linear_grad(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
     grads = linear_token_stats_backward(grad, *ctx.saved_tensors, needs, *ctx.options)
     wanted = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return (*wanted, *(None,) * 9)
+    return (*wanted, *(None,) * 10)
 
 
 linear_token_stats.register_autograd(_linear_grad, setup_context=_save_linear)
+
+
+def _kernels(impl: str) -> Any:
+    if impl != "triton":
+        return chunked
+    from prefloss.kernels import logprob_gather
+
+    return logprob_gather
 
 
 def _stats_like(x: Tensor, targets: Tensor, outputs: int) -> Tensor:

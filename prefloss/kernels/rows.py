@@ -1,7 +1,8 @@
 """Row operations: what the ops do with a slice of logits before and after a matmul, and the matmuls themselves.
 
 Each is one pass of `native` over rows on a CPU with a compiler, and plain torch elsewhere, on a CPU in blocks that
-fit its cache. Numbers of m tokens are the rows of one tensor, [2 or 5, m], in the order `STATS`.
+fit its cache. Numbers of m tokens are the rows of one tensor, [2 or 5, m], in the order `STATS`. A target < 0 marks a
+row to leave out; one >= V, as in another shard of the vocabulary, has log-prob -inf and no gradient of its own.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def score(
         return
     for part, block in _blocks(z, overwrite):
         transform.apply_(block)
-        y = targets[part].clamp(min=0).unsqueeze(-1)
+        y = targets[part].clamp(0, block.shape[-1] - 1).unsqueeze(-1)
         picked, peak = block.gather(-1, y), block.amax(-1, keepdim=True)
+        picked.masked_fill_(targets[part, None] >= block.shape[-1], -torch.inf)
         block.sub_(peak)
         if len(stats) > 2:
             _statistics(block, picked == peak, stats[2:, part])
@@ -94,7 +96,7 @@ def differentiate(
         return out
     for part, block in _blocks(x, x.data_ptr() == out.data_ptr()):
         g, a, b, c = (column.unsqueeze(-1) for column in rates[part].unbind(-1))
-        y, logp, lse = targets[part].clamp(min=0), stats[0, part, None], stats[1, part, None]
+        y, logp, lse = targets[part, None].clamp(0, block.shape[-1] - 1), stats[0, part, None], stats[1, part, None]
         if x.dtype == torch.int16:
             _decode_(block).add_(lse)
         else:
@@ -104,7 +106,8 @@ def differentiate(
         # 1 - p of the target from its log-prob: where p is near 1, exp(z - lse) lacks the digits
         at_target = -g * torch.expm1(logp) + _rate(logp, a + g, b, c, plain)
         block.copy_(_rate(block, a, b, c, plain)) if not plain else block.exp_().mul_(a)
-        block.scatter_(-1, y.unsqueeze(-1), at_target)
+        elsewhere = targets[part, None] >= block.shape[-1]
+        block.scatter_(-1, y, torch.where(elsewhere, block.gather(-1, y), at_target))
         if not (isinstance(slope, float) and slope == 1):
             block.mul_(slope)
         _clear_(block, targets[part] < 0)

@@ -40,25 +40,23 @@ def aot(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
         beta: Strength of the pull towards the reference.
 
     Returns:
-        Loss of each place in the sorted batch, [pairs], nats, smallest margin first; not reduced.
+        Loss of each pair against the reference margin at its own place in the sorted batch, [pairs], nats; not reduced.
 
     Example:
         >>> chosen = LogRatios(policy=[-20.0, -10.0], reference=[-21.5, -12.0])
         >>> rejected = LogRatios(policy=[-24.0, -11.0], reference=[-23.0, -13.0])
         >>> aot(Pairs(chosen, rejected), beta=0.1)  # policy margins 4 and 1, reference margins 1.5 and 1
-        tensor([0.6931, 0.5759])
+        tensor([0.5759, 0.6931])
 
     Note:
-        The mean over the batch is the loss; the values belong to places, not to pairs, so weights of pairs have no
-        meaning here. A batch of one is `dpo`. TRL, ms-swift and Axolotl agree and sort on each device alone; so does
+        The mean over the batch is the loss; the reference margin that a pair meets is mostly another pair's. A batch of
+        one is `dpo`. TRL, ms-swift and Axolotl agree and sort on each device alone; so does
         this. TRL adds label smoothing. When to use: to ask that the distribution of margins be better, not each one.
 
     Reference: Melnyk et al. 2024, arXiv:2406.05882.
     """
-    counted = pairs.valid
-    policy = _ascending(pairs.chosen.policy - pairs.rejected.policy, counted)
-    reference = _ascending(_reference_margin(pairs), counted)
-    return -F.logsigmoid(beta * (policy - reference))
+    margin = pairs.chosen.policy - pairs.rejected.policy
+    return -F.logsigmoid(beta * (margin - _at_the_same_place(_reference_margin(pairs), margin, pairs.valid)))
 
 
 @register(
@@ -78,22 +76,23 @@ def aot_unpaired(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
         beta: Strength of the pull towards the reference.
 
     Returns:
-        Loss of each place in the sorted batch, [pairs], nats, smallest log-ratios first; not reduced.
+        Loss of each chosen completion against the rejected one at its place in the sorted batch, [pairs], nats; not
+        reduced.
 
     Example:
         >>> aot_unpaired(Pairs.of(chosen=[1.5, 0.0], rejected=[-1.0, 1.0]), beta=0.1)
-        tensor([0.6444, 0.6685])
+        tensor([0.6685, 0.6444])
 
     Note:
-        The mean over the batch is the loss; the values belong to places, not to pairs, so weights of pairs have no
-        meaning here. A batch of one is `dpo`. TRL called it `aot_pair` first; oxRL's `aot` is this one. Of unequal
+        The mean over the batch is the loss; the rejected completion that a chosen one meets is mostly another pair's. A
+        batch of one is `dpo`. TRL called it `aot_pair` first; oxRL's `aot` is this one. Of unequal
         numbers of good and bad completions the paper interpolates quantiles; this takes equal numbers. When to use:
         good and bad completions that answer different prompts.
 
     Reference: Melnyk et al. 2024, arXiv:2406.05882.
     """
-    counted = pairs.valid
-    return -F.logsigmoid(beta * (_ascending(pairs.chosen.h, counted) - _ascending(pairs.rejected.h, counted)))
+    chosen = pairs.chosen.h
+    return -F.logsigmoid(beta * (chosen - _at_the_same_place(pairs.rejected.h, chosen, pairs.valid)))
 
 
 @register(separable=False, monotone=True)
@@ -263,12 +262,13 @@ def alpha_dpo(
     return -F.logsigmoid(beta * (pairs.chosen.policy_mean - pairs.rejected.policy_mean) - margin)
 
 
-def _ascending(values: Tensor, keep: Tensor) -> Tensor:
-    """The values that count, smallest first, at the places that count; 0 elsewhere."""
+def _at_the_same_place(values: Tensor, among: Tensor, keep: Tensor) -> Tensor:
+    """For each entry of `among` that counts, the value that stands where it stands when both are sorted; 0 elsewhere."""
     # NaN sorts behind everything, so what does not count stands last and a NaN that does is not lost.
-    ordered = values.masked_fill(~keep, torch.nan).flatten().sort().values
-    place = (keep.flatten().cumsum(0) - 1).clamp(min=0).reshape(keep.shape)
-    return torch.where(keep, ordered[place], 0.0)
+    ordered = values.masked_fill(~keep, torch.nan).flatten().sort(stable=True).values
+    order = among.masked_fill(~keep, torch.nan).flatten().argsort(dim=0, stable=True)
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    return torch.where(keep, ordered[place].reshape(keep.shape), 0.0)
 
 
 def _reference_margin(pairs: Pairs) -> Tensor:

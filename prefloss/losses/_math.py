@@ -12,6 +12,20 @@ from prefloss.feedback import Pairs
 from prefloss.logratios import LogRatios
 
 
+def expm1(x: Tensor) -> Tensor:
+    """e^x - 1 for x <= 80, with every digit near 0, also where torch.compile builds it.
+
+    torch.compile's CPU code for `torch.expm1` is exp(x) - 1, which is 0 below 6e-8.
+
+    Example:
+        >>> expm1(torch.tensor([-1e-9, 1.0]))
+        tensor([-1.0000e-09,  1.7183e+00])
+    """
+    small = x.abs() < 1
+    half = torch.tanh(torch.where(small, x, 0.0) / 2)
+    return torch.where(small, 2 * half / (1 - half), torch.exp(torch.where(small, 0.0, x)) - 1)
+
+
 def log1mexp(x: Tensor) -> Tensor:
     r""":math:`\log(1 - e^x)` for log-probabilities x <= 0, with every digit from both ends.
 
@@ -32,7 +46,7 @@ def log1mexp(x: Tensor) -> Tensor:
     near = x > -math.log(2)
     # Each branch gets an argument that is harmless where it is not selected: `where` alone stops values, but 0 times
     # an infinite derivative is NaN.
-    small = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    small = torch.log(-expm1(torch.where(near, x, -1.0)))
     large = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
     return torch.where(near, small, large)
 

@@ -55,7 +55,7 @@ def ld_dpo(
     return dpo(_transforms.reweighted_tail(pairs, alpha), beta=beta)
 
 
-@register(stateful=True, needs=("per_token",))
+@register(monotone=True, stateful=True, needs=("per_token",))
 def sampo(pairs: Pairs, *, beta: Positive = 0.1, subset: DrawsParameter = 0) -> Tensor:
     r"""DPO on equally many tokens of both sides, drawn at random from the longer (SamPO).
 

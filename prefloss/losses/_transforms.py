@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prefloss.feedback import Pairs
 from prefloss.logratios import LogRatios, PerToken
+from prefloss.losses._math import expm1
 
 # exp stays finite in float32 up to 88; beyond the clamp a score is constant and its gradient 0.
 MAX_EXPONENT = 80.0
@@ -52,7 +53,7 @@ def jensen_shannon(h: Tensor) -> Tensor:
 def alpha_divergence(h: Tensor, alpha: float) -> Tensor:
     r"""Score :math:`(1 - e^{-\alpha h}) / \alpha`; -alpha h above 80 is clamped. The limit of alpha to 0 is h."""
     # expm1 keeps the digits that 1 - exp(x) loses near 0.
-    return -torch.expm1((-alpha * h).clamp(max=MAX_EXPONENT)) / alpha
+    return -expm1((-alpha * h).clamp(max=MAX_EXPONENT)) / alpha
 
 
 def chi_squared(h: Tensor) -> Tensor:

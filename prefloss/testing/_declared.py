@@ -185,7 +185,7 @@ def _no_page(subject: Subject) -> str | None:
     """A loss of prefloss has a page; one of somebody else's that has begun no page needs none."""
     function = subject.spec.function
     module = getattr(function, "__module__", "") or ""
-    if not subject.parameters and subject.spec.summary == "Weighted sum of losses.":
+    if subject.is_sum:
         return "is a sum of losses, which have pages of their own"
     text = parse(function)
     if module.startswith("prefloss.") or text.formula or text.args:

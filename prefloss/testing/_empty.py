@@ -69,12 +69,14 @@ def _check_emptied(subject: Subject, whole: Feedback, given: Feedback, place: in
         raise subject.failed(
             f"with example {place} empty the values are {told(values)}, wanted finite ones", given
         )
+    if bool(counted[place]):
+        return
     # Each term of a sum counts its own examples.
-    if subject.parameters and not bool(counted[place]):
+    if not subject.is_sum:
         _check_left_out(
             subject, given, values[place], {path: slope[place] for path, slope in gradients.items()}
         )
-    if subject.spec.separable or not bool(counted[place]):
+    if subject.spec.separable or not subject.is_sum:
         _check_others(subject, whole, given, values, place)
 
 

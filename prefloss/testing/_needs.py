@@ -71,7 +71,7 @@ def _settings(subject: Subject) -> Iterator[Loss]:
 
 
 def _check_unread(subject: Subject, name: str) -> None:
-    for feedback in subject.searched(4, fields=subject.fields | {name}):
+    for feedback in subject.searched(2, size=3, fields=subject.fields | {name}):
         problem, smallest = narrowed(feedback, lambda item: _reading(subject, item, name))
         if problem:
             raise subject.failed(f"{problem}: declare {name!r} in needs or in reads", smallest)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefloss.feedback import Feedback
 from prefloss.losses import _loss, _registry
-from prefloss.losses._composite import _no_function
+from prefloss.losses._composite import Composite, _no_function
 from prefloss.losses._loss import Loss
 from prefloss.losses._parameters import Interval, Parameter
 from prefloss.losses._registry import LossSpec
@@ -89,6 +89,11 @@ class Subject:
     def fields(self) -> frozenset[str]:
         """What it needs or reads."""
         return self.loss.needs | self.spec.reads
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is a sum of losses, each of which counts its own examples."""
+        return isinstance(self.loss, Composite)
 
     @property
     def modifiers(self) -> list[str]:

@@ -124,10 +124,12 @@ def check_batch_permutation(subject: Subject) -> None:
                     "value belongs to its example, so put sorted or gathered values back in their places"
                 )
                 raise subject.failed(problem, feedback)
-        if isinstance(feedback, Rankings):
-            _check_candidates(subject, feedback, values)
 
     for_all(subject, body)
+    if subject.spec.feedback is Rankings:
+        # Seeded, so that no two completions have equal log-ratios: a loss that ranks by them may take any order then.
+        for feedback in subject.searched(subject.examples, size=2):
+            _check_candidates(subject, feedback)
 
 
 def _orders(count: int) -> Iterator[Tensor]:
@@ -136,7 +138,9 @@ def _orders(count: int) -> Iterator[Tensor]:
         yield torch.arange(count).roll(1)
 
 
-def _check_candidates(subject: Subject, feedback: Rankings, values: Tensor) -> None:
+def _check_candidates(subject: Subject, feedback: Feedback) -> None:
+    assert isinstance(feedback, Rankings)
+    values = subject.detached(subject.settled, feedback)
     for order in _orders(feedback.completions.shape[1]):
         reordered = replace(
             feedback,
@@ -169,15 +173,11 @@ def check_weights(subject: Subject) -> None:
             raise subject.failed(problem, feedback)
         mean = subject.mean(subject.settled, feedback).detach()
         wanted = weighted.sum() / subject.settled.counted(feedback).sum().clamp(min=1)
-        if _one_term(subject) and not close(mean, wanted):
+        # The terms of a sum may count different examples, so its mean is not the mean of its values.
+        if not subject.is_sum and not close(mean, wanted):
             raise subject.failed(f"the mean is {told(mean)}, wanted {told(wanted)}", feedback)
 
     for_all(subject, body, weight=True)
-
-
-def _one_term(subject: Subject) -> bool:
-    # The terms of a sum may count different examples, so its mean is not the mean of its values.
-    return not hasattr(subject.settled, "terms")
 
 
 @check()

@@ -5,157 +5,137 @@ In a process of its own: the interpreter, which the other tests of these kernels
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-
-HALVES = {"SOFTCAP": False, "BIAS": False}
-NO_STATS = {"ENTROPY": False, "SUM_SQ": False, "ARGMAX": False}
-ALL_STATS = dict.fromkeys(NO_STATS, True)
-NO_GRADS = {"D_LSE": False, "D_ENTROPY": False, "D_SUM_SQ": False}
-ALL_GRADS = dict.fromkeys(NO_GRADS, True)
-
-# kernel, dtype of the logits or of the head, constants; what they do not name is False
+# kernel, dtype of logits or head, and the flags that are on
 CASES = [
-    ("gather_fwd_kernel", "bf16", {}),
-    ("gather_fwd_kernel", "fp16", {"SOFTCAP": True}),
-    ("gather_fwd_kernel", "fp32", ALL_STATS),
-    ("gather_fwd_kernel", "bf16", {"SOFTCAP": True, **ALL_STATS}),
-    ("gather_bwd_kernel", "bf16", {}),
-    ("gather_bwd_kernel", "fp16", {"SOFTCAP": True, "D_LSE": True}),
-    ("gather_bwd_kernel", "fp32", {"SOFTCAP": True, **ALL_GRADS}),
-    ("tile_stats_kernel", "bf16", {}),
-    ("tile_stats_kernel", "bf16", {"KEEP": True}),
-    ("tile_stats_kernel", "fp16", {"SOFTCAP": True, "BIAS": True, "KEEP": True, **ALL_STATS}),
-    ("tile_grad_kernel", "bf16", {}),
-    ("tile_grad_kernel", "fp32", {"SOFTCAP": True, "BIAS": True, **ALL_GRADS}),
-    ("kept_grad_kernel", "bf16", {}),
-    ("kept_grad_kernel", "fp32", {"SOFTCAP": True, "D_LSE": True}),
+    ("gather_fwd_kernel", "bf16", ()),
+    ("gather_fwd_kernel", "fp16", ("SOFTCAP", "STATS")),
+    ("gather_fwd_kernel", "fp32", ("STATS",)),
+    ("gather_bwd_kernel", "bf16", ("PLAIN",)),
+    ("gather_bwd_kernel", "fp16", ("SOFTCAP", "PLAIN")),
+    ("gather_bwd_kernel", "fp32", ("SOFTCAP",)),
+    ("tile_stats_kernel", "bf16", ()),
+    ("tile_stats_kernel", "bf16", ("KEEP",)),
+    ("tile_stats_kernel", "fp16", ("SOFTCAP", "BIAS", "STATS", "KEEP", "WHOLE")),
+    ("tile_stats_kernel", "fp32", ("SOFTCAP", "BIAS", "KEEP")),
+    ("tile_grad_kernel", "bf16", ("PLAIN",)),
+    ("tile_grad_kernel", "fp32", ("SOFTCAP", "BIAS")),
+    ("tile_grad_kernel", "bf16", ("KEPT", "PLAIN")),
+    ("tile_grad_kernel", "fp16", ("KEPT", "SOFTCAP")),
 ]
-# an argument that its flag leaves out is None
-OPTIONAL = {
-    "entropy": ("ENTROPY", "D_ENTROPY"),
-    "log_sum_sq": ("SUM_SQ", "D_SUM_SQ"),
-    "argmax": ("ARGMAX",),
-    "bias": ("BIAS",),
-    "d_lse": ("D_LSE",),
-    "d_entropy": ("D_ENTROPY",),
-    "d_log_sum_sq": ("D_SUM_SQ",),
-    "numerators": ("KEEP",),
-    "references": ("KEEP",),
-}
+TARGETS = [("cuda", "80", 32), ("cuda", "90", 32), ("cuda", "100", 32), ("hip", "gfx942", 64)]
+FLAGS = ("SOFTCAP", "STATS", "PLAIN", "BIAS", "KEEP", "WHOLE", "KEPT")
+FLOATS = ("inner", "outer", "outer2", "slope")
+INTEGERS = ("T", "V", "v_start", "width")
+
+
+def cases_for(arch):
+    """All of them for the GPU that kernels are tuned for, some of each kernel for the others."""
+    return CASES if arch == "90" else CASES[1::3]
 
 
 def compile_all(backend, arch, warp_size):
-    """Run in the subprocess: prints one record per case."""
-    import re
-    import tempfile
-    from pathlib import Path
-
-    import triton
+    """Compile the cases, in a process of its own, and print a line of JSON for each."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, compile
 
     from prefloss.kernels import logprob_gather
 
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    # once a vocabulary of 16 n, as a launch specialises for it, and once of any size
-    for kernel_name, dtype, given in CASES:
-        kernel = getattr(logprob_gather, kernel_name)
+    for case, dtype, flags in cases_for(arch):
+        kernel = getattr(logprob_gather, case)
         names = kernel.arg_names
-        size = {"fp32": 4}.get(dtype, 2)
         launch = logprob_gather.FORWARD if "LANE" in names else logprob_gather.BACKWARD
-        tile_size = 4 if kernel_name.startswith("tile") else size
-        constants = {name: given.get(name, False) for name in names if name.isupper() and len(name) > 1}
-        constants |= {
-            name: value
-            for name, value in (("BLOCK", launch.block), ("LANE", 16 // tile_size))
-            if name in names
-        }
-        for name, flags in OPTIONAL.items():
-            if name in names and any(f in names for f in flags) and not any(constants.get(f) for f in flags):
-                constants[name] = None
-        pointers = {name: "fp32" for name in names} | {
-            "logits": dtype,
-            "d_logits": dtype,
-            "bias": dtype,
-            "d_tile": dtype,
-            "numerators": "fp32" if dtype == "fp32" else "fp16",
-            "targets": "i64",
-            "argmax": "i64",
-            "i": "i64",
-        }
-        scalars = {name: "i32" for name in ("T", "V", "v_start", "width", "ignore_index")}
-        scalars |= {name: "i64" for name in names if name.startswith("stride")}
-        scalars |= {name: "fp32" for name in ("inner", "outer", "outer2", "slope")}
-        signature = {
-            name: "constexpr" if name in constants else scalars.get(name, f"*{pointers[name]}")
-            for name in names
-        }
-        unspecialised = {"T", "v_start", "ignore_index"}
+        loaded = "fp32" if case.startswith("tile") and "KEPT" not in flags else dtype
+        constants = {name: name in flags for name in FLAGS} | {"BLOCK": launch.block}
+        constants["LANE"] = {"fp32": 4}.get(loaded, 8)
+        if "BIAS" not in flags:
+            constants["bias"] = None
+        if "KEEP" not in flags:
+            constants["numerators"] = None
+        constants = {name: value for name, value in constants.items() if name in names}
+        pointers = {"logits": dtype, "d_logits": dtype, "bias": dtype, "d_tile": dtype, "targets": "i64"}
+        # the softmax to keep is float16, that of a tile has the dtype of the head
+        pointers["numerators"] = "fp16" if "WHOLE" in flags and dtype != "fp32" else dtype
+        pointers["tile"] = "fp32" if loaded == "fp32" else "fp16"
+        signature = {}
+        for name in names:
+            scalar = "fp32" if name in FLOATS else "i32" if name in INTEGERS else None
+            scalar = "i64" if name.startswith("stride") else scalar
+            signature[name] = "constexpr" if name in constants else scalar or f"*{pointers.get(name, 'fp32')}"
+        # as a launch specialises where the vocabulary is a multiple of 16
         aligned = {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if signature[name] not in ("constexpr", "fp32") and name not in unspecialised
+            (position,): [["tt.divisibility", 16]]
+            for position, name in enumerate(names)
+            if signature[name] not in ("constexpr", "fp32") and name not in ("T", "v_start")
         }
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
         options = {"num_warps": launch.warps, "enable_fp_fusion": True}
-        asm = triton.compile(source, target=target, options=options).asm
-        record = {"kernel": kernel_name, "binary": len(asm.get("cubin") or asm.get("hsaco") or b"")}
+        asm = compile(source, target=target, options=options).asm
+        record = {"kernel": case, "size": len(asm.get("cubin") or asm.get("hsaco") or b"")}
         if "cubin" in asm:
-            record["ptx"] = asm["ptx"].partition(".target ")[2].split()[0].strip(",")
-            record["wide"] = bool(re.search(r"(ld|st)\.global\.?\S*\.v4\.b32", asm["ptx"]))
-            if cuobjdump.exists():
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    file.write(asm["cubin"])
-                    file.flush()
-                    usage = subprocess.run(
-                        [cuobjdump, "--dump-resource-usage", file.name],
-                        capture_output=True,
-                        text=True,
-                        check=True,
-                    ).stdout
-                record["usage"] = {
-                    key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)
-                }
-        print(json.dumps(record))
+            record["arch"] = re.search(r"\.target (\w+)", asm["ptx"]).group(1)
+            # a Triton of before 3.5 writes v4.b32, later ones v2.b64 too
+            wide = r"\.global\S*\.(v4\.[bf]32|v2\.[bf]64|v8\.[bf]32|v4\.[bf]64)"
+            record["wide"] = all(
+                re.search(rf"{what}{wide}", asm["ptx"]) for what in ("ld", "st")[: 2 - ("LANE" in names)]
+            )
+            record["stack"] = stack_bytes(asm["cubin"])
+        print(json.dumps(record), flush=True)
 
 
+def stack_bytes(cubin):
+    """Bytes of local memory a thread has, or None where Triton brings no tool that tells."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return max(int(size) for size in re.findall(r"STACK:(\d+)", usage.stdout))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize(
-    ("backend", "arch", "warp_size"),
-    [("cuda", "80", 32), ("cuda", "90", 32), ("cuda", "100", 32), ("hip", "gfx942", 64)],
+    ("backend", "arch", "warp_size"), TARGETS, ids=["sm_80", "sm_90", "sm_100", "gfx942"]
 )
-def test_compiles(backend, arch, warp_size, tmp_path):
+def test_compiles(backend, arch, warp_size, tmp_path, request):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # of this run, or nothing would be compiled
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    run = subprocess.run(
-        [sys.executable, __file__, backend, arch, str(warp_size)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    if backend not in run.stdout.partition("\n")[0]:
-        pytest.skip(f"this Triton has no {backend} backend: {run.stderr[-300:]}")
+    # a cache of this run alone, or nothing would be compiled
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(request.config.rootpath)}
+    command = [sys.executable, __file__, backend, arch, str(warp_size)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    found, *lines = run.stdout.splitlines() or [""]
+    if found and backend not in found.split():
+        pytest.skip(f"this Triton compiles for {found} only")
     assert run.returncode == 0, run.stderr[-3000:]
-    records = [json.loads(line) for line in run.stdout.splitlines()[1:]]
-    assert [record["kernel"] for record in records] == [kernel for kernel, _, _ in CASES]
+    records = [json.loads(line) for line in lines]
+    assert [record["kernel"] for record in records] == [case for case, _, _ in cases_for(arch)]
     for record in records:
-        assert record["binary"], record
-        # no register spilled to memory; a stack frame is where they go
-        assert record.get("usage", {}).get("STACK", 0) == 0, record
+        assert record["size"] > 0, record
         if backend == "cuda":
-            assert record["ptx"].startswith(f"sm_{arch}"), record
-            # 16 bytes at a time, or half the bandwidth is lost
+            assert re.fullmatch(rf"sm_{arch}a?", record["arch"]), record
+            # 16 bytes a time, or half of the bandwidth is lost
             assert record["wide"], record
+            # registers that do not fit are spilled onto the stack; ptxas spills one or two to fit more programs
+            assert (record["stack"] or 0) <= 16, record
 
 
 if __name__ == "__main__":
     from triton.backends import backends
 
-    print(*("cuda" if name == "nvidia" else "hip" if name == "amd" else name for name in backends))
+    print(*({"nvidia": "cuda", "amd": "hip"}.get(name, name) for name in backends), flush=True)
     compile_all(*sys.argv[1:])

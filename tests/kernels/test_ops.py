@@ -12,7 +12,7 @@ TARGETS = torch.tensor([3, -100, 0, 8, 7, -100])
 def test_token_op(outputs):
     logits = torch.randn(2, 3, 9, requires_grad=True)
     targets = torch.where(TARGETS == -100, -1, TARGETS)
-    torch.library.opcheck(ops.token_stats, (logits, targets, *OPTIONS, 4, outputs))
+    torch.library.opcheck(ops.token_stats, (logits, targets, *OPTIONS, 4, outputs, "chunked"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -24,7 +24,7 @@ def test_linear_op(scheme, kept, frozen, dtype):
     hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((6, 4), (9, 4), (9,)))
     hidden.requires_grad_(frozen < 2)
     weight.requires_grad_(frozen < 1)
-    arguments = (hidden, weight, bias, TARGETS, -100, *OPTIONS, scheme, 2, kept, 1)
+    arguments = (hidden, weight, bias, TARGETS, -100, *OPTIONS, scheme, 2, kept, 1, "chunked")
     # where ignored tokens leave room, it holds whatever was there, so only what is used can be compared
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.linear_token_stats, arguments, test_utils=checks)

@@ -233,3 +233,36 @@ def test_kl_against_float64(dtype, transform, trained, row_passes):
     limit = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 3e-3}[dtype]
     for g, w in zip(grads, wanted, strict=True):
         assert relative(g, w) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", ["frozen", "all"])
+def test_skipped_blocks_of_the_vocabulary_keep_the_stated_bound(trained, dtype, row_passes):
+    (hidden, weight, bias), targets = problem(dtype, TRAINED[trained], vocabulary=2000)
+    with torch.no_grad():
+        # all but some blocks of the vocabulary are unlikely, as after training
+        bias[300:1600] -= 20
+    targets = torch.where(targets == -100, -100, targets % 300)
+    upstream, eps = torch.randn(len(targets)), 1e-6
+    inputs = [x for x in (hidden, weight) if x.requires_grad]
+    for path in PATHS.values():
+        if (path.scheme == "unscaled") != (trained == "frozen"):
+            continue
+        grads = []
+        for skip_below in (0.0, eps):
+            here = path._replace(skip_below=skip_below)
+            out = chunked.linear_token_stats(
+                hidden, weight, bias, targets, LogitTransform(), -100, lambda n, here=here: here
+            )
+            grads.append(torch.autograd.grad((out[0] * upstream).sum(), inputs))
+        limit = eps * upstream.abs().max()
+        kept = targets != -100
+        for name, exact, got in zip(("hidden", "weight"), *grads, strict=False):
+            error = (exact - got).float().norm(dim=-1)
+            norms = (weight if name == "hidden" else hidden[kept]).float().norm(dim=-1).sum()
+            rounding = torch.finfo(dtype).eps * exact.float().norm(dim=-1)
+            assert (error <= limit * norms + rounding).all()
+        if trained == "all":
+            # something was left out: 512..1536 are whole blocks
+            assert (grads[1][1][512:1536] == 0).all()
+            assert (grads[0][1][512:1536] != 0).any()

@@ -47,6 +47,11 @@ def oracle_of(name, records, theirs):
     return values, found
 
 
+# The oracle gives a value to each place of the sorted batch, prefloss to the pair that stands there.
+BY_PLACE = {
+    "aot": lambda pairs: pairs.chosen.policy - pairs.rejected.policy,
+    "aot_unpaired": lambda pairs: pairs.chosen.h,
+}
 # Losses that read the spread of a batch, which one pair does not have.
 TWO_AT_LEAST = ("discopop_dbaql", "discopop_aqfl")
 # Losses whose hyperparameters are states or draws: compared below, with the state's numbers handed to the oracle.
@@ -81,6 +86,8 @@ def compare(loss, batch, wanted, wanted_gradient):
     dtype = batch.rows.policy.dtype
     assume(max(abs(float(value)) for value in wanted) < CLAMPED)
     found = loss(batch.feedback)
+    if loss.name in BY_PLACE:
+        found = found[BY_PLACE[loss.name](batch.feedback).argsort(stable=True)]
     assert found.dtype == dtype
     gradients = batch.gradients(found.sum())
     expected = batch.wanted_gradient(wanted_gradient)

@@ -7,7 +7,7 @@ collator writes them, the training step takes them out again before the model se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,17 @@ class Structure:
     def tokens(self) -> Tensor:
         """Completion tokens of each row, [rows]."""
         return (self.targets >= 0).sum(-1)
+
+    @property
+    def examples(self) -> int:
+        """Number of pairs, labelled completions or groups."""
+        return len(self.items[ROWS[self.kind][0]])
+
+    def first(self, count: int) -> Structure:
+        """The same rows, with the first examples alone."""
+        by_example = {*ROWS[self.kind], *VALUES[self.kind], "label", "scores", "labels"}
+        items = {name: value[:count] if name in by_example else value for name, value in self.items.items()}
+        return replace(self, items=items)
 
     def per_example(self, values: Tensor) -> Tensor:
         """Values of rows, [rows], by example: [pairs, 2], [n], or [groups, K] with `IGNORE_INDEX` where none is."""

@@ -86,6 +86,9 @@ def model_logps(
             )
         )
         probe = torch.tensor(_PROBE, dtype=weight.dtype, device=hidden.device)
+        # DDP looks for the parameters in use from the model's outputs, so these must lead to the log-probs; where()
+        # hands on nothing of them, not even NaN.
+        probe = torch.where(torch.zeros_like(probe, dtype=torch.bool), found[-1].sum().to(probe.dtype), probe)
         return probe.expand(*hidden.shape[:-1], len(_PROBE))
 
     with _standing_in(spec.module, score):

@@ -83,6 +83,11 @@ class Reference:
             return cls.none()
         if isinstance(value, Mapping) and value.get("kind") in ("adapter_off", "adapter", "cached", "none"):
             return cls(value["kind"], value.get("value"))
+        if isinstance(value, Mapping) and value.get("kind") == "model":
+            raise TypeError(
+                "reference: got none from the checkpoint, which holds no reference model; leave "
+                "restore_callback_states_from_checkpoint False: the loss's state is restored without it"
+            )
         raise TypeError(f"reference: got {value!r}, wanted {CHOICES}")
 
     def config(self) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def compute(
     known = reference.logps(trainer, model, inputs, structure.targets, structure.items)
     policy, aux_loss = model_logps(model, inputs, structure.targets)
     ratios = _ratios(loss, structure, policy, known)
-    feedback = structure.feedback(ratios)
+    own = structure if model.training else structure.first(_unrepeated(trainer, structure))
+    feedback = own.feedback(ratios)
     seen = as_wanted(feedback, loss, pairs)
     all_sum = functools.partial(trainer.accelerator.reduce, reduction="sum")
     loss.reduce_over(all_sum)
@@ -178,6 +179,17 @@ def _total(
         for (weight, _), mean, part in zip(terms_of(loss), evaluated.means.values(), share, strict=True)
     ]
     return torch.stack(weighted).sum()
+
+
+def _unrepeated(trainer: Any, structure: Structure) -> int:
+    """How many examples of an evaluation batch are this rank's own.
+
+    accelerate fills the last batches up with examples from the start of the data, so that all ranks have as many.
+    """
+    state, count = trainer.accelerator.gradient_state, structure.examples
+    if trainer.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return count
+    return max(0, min(count, state.remainder - trainer.accelerator.process_index * count))
 
 
 def _micro_batches(trainer: Any) -> int:

@@ -17,7 +17,7 @@ from prefloss.losses._registry import register
 Queue = Annotated[str | tuple[float, ...] | _state.Recent, Coerce(_state.as_recent, _state.RECENT)]
 
 
-@register(needs_reference=False, separable=False, stateful=True, needs=("tokens",))
+@register(needs_reference=False, separable=False, monotone=True, stateful=True, needs=("tokens",))
 def gamma_po(
     pairs: Pairs,
     *,

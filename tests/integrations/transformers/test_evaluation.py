@@ -88,6 +88,13 @@ def test_resumed_with_restored_callbacks(tmp_path):
     torch.testing.assert_close(plain.weights(resumed.model), plain.weights(whole.model), rtol=0, atol=1e-6)
 
 
+def test_a_callback_cannot_be_made_anew_without_its_model(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": True}
+    plain.train(tmp_path, "dpo", tiny.pairs(), max_steps=1, **options)
+    with pytest.raises(TypeError, match="holds no reference model; leave restore_callback_states"):
+        plain.train(tmp_path, "dpo", tiny.pairs(), resume=str(tmp_path / "checkpoint-1"), **options)
+
+
 def test_state_and_schedules_stand_still_in_evaluation(tmp_path):
     policy = tiny.model()
     item = plain.callback(policy, "kto", kl_baseline="running_mean")

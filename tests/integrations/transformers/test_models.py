@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MambaConfig, MambaForCausalLM
 
-from prefloss.integrations.transformers import Reference
+from prefloss.integrations.transformers import Reference, model_logps
+from prefloss.logratios import completion_targets
 from tests.integrations.transformers import plain
 from tests.integrations.trl import tiny
 from tests.integrations.trl.test_training import experts
@@ -28,6 +29,26 @@ def test_a_state_space_model_trains(tmp_path):
     trainer = plain.train(tmp_path, "dpo", tiny.pairs(16), mamba(), max_steps=8, learning_rate=5e-3)
     assert plain.losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
     assert min(plain.losses(trainer)) < 0.69
+
+
+def test_ddp_finds_the_parameters_in_use(tmp_path):
+    """It follows the graph of the model's outputs, from which the log-probs are not computed."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        policy = tiny.model()
+        wrapped = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=True)
+        ids = torch.tensor([[3, 4, 5, 6]])
+        model_logps(
+            wrapped, {"input_ids": ids}, completion_targets(ids, torch.ones_like(ids))
+        ).logps.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    found = [parameter.grad.clone() for parameter in policy.parameters()]
+    policy.zero_grad()
+    logps = policy(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+    logps.sum().backward()
+    for grad, parameter in zip(found, policy.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_router_loss_of_experts_is_kept(tmp_path):

@@ -1,0 +1,144 @@
+"""Log-probs from a head whose vocabulary is divided among the processes of a group.
+
+Every process has all hidden states and targets and its own rows of the head, in order of rank. Two numbers per token
+cross the group in the forward pass (maximum and sum make the logsumexp; the target's log-prob comes from the process
+that holds its row), and the gradient of the hidden states in the backward pass.
+
+Gradient convention (Megatron's): every process computes the same loss from the same log-probs, so all come with the
+same gradient of it. Each gets the whole gradient of the hidden states, and that of its own rows of the head. Nothing
+is to be averaged over the group afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prefloss.kernels import chunked
+from prefloss.kernels import rows as row_ops
+from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
+from prefloss.kernels.rows import on_cpu, slices
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Log-prob of each target token; see `prefloss.linear_token_logps`, whose options mean the same.
+
+    Args:
+        hidden: The same on every process, floating point, [..., H].
+        weight: This process's rows of the head, [V of this rank, H], or a DTensor sharded in its first dimension.
+        targets: The same on every process, in the whole vocabulary, [...].
+        group: The processes that share the head, in order of its rows; None for all. That of a DTensor is its mesh.
+        bias: This process's part of the bias, [V of this rank], or a DTensor, or None.
+        temperature: Divides the logits last.
+        logit_scale: Multiplies the logits first.
+        softcap: Bounds the scaled logits; None leaves them.
+        ignore_index: Target of the positions to leave out.
+        chunk_tokens: Tokens per slice, the same on every process; None chooses by memory.
+
+    Returns:
+        Log-probs, [...], the same on every process.
+    """
+    weight, group = _local(weight, group)
+    bias = None if bias is None else _local(bias, group)[0]
+    first, vocabulary = _place(len(weight), group, hidden.device)
+    flat = targets.reshape(-1)
+    kept = torch.nonzero(flat != ignore_index).squeeze(-1)
+    y = flat[kept]
+    if on_cpu(y) and ((y < 0) | (y >= vocabulary)).any():
+        raise IndexError(f"targets: got one outside 0 <= target < {vocabulary} (V over all processes)")
+    y = y - first
+    # what another process holds is beyond this vocabulary
+    y = torch.where((y >= 0) & (y < len(weight)), y, len(weight))
+    if chunk_tokens is None:
+        # by the mean length of a shard, so that all processes take slices alike
+        chunk_tokens = chunked.default_chunk(len(kept), -(-vocabulary // dist.get_world_size(group)), on_cpu(hidden))
+    x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    logps = _VocabParallel.apply(x, weight, bias, y, transform, chunk_tokens, group)
+    return logps.new_zeros(flat.shape).index_copy(0, kept, logps).reshape(targets.shape)
+
+
+def _local(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
+    """This process's part of x, and the group that shares it."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(x, DTensor):
+        return x, group
+    if x.placements != (Shard(0),):
+        raise ValueError(f"weight: got a DTensor placed {x.placements}, wanted (Shard(0),) on a mesh of one dimension")
+    return x.to_local(), x.device_mesh.get_group()
+
+
+def _place(rows: int, group: dist.ProcessGroup | None, device: torch.device) -> tuple[int, int]:
+    """First row of this process's shard, and the number of all rows."""
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([rows], device=device), group=group)
+    lengths = torch.cat(sizes).tolist()
+    return sum(lengths[: dist.get_rank(group)]), sum(lengths)
+
+
+class _VocabParallel(torch.autograd.Function):
+    """Hidden [n, H], rows of the head [V, H] and [V], and the n targets, V where they are elsewhere -> [n]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk_tokens: int,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        stats = torch.zeros(2, len(x), dtype=compute_dtype(x.dtype), device=x.device)
+        scratch = chunked._scratch(len(x), weight, chunk_tokens)
+        with no_autocast(x.device):
+            for rows in slices(len(x), chunk_tokens):
+                z = chunked._project(x[rows], weight, bias, scratch[: rows.stop - rows.start])
+                row_ops.score(z, targets[rows], transform, stats[:, rows], overwrite=True)
+        logps, lse = _joined(*stats, targets < len(weight), group)
+        ctx.save_for_backward(x, weight, bias, targets, torch.stack((logps, lse)))
+        ctx.transform, ctx.chunk_tokens, ctx.group = transform, chunk_tokens, group
+        return logps
+
+    @staticmethod
+    @chunked._differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> chunked.Gradients:
+        x, weight, bias, targets, stats = ctx.saved_tensors
+        path = chunked.Path("recompute", ctx.chunk_tokens)
+        d_x, d_weight, d_bias = chunked.linear_backward(
+            grad[None], x, weight, bias, targets, stats, None, ctx.transform, path, ctx.needs_input_grad[:3],
+            rounded=False,
+        )  # fmt: skip
+        if d_x is not None:
+            dist.all_reduce(d_x, group=ctx.group)
+            d_x = d_x.to(x.dtype)
+        return d_x, d_weight, d_bias, *(None,) * 4
+
+
+def _joined(logps: Tensor, lse: Tensor, here: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Log-probs and logsumexps over the whole vocabulary from those over this process's part."""
+    peak = lse.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+    total = (lse - peak).exp_()
+    dist.all_reduce(total, group=group)
+    whole = peak + total.log_()
+    joined = torch.where(here, logps + (lse - whole), 0)
+    dist.all_reduce(joined, group=group)
+    return joined, whole

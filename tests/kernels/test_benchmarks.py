@@ -1,0 +1,44 @@
+"""The benchmark scripts run and their own checks pass, at a size that takes no time."""
+
+import csv
+
+import pytest
+import torch
+
+from benchmarks import bench_linear, bench_logits, measure, peers
+from benchmarks.shapes import LINEAR, LOGITS
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Results go to a folder of the test, and nothing is compiled."""
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda call: call)
+    plain = {name: peers.linear_ways()[name] for name in ("torch naive", "F.cross_entropy")}
+    monkeypatch.setattr(bench_linear, "linear_ways", lambda: plain)
+    monkeypatch.setattr(bench_linear, "liger_dpo", lambda compiled, beta: None)
+    return tmp_path
+
+
+def rows(folder):
+    (path,) = folder.glob("*.csv")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bench_logits(results, dtype, capsys):
+    bench_logits.run(LOGITS["tiny"], dtype, rounds=1, name="tiny")
+    ours = [row for row in rows(results) if row["name"].startswith("prefloss")]
+    assert len(ours) == 3
+    assert all(row["ok"] == "True" and float(row["median_ms"]) > 0 and row["torch"] for row in ours)
+    assert "prefloss, in place" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bench_linear(results, dtype, frozen):
+    bench_linear.run(LINEAR["tiny"], dtype, frozen, rounds=1, name="tiny")
+    ours = [row for row in rows(results) if row["name"].startswith("prefloss")]
+    assert len(ours) == 2
+    assert all(row["ok"] == "True" and float(row["gradient_error"]) < 4e-3 for row in ours)
