@@ -64,9 +64,13 @@ def train(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for model, metrics and picture. Without it, prefloss-runs/<loss>-<number>."),
+        typer.Option(
+            help="Folder for model, metrics and picture. Without it, prefloss-runs/<loss>-<number>."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into --output though it is not empty.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into --output though it is not empty.")
+    ] = False,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps. [default: 400, or as --epochs says]")
     ] = None,
@@ -82,23 +86,34 @@ def train(
         int | None, typer.Option(min=1, help="Rows per forward pass. [default: 16; with --data 8]")
     ] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes per optimizer step.")] = 1,
-    max_length: Annotated[int, typer.Option(min=2, help="Longest prompt + completion, tokens; the rest is cut.")] = 512,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Longest prompt + completion, tokens; the rest is cut.")
+    ] = 512,
     eval_fraction: Annotated[float, typer.Option(help="Share of the prompts of --data to hold out.")] = 0.1,
     samples: Annotated[
         int | None,
-        typer.Option(min=0, help="Completions to sample for KL and true reward. [default: 256; with --data 64]"),
+        typer.Option(
+            min=0, help="Completions to sample for KL and true reward. [default: 256; with --data 64]"
+        ),
     ] = None,
-    lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter on the linear layers (needs peft).")] = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train a LoRA adapter on the linear layers (needs peft).")
+    ] = False,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, about a fifth slower.")
     ] = False,
     warm_start: Annotated[
         int | None,
-        typer.Option(min=0, help="Supervised steps that teach a model with random weights to speak. [default: 600; with --data 200]"),
+        typer.Option(
+            min=0,
+            help="Supervised steps that teach a model with random weights to speak. [default: 600; with --data 200]",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU though there is an accelerator.")] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Stay on the CPU though there is an accelerator.")
+    ] = False,
 ) -> None:
     """Train a language model with a preference loss; with no options, a complete small example.
 

@@ -37,7 +37,9 @@ def show(name: str | None) -> None:
     console = Console(highlight=False)
     if name is None:
         console.print(_table())
-        console.print("One in full: [bold]prefloss losses ipo[/]. Train with it: [bold]prefloss train --loss ipo[/].")
+        console.print(
+            "One in full: [bold]prefloss losses ipo[/]. Train with it: [bold]prefloss train --loss ipo[/]."
+        )
         return
     try:
         spec = spec_of(name)
@@ -85,14 +87,19 @@ def _facts(spec: LossSpec) -> Table:
     table.add_row("needs", _needs(spec))
     modifiers = list(prefloss.losses.admitted(spec))
     if modifiers:
-        table.add_row("also takes", f"{', '.join(modifiers)} (they mean the same to every loss that takes them)")
+        table.add_row(
+            "also takes", f"{', '.join(modifiers)} (they mean the same to every loss that takes them)"
+        )
     if spec.aliases:
         table.add_row("aliases", "; ".join(f"{alias} ({peers})" for alias, peers in spec.aliases.items()))
     return table
 
 
 def _needs(spec: LossSpec) -> str:
-    needs = ["log-probs of the policy", "and of a frozen reference" if spec.needs_reference else "no reference"]
+    needs = [
+        "log-probs of the policy",
+        "and of a frozen reference" if spec.needs_reference else "no reference",
+    ]
     if not spec.separable:
         needs.append("the loss of an example depends on its batch")
     if spec.stateful:

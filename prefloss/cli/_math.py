@@ -80,7 +80,9 @@ def _converter() -> LatexNodes2Text:
     )
     walker = walker_context_db()
     walker.add_context_category(
-        "prefloss", prepend=True, macros=[MacroSpec("raised", "{"), MacroSpec("lowered", "{"), MacroSpec("tfrac", "{{")]
+        "prefloss",
+        prepend=True,
+        macros=[MacroSpec("raised", "{"), MacroSpec("lowered", "{"), MacroSpec("tfrac", "{{")],
     )
 
     class Converter(LatexNodes2Text):

@@ -51,8 +51,14 @@ def _built_in(settings: Settings, task: Task) -> Start:
     # The world's sentences are short; other people's are not.
     size = {} if demo else {"hidden": 96}
     model = tiny_llama(tokenizer, max_length=max(512, settings.max_length), seed=settings.seed, **size)
-    tokens = f"{len(tokenizer)} words" if demo else f"{len(tokenizer)} tokens, byte-level BPE trained on the data's text"
-    fact = f"built-in Llama, {model.num_parameters() / 1e6:.2f} million random weights; vocabulary of {tokens}"
+    tokens = (
+        f"{len(tokenizer)} words"
+        if demo
+        else f"{len(tokenizer)} tokens, byte-level BPE trained on the data's text"
+    )
+    fact = (
+        f"built-in Llama, {model.num_parameters() / 1e6:.2f} million random weights; vocabulary of {tokens}"
+    )
     return Start(model, tokenizer, built_in=True, untrained=True, facts=(fact,))
 
 
@@ -61,21 +67,31 @@ def _given(settings: Settings, task: Task, name: str) -> Start:
 
     path = Path(name)
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise CliError(f"--model: {name} is an adapter; merge it into its model first (peft: merge_and_unload)")
+        raise CliError(
+            f"--model: {name} is an adapter; merge it into its model first (peft: merge_and_unload)"
+        )
     if path.is_dir() and not (path / "config.json").exists():
-        raise CliError(f"--model: {name} is a folder without config.json; expected a saved model, or a configuration")
+        raise CliError(
+            f"--model: {name} is a folder without config.json; expected a saved model, or a configuration"
+        )
+    if not path.exists() and (path.is_absolute() or name.startswith(".")):
+        raise CliError(f"--model: no such folder: {name}")
     untrained = path.is_dir() and not any(next(path.glob(pattern), None) for pattern in _WEIGHTS)
     try:
         if untrained:
             with torch.random.fork_rng():
                 torch.manual_seed(settings.seed)
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
+                model = AutoModelForCausalLM.from_config(
+                    AutoConfig.from_pretrained(name), dtype=torch.float32
+                )
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise CliError(f"--model: {name} cannot be loaded: {_first_line(error)}") from error
     weights = "random weights, for the folder holds a configuration only" if untrained else "its own weights"
-    facts = [f"{name}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} million parameters, {weights}"]
+    facts = [
+        f"{name}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} million parameters, {weights}"
+    ]
     tokenizer = _tokenizer(AutoTokenizer, name, task, model, untrained, facts)
     return Start(model, tokenizer, built_in=False, untrained=untrained, facts=tuple(facts))
 
@@ -86,7 +102,9 @@ def _tokenizer(loader: Any, name: str, task: Task, model: Any, untrained: bool, 
         tokenizer = loader.from_pretrained(name)
     except (OSError, ValueError) as error:
         if not untrained:
-            raise CliError(f"--model: {name} has no tokenizer that can be loaded: {_first_line(error)}") from error
+            raise CliError(
+                f"--model: {name} has no tokenizer that can be loaded: {_first_line(error)}"
+            ) from error
         if vocabulary < 258:
             raise CliError(
                 f"--model: {name} has no tokenizer, and a byte-level one needs a vocab_size of at least 258, "
@@ -94,11 +112,15 @@ def _tokenizer(loader: Any, name: str, task: Task, model: Any, untrained: bool, 
             ) from error
         tokenizer = train_tokenizer(_texts(task), vocab_size=min(vocabulary, 4096))
         model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-        facts.append(f"no tokenizer there: trained a byte-level BPE of {len(tokenizer)} tokens on the text of the data")
+        facts.append(
+            f"no tokenizer there: trained a byte-level BPE of {len(tokenizer)} tokens on the text of the data"
+        )
     if len(tokenizer) > vocabulary:
         raise CliError(f"--model: {name} embeds {vocabulary} tokens, but its tokenizer has {len(tokenizer)}")
     if tokenizer.eos_token is None:
-        raise CliError(f"--model: the tokenizer of {name} has no end token (eos_token), which ends a completion")
+        raise CliError(
+            f"--model: the tokenizer of {name} has no end token (eos_token), which ends a completion"
+        )
     if task.conversational and not tokenizer.chat_template:
         tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", tokenizer.eos_token)
         facts.append("the tokenizer has no chat template: messages are written as <|role|>, text, end token")

@@ -78,9 +78,19 @@ def table(result: Result) -> Table:
         )
     if after.kl is not None and before.kl is not None:
         reading = f"nats per completion over {len(after.samples)} samples; how far the model moved"
-        made.add_row("KL to the reference", f"{before.kl:.2f}", _with_error(after.kl, after.kl_error, "{:.2f}"), reading)
+        made.add_row(
+            "KL to the reference",
+            f"{before.kl:.2f}",
+            _with_error(after.kl, after.kl_error, "{:.2f}"),
+            reading,
+        )
     if after.accuracy is not None and before.accuracy is not None:
-        made.add_row("implicit-reward accuracy", _share(before.accuracy), _share(after.accuracy), _accuracy_words(result))
+        made.add_row(
+            "implicit-reward accuracy",
+            _share(before.accuracy),
+            _share(after.accuracy),
+            _accuracy_words(result),
+        )
     better, worse = _sides(result)
     reading = "nats per completion, change since the start"
     if after.chosen is not None:
@@ -97,7 +107,10 @@ def verdict(result: Result) -> list[Text]:
     before, after = result.before, result.after
     said = []
     if after.reward is not None and before.reward is not None:
-        gain, error = after.reward - before.reward, math.hypot(before.reward_error or 0, after.reward_error or 0)
+        gain, error = (
+            after.reward - before.reward,
+            math.hypot(before.reward_error or 0, after.reward_error or 0),
+        )
         rose = gain > 2 * error
         words = f"The true reward {'rose' if rose else 'did not clearly rise'}: {gain:+.2f} ± {error:.2f}."
         said.append(Text(words, style="green" if rose else "yellow"))
@@ -121,7 +134,9 @@ def samples(result: Result, count: int = 3) -> Table | None:
     """What the model says before and after, to the same prompts."""
     if not result.after.samples:
         return None
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Samples", title_justify="left", title_style="bold")
+    made = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title="Samples", title_justify="left", title_style="bold"
+    )
     made.add_column("prompt", style="dim", max_width=28)
     made.add_column("before", ratio=1)
     made.add_column("after", ratio=1, style="bold")
@@ -189,8 +204,16 @@ def _first_panel(axis: Any, result: Result) -> None:
     low = [r - 2 * e for r, e in zip(rewards, errors, strict=True)]
     high = [r + 2 * e for r, e in zip(rewards, errors, strict=True)]
     axis.fill_between(steps, low, high, color=_BLUE, alpha=0.2, linewidth=0)
-    axis.axhline(rewards[0], color=_GREY, linestyle="--", linewidth=1, label=f"before training, {rewards[0]:+.2f}")
-    axis.axhline(world.BEST_REWARD, color=_GREEN, linestyle=":", linewidth=1.5, label=f"best possible, {world.BEST_REWARD:g}")
+    axis.axhline(
+        rewards[0], color=_GREY, linestyle="--", linewidth=1, label=f"before training, {rewards[0]:+.2f}"
+    )
+    axis.axhline(
+        world.BEST_REWARD,
+        color=_GREEN,
+        linestyle=":",
+        linewidth=1.5,
+        label=f"best possible, {world.BEST_REWARD:g}",
+    )
     axis.set(title="True reward of sampled completions", ylabel="reward (judge's scale)")
     # Room for the legend below the curve, which rises.
     axis.set_ylim(min(*low, rewards[0] - 0.35 * (world.BEST_REWARD - rewards[0])), world.BEST_REWARD + 0.3)
@@ -263,7 +286,8 @@ def _share(value: float | None) -> str:
 
 
 def _cut(text: str, width: int = 200) -> str:
-    flat = " ".join(text.split())
+    # An untrained model says anything, also what a terminal would obey.
+    flat = "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
     return flat if len(flat) <= width else flat[: width - 3] + "..."
 
 

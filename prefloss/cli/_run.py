@@ -43,7 +43,9 @@ class WarmUp:
 ON_WORLD, ON_DATA = WarmUp(600, 32, 5e-3), WarmUp(200, 8, 2e-3)
 
 
-def run(settings: Settings, loss: prefloss.Loss, task: Task, folder: Path, console: Console, clock: Clock) -> Result:
+def run(
+    settings: Settings, loss: prefloss.Loss, task: Task, folder: Path, console: Console, clock: Clock
+) -> Result:
     """Train as asked and save the model.
 
     Raises:
@@ -204,8 +206,12 @@ def _check_start(found: Measurement) -> None:
 
 
 def _tell_dropped(console: Console, given: int, kept: int, max_length: int) -> None:
+    if kept == 0:
+        raise CliError(f"--max-length: all {given} rows have a prompt that alone fills {max_length} tokens")
     if kept < given:
-        message = f"{given - kept} of {given} rows left out: their prompt alone fills --max-length {max_length}"
+        message = (
+            f"{given - kept} of {given} rows left out: their prompt alone fills --max-length {max_length}"
+        )
         _tell(console, "", (), (message,))
 
 
@@ -213,7 +219,8 @@ def _tell_merged(console: Console, tokenizer: Any, task: Task) -> None:
     """TRL cuts the end of a prompt whose last token changes when a completion follows."""
     rows = [*task.better, *task.worse][:200]
     merged = sum(
-        len(encode(tokenizer, row["prompt"], row["completion"])[0]) < len(encode_prompt(tokenizer, row["prompt"]))
+        len(encode(tokenizer, row["prompt"], row["completion"])[0])
+        < len(encode_prompt(tokenizer, row["prompt"]))
         for row in rows
     )
     if merged:
@@ -257,7 +264,12 @@ def _setting(settings: Settings, start: _models.Start, plan: _trainer.Plan, trai
 
 
 def _about(
-    settings: Settings, loss: prefloss.Loss, task: Task, start: _models.Start, plan: _trainer.Plan, trainer: Any
+    settings: Settings,
+    loss: prefloss.Loss,
+    task: Task,
+    start: _models.Start,
+    plan: _trainer.Plan,
+    trainer: Any,
 ) -> dict[str, Any]:
     return {
         "loss_name": loss.name,

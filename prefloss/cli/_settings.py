@@ -50,7 +50,9 @@ class Settings:
         if self.steps is not None and self.epochs is not None:
             raise CliError("--steps and --epochs: expected one of them, got both")
         if self.lora_rank is not None and self.model is None:
-            raise CliError("--lora: expected a --model to adapt; the built-in model is small enough to train whole")
+            raise CliError(
+                "--lora: expected a --model to adapt; the built-in model is small enough to train whole"
+            )
 
 
 def find_loss(settings: Settings) -> prefloss.Loss:

@@ -60,7 +60,9 @@ def make_task(settings: Settings, loss: prefloss.Loss) -> Task:
         CliError: If the data cannot be read, or do not fit the loss.
     """
     wanted = _kind_for(loss)
-    return _world_task(settings, loss, wanted) if settings.data is None else _file_task(settings, loss, wanted)
+    return (
+        _world_task(settings, loss, wanted) if settings.data is None else _file_task(settings, loss, wanted)
+    )
 
 
 def _kind_for(loss: prefloss.Loss) -> Kind:
@@ -147,7 +149,9 @@ def _file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind) -> Task:
     warnings = list(found.notes)
     if wanted is Kind.LABELLED and pairs:
         train = pdata.pairs_to_labels(train, settings.seed)
-        facts.append(f"{loss.name} learns from labels: each chosen became an upvote, each rejected a downvote")
+        facts.append(
+            f"{loss.name} learns from labels: each chosen became an upvote, each rejected a downvote"
+        )
     if wanted is Kind.LABELLED:
         train = train.shuffle(seed=settings.seed)
         warnings += _label_warnings(loss, *pdata.label_counts(train))

@@ -121,7 +121,9 @@ def configure(settings: Settings, task: Task, plan: Plan, loss: prefloss.Loss, f
     return config
 
 
-def build(task: Task, start: Start, config: Any, loss: prefloss.Loss, rank: int | None, watcher: TrainerCallback) -> Any:
+def build(
+    task: Task, start: Start, config: Any, loss: prefloss.Loss, rank: int | None, watcher: TrainerCallback
+) -> Any:
     """A trainer that is ready to train.
 
     Args:
@@ -202,7 +204,9 @@ class Watcher(TrainerCallback):
         self._on_step, self._measure = on_step, measure
         self.losses: list[tuple[int, float]] = []
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         """Keep the training loss; the last log, of the whole run, has none."""
         if logs and "loss" in logs:
             self.losses.append((state.global_step, logs["loss"]))

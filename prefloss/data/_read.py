@@ -104,7 +104,9 @@ class _Head:
         optional = tuple(name for name in kind.optional if is_number(row.get(name)))
         scores = {"score_chosen", "score_rejected"} & set(optional)
         if len(scores) == 1:
-            raise DataError(f"{place}: got column {scores.pop()!r} alone; expected scores of both sides, or of neither")
+            raise DataError(
+                f"{place}: got column {scores.pop()!r} alone; expected scores of both sides, or of neither"
+            )
         unused = tuple(name for name in row if name not in (*kind.columns, *optional))
         return cls(place, kind, optional, unused)
 

@@ -53,7 +53,9 @@ def clean(place: str, row: dict[str, Any], kind: Kind, optional: tuple[str, ...]
 
 def is_blank(text: Text) -> bool:
     """Whether a text, or every message of it, holds nothing but white space."""
-    return all(not part.strip() for part in ([text] if isinstance(text, str) else [m["content"] for m in text]))
+    return all(
+        not part.strip() for part in ([text] if isinstance(text, str) else [m["content"] for m in text])
+    )
 
 
 def _sides(place: str, row: dict[str, Any], kind: Kind) -> list[Text]:
@@ -61,7 +63,9 @@ def _sides(place: str, row: dict[str, Any], kind: Kind) -> list[Text]:
     if kind is Kind.RANKED:
         many = row["completions"]
         if not isinstance(many, list):
-            raise DataError(f"{place}: column 'completions': expected a list of completions, got {shown(many)}")
+            raise DataError(
+                f"{place}: column 'completions': expected a list of completions, got {shown(many)}"
+            )
         return [_text(place, f"column 'completions'[{i}]", value) for i, value in enumerate(many)]
     names = kind.columns[1:] if kind is Kind.PAIRED else kind.columns[1:2]
     return [_text(place, f"column {name!r}", row[name]) for name in names]
@@ -157,7 +161,9 @@ def is_number(value: Any) -> bool:
 def _number(place: str, name: str, value: Any) -> float:
     if not is_number(value) or (name == "weight" and value < 0):
         wanted = "a number >= 0" if name == "weight" else "a finite number"
-        raise DataError(f"{place}: column {name!r}: expected {wanted} as in the rows before, got {shown(value)}")
+        raise DataError(
+            f"{place}: column {name!r}: expected {wanted} as in the rows before, got {shown(value)}"
+        )
     return float(value)
 
 

@@ -59,9 +59,7 @@ def _json(path: Path) -> Iterator[Row]:
         if start < len(text) and text[start] == ",":
             start = _skip_space(text, start + 1)
         elif start < len(text) and text[start] != "]":
-            raise DataError(
-                f"{path}:{_position(text, start)}: bad JSON: expected ',' or ']' between objects"
-            )
+            raise DataError(f"{path}:{_position(text, start)}: bad JSON: expected ',' or ']' between objects")
     if start >= len(text):
         raise DataError(f"{path}:{_position(text, start)}: bad JSON: the array has no closing ']'")
     rest = _skip_space(text, start + 1)
@@ -143,7 +141,7 @@ def _decode(path: Path, line: int, text: str, start: int, decoder: json.JSONDeco
 def _as_object(place: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(
-            f"{place}: expected an object with named columns, as {{\"prompt\": ...}}, got {shown(value)}"
+            f'{place}: expected an object with named columns, as {{"prompt": ...}}, got {shown(value)}'
         )
     return value
 

@@ -147,13 +147,14 @@ class Reference:
         if self.kind == "model":
             _move(self.value, device)
             with trainer.accelerator.autocast():
-                yield self.value.eval()
+                yield self.value
             return
         policy = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
         training = model.training
         model.eval()
         try:
-            with policy.disable_adapter() if self.kind == "adapter_off" else _switched(policy, self.value):
+            # The value of adapter_off is None.
+            with _switched(policy, self.value):
                 yield model
         finally:
             model.train(training)
@@ -198,15 +199,23 @@ def _check_adapters(reference: Reference, policy: Any) -> None:
 
 
 @contextmanager
-def _switched(policy: Any, name: str) -> Iterator[None]:
-    """Another adapter in place of the active one; which parameters are trainable stays as it was."""
+def _switched(policy: Any, name: str | None) -> Iterator[None]:
+    """Another adapter in place of the active one, or (None) no adapter.
+
+    PEFT makes the whole active adapter trainable when it switches back; what the user froze of it stays frozen here.
+    """
     before = policy.active_adapter
     trainable = {key: value.requires_grad for key, value in policy.named_parameters()}
-    policy.set_adapter(name)
     try:
-        yield
+        if name is None:
+            with policy.disable_adapter():
+                yield
+        else:
+            policy.set_adapter(name)
+            yield
     finally:
-        policy.set_adapter(before)
+        if name is not None:
+            policy.set_adapter(before)
         for key, value in policy.named_parameters():
             value.requires_grad_(trainable[key])
 

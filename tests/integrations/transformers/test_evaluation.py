@@ -38,6 +38,18 @@ def test_evaluation_is_exact_and_chooses_the_best_model(tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*completion without tokens")
+def test_evaluation_counts_examples_and_not_batches(tmp_path):
+    policy = tiny.model()
+    options = {"data": tiny.pairs(4), "eval_data": tiny.pairs(10, seed=5), "max_length": 5}
+    item = plain.callback(policy, "simpo", reference=None, beta=2.0)
+    trainer = plain.build(tmp_path, item, policy, **options)
+    found = trainer.evaluate()
+    assert found["eval_prefloss/empty"] > 0
+    trainer.args.per_device_eval_batch_size = 10
+    assert found["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
+
+
 def test_prediction_gives_log_probs_and_metrics(tmp_path):
     policy = tiny.model()
     trainer = plain.build(tmp_path, plain.callback(policy, "dpo"), policy, data=tiny.pairs(4))

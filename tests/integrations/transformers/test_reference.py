@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from prefloss.integrations.transformers import PreferenceLossCallback, Reference
+from prefloss.integrations.transformers import PreferenceLossCallback, Reference, model_logps
+from prefloss.logratios import completion_targets
 from tests.integrations.transformers import plain
 from tests.integrations.transformers.test_models import adapted
 from tests.integrations.trl import tiny
@@ -32,6 +33,27 @@ def with_sums(data, policy):
 
 def policy_copy(policy):
     return Reference.model(copy.deepcopy(policy))
+
+
+@pytest.mark.parametrize("reference", [Reference.adapter_off(), Reference.adapter("sft")], ids=repr)
+def test_an_adapted_policy_is_its_own_reference_without_dropout(tmp_path, reference):
+    policy = second_adapter(False)
+    frozen = next(value for name, value in policy.named_parameters() if ".default." in name)
+    frozen.requires_grad_(False)
+    trainer = plain.build(tmp_path, None, policy, data=tiny.pairs(4))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    inputs, targets = {"input_ids": ids}, completion_targets(ids, torch.ones_like(ids))
+    found = []
+    for rate in (0.0, 0.5):
+        for layer in policy.base_model.model.model.layers:
+            layer.self_attn.attention_dropout = rate
+        policy.train()
+        found.append(reference.logps(trainer, policy, inputs, targets, {}))
+        assert policy.training
+        assert policy.active_adapter == "default"
+        assert not frozen.requires_grad
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], model_logps(policy.eval(), inputs, targets).logps)
 
 
 def test_cached_sums_train_as_the_model_does(tmp_path):
