@@ -27,6 +27,7 @@ from prefloss.kernels import chunked, naive
 from prefloss.kernels.chunked import Path
 from prefloss.kernels.naive import LogitTransform
 
+DEVICE = "cuda"
 PLAIN = LogitTransform()
 TRANSFORMS = {
     "plain": PLAIN,
@@ -63,8 +64,8 @@ def main() -> int:
         return 2
     if arguments.out is not None:
         measure.RESULTS = arguments.out
-    print(*(f"{name:>18}  {value}" for name, value in measure.circumstances("cuda").items()), sep="\n")
-    if not correct("cuda"):
+    print(*(f"{name:>18}  {value}" for name, value in measure.circumstances(DEVICE).items()), sep="\n")
+    if not correct(DEVICE):
         print("bench_gpu: a correctness check failed, so nothing was timed", file=sys.stderr)
         return 1
     for vocabulary in arguments.vocabulary:
@@ -136,7 +137,7 @@ def check_gather(
         (got * weights).sum().backward()
         assert leaf.grad is not None
         what = f"gather {dtype} {name}{', in place' if inplace else ''}"
-        check(f"{what}: statistics", (got - wanted).abs().max().item(), 1e-5)
+        check(f"{what}: statistics", ((got - wanted).abs() / (1 + wanted.abs())).max().item(), 1e-5)
         check(f"{what}: gradient", relative(leaf.grad, exact.grad), rounding(dtype))
 
 
@@ -150,39 +151,45 @@ def check_linear(
     vocabulary: int,
     hidden: int,
 ) -> None:
-    from prefloss.kernels import logprob_gather as fused
-
     h, w, b = (
         (torch.randn(shape, device=device) * scale).to(dtype)
         for shape, scale in (((rows, hidden), 1.0), ((vocabulary, hidden), 0.2), ((vocabulary,), 1.0))
     )
     y = torch.randint(vocabulary, (rows,), device=device)
     y[::5] = IGNORED
-    for scheme, kept, outputs in (
-        ("recompute", 0, 1), ("recompute", 0, 5), ("keep", rows, 1), ("keep", rows // 2, 5), ("unscaled", 0, 1),
-    ):  # fmt: skip
+    cases: tuple[tuple[chunked.Scheme, int, int], ...] = (
+        ("recompute", 0, 1), ("recompute", 0, 5), ("unscaled", 0, 1), ("keep", rows, 1), ("keep", rows // 2, 5),
+    )  # fmt: skip
+    for scheme, kept, outputs in cases:
         weights = torch.randn(outputs, rows, device=device)
         weights[4:] = 0
         frozen = scheme == "unscaled"
         exact = [z.double().requires_grad_() for z in (h, w, b)]
         plain = [z.clone().requires_grad_() for z in (h, w, b)]
         leaves = [z.clone().requires_grad_(not frozen or z is h) for z in (h, w, b)]
-        wanted = naive.linear_token_stats(*exact, y, transform, IGNORED, outputs)
+        wanted = naive.linear_token_stats(exact[0], exact[1], exact[2], y, transform, IGNORED, outputs)
         (wanted * weights).sum().backward()
         # what autograd makes of the same in this precision, with float32 logits given to the softmax
-        z = F.linear(*plain).float()
+        z = F.linear(plain[0], plain[1], plain[2]).float()
         (naive.token_stats(z, y, transform, IGNORED, outputs) * weights).sum().backward()
         path = Path(scheme, 48, kept)
-        got = fused.linear_token_stats(*leaves, y, transform, IGNORED, lambda n, path=path: path, outputs)
+        got = triton_stats(leaves[0], leaves[1], leaves[2], y, transform, path, outputs)
         (got * weights).sum().backward()
         what = f"linear {dtype} {name}, {scheme} {kept}, {outputs}"
-        # float32 matmuls of 512 terms, or TF32 where the user allows it
         check(f"{what}: statistics", ((got - wanted).abs() / (1 + wanted.abs())).max().item(), 1e-5)
         for part, leaf, other, right in zip(("hidden", "weight", "bias"), leaves, plain, exact, strict=True):
             if leaf.requires_grad:
                 assert leaf.grad is not None
-                limit = max(1.1 * relative(other.grad, right.grad), 2e-5)
+                limit = max(1.1 * relative(other.grad, right.grad), 0.35 * torch.finfo(dtype).eps, 2e-5)
                 check(f"{what}: gradient of {part}", relative(leaf.grad, right.grad), limit)
+
+
+def triton_stats(
+    x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, transform: LogitTransform, path: Path, outputs: int
+) -> Tensor:
+    from prefloss.kernels import logprob_gather as fused
+
+    return fused.linear_token_stats(x, w, b, y, transform, IGNORED, lambda n: path, outputs)
 
 
 def check_past_2_to_the_31(check: Callable[..., None], device: str) -> None:
@@ -209,7 +216,7 @@ def relative(x: Any, exact: Any) -> float:
 
 def rounding(dtype: torch.dtype) -> float:
     """One rounding to the dtype, and what float32 arithmetic adds."""
-    return torch.finfo(dtype).eps / 2 + 5e-6
+    return torch.finfo(dtype).eps / 2 + 1e-5
 
 
 def bench_gather(arguments: argparse.Namespace, vocabulary: int, bandwidth: float) -> None:
@@ -217,9 +224,9 @@ def bench_gather(arguments: argparse.Namespace, vocabulary: int, bandwidth: floa
 
     torch.manual_seed(0)
     n = arguments.rows
-    x = torch.empty(n, vocabulary, device="cuda", dtype=torch.bfloat16).normal_(std=4).requires_grad_()
-    y = torch.randint(vocabulary, (n,), device="cuda")
-    upstream = torch.randn(n, device="cuda")
+    x = torch.empty(n, vocabulary, device=DEVICE, dtype=torch.bfloat16).normal_(std=4).requires_grad_()
+    y = torch.randint(vocabulary, (n,), device=DEVICE)
+    upstream = torch.randn(n, device=DEVICE)
     # it writes over these; that they hold a gradient in the next round changes no time
     other = x.detach().clone().requires_grad_()
 
@@ -255,7 +262,7 @@ def bench_gather(arguments: argparse.Namespace, vocabulary: int, bandwidth: floa
         for name, record in records.items():
             record.logp_error, record.gradient_error = errors[name.removesuffix(", in place")]
             record.ok = not name.startswith("prefloss") or record.logp_error < 1e-5
-        row = {
+        row: dict[str, object] = {
             "bench": "gpu logits",
             "what": what,
             "shape": f"{n}x{vocabulary}",
@@ -277,11 +284,9 @@ def gather_errors(call: Callable[..., Tensor], x: Tensor, y: Tensor, upstream: T
 
 
 def bench_hidden(arguments: argparse.Namespace, vocabulary: int, bandwidth: float, frozen: bool) -> None:
-    from prefloss.kernels import logprob_gather as fused
-
     n, width = arguments.rows, arguments.width
     shape = Linear(4, n // 8, 0, width, vocabulary)
-    problem = bench_linear.Problem(shape, torch.bfloat16, "cuda", frozen)
+    problem = bench_linear.Problem(shape, torch.bfloat16, DEVICE, frozen)
     calls: dict[str, Callable[..., Tensor]] = {}
     # a tile of logits of 256 MiB, or of 512
     for mib in (256, 512):
@@ -294,7 +299,7 @@ def bench_hidden(arguments: argparse.Namespace, vocabulary: int, bandwidth: floa
                 "4 matmuls": Path("recompute", rows),
             }
         for name, path in paths.items():
-            calls[f"prefloss, {name}, tile {mib} MiB"] = triton_way(fused, path)
+            calls[f"prefloss, {name}, tile {mib} MiB"] = triton_way(path)
     calls["prefloss, no Triton"] = chunked_way(
         Path("unscaled" if frozen else "recompute", max(1, 2**26 // vocabulary))
     )
@@ -327,8 +332,8 @@ def bench_hidden(arguments: argparse.Namespace, vocabulary: int, bandwidth: floa
     )
 
 
-def triton_way(fused: Any, path: Path) -> Callable[..., Tensor]:
-    return lambda x, w, y: fused.linear_token_stats(x, w, None, y, PLAIN, IGNORED, lambda n: path)[0]
+def triton_way(path: Path) -> Callable[..., Tensor]:
+    return lambda x, w, y: triton_stats(x, w, None, y, PLAIN, path, 1)[0]
 
 
 def chunked_way(path: Path) -> Callable[..., Tensor]:
@@ -342,11 +347,10 @@ def linear_errors(call: Callable[..., Tensor], problem: bench_linear.Problem) ->
     upstream = torch.randn(len(y), device=x.device)
     pairs = []
     for op, dtype in ((call, x.dtype), (exact_way, torch.float64)):
-        leaves = [z.detach().to(dtype).requires_grad_() for z in (x, problem.weight)]
-        leaves[1].requires_grad_(problem.weight.requires_grad)
-        logps = op(*leaves, y)
+        leaf, head = (z.detach().to(dtype).requires_grad_() for z in (x, problem.weight))
+        logps = op(leaf, head.requires_grad_(problem.weight.requires_grad), y)
         (logps * upstream).sum().backward()
-        pairs.append((logps.detach(), [leaf.grad for leaf in leaves if leaf.requires_grad]))
+        pairs.append((logps.detach(), [leaf.grad] if head.grad is None else [leaf.grad, head.grad]))
     (got, grads), (want, wanted) = pairs
     return (got - want).abs().max().item(), max(relative(a, b) for a, b in zip(grads, wanted, strict=True))
 
@@ -363,14 +367,14 @@ def report(
     arguments: argparse.Namespace,
 ) -> None:
     records = {**records, LIMIT: Record(LIMIT, [limit])}
-    measure.report(title, records, LIMIT, row, "cuda", not arguments.dry)
+    measure.report(title, records, LIMIT, row, DEVICE, not arguments.dry)
     # in the order in which they are offered: the best of them is not known beforehand
     for name, record in records.items():
         if name.startswith("prefloss") and record.ok:
-            verdict = "reached" if record.median <= WANTED[str(row["what"])] * limit else "missed"
-            print(
-                f"{name}: {limit / record.median:.3f} of the limit's speed; wanted {1 / WANTED[str(row['what'])]:.3f}: {verdict}"
-            )
+            wanted = 1 / WANTED[str(row["what"])]
+            fraction = limit / record.median
+            verdict = "reached" if fraction >= wanted else "missed"
+            print(f"{name}: {fraction:.3f} of the limit's speed, wanted {wanted:.3f}: {verdict}")
 
 
 def in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Record]:
@@ -381,7 +385,7 @@ def in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Record]:
             # the first call compiles and picks algorithms
             step()
             step()
-            records[name] = Record(name, peak_mib=measure.peak_mib(step, "cuda"))
+            records[name] = Record(name, peak_mib=measure.peak_mib(step, DEVICE))
         except torch.cuda.OutOfMemoryError:
             print(f"{name}: out of memory")
         gc.collect()
@@ -406,7 +410,7 @@ def milliseconds(step: Step) -> float:
 
 def copy_bandwidth(n: int, vocabulary: int, rounds: int) -> float:
     """Bytes read and written in a second by a copy of the logits."""
-    x = torch.empty(n, vocabulary, device="cuda", dtype=torch.bfloat16).normal_()
+    x = torch.empty(n, vocabulary, device=DEVICE, dtype=torch.bfloat16).normal_()
     y = torch.empty_like(x)
     return 2 * x.nbytes / in_turns({"copy": lambda: y.copy_(x)}, rounds)["copy"].median * 1e3
 
@@ -415,9 +419,9 @@ def sweep(arguments: argparse.Namespace, vocabulary: int, bandwidth: float) -> N
     """Which blocks and warps suit the two gather kernels; printed, not saved."""
     from prefloss.kernels import logprob_gather as fused
 
-    x = torch.empty(arguments.rows, vocabulary, device="cuda", dtype=torch.bfloat16).normal_()
-    y = torch.randint(vocabulary, (len(x),), device="cuda")
-    grad = torch.randn(1, len(x), device="cuda")
+    x = torch.empty(arguments.rows, vocabulary, device=DEVICE, dtype=torch.bfloat16).normal_()
+    y = torch.randint(vocabulary, (len(x),), device=DEVICE)
+    grad = torch.randn(1, len(x), device=DEVICE)
     stats = fused.token_forward(x, y, PLAIN, None, 1)
     usual, read = (fused.FORWARD, fused.BACKWARD), x.nbytes / bandwidth * 1e3
     print("\nblock and warps: speed of forward and backward, of the limit's")

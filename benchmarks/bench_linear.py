@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import in_turns, report
-from benchmarks.peers import liger_dpo, linear_ways, naive_linear
+from benchmarks.peers import liger_dpo, linear_ways
 from benchmarks.shapes import LINEAR, Linear
 from prefloss.logprobs import linear_token_logps
 
@@ -85,9 +85,16 @@ def prefloss_recompute(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 
 
 def run(
-    shape: Linear, dtype: torch.dtype, frozen: bool, rounds: int, device: str = "cpu", save: bool = True, name: str = "",
+    shape: Linear,
+    dtype: torch.dtype,
+    frozen: bool,
+    rounds: int,
+    device: str = "cpu",
+    save: bool = True,
+    name: str = "",
     only: tuple[str, ...] = (),
-) -> None:  # fmt: skip
+) -> None:
+    """Measure every way there is, or those named in `only`, and report."""
     problem = Problem(shape, dtype, device, frozen)
     calls = linear_ways()
     steps = {way: problem.by_tokens(call) for way, call in calls.items()}
@@ -99,7 +106,9 @@ def run(
     steps["prefloss, no budget"] = problem.all_tokens(prefloss_recompute)
     if only:
         steps = {way: step for way, step in steps.items() if way in only}
-    errors = _errors(problem, {**calls, "prefloss": prefloss, "prefloss, no budget": prefloss_recompute}, steps)
+    errors = _errors(
+        problem, {**calls, "prefloss": prefloss, "prefloss, no budget": prefloss_recompute}, steps
+    )
     steps["matmul floor"] = problem.matmuls()
     records = in_turns(steps, rounds, device)
     for way, record in records.items():
@@ -118,7 +127,9 @@ def run(
 
 
 def _errors(
-    problem: Problem, calls: dict[str, Callable[..., Tensor]], steps: dict[str, Callable[[], tuple[Tensor, ...]]]
+    problem: Problem,
+    calls: dict[str, Callable[..., Tensor]],
+    steps: dict[str, Callable[[], tuple[Tensor, ...]]],
 ) -> dict[str, tuple[float, float]]:
     """Largest error of some log-probs and worst relative error of the gradients, against float64."""
     some = problem.kept[:64]
@@ -148,7 +159,8 @@ def _errors(
             with torch.enable_grad():
                 grads = step()
             worst = max(
-                ((a.reshape(b.shape) - b).norm() / b.norm()).item() for a, b in zip(grads, wanted, strict=True)
+                ((a.reshape(b.shape) - b).norm() / b.norm()).item()
+                for a, b in zip(grads, wanted, strict=True)
             )
             errors[way] = error, worst
     return errors

@@ -24,7 +24,9 @@ def prefloss_inplace(logits: Tensor, targets: Tensor) -> Tensor:
     return token_logps(logits, targets, impl="chunked", inplace_backward=True)
 
 
-def run(shape: Logits, dtype: torch.dtype, rounds: int, device: str = "cpu", save: bool = True, name: str = "") -> None:
+def run(
+    shape: Logits, dtype: torch.dtype, rounds: int, device: str = "cpu", save: bool = True, name: str = ""
+) -> None:
     torch.manual_seed(0)
     logits = (4 * torch.randn(shape.tokens, shape.vocabulary, device=device)).to(dtype)
     targets = torch.randint(shape.vocabulary, (shape.tokens,), device=device)
@@ -53,12 +55,20 @@ def run(shape: Logits, dtype: torch.dtype, rounds: int, device: str = "cpu", sav
             record.logp_error, record.gradient_error = errors[way.removesuffix(", in place")]
             record.ok = record.logp_error < LOGP_LIMIT or not way.startswith("prefloss")
         baseline = BASELINE if BASELINE in records else "torch naive, float32 inside"
-        row = {"bench": "logits", "what": what, "shape": name, "dtype": str(dtype).removeprefix("torch."), "frozen": ""}
+        row = {
+            "bench": "logits",
+            "what": what,
+            "shape": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "frozen": "",
+        }
         title = f"{what}, {shape.tokens} x {shape.vocabulary} {row['dtype']}"
         report(title, records, baseline, row, device, save)
 
 
-def _errors(call: Callable[..., Tensor], logits: Tensor, targets: Tensor, upstream: Tensor) -> tuple[float, float]:
+def _errors(
+    call: Callable[..., Tensor], logits: Tensor, targets: Tensor, upstream: Tensor
+) -> tuple[float, float]:
     """Largest error of the log-probs and relative error of the gradient, on some rows, against float64."""
     x, y, g = (z[:64].clone() for z in (logits, targets, upstream))
     x.requires_grad_()
@@ -80,7 +90,14 @@ def main() -> None:
     arguments = parser.parse_args()
     for shape in arguments.shape:
         for dtype in arguments.dtype:
-            run(LOGITS[shape], getattr(torch, dtype), arguments.rounds, arguments.device, not arguments.dry, shape)
+            run(
+                LOGITS[shape],
+                getattr(torch, dtype),
+                arguments.rounds,
+                arguments.device,
+                not arguments.dry,
+                shape,
+            )
 
 
 if __name__ == "__main__":

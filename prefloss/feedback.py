@@ -116,7 +116,6 @@ class Pairs:
             scores=_cat_values(self.score_chosen, self.score_rejected),
         )
 
-
     def to_rankings(self) -> Rankings:
         """Every pair as a group of two, the chosen completion first: [pairs, 2].
 
@@ -131,9 +130,15 @@ class Pairs:
         """
         chosen, rejected = self.chosen.flatten(), self.rejected.flatten()
         better = torch.ones_like(chosen.policy) if self.score_chosen is None else self.score_chosen.flatten()
-        worse = torch.zeros_like(rejected.policy) if self.score_rejected is None else self.score_rejected.flatten()
+        worse = (
+            torch.zeros_like(rejected.policy)
+            if self.score_rejected is None
+            else self.score_rejected.flatten()
+        )
         if self.score_chosen is not None and bool((better <= worse).any()):
-            raise ValueError("score_chosen: got a score not above score_rejected, wanted the chosen one scored higher")
+            raise ValueError(
+                "score_chosen: got a score not above score_rejected, wanted the chosen one scored higher"
+            )
         count = len(chosen)
         order = torch.arange(2 * count, device=chosen.device).reshape(2, count).T
         return Rankings(
@@ -307,7 +312,9 @@ class Rankings:
         Raises:
             ValueError: If `how` is none of the three.
         """
-        order = self.scores.masked_fill(~self.present, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        order = self.scores.masked_fill(~self.present, -torch.inf).argsort(
+            dim=-1, descending=True, stable=True
+        )
         count = order.shape[-1]
         last = (self.present.sum(-1) - 1).clamp(min=0)
         grid = torch.ones(count, count, dtype=torch.bool, device=order.device)

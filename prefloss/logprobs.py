@@ -450,8 +450,8 @@ def _transform_options(transform: LogitTransform) -> tuple[float, float | None, 
 
 
 def _named(stats: Tensor, stats_gradient: bool) -> TokenStats:
-    logps, *rest, top1 = stats.unbind()
-    return TokenStats(logps, *(rest if stats_gradient else (x.detach() for x in rest)), top1.detach() > 0.5)
+    logps, top1, others = stats[0], stats[4].detach() > 0.5, stats if stats_gradient else stats.detach()
+    return TokenStats(logps, others[1], others[2], others[3], top1)
 
 
 def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> int:
@@ -480,7 +480,9 @@ def _check_choice(impl: Impl, chunk_tokens: int | None, dtype: torch.dtype) -> N
     if impl not in _IMPLS:
         raise ValueError(f"impl: got {impl!r}, wanted one of {', '.join(map(repr, _IMPLS))}")
     if impl == "triton" and dtype == torch.float64:
-        raise ValueError("impl: got 'triton' for float64, wanted 'auto', 'naive' or 'chunked': it computes in float32")
+        raise ValueError(
+            "impl: got 'triton' for float64, wanted 'auto', 'naive' or 'chunked': it computes in float32"
+        )
     if impl == "triton" and not kernels.available():
         raise RuntimeError(
             "impl: 'triton' needs Triton and a device that it compiles for; wanted 'auto' or 'chunked'"

@@ -104,7 +104,9 @@ class PerToken:
         return {name: value for name, value in values.items() if value is not None}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PerToken:
-        return PerToken(**{"reference": None, **{name: change(value) for name, value in self._present().items()}})
+        return PerToken(
+            **{"reference": None, **{name: change(value) for name, value in self._present().items()}}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,7 +372,9 @@ def _cat_per_token(rows: list[PerToken | None]) -> PerToken | None:
     if not present:
         return None
     if len(present) != len(rows):
-        raise ValueError(f"per_token: got it in {len(present)} of {len(rows)} parts, wanted it in all or none")
+        raise ValueError(
+            f"per_token: got it in {len(present)} of {len(rows)} parts, wanted it in all or none"
+        )
     width = max(row.mask.shape[-1] for row in present)
     padded = [row._map(lambda value: F.pad(value, (0, width - value.shape[-1]))) for row in present]
     joined: dict[str, Any] = {

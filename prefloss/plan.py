@@ -123,7 +123,7 @@ def plan_token(like: Tensor, tokens: int, vocabulary: int, impl: str, chunk_toke
     chunk = tokens if chunk_tokens is None else chunk_tokens
     scratch = 0 if passes != "torch" else min(chunk * vocabulary, 2**21) * compute_dtype(like.dtype).itemsize
     return Plan(
-        "token", "triton" if passes == "triton" else "chunked", "recompute", passes, "same", 0, tokens, chunk, 0, 0, scratch,
+        "token", _impl(passes), "recompute", passes, "same", 0, tokens, chunk, 0, 0, scratch,
         "rows of logits are read once forward and once backward; one logsumexp and one log-prob per token are kept",
         fallback,
     )  # fmt: skip
@@ -167,8 +167,9 @@ def plan_linear(
     kept_bytes = tokens * width * size if scheme == "unscaled" else kept_bytes
     straight = scheme == "keep" and kept == tokens and chunked.kept_dtype(like.dtype).itemsize == size
     return Plan(
-        "linear", "triton" if passes == "triton" else "chunked", scheme, passes, sums, matmuls, tokens, chunk, kept, kept_bytes,
-        0 if straight else chunk * vocabulary * size, why, "; ".join(filter(None, (short, slow_rows, slow_head))) or None,
+        "linear", _impl(passes), scheme, passes, sums, matmuls, tokens, chunk, kept, kept_bytes,
+        0 if straight else chunk * vocabulary * size, why,
+        "; ".join(filter(None, (short, slow_rows, slow_head))) or None,
     )  # fmt: skip
 
 
@@ -201,6 +202,10 @@ def _scheme(
     return "keep", min(tokens, kept), "the logits of all tokens do not fit the budget"
 
 
+def _impl(passes: str) -> Literal["chunked", "triton"]:
+    return "triton" if passes == "triton" else "chunked"
+
+
 def _row_passes(like: Tensor, impl: str) -> tuple[Literal["native", "triton", "torch"], str | None]:
     if uses_triton(impl, like):
         return "triton", None
@@ -209,8 +214,14 @@ def _row_passes(like: Tensor, impl: str) -> tuple[Literal["native", "triton", "t
     if like.dtype == torch.float64:
         return "torch", None
     if like.device.type == "cpu":
-        return "torch", "native.c could not be compiled here or is switched off, so rows are passed over in plain torch"
-    return "torch", "no Triton for this device, or another impl was asked for, so rows are passed over in plain torch"
+        return (
+            "torch",
+            "native.c could not be compiled here or is switched off, so rows are passed over in plain torch",
+        )
+    return (
+        "torch",
+        "no Triton for this device, or another impl was asked for, so rows are passed over in plain torch",
+    )
 
 
 @torch.compiler.assume_constant_result

@@ -63,6 +63,9 @@ def test_without_a_reference_there_are_no_rewards():
 
 def test_stats_add_up():
     whole = side([1.0, 2.0, 6.0], [1, 1, 1])
-    parts = [metrics(Pairs(whole[:1], whole[:1]))["logratios/chosen"], metrics(Pairs(whole[1:], whole[1:]))["logratios/chosen"]]
+    parts = [
+        metrics(Pairs(whole[:1], whole[:1]))["logratios/chosen"],
+        metrics(Pairs(whole[1:], whole[1:]))["logratios/chosen"],
+    ]
     assert (parts[0] + parts[1]).mean == pytest.approx(3.0)
     torch.testing.assert_close(implicit_rewards(whole, 0.5), torch.tensor([0.5, 1.0, 3.0]))

@@ -16,20 +16,48 @@ def some(n=2, device=None):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Pairs(chosen=some(), rejected=some(3)), ValueError, r"rejected: got shape \[3\], wanted \[2\]"),
-        (lambda: Pairs(chosen=torch.zeros(2), rejected=some()), TypeError, r"chosen: got Tensor, wanted LogRatios"),
+        (
+            lambda: Pairs(chosen=some(), rejected=some(3)),
+            ValueError,
+            r"rejected: got shape \[3\], wanted \[2\]",
+        ),
+        (
+            lambda: Pairs(chosen=torch.zeros(2), rejected=some()),
+            TypeError,
+            r"chosen: got Tensor, wanted LogRatios",
+        ),
         (lambda: Pairs(some(), some(), weight=torch.ones(3)), ValueError, r"weight: got shape \[3\]"),
         (lambda: Pairs(some(), some(), score_chosen=[1.0, 2.0]), ValueError, r"score_rejected: got None"),
         (lambda: Pairs(some(), some(device="meta")), ValueError, r"rejected: got device meta"),
         (lambda: Pairs(some(), some(), weight=[True, False]), ValueError, None),
-        (lambda: Labels(some(), desirable=torch.tensor([1, 0])), TypeError, r"desirable: got dtype torch.int64"),
+        (
+            lambda: Labels(some(), desirable=torch.tensor([1, 0])),
+            TypeError,
+            r"desirable: got dtype torch.int64",
+        ),
         (lambda: Labels(some(), desirable=[True]), ValueError, r"desirable: got shape \[1\], wanted \[2\]"),
-        (lambda: Labels(some(), [True, False], kl=[0.1] * 3), ValueError, r"kl: got shape \[3\], wanted a scalar or"),
+        (
+            lambda: Labels(some(), [True, False], kl=[0.1] * 3),
+            ValueError,
+            r"kl: got shape \[3\], wanted a scalar or",
+        ),
         (lambda: Labels(some(), [True, False], mismatched=1.0), TypeError, r"mismatched: got float"),
-        (lambda: Rankings(some(), [1.0, 2.0]), ValueError, r"completions: got shape \[2\], wanted \[groups, K\]"),
+        (
+            lambda: Rankings(some(), [1.0, 2.0]),
+            ValueError,
+            r"completions: got shape \[2\], wanted \[groups, K\]",
+        ),
         (lambda: groups([[1.0, 2.0]], mask=[[1, 0]]), TypeError, r"mask: got dtype torch.int64"),
-        (lambda: groups([[1.0, 2.0]], weight=[1.0, 2.0]), ValueError, r"weight: got shape \[2\], wanted \[1\]"),
-        (lambda: groups([[1.0, 2.0]]).to_pairs("worst"), ValueError, r"how: got 'worst', wanted 'best_worst'"),
+        (
+            lambda: groups([[1.0, 2.0]], weight=[1.0, 2.0]),
+            ValueError,
+            r"weight: got shape \[2\], wanted \[1\]",
+        ),
+        (
+            lambda: groups([[1.0, 2.0]]).to_pairs("worst"),
+            ValueError,
+            r"how: got 'worst', wanted 'best_worst'",
+        ),
     ],
 )
 def test_bad_inputs_are_named(make, error, message):

@@ -29,7 +29,9 @@ def test_derived_values():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_half_precision_is_upcast(dtype):
     wanted = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    found = ratios(policy=torch.tensor([-20.0, -24.0], dtype=dtype), reference=torch.tensor([-21.5, -23.0], dtype=dtype))
+    found = ratios(
+        policy=torch.tensor([-20.0, -24.0], dtype=dtype), reference=torch.tensor([-21.5, -23.0], dtype=dtype)
+    )
     assert found.policy.dtype == found.reference.dtype == found.h.dtype == wanted
 
 
@@ -62,7 +64,9 @@ def test_indexing_and_concatenation():
     assert both[2].policy.item() == -1
     assert both[torch.tensor([True, False, True])].tokens.tolist() == [10, 4]
     assert both[1:].per_token.policy.shape == (2, 5)
-    grid = LogRatios(torch.zeros(2, 3), per_token=PerToken(torch.zeros(2, 3, 4), None, torch.ones(2, 3, 4).bool()))
+    grid = LogRatios(
+        torch.zeros(2, 3), per_token=PerToken(torch.zeros(2, 3, 4), None, torch.ones(2, 3, 4).bool())
+    )
     assert grid.flatten().shape == (6,)
     assert grid.flatten().per_token.policy.shape == (6, 4)
 
@@ -76,7 +80,11 @@ def test_detached():
     ("make", "error", "message"),
     [
         (lambda: ratios(policy=torch.tensor([-20, -24])), TypeError, r"policy: got dtype torch.int64"),
-        (lambda: ratios(tokens=torch.tensor([1.0, 2.0])), TypeError, r"tokens: got dtype torch.float32, wanted integer"),
+        (
+            lambda: ratios(tokens=torch.tensor([1.0, 2.0])),
+            TypeError,
+            r"tokens: got dtype torch.float32, wanted integer",
+        ),
         (lambda: ratios(tokens=torch.tensor([True, True])), TypeError, r"tokens: got dtype torch.bool"),
         (lambda: ratios(reference=torch.zeros(3)), ValueError, r"reference: got shape \[3\], wanted \[2\]"),
         (lambda: ratios(tokens=torch.tensor([1])), ValueError, r"tokens: got shape \[1\], wanted \[2\]"),
@@ -84,7 +92,11 @@ def test_detached():
         (lambda: ratios(reference=None).h, ValueError, r"reference: got None"),
         (lambda: ratios(tokens=None).h_mean, ValueError, r"tokens: got None"),
         (lambda: LogRatios.cat([]), ValueError, r"parts: got no LogRatios"),
-        (lambda: LogRatios.cat([ratios(), ratios(tokens=None)]), ValueError, r"tokens: got it in 1 of 2 parts"),
+        (
+            lambda: LogRatios.cat([ratios(), ratios(tokens=None)]),
+            ValueError,
+            r"tokens: got it in 1 of 2 parts",
+        ),
         (
             lambda: LogRatios.from_token_logps(torch.zeros(2, 3), torch.ones(2, 4).bool()),
             ValueError,
@@ -113,7 +125,9 @@ def completions(draw):
     token = st.integers(0, VOCABULARY - 1)
     return draw(
         st.lists(
-            st.tuples(st.lists(token, min_size=1, max_size=4), st.lists(token, max_size=4)), min_size=1, max_size=4
+            st.tuples(st.lists(token, min_size=1, max_size=4), st.lists(token, max_size=4)),
+            min_size=1,
+            max_size=4,
         )
     )
 

@@ -22,8 +22,8 @@ POINTS = torch.linspace(-30.0, 30.0, 121)
 _CAPTIONS = {
     Pairs: "Loss and its derivative over the margin $h_w - h_l$ (nats), both sides moving alike; completions of 10 "
     "tokens, a reference log-prob of -20 nats, default hyperparameters.",
-    Labels: "Loss and its derivative over the log-ratio $h$ (nats) of an upvoted and a downvoted completion of 10 tokens; "
-    "default hyperparameters, baselines 0.",
+    Labels: "Loss and its derivative over the log-ratio $h$ (nats) of an upvoted and a downvoted completion of 10 "
+    "tokens; default hyperparameters, baselines 0.",
     Rankings: "Loss of a group of three and its derivative over the log-ratio $h$ (nats) of the best completion, the "
     "others at 0 and -1; default hyperparameters.",
 }
@@ -37,7 +37,9 @@ def caption(spec: LossSpec) -> str:
 def draw(spec: LossSpec, path: Path) -> None:
     """Write the picture of a loss with its default hyperparameters."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
-    for label, upvoted in (("upvote", True), ("downvote", False)) if spec.feedback is Labels else (("", True),):
+    for label, upvoted in (
+        (("upvote", True), ("downvote", False)) if spec.feedback is Labels else (("", True),)
+    ):
         values, slopes = _curve(spec, upvoted)
         left.plot(POINTS, values, label=label)
         right.plot(POINTS, slopes, label=label)

@@ -82,23 +82,32 @@ def other_names(spec: LossSpec) -> str:
 def source(spec: LossSpec) -> str:
     """Reference with a link to its paper."""
     number = spec.paper.removeprefix("arXiv:")
-    return spec.reference.replace(spec.paper, f"[{spec.paper}](https://arxiv.org/abs/{number})") if spec.paper else spec.reference
+    return (
+        spec.reference.replace(spec.paper, f"[{spec.paper}](https://arxiv.org/abs/{number})")
+        if spec.paper
+        else spec.reference
+    )
 
 
 def index() -> str:
     """Table of all losses and the toctree of their pages."""
-    specs = sorted(prefloss.specs.values(), key=lambda spec: (spec.feedback.__name__ != "Pairs", spec.feedback.__name__))
+    specs = sorted(
+        prefloss.specs.values(), key=lambda spec: (spec.feedback.__name__ != "Pairs", spec.feedback.__name__)
+    )
     rows = [
         f"| [{spec.name}]({spec.name}.md) | {spec.feedback.__name__} | {'yes' if spec.needs_reference else 'no'} "
         f"| {', '.join(sorted(spec.needs)) or ''} | {spec.paper} | {spec.summary} |"
         for spec in specs
     ]
     names = "\n".join(sorted(prefloss.specs))
-    table = "\n".join(["| name | feedback | reference | needs | paper | |", "| --- | --- | --- | --- | --- | --- |", *rows])
+    table = "\n".join(
+        ["| name | feedback | reference | needs | paper | |", "| --- | --- | --- | --- | --- | --- |", *rows]
+    )
     return (
         f"# Losses\n\n{len(prefloss.specs)} losses, each by its name: `prefloss.get(name)`. This page and those of the "
         "losses are generated from the registry; `prefloss losses` shows the same in a terminal. What can be combined "
-        f"stands in the [capability table](capabilities.md).\n\n{table}\n\n```{{toctree}}\n:hidden:\n\ncapabilities\n{names}\n```\n"
+        f"stands in the [capability table](capabilities.md).\n\n{table}\n\n"
+        f"```{{toctree}}\n:hidden:\n\ncapabilities\n{names}\n```\n"
     )
 
 
@@ -108,7 +117,10 @@ def capability_table() -> str:
     rows = []
     for name in sorted(prefloss.specs):
         row = capabilities(prefloss.specs[name])
-        cells = [row[column].split(":")[0] if column not in ("feedback", "needs") else row[column] for column in columns]
+        cells = [
+            row[column].split(":")[0] if column not in ("feedback", "needs") else row[column]
+            for column in columns
+        ]
         rows.append(f"| [{name}]({name}.md) | " + " | ".join(cells) + " |")
     head = "| loss | " + " | ".join(columns) + " |"
     modifiers = "\n".join(f"- `{name}`: {item.parameter.description}" for name, item in MODIFIERS.items())

@@ -17,6 +17,7 @@ app = typer.Typer(
     help="Preference losses by name: look them up, and train with them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -72,18 +73,18 @@ def train(
         bool, typer.Option("--overwrite", help="Write into --output though it is not empty.")
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps. [default: 400, or as --epochs says]")
+        int | None, typer.Option(min=1, help="Optimizer steps. (default: 400, or as --epochs says)")
     ] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(help="Passes over the data, if --steps is not given. [default: 1; built-in model: 3]"),
+        typer.Option(help="Passes over the data, if --steps is not given. (default: 1; built-in model: 3)"),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Highest learning rate. [default: 1e-6, with --lora 1e-5; built-in model: 2e-4]"),
+        typer.Option(help="Highest learning rate. (default: 1e-6, with --lora 1e-5; built-in model: 2e-4)"),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows per forward pass. [default: 16; with --data 8]")
+        int | None, typer.Option(min=1, help="Rows per forward pass. (default: 16; with --data 8)")
     ] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes per optimizer step.")] = 1,
     max_length: Annotated[
@@ -93,7 +94,7 @@ def train(
     samples: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Completions to sample for KL and true reward. [default: 256; with --data 64]"
+            min=0, help="Completions to sample for KL and true reward. (default: 256; with --data 64)"
         ),
     ] = None,
     lora: Annotated[
@@ -107,7 +108,7 @@ def train(
         int | None,
         typer.Option(
             min=0,
-            help="Supervised steps that teach a model with random weights to speak. [default: 600; with --data 200]",
+            help="Supervised steps that teach a model with random weights to speak. (default: 600; with --data 200)",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,

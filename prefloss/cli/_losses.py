@@ -13,7 +13,7 @@ from rich.text import Text
 
 import prefloss
 from prefloss.cli._errors import CliError
-from prefloss.losses import LossSpec, Parameter, spec_of
+from prefloss.losses import LossSpec, Parameter, admitted, spec_of
 
 _FEEDBACK = {
     "Pairs": "a chosen and a rejected completion of one prompt",
@@ -85,7 +85,7 @@ def _facts(spec: LossSpec) -> Table:
         table.add_row("equation", spec.equation)
     table.add_row("feedback", f"{spec.feedback.__name__}: {_FEEDBACK[spec.feedback.__name__]}")
     table.add_row("needs", _needs(spec))
-    modifiers = list(prefloss.losses.admitted(spec))
+    modifiers = list(admitted(spec))
     if modifiers:
         table.add_row(
             "also takes", f"{', '.join(modifiers)} (they mean the same to every loss that takes them)"

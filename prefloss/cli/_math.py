@@ -7,7 +7,7 @@ from typing import Any
 
 from pylatexenc.latex2text import LatexNodes2Text, MacroTextSpec, get_default_latex_context_db
 from pylatexenc.latexwalker import get_default_latex_context_db as walker_context_db
-from pylatexenc.macrospec import MacroSpec
+from pylatexenc.macrospec import MacroSpec, MacroStandardArgsParser
 
 _RAISED = dict(zip("0123456789+-()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", strict=True))
 # Letters stay as _w and _l: unicode lowers some of them only, and a formula needs them all alike.
@@ -82,7 +82,11 @@ def _converter() -> LatexNodes2Text:
     walker.add_context_category(
         "prefloss",
         prepend=True,
-        macros=[MacroSpec("raised", "{"), MacroSpec("lowered", "{"), MacroSpec("tfrac", "{{")],
+        macros=[
+            MacroSpec("raised", MacroStandardArgsParser("{")),
+            MacroSpec("lowered", MacroStandardArgsParser("{")),
+            MacroSpec("tfrac", MacroStandardArgsParser("{{")),
+        ],
     )
 
     class Converter(LatexNodes2Text):

@@ -12,7 +12,7 @@ import torch
 from prefloss.cli._errors import CliError
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import Task
-from prefloss.demo.model import CHAT_TEMPLATE, tiny_llama, train_tokenizer, word_tokenizer
+from prefloss.demo.model import CHAT_TEMPLATE, END, tiny_llama, train_tokenizer, word_tokenizer
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
@@ -122,7 +122,7 @@ def _tokenizer(loader: Any, name: str, task: Task, model: Any, untrained: bool, 
             f"--model: the tokenizer of {name} has no end token (eos_token), which ends a completion"
         )
     if task.conversational and not tokenizer.chat_template:
-        tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", tokenizer.eos_token)
+        tokenizer.chat_template = CHAT_TEMPLATE.replace(END, str(tokenizer.eos_token))
         facts.append("the tokenizer has no chat template: messages are written as <|role|>, text, end token")
     return tokenizer
 

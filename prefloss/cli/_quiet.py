@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 # What prefloss says itself, with counts.
 _SAID = ("The tokenized prompt is not a prefix", "You have different amounts of desirable")
 

@@ -148,8 +148,7 @@ def _warm(
         steps = how.steps if start.untrained else 0
     if steps == 0 or not task.spoken:
         return None
-    source = "the world's own sentences" if settings.data is None else "the preferred completions"
-    _tell(screen.console, "warm-up", (f"supervised, on {source}: {steps} steps of {how.rows} rows",))
+    _tell(screen.console, "warm-up", (f"supervised, on {task.spoken_are}: {steps} steps of {how.rows} rows",))
     if not plan.on_cpu:
         start.model.to(torch.accelerator.current_accelerator())
     update = screen.stage("warm-up", steps)

@@ -12,8 +12,10 @@ from rich.text import Text
 from prefloss.cli import _output, _report
 from prefloss.cli._clock import Clock
 from prefloss.cli._errors import CliError
+from prefloss.cli._file_task import file_task
 from prefloss.cli._settings import Settings, find_loss
-from prefloss.cli._task import make_task
+from prefloss.cli._task import kind_for
+from prefloss.cli._world_task import world_task
 
 
 def train(settings: Settings) -> None:
@@ -30,10 +32,14 @@ def train(settings: Settings) -> None:
             "with TRL's trainers"
         )
     loss = find_loss(settings)
+    kind = kind_for(loss)
     folder = _output.choose(settings, loss.name)
     console = Console(highlight=False)
     with clock.part("data"):
-        task = make_task(settings, loss)
+        if settings.data is None:
+            task = world_task(settings, loss, kind)
+        else:
+            task = file_task(settings, loss, kind, settings.data)
     # Loads transformers and TRL, which takes seconds.
     with clock.part("imports"):
         from prefloss.cli._quiet import quiet

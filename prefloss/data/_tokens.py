@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Text = str | list[dict[str, str]]
 """A prompt or a completion: plain text, or messages of role and content."""
@@ -18,7 +15,7 @@ Encoded = tuple[list[int], list[int]]
 """Token ids of a prompt and of its completion."""
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -> Encoded:
+def encode(tokenizer: Any, prompt: Text, completion: Text) -> Encoded:
     """Token ids of a prompt and its completion, split where TRL splits them.
 
     Plain text gets an end token; messages go through the chat template. The completion starts where
@@ -40,7 +37,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Text, completion: Text) -
     return both[:shared], both[shared:]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Text) -> list[int]:
     """Token ids of a prompt, ready for a completion to follow."""
     if isinstance(prompt, str):
         return _ids(tokenizer(text=prompt))

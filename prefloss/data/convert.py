@@ -26,7 +26,7 @@ def ranked_to_pairs(rows: Dataset) -> Dataset:
     from datasets import Dataset
 
     made = []
-    for row in rows:
+    for row in _dicts(rows):
         scored = [(s, c) for s, c in zip(row["scores"], row["completions"], strict=True) if not is_blank(c)]
         best, worst = max(scored, key=lambda x: x[0]), min(scored, key=lambda x: x[0])
         pair = {"prompt": row["prompt"], "chosen": best[1], "rejected": worst[1]}
@@ -54,7 +54,7 @@ def pairs_to_labels(rows: Dataset, seed: int = 0) -> Dataset:
         {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
         | ({"scores": row[f"score_{name}"]} if f"score_{name}" in row else {})
         | ({"weight": row["weight"]} if "weight" in row else {})
-        for row in rows
+        for row in _dicts(rows)
         for name in ("chosen", "rejected")
     ]
     random.Random(seed).shuffle(made)
@@ -81,6 +81,10 @@ def split(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Datas
     held_out = sorted(i for key in order[:count] for i in groups[key])
     kept = sorted(i for key in order[count:] for i in groups[key])
     return rows.select(kept), rows.select(held_out)
+
+
+def _dicts(rows: Dataset) -> list[dict[str, Any]]:
+    return rows.to_list()
 
 
 def label_counts(rows: Dataset) -> tuple[int, int]:

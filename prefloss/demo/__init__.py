@@ -1,0 +1,1 @@
+"""A generated preference world whose true reward is known, a small model to train on it, and measurements."""

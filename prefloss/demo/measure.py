@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from torch import Tensor
 from prefloss import LogRatios, token_logps
 from prefloss.data._tokens import Encoded, pad
 from prefloss.logratios import IGNORE_INDEX, completion_targets
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class Meter:
 
     policy: Any
     reference: Any
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     better: Sequence[Encoded] = ()
     worse: Sequence[Encoded] = ()
     paired: bool = True
@@ -215,6 +212,6 @@ def _until(end: int | None, ids: list[int]) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _pad_id(tokenizer: Any) -> int:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(pad_id)  # type: ignore[arg-type]
+    return int(pad_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -70,7 +70,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
 
 
 def tiny_llama(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Any,
     *,
     hidden: int = 64,
     layers: int = 2,
@@ -81,7 +81,7 @@ def tiny_llama(
     """A Llama with random weights for this tokenizer; 0.1 million parameters at the defaults and 80 words.
 
     Args:
-        tokenizer: Gives the vocabulary and the special tokens.
+        tokenizer: A transformers tokenizer; gives the vocabulary and the special tokens.
         hidden: Width of the residual stream.
         layers: Number of blocks.
         heads: Attention heads; must divide `hidden`.

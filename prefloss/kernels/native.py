@@ -103,7 +103,7 @@ def differentiate(
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> bool:
-    """out (+)= a @ b for bfloat16 [m, k] and [k, n] and float32 [m, n]; False where it cannot."""
+    """Out (+)= a @ b for bfloat16 [m, k] and [k, n] and float32 [m, n]; False where it cannot."""
     if out.stride(1) != 1:
         return False
     if 0 in (*a.shape, *b.shape):

@@ -15,7 +15,7 @@ from prefloss.kernels.chunked import Path, Scheme, kept_dtype
 from prefloss.kernels.naive import LogitTransform, compute_dtype
 
 # torch's schema inference knows neither `X | None` (before 2.6) nor string annotations
-# ruff: noqa: UP007, UP045
+# ruff: noqa: UP045
 
 
 @torch.library.custom_op("prefloss::token_stats", mutates_args=())

@@ -96,7 +96,11 @@ def differentiate(
         return out
     for part, block in _blocks(x, x.data_ptr() == out.data_ptr()):
         g, a, b, c = (column.unsqueeze(-1) for column in rates[part].unbind(-1))
-        y, logp, lse = targets[part, None].clamp(0, block.shape[-1] - 1), stats[0, part, None], stats[1, part, None]
+        y, logp, lse = (
+            targets[part, None].clamp(0, block.shape[-1] - 1),
+            stats[0, part, None],
+            stats[1, part, None],
+        )
         if x.dtype == torch.int16:
             _decode_(block).add_(lse)
         else:
@@ -164,7 +168,7 @@ def _device_has_mixed_matmul(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """out = a @ b or out += a @ b, summed in the precision of `out`, float32 where a and b are half precision."""
+    """Out = a @ b or out += a @ b, summed in the precision of `out`, float32 where a and b are half precision."""
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     if out.device.type == "cpu":

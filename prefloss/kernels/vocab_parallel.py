@@ -66,7 +66,9 @@ def linear_token_logps(
     y = torch.where((y >= 0) & (y < len(weight)), y, len(weight))
     if chunk_tokens is None:
         # by the mean length of a shard, so that all processes take slices alike
-        chunk_tokens = chunked.default_chunk(len(kept), -(-vocabulary // dist.get_world_size(group)), on_cpu(hidden))
+        chunk_tokens = chunked.default_chunk(
+            len(kept), -(-vocabulary // dist.get_world_size(group)), on_cpu(hidden)
+        )
     x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
     transform = LogitTransform(logit_scale, softcap, temperature)
     logps = _VocabParallel.apply(x, weight, bias, y, transform, chunk_tokens, group)
@@ -80,7 +82,9 @@ def _local(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.Pro
     if not isinstance(x, DTensor):
         return x, group
     if x.placements != (Shard(0),):
-        raise ValueError(f"weight: got a DTensor placed {x.placements}, wanted (Shard(0),) on a mesh of one dimension")
+        raise ValueError(
+            f"weight: got a DTensor placed {x.placements}, wanted (Shard(0),) on a mesh of one dimension"
+        )
     return x.to_local(), x.device_mesh.get_group()
 
 
@@ -112,7 +116,7 @@ class _VocabParallel(torch.autograd.Function):
             for rows in slices(len(x), chunk_tokens):
                 z = chunked._project(x[rows], weight, bias, scratch[: rows.stop - rows.start])
                 row_ops.score(z, targets[rows], transform, stats[:, rows], overwrite=True)
-        logps, lse = _joined(*stats, targets < len(weight), group)
+        logps, lse = _joined(stats[0], stats[1], targets < len(weight), group)
         ctx.save_for_backward(x, weight, bias, targets, torch.stack((logps, lse)))
         ctx.transform, ctx.chunk_tokens, ctx.group = transform, chunk_tokens, group
         return logps
@@ -132,7 +136,9 @@ class _VocabParallel(torch.autograd.Function):
         return d_x, d_weight, d_bias, *(None,) * 4
 
 
-def _joined(logps: Tensor, lse: Tensor, here: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def _joined(
+    logps: Tensor, lse: Tensor, here: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
     """Log-probs and logsumexps over the whole vocabulary from those over this process's part."""
     peak = lse.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)

@@ -263,7 +263,7 @@ def alpha_dpo(
 
 
 def _at_the_same_place(values: Tensor, among: Tensor, keep: Tensor) -> Tensor:
-    """For each entry of `among` that counts, the value that stands where it stands when both are sorted; 0 elsewhere."""
+    """For each entry of `among` that counts, the value at its place when both are sorted; 0 elsewhere."""
     # NaN sorts behind everything, so what does not count stands last and a NaN that does is not lost.
     ordered = values.masked_fill(~keep, torch.nan).flatten().sort(stable=True).values
     order = among.masked_fill(~keep, torch.nan).flatten().argsort(dim=0, stable=True)

@@ -31,7 +31,9 @@ def capabilities(spec: LossSpec) -> Mapping[str, str]:
         "feedback": spec.feedback.__name__,
         "reference": "yes" if spec.needs_reference else "no",
         "needs": ", ".join(sorted(spec.needs)) or "-",
-        "composes": "with pair and labelled losses" if spec.feedback is Pairs else f"with {spec.feedback.__name__}",
+        "composes": "with pair and labelled losses"
+        if spec.feedback is Pairs
+        else f"with {spec.feedback.__name__}",
         "one example at a time": "yes" if spec.separable else "no: an example's loss depends on its batch",
     }
     for name, modifier in _modifiers.MODIFIERS.items():

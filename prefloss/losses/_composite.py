@@ -126,4 +126,7 @@ def _per_example(values: Tensor, feedback: Feedback) -> Tensor:
 
 def _distinct(names: list[str]) -> list[str]:
     seen: Mapping[str, int] = {name: names.count(name) for name in names}
-    return [name if seen[name] == 1 else f"{name}_{names[:place].count(name) + 1}" for place, name in enumerate(names)]
+    return [
+        name if seen[name] == 1 else f"{name}_{names[:place].count(name) + 1}"
+        for place, name in enumerate(names)
+    ]

@@ -170,7 +170,9 @@ class Loss:
 
     @property
     def _modifiers(self) -> list[str]:
-        return [name for name in _modifiers.MODIFIERS if name in self.params and name not in self.spec.parameters]
+        return [
+            name for name in _modifiers.MODIFIERS if name in self.params and name not in self.spec.parameters
+        ]
 
     def _values(self, feedback: _feedback.Feedback) -> Tensor:
         own = {name: _now(self.params[name]) for name in self.spec.parameters}

@@ -48,7 +48,9 @@ def check(name: str, spec: LossSpec, needs: Iterable[str], feedback: Any) -> Non
         hint = _CONVERSIONS.get((got, wanted.__name__))
         raise TypeError(f"{name}: feedback: got {got}, wanted {wanted.__name__}{f'; {hint}' if hint else ''}")
     if spec.needs_reference and any(part.reference is None for part in feedback.parts):
-        raise ValueError(f"{name}: reference: got None, wanted reference log-probs: the loss reads log-ratios")
+        raise ValueError(
+            f"{name}: reference: got None, wanted reference log-probs: the loss reads log-ratios"
+        )
     for need in needs:
         if not _has(feedback, need):
             raise ValueError(f"{name}: {need}: got none, wanted {NEEDS[need]}")

@@ -124,7 +124,9 @@ class Parameter:
 
     def _checked_schedule(self, loss: str, schedule: _schedules.Schedule) -> _schedules.Schedule:
         if _plain_type(self.type) is not float:
-            raise TypeError(f"{loss}: {self.name}: got {schedule!r}, wanted {self.constraint or self.type}: no number")
+            raise TypeError(
+                f"{loss}: {self.name}: got {schedule!r}, wanted {self.constraint or self.type}: no number"
+            )
         for end in (schedule.start, schedule.end):
             self.checked(loss, end)
         return schedule

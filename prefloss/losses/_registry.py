@@ -36,7 +36,11 @@ class Alias:
 
     def __str__(self) -> str:
         """The trainers, and what the name sets."""
-        return f"{self.peers} ({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})" if self.parameters else self.peers
+        return (
+            f"{self.peers} ({', '.join(f'{k}={v!r}' for k, v in self.parameters.items())})"
+            if self.parameters
+            else self.peers
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +130,8 @@ def register(function: Any = None, /, **traits: Any) -> Any:
         function: The loss.
         **traits: `name` (the function's own if absent), `aliases`, `needs_reference`, `separable`,
             `difference_only`, `monotone`, `stateful`, `beta`, `needs`, `reads`, `valid` as in
-            `LossSpec`; an alias maps to the trainers that use it, or to them and the hyperparameters it sets. `beta` defaults to the
-            hyperparameter of that name, if there is one.
+            `LossSpec`; an alias maps to the trainers that use it, or to them and the hyperparameters it sets. `beta`
+            defaults to the hyperparameter of that name, if there is one.
 
     Raises:
         ValueError: If the name or an alias is taken.
@@ -185,7 +189,9 @@ def get(name: str, /, **parameters: Any) -> Loss:
     if len(terms) == 1 and terms[0].weight == 1.0:
         return _bound(terms[0].name, _merged(name, terms[0].parameters, parameters))
     if parameters:
-        raise TypeError(f"{name}: got {sorted(parameters)} beside a sum of losses, wanted them inside its terms")
+        raise TypeError(
+            f"{name}: got {sorted(parameters)} beside a sum of losses, wanted them inside its terms"
+        )
     from prefloss.losses._composite import Composite
 
     return Composite([(term.weight, _bound(term.name, term.parameters)) for term in terms])
@@ -195,7 +201,11 @@ def _bound(name: str, given: Mapping[str, Any]) -> Loss:
     spec = spec_of(name)
     preset = spec.aliases[name].parameters if name in spec.aliases else {}
     values = {**preset, **given}
-    modifiers = {key: values.pop(key) for key in list(values) if key not in spec.parameters and key in _modifiers.MODIFIERS}
+    modifiers = {
+        key: values.pop(key)
+        for key in list(values)
+        if key not in spec.parameters and key in _modifiers.MODIFIERS
+    }
     params = _parameters.check(spec.name, spec.parameters, values, _modifiers.admitted(spec))
     for key, value in modifiers.items():
         refusal = _modifiers.refusal(spec, _modifiers.MODIFIERS[key])

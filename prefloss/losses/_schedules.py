@@ -55,7 +55,8 @@ class Linear(Schedule):
 
     Example:
         >>> beta = Linear(0.5, 0.1, steps=4)
-        >>> beta.step(); beta.value
+        >>> beta.step()
+        ... beta.value
         0.4
     """
 

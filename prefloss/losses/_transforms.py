@@ -110,7 +110,9 @@ def reweighted_tail(pairs: Pairs, alpha: float) -> Pairs:
     def side(rows: PerToken) -> LogRatios:
         place = rows.mask.cumsum(-1)
         # In the log-probs' own precision: two Python numbers would make float32 of a float64 loss.
-        factor = torch.where(place <= shared.unsqueeze(-1), rows.policy.new_ones(()), rows.policy.new_tensor(alpha))
+        factor = torch.where(
+            place <= shared.unsqueeze(-1), rows.policy.new_ones(()), rows.policy.new_tensor(alpha)
+        )
         scale = replace(
             rows,
             policy=rows.policy * factor,
@@ -129,7 +131,9 @@ def clamped_tokens(ratios: LogRatios, low: float, high: float) -> LogRatios:
     """
     rows = rows_of(ratios, "completions")
     if rows.reference is None:
-        raise ValueError("per_token.reference: got None, wanted the reference's log-probs of each token, [..., T]")
+        raise ValueError(
+            "per_token.reference: got None, wanted the reference's log-probs of each token, [..., T]"
+        )
     h = (rows.policy - rows.reference).clamp(low, high)
     return replace(rows, policy=torch.where(rows.mask, rows.reference + h, 0.0)).log_ratios()
 
@@ -146,7 +150,9 @@ def confidence(pairs: Pairs) -> Tensor:
     for name in ("chosen", "rejected"):
         rows = rows_of(getattr(pairs, name), name)
         if rows.log_sum_sq is None:
-            raise ValueError(f"{name}.per_token.log_sum_sq: got None, wanted log sum of squared probabilities, [..., T]")
+            raise ValueError(
+                f"{name}.per_token.log_sum_sq: got None, wanted log sum of squared probabilities, [..., T]"
+            )
         total = total + rows.mean(rows.policy - rows.log_sum_sq).detach()
     return torch.exp(total.clamp(max=0))
 
@@ -158,7 +164,9 @@ def rows_of(ratios: LogRatios, name: str) -> PerToken:
         ValueError: If there are none.
     """
     if ratios.per_token is None:
-        raise ValueError(f"{name}.per_token: got None, wanted the log-probs of each token (keep_per_token=True)")
+        raise ValueError(
+            f"{name}.per_token: got None, wanted the log-probs of each token (keep_per_token=True)"
+        )
     return ratios.per_token
 
 

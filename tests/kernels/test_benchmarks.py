@@ -11,11 +11,11 @@ from benchmarks.shapes import LINEAR, LOGITS
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """Results go to a folder of the test, and nothing is compiled."""
+    """Results go to a folder of the test, and the peers that need a package or seconds of compiling are left out."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    monkeypatch.setattr(torch, "compile", lambda call: call)
-    plain = {name: peers.linear_ways()[name] for name in ("torch naive", "F.cross_entropy")}
-    monkeypatch.setattr(bench_linear, "linear_ways", lambda: plain)
+    of_logits = {"torch naive, float32 inside": peers.naive_logits, "F.cross_entropy": peers.cross_entropy}
+    monkeypatch.setattr(bench_logits, "logits_ways", lambda: of_logits)
+    monkeypatch.setattr(bench_linear, "linear_ways", lambda: {"torch naive": peers.naive_linear})
     monkeypatch.setattr(bench_linear, "liger_dpo", lambda compiled, beta: None)
     return tmp_path
 

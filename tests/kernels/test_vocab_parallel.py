@@ -38,7 +38,9 @@ def compare(rank, dtype, as_dtensor):
     if as_dtensor:
         mesh = init_device_mesh("cpu", (2,))
         mine = slice(0, 26) if rank == 0 else slice(26, VOCABULARY)
-        shard, part = (distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_() for x in (weight, bias))
+        shard, part = (
+            distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_() for x in (weight, bias)
+        )
     else:
         mine = slice(0, SPLIT) if rank == 0 else slice(SPLIT, VOCABULARY)
         shard, part = (x.detach()[mine].clone().requires_grad_() for x in (weight, bias))

@@ -115,7 +115,9 @@ class Batch:
         n, k = self.size, 3
         self._rows(n * k)
         order = torch.arange(n * k).reshape(n, k)
-        scores = torch.stack([torch.tensor(self.rng.sample(range(8), k), dtype=self.dtype) / 4 for _ in range(n)])
+        scores = torch.stack(
+            [torch.tensor(self.rng.sample(range(8), k), dtype=self.dtype) / 4 for _ in range(n)]
+        )
         self.feedback = Rankings(completions=self.all[order], scores=scores)
         self.records = [
             Group([self._side(k * i + j) for j in range(k)], scores[i].tolist()) for i in range(n)
@@ -151,7 +153,10 @@ class Batch:
 
         A path ends in "policy" (the sum: the same for each token), or in the name of a list and a place.
         """
-        found = {name: torch.zeros(self.rows.policy.shape, dtype=torch.float64) for name in ("policy", "kl", "reverse_kl")}
+        found = {
+            name: torch.zeros(self.rows.policy.shape, dtype=torch.float64)
+            for name in ("policy", "kl", "reverse_kl")
+        }
         names = {"per_token_policy": "policy", "per_token_kl": "kl", "per_token_kl_policy": "reverse_kl"}
         for path, value in oracle_gradient.items():
             row = self._row(path)
@@ -188,7 +193,9 @@ def hyperparameters(spec, rng):
             bounds = parameter.constraint if isinstance(parameter.constraint, Interval) else None
             inside = bounds is None or candidate in bounds
             drawn[name] = type(default)(candidate) if inside else default
-        elif hasattr(parameter.type, "__args__") and isinstance(default, str) and parameter.constraint is None:
+        elif (
+            hasattr(parameter.type, "__args__") and isinstance(default, str) and parameter.constraint is None
+        ):
             drawn[name] = rng.choice(parameter.type.__args__)
     return drawn
 

@@ -59,7 +59,12 @@ WITH_STATE = ("alpha_dpo", "beta_dpo", "gamma_po", "sampo")
 
 
 @pytest.mark.parametrize("name", [name for name in prefloss.specs if name not in WITH_STATE])
-@given(seed=st.integers(0, 10**9), double=st.booleans(), size=st.integers(1, 3), spread=st.sampled_from((1.0, 1.0, 30.0)))
+@given(
+    seed=st.integers(0, 10**9),
+    double=st.booleans(),
+    size=st.integers(1, 3),
+    spread=st.sampled_from((1.0, 1.0, 30.0)),
+)
 @settings(max_examples=12)
 def test_values_and_gradients(name, seed, double, size, spread):
     rng, dtype = bridge.seeded(seed), torch.float64 if double else torch.float32
@@ -94,7 +99,11 @@ def compare(loss, batch, wanted, wanted_gradient):
     # What rounding of the inputs alone does to a result: eps times each input times its derivative.
     conditioning = sum(
         (expected[name].abs() * leaf.detach().abs().double()).sum().item()
-        for name, leaf in (("policy", batch.rows.policy), ("kl", batch.rows.kl), ("reverse_kl", batch.rows.reverse_kl))
+        for name, leaf in (
+            ("policy", batch.rows.policy),
+            ("kl", batch.rows.kl),
+            ("reverse_kl", batch.rows.reverse_kl),
+        )
     )
     wanted = torch.tensor([float(value) for value in wanted], dtype=torch.float64)
     slack = EPS[dtype] * (100 * (1 + wanted.abs().max().item()) + 20 * conditioning)
@@ -103,7 +112,10 @@ def compare(loss, batch, wanted, wanted_gradient):
     for name, value in gradients.items():
         largest = expected[name].abs().max().item()
         torch.testing.assert_close(
-            value.double(), expected[name], rtol=200 * EPS[dtype], atol=slack + 300 * EPS[dtype] * (1 + largest)
+            value.double(),
+            expected[name],
+            rtol=200 * EPS[dtype],
+            atol=slack + 300 * EPS[dtype] * (1 + largest),
         )
 
 
@@ -111,7 +123,11 @@ def drawn_batch(name, seed, double, size, **changes):
     """Hyperparameters and a batch for a loss with a state."""
     rng, dtype = bridge.seeded(seed), torch.float64 if double else torch.float32
     spec = prefloss.specs[name]
-    drawn = {k: v for k, v in bridge.hyperparameters(spec, rng).items() if k not in ("moments", "draws", "subset", "queue")}
+    drawn = {
+        k: v
+        for k, v in bridge.hyperparameters(spec, rng).items()
+        if k not in ("moments", "draws", "subset", "queue")
+    }
     return {**drawn, **changes}, bridge.Batch(spec.feedback, spec.needs, rng, dtype, size)
 
 

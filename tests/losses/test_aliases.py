@@ -21,13 +21,17 @@ PEERS = {
 }
 
 
-@pytest.mark.parametrize(("peer", "name"), [(peer, name) for peer, names in PEERS.items() for name in names.split()])
+@pytest.mark.parametrize(
+    ("peer", "name"), [(peer, name) for peer, names in PEERS.items() for name in names.split()]
+)
 def test_a_peers_name_is_found(peer, name):
     assert prefloss.get(name).spec in prefloss.specs.values()
 
 
 @pytest.mark.parametrize(
-    ("alias", "spec"), [(alias, spec) for spec in prefloss.specs.values() for alias in spec.aliases], ids=lambda x: str(x)
+    ("alias", "spec"),
+    [(alias, spec) for spec in prefloss.specs.values() for alias in spec.aliases],
+    ids=lambda x: str(x),
 )
 def test_an_alias_builds_its_loss_with_what_it_sets(alias, spec):
     loss = prefloss.get(alias)

@@ -51,7 +51,9 @@ def test_each_term_keeps_its_own_divisor(monkeypatch):
 def test_votes_among_pairs():
     loss = prefloss.get("0.5*dpo + 0.5*kto(kl_baseline=zero)")
     assert loss.spec.feedback is Pairs
-    wanted = 0.5 * prefloss.get("dpo").mean(PAIRS) + 0.5 * prefloss.get("kto", kl_baseline="zero").mean(PAIRS.to_labels())
+    wanted = 0.5 * prefloss.get("dpo").mean(PAIRS) + 0.5 * prefloss.get("kto", kl_baseline="zero").mean(
+        PAIRS.to_labels()
+    )
     torch.testing.assert_close(loss.mean(PAIRS), wanted)
     torch.testing.assert_close(loss(PAIRS).mean(), wanted)
 
@@ -92,7 +94,9 @@ def test_label_smoothing_is_the_expected_loss_under_flips():
         plain = prefloss.get(name)
         found = prefloss.get(name, label_smoothing=0.2)(PAIRS)
         torch.testing.assert_close(found, 0.8 * plain(PAIRS) + 0.2 * plain(PAIRS.swapped()))
-    torch.testing.assert_close(prefloss.get("dpo", label_smoothing=0.1)(PAIRS), prefloss.get("cdpo", epsilon=0.1)(PAIRS))
+    torch.testing.assert_close(
+        prefloss.get("dpo", label_smoothing=0.1)(PAIRS), prefloss.get("cdpo", epsilon=0.1)(PAIRS)
+    )
 
 
 def test_margins_and_lengths_shift_the_scaled_margin():
@@ -115,7 +119,9 @@ def test_a_divergence_changes_the_score(divergence):
 
 
 def rows(policy, reference, mask, squares):
-    return PerToken(torch.tensor(policy), torch.tensor(reference), torch.tensor(mask), torch.tensor(squares)).log_ratios()
+    return PerToken(
+        torch.tensor(policy), torch.tensor(reference), torch.tensor(mask), torch.tensor(squares)
+    ).log_ratios()
 
 
 TOKENS = Pairs(
@@ -159,7 +165,13 @@ def test_a_loss_refuses_a_modifier_with_the_reason(name, given, message):
 
 @pytest.mark.parametrize(
     "given",
-    [{"divergence": "alpha(1.5)"}, {"divergence": "kl"}, {"humanline": (1, -1)}, {"label_smoothing": 0.5}, {"ld_alpha": 2}],
+    [
+        {"divergence": "alpha(1.5)"},
+        {"divergence": "kl"},
+        {"humanline": (1, -1)},
+        {"label_smoothing": 0.5},
+        {"ld_alpha": 2},
+    ],
 )
 def test_modifiers_have_ranges(given):
     with pytest.raises(ValueError, match="wanted"):

@@ -152,7 +152,7 @@ def test_register_refuses_a_taken_name(registered):
     for name in ("dpo", "sigmoid", "mine", "own"):
         with pytest.raises(ValueError, match=f"name: '{name}' is taken by"):
             prefloss.register(name=name)(exponential)
-    with pytest.raises(ValueError, match="'sigmoid' is taken by prefloss.losses._pairwise.dpo"):
+    with pytest.raises(ValueError, match=r"'sigmoid' is taken by prefloss\.losses\._pairwise\.dpo"):
         prefloss.register(name="new", aliases={"sigmoid": ""})(exponential)
     assert "new" not in prefloss.specs
 
@@ -163,7 +163,12 @@ def test_register_refuses_a_taken_name(registered):
         (lambda pairs: pairs, {"name": "a"}, TypeError, "first parameter: got annotation None"),
         (exponential, {"name": "not a name"}, ValueError, "wanted an identifier"),
         (exponential, {"monoton": True}, TypeError, "unknown trait 'monoton', wanted aliases, beta"),
-        (exponential, {"beta": "tau"}, TypeError, r"beta: got 'tau', wanted one of its hyperparameters \['rate'\]"),
+        (
+            exponential,
+            {"beta": "tau"},
+            TypeError,
+            r"beta: got 'tau', wanted one of its hyperparameters \['rate'\]",
+        ),
         (3, {"name": "a"}, TypeError, "function: got 3"),
     ],
 )
@@ -221,7 +226,9 @@ def test_entry_points_are_asked_only_for_a_missing_name(monkeypatch):
     module.their_loss = exponential
     monkeypatch.setitem(sys.modules, "their_package", module)
     asked = []
-    point = importlib.metadata.EntryPoint("their_loss", "their_package:their_loss", losses._registry.ENTRY_POINTS)
+    point = importlib.metadata.EntryPoint(
+        "their_loss", "their_package:their_loss", losses._registry.ENTRY_POINTS
+    )
 
     def entry_points(*, group, name):
         asked.append((group, name))

@@ -43,9 +43,7 @@ def check_items(loss: Loss, kind: type, items: Mapping[str, Any]) -> None:
             )
     if "scores" in loss.needs and not items.keys() & {"score_chosen", "scores"}:
         columns = "score_chosen and score_rejected" if kind is Pairs else "scores"
-        raise ValueError(
-            f"{loss.name}: got a batch without scores, wanted {columns}: {_HOW}"
-        )
+        raise ValueError(f"{loss.name}: got a batch without scores, wanted {columns}: {_HOW}")
 
 
 def check_columns(loss: Loss, kind: type, columns: Iterable[str], items: Mapping[str, Any]) -> None:
@@ -62,7 +60,9 @@ def check_columns(loss: Loss, kind: type, columns: Iterable[str], items: Mapping
     """
     for name in _FIELDS[kind].intersection(columns) - items.keys():
         if ITEMS[name] is None or ITEMS[name] in loss.needs | loss.spec.reads:
-            raise ValueError(f"column {name!r}: the data has it and {loss.name} reads it, but TRL drops it: {_HOW}")
+            raise ValueError(
+                f"column {name!r}: the data has it and {loss.name} reads it, but TRL drops it: {_HOW}"
+            )
 
 
 def check_finite(loss: Loss, terms: Mapping[str, Tensor], feedback: Feedback) -> None:

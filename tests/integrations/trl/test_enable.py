@@ -120,12 +120,23 @@ def test_trls_command_line(tmp_path, monkeypatch, command, loss_type, data):
         "def command_line_loss(pairs: prefloss.Pairs, *, beta: float = 0.1) -> torch.Tensor:\n"
         "    return torch.exp(-beta * pairs.margin())\n"
     )
-    arguments = f"""--import command_line_losses {command} --model_name_or_path {folder}
-        --dataset_name {tmp_path / "data"} --output_dir {tmp_path / "out"} --max_steps 2 --per_device_train_batch_size 2 --report_to none --use_cpu
-        --bf16 False --activation_checkpointing False --logging_steps 1 --disable_tqdm True""".split()
+    options = {
+        "model_name_or_path": folder,
+        "dataset_name": tmp_path / "data",
+        "output_dir": tmp_path / "out",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+        "loss_type": loss_type,
+    }
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     monkeypatch.setattr(sys, "path", [*sys.path])
     try:
-        main([*arguments, "--loss_type", loss_type])
+        main(["--import", "command_line_losses", command, *flags])
     finally:
         disable()
         prefloss.losses.unregister("command_line_loss")

@@ -38,8 +38,18 @@ def test_the_same_value_twice_is_no_contradiction(tmp_path):
     ("loss", "given", "options", "message"),
     [
         ("ipo", {}, {"discopop_tau": 0.1}, r"DPOConfig.discopop_tau: got 0.1, but ipo does not read it"),
-        ("bco_pair", {}, {"label_smoothing": 0.1}, r"label_smoothing: got 0.1, but bco_pair does not read it"),
-        ("bco_pair", {}, {"f_divergence_type": "js_divergence"}, r"f_divergence_type: got 'js.*', but bco_pair"),
+        (
+            "bco_pair",
+            {},
+            {"label_smoothing": 0.1},
+            r"label_smoothing: got 0.1, but bco_pair does not read it",
+        ),
+        (
+            "bco_pair",
+            {},
+            {"f_divergence_type": "js_divergence"},
+            r"f_divergence_type: got 'js.*', but bco_pair",
+        ),
         ("aot", {}, {"use_weighting": True}, r"use_weighting: got True, but aot does not read it"),
         ("dpo", {"wpo": True}, {}, r"DPOConfig\(use_weighting=True\) makes DPOTrainer compute it"),
         ("dpo", {}, {"ld_alpha": 0.5, "precompute_ref_log_probs": True}, "keeps only the reference's sums"),

@@ -42,7 +42,9 @@ def batch_loss_and_gradient(trainer):
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    return loss.item(), torch.cat(
+        [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+    )
 
 
 def moved_trainer(folder, moved, **options):
@@ -72,7 +74,10 @@ def test_every_loss_of_trl(tmp_path, moved, trl_type):
         ({"f_divergence_type": "forward_kl"}, {"divergence": "forward_kl"}),
         ({"f_divergence_type": "js_divergence"}, {"divergence": "js"}),
         # TRL's alpha is 1 - the paper's.
-        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}, {"divergence": "alpha(0.7)"}),
+        (
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+            {"divergence": "alpha(0.7)"},
+        ),
     ],
 )
 @pytest.mark.parametrize("trl_type", ["sigmoid", "hinge", "ipo"])
@@ -101,14 +106,18 @@ def test_wpo_is_trls_with_the_papers_bound(tmp_path, moved):
 
 
 def test_a_sum_of_losses_is_trls(tmp_path, moved):
-    trainer = moved_trainer(tmp_path, moved, loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])
+    trainer = moved_trainer(
+        tmp_path, moved, loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]
+    )
     theirs, their_gradient = batch_loss_and_gradient(trainer)
     expression = "0.8*dpo(beta=0.1) + 0.2*bco_pair(beta=0.1, shift=0.0) + 1.0*nll(average='batch')"
     attach(trainer, expression)
     ours, our_gradient = batch_loss_and_gradient(trainer)
     assert ours == pytest.approx(theirs, rel=1e-5)
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-5)
-    assert {"prefloss/loss/dpo", "prefloss/loss/bco_pair", "prefloss/loss/nll"} <= trainer._metrics["train"].keys()
+    assert {"prefloss/loss/dpo", "prefloss/loss/bco_pair", "prefloss/loss/nll"} <= trainer._metrics[
+        "train"
+    ].keys()
 
 
 def test_unpaired_apo_is_kto_without_a_baseline(tmp_path):
@@ -125,7 +134,9 @@ def test_scores_reach_a_graded_loss(tmp_path):
     data = tiny.pairs().map(scored, with_indices=True)
     collator = FeedbackCollator(DataCollatorForPreference(pad_token_id=0))
     callback = PreferenceLossCallback("margin_dpo", margin_weight=1.0)
-    trainer = tiny.build("dpo", tmp_path, [callback], data=data, data_collator=collator, remove_unused_columns=False)
+    trainer = tiny.build(
+        "dpo", tmp_path, [callback], data=data, data_collator=collator, remove_unused_columns=False
+    )
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     gap = batch["score_chosen"] - batch["score_rejected"]
     # Policy and reference agree, so what is left of the margin is the gap of the scores.
@@ -149,10 +160,17 @@ def test_schedules_move_with_optimizer_steps(tmp_path):
 def test_a_column_that_trl_drops_is_noticed(tmp_path):
     data = tiny.pairs().add_column("weight", [2.0] * 64)
     trainer = tiny.build("dpo", tmp_path, [PreferenceLossCallback("hinge")], data=data)
-    with pytest.raises(ValueError, match=r"column 'weight': the data has it and hinge reads it, but TRL drops it"):
+    with pytest.raises(
+        ValueError, match=r"column 'weight': the data has it and hinge reads it, but TRL drops it"
+    ):
         trainer.train()
     trainer = tiny.build(
-        "dpo", tmp_path, [PreferenceLossCallback("hinge")], data=data, remove_unused_columns=False, max_steps=1
+        "dpo",
+        tmp_path,
+        [PreferenceLossCallback("hinge")],
+        data=data,
+        remove_unused_columns=False,
+        max_steps=1,
     )
     trainer.data_collator = FeedbackCollator(trainer.data_collator)
     trainer.train()

@@ -92,7 +92,18 @@ class Run:
         return torch.cat([parameter.detach().flatten() for parameter in self.trainer.model.parameters()])
 
 
-def build(kind, folder, callbacks=(), *, data=None, eval_data=None, policy=None, peft_config=None, data_collator=None, **options):
+def build(
+    kind,
+    folder,
+    callbacks=(),
+    *,
+    data=None,
+    eval_data=None,
+    policy=None,
+    peft_config=None,
+    data_collator=None,
+    **options,
+):
     """A trainer of a tiny model; `kind` is "dpo" or "kto", options go to TRL's configuration."""
     trainer_class, config_class = (DPOTrainer, DPOConfig) if kind == "dpo" else (KTOTrainer, KTOConfig)
     policy = model() if policy is None else policy

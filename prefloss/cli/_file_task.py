@@ -1,0 +1,152 @@
+"""The task of a preference file: read, converted for the loss, split by prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import prefloss
+from prefloss import data as pdata
+from prefloss.cli._errors import CliError
+from prefloss.cli._settings import Settings
+from prefloss.cli._task import READ_AS, Row, Task, check_needs, fitting
+from prefloss.data import Kind
+
+SAMPLES = 64
+
+
+def file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind, path: Path) -> Task:
+    """Read a file for a loss that wants this kind of rows.
+
+    Raises:
+        CliError: If it cannot be read, or does not fit the loss.
+    """
+    try:
+        found = pdata.read(path)
+    except (pdata.DataError, OSError) as error:
+        raise CliError(str(error)) from error
+    form = "conversational" if found.conversational else "plain text"
+    facts = [f"{found.name}: {len(found)} {found.kind.value} rows ({', '.join(found.kind.columns)}), {form}"]
+    if wanted is Kind.PAIRED and found.kind is Kind.LABELLED:
+        raise CliError(
+            f"{loss.name} compares two completions, but {found.name} holds {found.kind} rows; "
+            f"losses that learn from labels: {fitting(prefloss.Labels)}"
+        )
+    columns = _columns(found, wanted)
+    used = _used(loss, columns)
+    check_needs(loss, used, found.name)
+    facts += _column_facts(loss, found)
+    train, held_out = pdata.split(found.rows, settings.eval_fraction, settings.seed)
+    if found.kind is Kind.RANKED:
+        train, held_out = (pdata.ranked_to_pairs(rows) if len(rows) else rows for rows in (train, held_out))
+        facts.append("ranked rows became pairs: the best completion against the worst")
+    pairs = found.kind is not Kind.LABELLED
+    marked = held_out if len(held_out) else train.select(range(min(len(train), 200)))
+    facts.append(_split_fact(train, held_out, marked))
+    better, worse = _sides(marked, pairs)
+    liked, disliked = _sides(train, pairs)
+    warnings = list(found.notes)
+    if wanted is Kind.LABELLED and pairs:
+        train = pdata.pairs_to_labels(train, settings.seed)
+        facts.append(
+            f"{loss.name} learns from labels: each chosen became an upvote, each rejected a downvote"
+        )
+    if wanted is Kind.LABELLED:
+        train = train.shuffle(seed=settings.seed)
+        warnings += _label_warnings(loss, *pdata.label_counts(train))
+    train = train.select_columns([*wanted.columns, *used])
+    return Task(
+        train=train,
+        kind=wanted,
+        conversational=found.conversational,
+        better=better,
+        worse=worse,
+        paired=pairs,
+        prompts=_prompts(marked, SAMPLES if settings.samples is None else settings.samples),
+        spoken=liked or disliked,
+        spoken_are="the preferred completions"
+        if liked
+        else "the downvoted completions, for there are no others",
+        held_out=len(held_out) > 0,
+        facts=tuple(facts),
+        warnings=tuple(warnings),
+    )
+
+
+def _graded(row: Row, columns: dict[str, str]) -> Row:
+    """The row with the true reward of its completions; a judge that gives grades also goes by them."""
+    if not columns:
+        return row
+    if "chosen" in row and world.true_reward(row["prompt"], row["chosen"]) < world.true_reward(
+        row["prompt"], row["rejected"]
+    ):
+        row = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    return row | {column: world.true_reward(row["prompt"], row[of]) for column, of in columns.items()}
+
+
+def _columns(found: pdata.Preferences, wanted: Kind) -> tuple[str, ...]:
+    """Optional columns of the training rows, after their conversion to the wanted kind."""
+    columns = found.optional
+    if found.kind is Kind.RANKED:
+        columns = (*columns, "score_chosen", "score_rejected")
+    if wanted is Kind.LABELLED and "score_chosen" in columns:
+        columns = (*(name for name in columns if not name.startswith("score_")), "scores")
+    return columns
+
+
+def _used(loss: prefloss.Loss, columns: tuple[str, ...]) -> tuple[str, ...]:
+    reads = loss.needs | loss.spec.reads
+    return tuple(name for name in columns if READ_AS.get(name, name) in (None, *reads))
+
+
+def _column_facts(loss: prefloss.Loss, found: pdata.Preferences) -> list[str]:
+    used = _used(loss, found.optional)
+    unused = [*(name for name in found.optional if name not in used), *found.unused]
+    facts = [f"{loss.name} reads also: {', '.join(used)}"] if used else []
+    return facts + ([f"columns that {loss.name} does not read: {', '.join(unused)}"] if unused else [])
+
+
+def _split_fact(train: Any, held_out: Any, marked: Any) -> str:
+    if len(held_out):
+        return f"{len(train)} rows to train on; {len(held_out)} held out, none of whose prompts is trained on"
+    return f"{len(train)} rows to train on and none held out: measured on {len(marked)} of the training rows"
+
+
+def _sides(rows: Any, pairs: bool) -> tuple[list[Row], list[Row]]:
+    """(prompt, completion) of the better and of the worse completions."""
+    if pairs:
+        better = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        return better, [{"prompt": row["prompt"], "completion": row["rejected"]} for row in rows]
+    return [row for row in rows if row["label"]], [row for row in rows if not row["label"]]
+
+
+def _prompts(rows: Any, count: int) -> list[Any]:
+    """`count` prompts, going around again if there are fewer."""
+    prompts = list(rows["prompt"])
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def _label_warnings(loss: prefloss.Loss, up: int, down: int) -> list[str]:
+    if not up or not down:
+        which, lacking = ("downvotes", "upvotes") if not up else ("upvotes", "downvotes")
+        return [
+            f"all {up + down} labels are {which}: {loss.name} can train on them, but without {lacking} it only "
+            f"learns {'what to avoid' if not up else 'to raise everything it is shown'}"
+        ]
+    liked, disliked = loss.params.get("desirable_weight"), loss.params.get("undesirable_weight")
+    if not all(isinstance(weight, int | float) and weight > 0 for weight in (liked, disliked)):
+        return []
+    # Eq. 8 of the KTO paper: the two sides should weigh about the same, upvotes up to a third more.
+    ratio = liked * up / (disliked * down)
+    if 0.95 <= ratio <= 4 / 3:
+        return []
+    # In the middle of the advised range, by the weight that has to grow.
+    name, value = (
+        ("desirable_weight", 1.15 * disliked * down / up)
+        if ratio < 1
+        else ("undesirable_weight", liked * up / down / 1.15)
+    )
+    return [
+        f"{up} upvotes and {down} downvotes weigh {ratio:.2f} to 1; the KTO paper advises 1 to 1.33, as with "
+        f"--param {name}={value:.2g}. Too far from it, all completions can become unlikely together"
+    ]

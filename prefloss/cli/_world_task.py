@@ -1,0 +1,60 @@
+"""The task that needs no file: the generated world of `prefloss.demo.world`."""
+
+from __future__ import annotations
+
+import prefloss
+from prefloss.cli._settings import Settings
+from prefloss.cli._task import Row, Task, check_needs
+from prefloss.data import Kind
+from prefloss.demo import world
+
+ROWS, HELD_OUT, SPOKEN, SAMPLES = 4000, 400, 4000, 256
+
+
+def world_task(settings: Settings, loss: prefloss.Loss, kind: Kind) -> Task:
+    """Draw a world.
+
+    Raises:
+        CliError: If the loss reads what the world does not have.
+    """
+    from datasets import Dataset
+
+    columns = _grade_columns(kind) if "scores" in loss.needs | loss.spec.reads else {}
+    check_needs(loss, columns, "the generated world")
+
+    drawn = world.World(seed=settings.seed)
+    spoken: list[Row] = [drawn.spoken() for _ in range(SPOKEN)]
+    # What every loss is measured on comes before what each learns from, so that it is the same for all.
+    held_out = [drawn.pair() for _ in range(HELD_OUT)]
+    prompts = [drawn.prompt() for _ in range(SAMPLES if settings.samples is None else settings.samples)]
+    draw = drawn.pair if kind is Kind.PAIRED else drawn.labelled
+    rows: list[Row] = [draw() for _ in range(ROWS)]
+    rows = [_graded(row, columns) for row in rows]
+    if "score_chosen" in columns:
+        rows = [row for row in rows if row["score_chosen"] > row["score_rejected"]]
+    what = "pairs judged" if kind is Kind.PAIRED else "thumbs up or down given"
+    graded = " and graded" if columns else ""
+    return Task(
+        train=Dataset.from_list(rows),
+        kind=kind,
+        conversational=False,
+        better=[{"prompt": row["prompt"], "completion": row["chosen"]} for row in held_out],
+        worse=[{"prompt": row["prompt"], "completion": row["rejected"]} for row in held_out],
+        paired=True,
+        prompts=prompts,
+        spoken=spoken,
+        spoken_are="the world's own sentences",
+        reward=lambda i, text: world.true_reward(prompts[i], text),
+        ceiling=world.judge_ceiling(held_out),
+        facts=(
+            f"the generated world, seed {settings.seed}: {len(rows)} {what}{graded} by a noisy judge whose true reward "
+            f"is known; {HELD_OUT} further pairs held out",
+        ),
+    )
+
+
+def _grade_columns(kind: Kind) -> dict[str, str]:
+    """Columns of grades, and the completion that each grades."""
+    if kind is Kind.PAIRED:
+        return {"score_chosen": "chosen", "score_rejected": "rejected"}
+    return {"scores": "completion"}
