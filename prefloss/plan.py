@@ -12,6 +12,7 @@ from torch import Tensor
 from prefloss import kernels
 from prefloss.kernels import chunked, native, rows
 from prefloss.kernels.chunked import Path, Scheme
+from prefloss.kernels.constant import constant_when_compiled
 from prefloss.kernels.naive import compute_dtype
 
 _log = logging.getLogger("prefloss")
@@ -141,6 +142,7 @@ def plan_linear(
     chunk_tokens: int | None,
     budget_bytes: int | None,
     positions: int | None = None,
+    low_softcap: bool = False,
 ) -> Plan:
     """For hidden states like `like`, of which alone (`hidden_only`) or with the `head` a gradient is wanted."""
     positions = tokens if positions is None else positions
@@ -156,6 +158,8 @@ def plan_linear(
     scheme, kept, why = _scheme(
         like, tokens, vocabulary, width, chunk, budget, hidden_only, head, stats_gradient
     )
+    if scheme == "keep" and low_softcap and chunked.kept_dtype(like.dtype) == torch.int16:
+        scheme, kept, why = "recompute", 0, "16 bits of a log-prob are too few under a softcap so low"
     if scheme == "keep" and kept < tokens:
         short = f"{kept} of {tokens} tokens fit the budget of {budget} bytes, the rest is projected again"
         scheme = "keep" if kept else "recompute"
@@ -224,7 +228,7 @@ def _row_passes(like: Tensor, impl: str) -> tuple[Literal["native", "triton", "t
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _triton_runs() -> bool:
     return kernels.available()
 

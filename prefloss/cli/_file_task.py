@@ -73,17 +73,6 @@ def file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind, path: Path)
     )
 
 
-def _graded(row: Row, columns: dict[str, str]) -> Row:
-    """The row with the true reward of its completions; a judge that gives grades also goes by them."""
-    if not columns:
-        return row
-    if "chosen" in row and world.true_reward(row["prompt"], row["chosen"]) < world.true_reward(
-        row["prompt"], row["rejected"]
-    ):
-        row = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
-    return row | {column: world.true_reward(row["prompt"], row[of]) for column, of in columns.items()}
-
-
 def _columns(found: pdata.Preferences, wanted: Kind) -> tuple[str, ...]:
     """Optional columns of the training rows, after their conversion to the wanted kind."""
     columns = found.optional
@@ -134,7 +123,13 @@ def _label_warnings(loss: prefloss.Loss, up: int, down: int) -> list[str]:
             f"learns {'what to avoid' if not up else 'to raise everything it is shown'}"
         ]
     liked, disliked = loss.params.get("desirable_weight"), loss.params.get("undesirable_weight")
-    if not all(isinstance(weight, int | float) and weight > 0 for weight in (liked, disliked)):
+    # A schedule or a 0 is somebody's plan.
+    if (
+        not isinstance(liked, int | float)
+        or not isinstance(disliked, int | float)
+        or not liked
+        or not disliked
+    ):
         return []
     # Eq. 8 of the KTO paper: the two sides should weigh about the same, upvotes up to a third more.
     ratio = liked * up / (disliked * down)

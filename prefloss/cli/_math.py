@@ -23,14 +23,15 @@ def unicode_of(latex: str) -> str:
         >>> unicode_of(r"\ell = \left(h_w - h_l - \frac{1}{2\tau}\right)^2")
         'ℓ = (h_w - h_l - 1/(2τ))²'
     """
-    flat = " ".join(latex.split()).replace(r"\left", "").replace(r"\right", "")
+    flat = " ".join(latex.split()).replace(r"\left", "").replace(r"\right", "").replace(r"\|", "‖")
     # TeX drops the space after a macro; here it separates words, and a function needs one.
     flat = re.sub(r"\\(log|exp|max|min|sup|inf)(?=[\\A-Za-z0-9])", r"\\\1 ", flat)
-    flat = re.sub(rf"\\(log|exp) (\\t?frac{_GROUP}{_GROUP})", r"\\\1(\2)", flat)
-    flat = re.sub(r"(\\[A-Za-z]+) ", r"\1{} ", flat)
+    # The logarithm of a fraction alone; of a mean, 1/n times a sum, only the author knows where it ends.
+    flat = re.sub(rf"\\(log|exp) (\\t?frac{_GROUP}{_GROUP})(?=\s*(?:$|[-+,)\]|]))", r"\\\1(\2)", flat)
+    flat = re.sub(r"(\\(?!bar|hat|tilde|overline)[A-Za-z]+) ", r"\1{} ", flat)
     flat = re.sub(rf"(\\t?frac{_GROUP}{_GROUP})(?=[\\A-Za-z])", r"\1 ", flat)
     text = _CONVERTER.latex_to_text(_marked_scripts(flat))
-    text = re.sub(r"(?<=\d) (?=[α-ω])", "", text)
+    text = re.sub(r"(?<=\d) (?=[α-ωϕϵ])", "", text)
     return re.sub(r"\s+", " ", text).strip()
 
 
@@ -60,7 +61,8 @@ def _scripted(table: dict[str, str], sign: str) -> Any:
         inner = l2tobj.nodelist_to_text([node.nodeargs[-1]]).strip()
         if all(character in table for character in inner):
             return "".join(table[character] for character in inner)
-        return f"{sign}{inner}" if inner.isalnum() else f"{sign}({inner})"
+        bare = inner.isalnum() or len(inner) == 1 or re.fullmatch(r"\([^()]*\)", inner)
+        return f"{sign}{inner}" if bare else f"{sign}({inner})"
 
     return text
 

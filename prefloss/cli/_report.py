@@ -1,4 +1,4 @@
-"""What a run found: a table, sentences that read it, a picture, and metrics.json."""
+"""What a run found: a table, sentences that read it, and metrics.json."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+import prefloss
 from prefloss.demo import world
 from prefloss.demo.measure import Measurement
 
@@ -48,6 +49,11 @@ class Result:
     about: dict[str, Any]
 
     @property
+    def sides(self) -> tuple[str, str]:
+        """What the better and the worse completions are called."""
+        return ("chosen", "rejected") if self.paired else ("upvoted", "downvoted")
+
+    @property
     def before(self) -> Measurement:
         """The first measurement, before any step."""
         return self.measurements[0]
@@ -60,9 +66,9 @@ class Result:
 
 def table(result: Result) -> Table:
     """Before and after, one row per quantity that could be measured."""
-    made = Table(
-        box=box.ROUNDED, title=f"[bold]{result.loss}[/] after {result.after.step} steps", title_justify="left"
-    )
+    # Text, not markup: a hyperparameter may be written with brackets.
+    title = Text.assemble((result.loss, "bold"), f" after {result.after.step} steps")
+    made = Table(box=box.ROUNDED, title=title, title_justify="left", title_style="")
     made.add_column("", style="cyan")
     made.add_column("before", justify="right", no_wrap=True)
     made.add_column("after", justify="right", no_wrap=True, style="bold")
@@ -91,7 +97,7 @@ def table(result: Result) -> Table:
             _share(after.accuracy),
             _accuracy_words(result),
         )
-    better, worse = _sides(result)
+    better, worse = result.sides
     reading = "nats per completion, change since the start"
     if after.chosen is not None:
         words = f"{reading}; fell for {_share(after.chosen_falling)} of them"
@@ -107,23 +113,22 @@ def verdict(result: Result) -> list[Text]:
     before, after = result.before, result.after
     said = []
     if after.reward is not None and before.reward is not None:
-        gain, error = (
-            after.reward - before.reward,
-            math.hypot(before.reward_error or 0, after.reward_error or 0),
-        )
+        gain = after.reward - before.reward
+        error = math.hypot(before.reward_error or 0, after.reward_error or 0)
         rose = gain > 2 * error
         words = f"The true reward {'rose' if rose else 'did not clearly rise'}: {gain:+.2f} ± {error:.2f}."
         said.append(Text(words, style="green" if rose else "yellow"))
     if after.chosen is not None and after.rejected is not None and after.chosen < 0:
         margin = after.chosen - after.rejected
-        better, worse = _sides(result)
-        words = (
-            f"{better.capitalize()} completions became less likely. That is no bug: the loss raises the margin between "
-            f"{better} and {worse}, here to {margin:+.2f} nats, and both may fall on the way."
-            if margin > 0
-            else f"{better.capitalize()} completions became less likely, and {worse} ones no less so: the margin "
-            "did not grow."
-        )
+        better, worse = result.sides
+        words = f"{better.capitalize()} completions became less likely"
+        if margin > 0:
+            words += (
+                f". That is no bug: the loss raises the margin between {better} and {worse}, here to {margin:+.2f} "
+                f"nats, and both may fall on the way.{_resisting(result)}"
+            )
+        else:
+            words += f", and {worse} ones no less so: the margin did not grow."
         said.append(Text(words, style="dim" if margin > 0 else "yellow"))
     if not result.held_out:
         said.append(Text("Nothing was held out, so accuracy is that of training rows.", style="yellow"))
@@ -169,106 +174,11 @@ def write_metrics(result: Result, path: Path) -> None:
     path.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
 
 
-def write_picture(result: Result, path: Path) -> None:
-    """Four panels over steps: reward (or loss), KL, accuracy, log-probs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2, sharex=True)
-    figure.suptitle(f"{result.loss}\n{result.setting}", fontsize=12)
-    _first_panel(axes[0, 0], result)
-    _kl_panel(axes[0, 1], result)
-    _accuracy_panel(axes[1, 0], result)
-    _log_prob_panel(axes[1, 1], result)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    for axis in axes[1]:
-        axis.set_xlabel("optimizer steps")
-    figure.savefig(path, dpi=130)
-
-
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#666666"
-
-
-def _first_panel(axis: Any, result: Result) -> None:
-    steps, rewards = _series(result, "reward")
-    if not rewards:
-        axis.plot(*zip(*result.losses, strict=True), color=_BLUE) if result.losses else None
-        axis.set(title="Training loss", ylabel="loss")
-        return
-    errors = [found.reward_error or 0.0 for found in result.measurements if found.reward is not None]
-    axis.plot(steps, rewards, "o-", color=_BLUE, label="policy, ± 2 standard errors")
-    low = [r - 2 * e for r, e in zip(rewards, errors, strict=True)]
-    high = [r + 2 * e for r, e in zip(rewards, errors, strict=True)]
-    axis.fill_between(steps, low, high, color=_BLUE, alpha=0.2, linewidth=0)
-    axis.axhline(
-        rewards[0], color=_GREY, linestyle="--", linewidth=1, label=f"before training, {rewards[0]:+.2f}"
-    )
-    axis.axhline(
-        world.BEST_REWARD,
-        color=_GREEN,
-        linestyle=":",
-        linewidth=1.5,
-        label=f"best possible, {world.BEST_REWARD:g}",
-    )
-    axis.set(title="True reward of sampled completions", ylabel="reward (judge's scale)")
-    # Room for the legend below the curve, which rises.
-    axis.set_ylim(min(*low, rewards[0] - 0.35 * (world.BEST_REWARD - rewards[0])), world.BEST_REWARD + 0.3)
-    axis.legend(frameon=False, loc="lower right")
-
-
-def _kl_panel(axis: Any, result: Result) -> None:
-    steps, kls = _series(result, "kl")
-    axis.set(title="How far the model moved", ylabel="KL(policy ‖ reference), nats per completion")
-    if not kls:
-        axis.text(0.5, 0.5, "not measured (--samples 0)", transform=axis.transAxes, ha="center", color=_GREY)
-        return
-    errors = [found.kl_error or 0.0 for found in result.measurements if found.kl is not None]
-    axis.plot(steps, kls, "o-", color=_ORANGE)
-    low = [k - 2 * e for k, e in zip(kls, errors, strict=True)]
-    high = [k + 2 * e for k, e in zip(kls, errors, strict=True)]
-    axis.fill_between(steps, low, high, color=_ORANGE, alpha=0.2, linewidth=0)
-    axis.set_ylim(bottom=min(0.0, *low))
-
-
-def _accuracy_panel(axis: Any, result: Result) -> None:
-    steps, shares = _series(result, "accuracy")
-    axis.set(title=f"Implicit-reward accuracy on {'held-out' if result.held_out else 'training'} rows")
-    axis.set_ylabel("pairs ordered as people did" if result.paired else "upvoted above downvoted")
-    if not shares:
-        axis.text(0.5, 0.5, "needs both kinds of rows", transform=axis.transAxes, ha="center", color=_GREY)
-        return
-    axis.plot(steps, shares, "o-", color=_BLUE)
-    axis.axhline(0.5, color=_GREY, linestyle="--", linewidth=1, label="coin flip, 50 %")
-    if result.ceiling is not None:
-        words = f"the true reward, {result.ceiling:.1%}"
-        axis.axhline(result.ceiling, color=_GREEN, linestyle=":", linewidth=1.5, label=words)
-    axis.set_ylim(min(0.4, *shares), 1.0)
-    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axis.legend(frameon=False, loc="lower right")
-
-
-def _log_prob_panel(axis: Any, result: Result) -> None:
-    for field, name, colour in zip(("chosen", "rejected"), _sides(result), (_GREEN, _ORANGE), strict=True):
-        steps, changes = _series(result, field)
-        if changes:
-            axis.plot(steps, changes, "o-", color=colour, label=name)
-    axis.axhline(0.0, color=_GREY, linestyle="--", linewidth=1, label="as at the start")
-    rows = "held-out" if result.held_out else "training"
-    axis.set(title=f"Log-probability of {rows} completions", ylabel="change, nats per completion")
-    axis.legend(frameon=False, loc="lower left")
-
-
-def _series(result: Result, field: str) -> tuple[list[int], list[float]]:
-    found = [(m.step, getattr(m, field)) for m in result.measurements if getattr(m, field) is not None]
-    return [step for step, _ in found], [value for _, value in found]
-
-
-def _sides(result: Result) -> tuple[str, str]:
-    return ("chosen", "rejected") if result.paired else ("upvoted", "downvoted")
+def _resisting(result: Result) -> str:
+    names = [name for name in ("dpop", "apo_zero", "dpo_nll") if name in prefloss.specs]
+    if not result.paired or not names or any(result.loss.startswith(f"{name}(") for name in names):
+        return ""
+    return f" Losses that hold {result.sides[0]} ones up: {', '.join(names)}."
 
 
 def _accuracy_words(result: Result) -> str:

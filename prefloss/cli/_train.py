@@ -42,6 +42,7 @@ def train(settings: Settings) -> None:
             task = file_task(settings, loss, kind, settings.data)
     # Loads transformers and TRL, which takes seconds.
     with clock.part("imports"):
+        from prefloss.cli._picture import write_picture
         from prefloss.cli._quiet import quiet
         from prefloss.cli._run import run
 
@@ -55,7 +56,7 @@ def train(settings: Settings) -> None:
         raise
     with clock.part("report"):
         _report.write_metrics(result, folder / "metrics.json")
-        _report.write_picture(result, folder / "curves.png")
+        write_picture(result, folder / "curves.png")
     _conclude(console, result, heard, folder, clock)
 
 

@@ -26,14 +26,15 @@ def world_task(settings: Settings, loss: prefloss.Loss, kind: Kind) -> Task:
     spoken: list[Row] = [drawn.spoken() for _ in range(SPOKEN)]
     # What every loss is measured on comes before what each learns from, so that it is the same for all.
     held_out = [drawn.pair() for _ in range(HELD_OUT)]
-    prompts = [drawn.prompt() for _ in range(SAMPLES if settings.samples is None else settings.samples)]
+    asked = [drawn.prompt() for _ in range(SAMPLES)]
+    prompts = [asked[i % SAMPLES] for i in range(SAMPLES if settings.samples is None else settings.samples)]
     draw = drawn.pair if kind is Kind.PAIRED else drawn.labelled
     rows: list[Row] = [draw() for _ in range(ROWS)]
     rows = [_graded(row, columns) for row in rows]
     if "score_chosen" in columns:
         rows = [row for row in rows if row["score_chosen"] > row["score_rejected"]]
-    what = "pairs judged" if kind is Kind.PAIRED else "thumbs up or down given"
-    graded = " and graded" if columns else ""
+    what = "judged pairs" if kind is Kind.PAIRED else "thumbs up and down"
+    judge = "a judge that gives grades" if columns else "a noisy judge"
     return Task(
         train=Dataset.from_list(rows),
         kind=kind,
@@ -47,8 +48,8 @@ def world_task(settings: Settings, loss: prefloss.Loss, kind: Kind) -> Task:
         reward=lambda i, text: world.true_reward(prompts[i], text),
         ceiling=world.judge_ceiling(held_out),
         facts=(
-            f"the generated world, seed {settings.seed}: {len(rows)} {what}{graded} by a noisy judge whose true reward "
-            f"is known; {HELD_OUT} further pairs held out",
+            f"the generated world, seed {settings.seed}: {len(rows)} {what} of {judge} whose true reward is known; "
+            f"{HELD_OUT} further pairs held out",
         ),
     )
 
@@ -58,3 +59,14 @@ def _grade_columns(kind: Kind) -> dict[str, str]:
     if kind is Kind.PAIRED:
         return {"score_chosen": "chosen", "score_rejected": "rejected"}
     return {"scores": "completion"}
+
+
+def _graded(row: Row, columns: dict[str, str]) -> Row:
+    """The row with the true reward of its completions; a judge that gives grades also goes by them."""
+    if not columns:
+        return row
+    if "chosen" in row and world.true_reward(row["prompt"], row["chosen"]) < world.true_reward(
+        row["prompt"], row["rejected"]
+    ):
+        row = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    return row | {column: world.true_reward(row["prompt"], row[of]) for column, of in columns.items()}

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from prefloss.kernels import native
 from prefloss.kernels import rows as row_ops
 from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
 from prefloss.kernels.rows import has_mixed_matmul, matmul, on_cpu, place_over, rows_of, slices
@@ -215,7 +216,7 @@ def token_backward(
 ) -> Tensor:
     """Gradient of logits [..., V], written over them if that is wanted and their rows allow it."""
     over_logits = over_logits and logits.is_contiguous()
-    d_logits = logits if over_logits else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    d_logits = logits if over_logits else native.empty(logits.shape, logits.dtype, logits.device)
     d_rows = d_logits.view(-1, logits.shape[-1])
     rates = row_ops.coefficients(grad, stats)
     with no_autocast(logits.device):
@@ -389,7 +390,7 @@ def _room_to_keep(x: Tensor, weight: Tensor, scheme: Scheme, kept_tokens: int) -
         return torch.empty(len(x), weight.shape[1], dtype=dtype, device=x.device)
     if scheme != "keep" or kept_tokens == 0:
         return None
-    return torch.empty(kept_tokens, len(weight), dtype=kept_dtype(x.dtype), device=x.device)
+    return native.empty((kept_tokens, len(weight)), kept_dtype(x.dtype), x.device)
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -485,18 +486,22 @@ class _HeadGradient:
         self.weight_dtype = weight.dtype
         self.straight = parts == 1
         dtype = weight.dtype if self.straight else self.dtype
-        make = torch.empty if self.straight and not skips else torch.zeros
-        self.sum = make(weight.shape, dtype=dtype, device=weight.device)
+        self.sum = native.empty(weight.shape, dtype, weight.device)
+        if skips or not self.straight:
+            self.sum.zero_()
 
     def add(self, dz: Tensor, x: Tensor, columns: list[slice] | None = None) -> None:
         """Add a slice's share, of the rows of the head in `columns` (None for all)."""
         x = x if dz.dtype == x.dtype else x.to(dz.dtype)
+        straight_in = self.sum.dtype == dz.dtype == self.dtype
+        rows = 0 if straight_in else min(len(self.sum), rows_of(self.sum, _HEAD_ELEMENTS))
+        room = native.empty((rows, self.sum.shape[1]), self.dtype, dz.device)
         for run in [slice(0, len(self.sum))] if columns is None else columns:
-            if self.sum.dtype == dz.dtype == self.dtype:
+            if straight_in:
                 _matmul(dz[:, run].T, x, out=self.sum[run], add=not self.straight)
                 continue
             for part in slices(run.stop, rows_of(self.sum, _HEAD_ELEMENTS), run.start):
-                block = torch.empty(self.sum[part].shape, dtype=self.dtype, device=dz.device)
+                block = room[: part.stop - part.start]
                 _matmul(dz[:, part].T, x, out=block)
                 if self.straight:
                     self.sum[part] = block
@@ -515,7 +520,7 @@ _matmul, _has_mixed_matmul = matmul, has_mixed_matmul
 def _scratch(tokens: int, weight: Tensor, chunk_tokens: int, unless: bool = False) -> Tensor:
     """A slice of logits to fill again and again: fresh memory costs more than the passes over it."""
     rows = 0 if unless else min(tokens, chunk_tokens)
-    return torch.empty(rows, len(weight), dtype=compute_dtype(weight.dtype), device=weight.device)
+    return native.empty((rows, len(weight)), compute_dtype(weight.dtype), weight.device)
 
 
 def _known_to_be_ignored(targets: Tensor) -> bool:

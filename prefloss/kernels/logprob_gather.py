@@ -584,9 +584,9 @@ def linear_backward(
         factors = scratch if dtype == torch.float32 else torch.empty(size, dtype=dtype, device=device)
         d_weight = torch.empty(weight.shape, dtype=dtype, device=device) if need_weight else None
         d_bias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need_bias else None
-        x_sum = torch.zeros(x.shape, dtype=torch.float32, device=device) if need_x else None
-        if d_x is not None and unit is None and width == vocabulary:
-            x_sum = d_x
+        x_sum = d_x
+        if need_x and (unit is not None or width < vocabulary):
+            x_sum = torch.zeros(x.shape, dtype=torch.float32, device=device)
         for span in slices(vocabulary, width):
             head = weight[span]
             w_sum = None

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefloss.kernels.constant import constant_when_compiled
 from prefloss.kernels.naive import LogitTransform
 
 _log = logging.getLogger("prefloss")
@@ -32,6 +33,8 @@ _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _CODE = 3
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: _CODE}
+_LARGE_BYTES = 2**22
+
 # no subclass that computes elsewhere or not at all (a DTensor, a FakeTensor)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -46,18 +49,28 @@ def available(x: Tensor) -> bool:
 
 
 # a compiled graph takes both answers as they are when it is traced
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def passes_over(dtype: torch.dtype) -> bool:
     """Whether the row operations here know `dtype`."""
     lib = _library() if dtype in _KINDS else None
     return lib is not None and (dtype != torch.float16 or bool(lib.prefloss_has_float16()))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether `multiply` can take `dtype`: bfloat16, and a processor that multiplies it."""
     lib = _library() if dtype == torch.bfloat16 else None
     return lib is not None and bool(lib.prefloss_multiplies())
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, on a CPU in large pages where the system has some: handing out small ones takes most of the time."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and type(x) is Tensor and x.nbytes >= _LARGE_BYTES:
+        lib = _library()
+        if lib is not None:
+            lib.prefloss_use_large_pages(x.data_ptr(), x.nbytes)
+    return x
 
 
 def score(logits: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor) -> None:
@@ -182,7 +195,8 @@ def _declared(lib: Any) -> Any:
     lib.prefloss_multiply.argtypes = [
         *(size, size, size, pointer, size, size, pointer, size, size, pointer, size, number, number)
     ]
-    for name in ("score", "encode", "differentiate"):
+    lib.prefloss_use_large_pages.argtypes = [pointer, size]
+    for name in ("use_large_pages", "score", "encode", "differentiate"):
         getattr(lib, f"prefloss_{name}").restype = None
     return lib
 

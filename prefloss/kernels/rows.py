@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prefloss.kernels import native
+from prefloss.kernels.constant import constant_when_compiled
 from prefloss.kernels.naive import LogitTransform, compute_dtype
 
 STATS = ("logps", "logsumexp", "entropy", "log_sum_sq", "top1")
@@ -20,6 +21,10 @@ STATS = ("logps", "logsumexp", "entropy", "log_sum_sq", "top1")
 # A kept log-prob is an int16 in steps of 1/2048 nat: p is off by 2.4e-4 of itself at most, a tenth of what rounding
 # it to bfloat16 does, and 0 below e^-32, the lowest code.
 _CODE_STEPS, _CODE_MIDDLE, _CODE_ZERO = 2048.0, 16.0, -32768
+
+# Under a softcap the slope of a logit comes from its code, and errs by 4.9e-4 over the cap: 6e-5 at this cap, in nats
+# after the temperature. Lower ones (no model has one) are not kept so.
+LOW_SOFTCAP = 8.0
 
 # Elements that a CPU passes over at a time, 8 MiB, so that all but the first pass find them in its cache.
 _CACHE_ELEMENTS = 2**21
@@ -158,7 +163,7 @@ def has_mixed_matmul(x: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _device_has_mixed_matmul(device_type: str, dtype: torch.dtype) -> bool:
     # the builds for AMD devices know the overload, and some refuse to run it
     known = (

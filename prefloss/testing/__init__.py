@@ -61,7 +61,7 @@ def check_loss(
     Example:
         >>> report = check_loss("dpo", max_examples=2)
         >>> len(report.passed), report.skipped
-        (26, {'padding': 'reads no tokens', 'ties': 'reads no scores'})
+        (28, {'padding': 'reads no tokens', 'ties': 'reads no scores'})
     """
     left_out = _checked(skip)
     bound = as_loss(loss, **traits)

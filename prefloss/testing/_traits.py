@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefloss.feedback import Feedback
+from prefloss.feedback import Feedback, Labels, Pairs, Rankings
 from prefloss.logratios import LogRatios
 from prefloss.losses._loss import Loss
 from prefloss.testing import _fields
@@ -96,6 +96,35 @@ def _other_reference(feedback: Feedback) -> Feedback:
 def _unreferenced(part: LogRatios) -> LogRatios:
     rows = part.per_token
     return replace(part, reference=None, per_token=None if rows is None else replace(rows, reference=None))
+
+
+@check()
+def check_preference(subject: Subject) -> None:
+    """What people preferred matters: other votes, other scores, or the sides of a pair exchanged, change a value."""
+    for feedback in subject.searched():
+        if differs(
+            subject.detached(subject.settled, feedback), subject.detached(subject.settled, _turned(feedback))
+        ):
+            return
+    what = {
+        Pairs: "exchanging chosen and rejected",
+        Labels: "turning votes and scores",
+        Rankings: "reversing the scores",
+    }
+    raise subject.failed(
+        f"in {SEARCHED} batches {what[subject.spec.feedback]} changed no value: the loss does not learn what people "
+        "preferred"
+    )
+
+
+def _turned(feedback: Feedback) -> Feedback:
+    """The opposite preference; scores of a pair stay, so that graded losses see the opposite too."""
+    if isinstance(feedback, Labels):
+        scores = None if feedback.scores is None else 1.1 - feedback.scores
+        return replace(feedback, desirable=~feedback.desirable, scores=scores)
+    if isinstance(feedback, Rankings):
+        return replace(feedback, scores=1.1 - feedback.scores)
+    return replace(feedback, chosen=feedback.rejected, rejected=feedback.chosen)
 
 
 @check(lambda subject: None if subject.spec.beta else "declares no KL strength")

@@ -24,6 +24,7 @@ from prefloss.testing._gradients import check_gradients as check_gradients
 from prefloss.testing._hyperparameters import check_hyperparameter_effect as check_hyperparameter_effect
 from prefloss.testing._hyperparameters import check_hyperparameters as check_hyperparameters
 from prefloss.testing._needs import check_needs as check_needs
+from prefloss.testing._numbers import check_nan as check_nan
 from prefloss.testing._numbers import check_padding as check_padding
 from prefloss.testing._numbers import check_precision as check_precision
 from prefloss.testing._numbers import check_ties as check_ties
@@ -31,6 +32,7 @@ from prefloss.testing._run import MAX_EXAMPLES, PROPERTIES, Check
 from prefloss.testing._subject import Checkable, Skip, Subject, as_loss, registered
 from prefloss.testing._traits import check_beta as check_beta
 from prefloss.testing._traits import check_needs_reference as check_needs_reference
+from prefloss.testing._traits import check_preference as check_preference
 from prefloss.testing._traits import check_separability as check_separability
 from prefloss.testing._values import check_batch_permutation as check_batch_permutation
 from prefloss.testing._values import check_determinism as check_determinism

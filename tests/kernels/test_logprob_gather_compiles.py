@@ -83,7 +83,6 @@ def compile_all(backend, arch, warp_size):
         record = {"kernel": case, "size": len(asm.get("cubin") or asm.get("hsaco") or b"")}
         if "cubin" in asm:
             record["arch"] = re.search(r"\.target (\w+)", asm["ptx"]).group(1)
-            # a Triton of before 3.5 writes v4.b32, later ones v2.b64 too
             wide = r"\.global\S*\.(v4\.[bf]32|v2\.[bf]64|v8\.[bf]32|v4\.[bf]64)"
             record["wide"] = all(
                 re.search(rf"{what}{wide}", asm["ptx"]) for what in ("ld", "st")[: 2 - ("LANE" in names)]

@@ -164,10 +164,8 @@ def test_bfloat16_gradients_err_no_more_than_those_of_rounded_logit_gradients(ro
     dz = dz.bfloat16().double()
     peers = [dz @ exact[1].detach(), dz.T @ exact[0].detach(), dz.sum(0)]
     for path in PATHS.values():
-        if path.scheme == "unscaled":
-            frozen = [inputs[0], inputs[1].detach(), inputs[2].detach()]
-        else:
-            frozen = inputs
+        head_is_frozen = path.scheme == "unscaled"
+        frozen = [inputs[0], *(x.detach() if head_is_frozen else x for x in inputs[1:])]
         _, grads = run(
             chunked.linear_token_stats,
             frozen,

@@ -28,15 +28,14 @@ def test_a_peers_name_is_found(peer, name):
     assert prefloss.get(name).spec in prefloss.specs.values()
 
 
-@pytest.mark.parametrize(
-    ("alias", "spec"),
-    [(alias, spec) for spec in prefloss.specs.values() for alias in spec.aliases],
-    ids=lambda x: str(x),
-)
-def test_an_alias_builds_its_loss_with_what_it_sets(alias, spec):
-    loss = prefloss.get(alias)
+ALIASES = [(alias, name) for name, spec in prefloss.specs.items() for alias in spec.aliases]
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES)
+def test_an_alias_builds_its_loss_with_what_it_sets(alias, name):
+    loss, spec = prefloss.get(alias), prefloss.specs[name]
     assert loss.spec is spec
     assert alias not in prefloss.specs
     assert spec.aliases[alias].peers
-    for name, value in spec.aliases[alias].parameters.items():
-        assert loss.params[name] == value
+    for parameter, value in spec.aliases[alias].parameters.items():
+        assert loss.params[parameter] == value

@@ -343,6 +343,21 @@ def one_minus_sigmoid(pairs: Pairs, *, beta: Positive = 0.1):
     return 1 - torch.sigmoid(beta * pairs.margin())
 
 
+@broken("nan", "chosen.policy[", "nan_to_num", **LIKE_DPO)
+def hides_nan(pairs: Pairs, *, beta: Positive = 0.1):
+    return -F.logsigmoid(beta * pairs.margin()).nan_to_num()
+
+
+@broken("preference", "exchanging chosen and rejected", monotone=False)
+def treats_both_sides_alike(pairs: Pairs, *, beta: Positive = 0.1):
+    return (beta * pairs.margin()) ** 2
+
+
+@broken("preference", "turning votes and scores", monotone=True)
+def forgets_the_votes(labels: Labels, *, beta: Positive = 0.1):
+    return torch.sigmoid(-beta * labels.completions.h)
+
+
 @broken("empty_examples", "tokens.clamp(min=1)", monotone=True, difference_only=True, needs=["tokens"])
 def divides_by_no_tokens(pairs: Pairs, *, beta: Positive = 5.0):
     means = [side.h / side.tokens for side in (pairs.chosen, pairs.rejected)]

@@ -45,8 +45,8 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         TypeError: If a hyperparameter is unknown or of the wrong type, or hyperparameters accompany a `Loss`.
 
     Example:
-        >>> PreferenceLossCallback("simpo", beta=2.0)
-        PreferenceLossCallback(simpo(beta=2.0, gamma=0.5), reference=Reference.none())
+        >>> PreferenceLossCallback("dpo", beta=0.2, reference=Reference.adapter_off())
+        PreferenceLossCallback(dpo(beta=0.2), reference=Reference.adapter_off())
     """
 
     def __init__(

@@ -21,10 +21,10 @@ def dropping():
     return policy
 
 
-def with_sums(data, policy):
+def with_sums(folder, data, policy):
     """The data with the policy's own log-probs as ref columns."""
     policy = copy.deepcopy(policy).eval()
-    trainer = plain.build("unused", plain.callback(policy, "dpo"), policy, data=data)
+    trainer = plain.build(folder, plain.callback(policy, "dpo"), policy, data=data)
     sums = torch.from_numpy(trainer.predict(data).predictions[0])
     for side, name in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
         data = data.add_column(name, sums[:, side].tolist())
@@ -59,7 +59,7 @@ def test_an_adapted_policy_is_its_own_reference_without_dropout(tmp_path, refere
 def test_cached_sums_train_as_the_model_does(tmp_path):
     data = tiny.pairs(12)
     cached = plain.train(
-        tmp_path, "dpo", with_sums(data, tiny.model()), own={"reference": Reference.cached()}
+        tmp_path, "dpo", with_sums(tmp_path, data, tiny.model()), own={"reference": Reference.cached()}
     )
     live = plain.train(tmp_path, "dpo", data)
     assert plain.losses(cached) == pytest.approx(plain.losses(live), abs=1e-5)
@@ -122,7 +122,7 @@ def test_a_policy_apart_from_its_reference_stops_training(tmp_path, name):
 
 
 def test_wrong_cached_sums_stop_training(tmp_path):
-    data = with_sums(tiny.pairs(8), tiny.model(seed=1))
+    data = with_sums(tmp_path, tiny.pairs(8), tiny.model(seed=1))
     with pytest.raises(RuntimeError, match=r"Reference.cached\(\).*the cached sums are of other weights"):
         plain.train(tmp_path, "dpo", data, own={"reference": Reference.cached()})
 
@@ -196,4 +196,4 @@ def test_a_loss_of_log_ratios_needs_a_reference():
 
 def test_computed_and_cached_references_exclude_each_other(tmp_path):
     with pytest.raises(ValueError, match=r"columns ref_\*logps: got reference log-probs with the data"):
-        plain.train(tmp_path, "dpo", with_sums(tiny.pairs(4), tiny.model()))
+        plain.train(tmp_path, "dpo", with_sums(tmp_path, tiny.pairs(4), tiny.model()))

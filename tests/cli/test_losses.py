@@ -1,0 +1,75 @@
+"""`prefloss losses`: the table, and a page for each loss."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+import prefloss
+from prefloss.cli._app import app
+from prefloss.cli._math import unicode_of
+
+
+def shown(*arguments, columns="120"):
+    result = CliRunner(env={"COLUMNS": columns}).invoke(app, ["losses", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_table_names_every_loss():
+    table = shown()
+    for name, spec in prefloss.specs.items():
+        line = next(line for line in table.splitlines() if re.match(rf"\s*{name}\s", line))
+        assert spec.feedback.__name__.lower() in line
+        assert spec.paper in line
+
+
+def test_one_loss_in_full():
+    page = shown("ipo")
+    assert "ℓ = (h_w - h_l - 1/(2τ))²" in page
+    assert "Azar et al. 2023, arXiv:2310.12036, Eq. 17." in page
+    assert "tau = 0.1" in page
+    assert "[> 0]" in page
+    assert "Where peers differ" in page
+    assert "log-probs of the policy and of a frozen reference" in page
+
+
+def test_an_alias_shows_its_loss():
+    assert shown("sigmoid") == shown("dpo")
+
+
+@pytest.mark.parametrize("name", sorted(prefloss.specs))
+def test_every_page_renders_narrow_or_wide(name):
+    for columns in ("60", "120"):
+        assert name in shown(name, columns=columns)
+
+
+@pytest.mark.parametrize("name", sorted(prefloss.specs))
+def test_no_latex_is_left_in_a_formula(name):
+    text = unicode_of(prefloss.specs[name].formula)
+    assert not re.search(r"[\\{}$]", text), text
+
+
+def test_an_unknown_loss_is_an_error_in_the_registrys_words():
+    result = CliRunner().invoke(app, ["losses", "dpoo"])
+    assert result.exit_code == 2
+    assert "unknown loss 'dpoo'; did you mean 'dpo'" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("latex", "text"),
+    [
+        (r"\frac{1}{2\tau}", "1/(2τ)"),
+        (r"\frac{a + b}{c}", "(a + b)/c"),
+        (r"-\log\sigma(\beta h)", "-log σ(β h)"),
+        (r"\log \frac{\pi(y)}{\pi_\mathrm{ref}(y)}", "log(π(y)/π_ref(y))"),
+        (r"-\log \frac{1}{n} \sum_i x_i", "-log 1/n ∑_i x_i"),
+        (r"\mathrm{KL}(\bar p \| V^*), h_{(k)}", "KL(p̅ ‖ V^*), h_(k)"),
+        (r"x^2 + y^{-1} + h_{w}^2", "x² + y⁻¹ + h_w²"),
+        (r"\sum_{k=1}^K e^{h_k}", "∑_(k=1)^K e^(h_k)"),
+        ("", ""),
+    ],
+)
+def test_formulas_read_as_they_would_be_said(latex, text):
+    assert unicode_of(latex) == text

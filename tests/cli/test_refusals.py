@@ -1,0 +1,121 @@
+"""What `prefloss train` refuses: exit code 2, one paragraph, no traceback, nothing written."""
+
+import json
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+import prefloss
+from prefloss.cli._app import app
+
+PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+LABELLED = {"prompt": "p", "completion": "good", "label": True}
+
+
+def refused(*arguments):
+    result = CliRunner(env={"COLUMNS": "1000"}).invoke(app, ["train", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return next(line for line in result.output.splitlines() if line.startswith("Error: "))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Runs write to the working directory if nothing else is asked."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not os.path.exists("prefloss-runs") or not os.listdir("prefloss-runs")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
+    return tmp_path / "pairs.jsonl"
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    (tmp_path / "votes.jsonl").write_text(json.dumps(LABELLED) + "\n")
+    return tmp_path / "votes.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "dpoo"], "unknown loss 'dpoo'; did you mean 'dpo'"),
+        (["--param", "tau=1"], "dpo: unknown hyperparameter 'tau'"),
+        (["--param", "beta=-1"], "dpo: beta: got -1, wanted a number > 0"),
+        (["--loss", "ipo", "--param", "tau=big"], "ipo: tau: got 'big', wanted a number > 0"),
+        (["--param", "beta"], "--param: expected NAME=VALUE, as tau=0.1, got 'beta'"),
+        (["--loss", "dpo_pl"], "dpo_pl takes Rankings, and TRL has no trainer for ranked groups"),
+        (["--loss", "dro"], "dro needs the value of each prompt"),
+        (["--steps", "3", "--epochs", "1"], "--steps and --epochs: expected one of them, got both"),
+        (["--epochs", "0"], "--epochs: expected a number > 0, got 0.0"),
+        (["--learning-rate", "0"], "--learning-rate: expected a number > 0, got 0.0"),
+        (["--eval-fraction", "1"], "--eval-fraction: expected a number >= 0 and < 1, got 1.0"),
+        (["--lora"], "--lora: expected a --model to adapt"),
+        (["--data", "nothing.jsonl"], "nothing.jsonl: no such file or folder"),
+        (["--model", "./nowhere"], "--model: no such folder: ./nowhere"),
+        (
+            ["--loss", "kto", "--batch-size", "1"],
+            "--batch-size: kto estimates its KL baseline from mismatched rows",
+        ),
+        (["--loss", "xpo"], "xpo: needs gold, which DPOTrainer does not compute"),
+    ],
+)
+def test_refused(arguments, message):
+    assert refused(*arguments).startswith(f"Error: {message}")
+
+
+def test_the_registrys_words_are_shown_unchanged():
+    with pytest.raises(TypeError) as caught:
+        prefloss.get("ipo", tua=1)
+    assert refused("--loss", "ipo", "--param", "tua=1") == f"Error: {caught.value}"
+
+
+def test_a_pair_loss_refuses_votes_and_names_both(labelled):
+    message = refused("--loss", "ipo", "--data", labelled)
+    assert (
+        "ipo compares two completions, but votes.jsonl holds labelled (prompt, completion, label) rows"
+        in message
+    )
+    assert "losses that learn from labels: kto" in message
+
+
+def test_a_malformed_file_is_named_with_line_and_column(pairs):
+    pairs.write_text(json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "chosen": 3}) + "\n")
+    expected = f"Error: {pairs}:2: column 'chosen': expected a string or a list of messages, got 3"
+    assert refused("--data", pairs) == expected
+
+
+def test_a_loss_that_reads_scores_refuses_data_without(pairs):
+    message = refused("--loss", "rebel", "--data", pairs)
+    assert "rebel needs graded feedback: numbers in the columns score_chosen and score_rejected" in message
+    assert "pairs.jsonl has none" in message
+
+
+def test_a_full_output_folder_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    assert (
+        refused("--output", "out")
+        == "Error: --output: out exists and is not empty; choose another, or add --overwrite"
+    )
+    (tmp_path / "file").write_text("x")
+    assert refused("--output", "file") == "Error: --output: file is a file; expected a folder"
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_model_that_is_none_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "is a folder without config.json" in refused("--model", tmp_path / "empty")
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    assert "is an adapter; merge it into its model first" in refused("--model", tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "nonsense"}')
+    assert "cannot be loaded" in refused("--model", tmp_path / "empty")
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "prefloss train runs in one process" in refused()
