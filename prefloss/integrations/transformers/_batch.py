@@ -99,7 +99,7 @@ class Structure:
     def feedback(self, ratios: LogRatios) -> Feedback:
         """The feedback of the batch from the log-ratios of its rows, [rows]."""
         sides = [self.items[name] for name in ROWS[self.kind]]
-        values = {name: self.items.get(name) for name in VALUES[self.kind]}
+        values: dict[str, Any] = {name: self.items.get(name) for name in VALUES[self.kind]}
         if self.kind is Pairs:
             return Pairs(ratios[sides[0]], ratios[sides[1]], **values)
         if self.kind is Labels:

@@ -37,7 +37,8 @@ class HeadSpec:
             TypeError: If the model has no output head, or its head is quantised or adapted in a way that has no exact
                 form here.
         """
-        module: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        get_head: Any = getattr(model, "get_output_embeddings", None)
+        module: Any = None if get_head is None else get_head()
         if module is None:
             name = type(model).__name__
             raise TypeError(f"model: got {name} without output embeddings, wanted a causal language model")
