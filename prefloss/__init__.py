@@ -21,5 +21,6 @@ from prefloss.losses import LossSpec as LossSpec
 from prefloss.losses import get as get
 from prefloss.losses import register as register
 from prefloss.losses import specs as specs
+from prefloss.plan import explain as explain
 
 __version__ = "0.1.0"

@@ -16,6 +16,7 @@ import json
 import re
 import shlex
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,8 +82,11 @@ def readers_folder(tmp_path, monkeypatch):
 
 @pages_with("python", "pycon")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_examples_run(page, readers_folder):
-    names = {"__name__": "docs_example"}
+def test_examples_run(page, readers_folder, monkeypatch):
+    # A module that can be imported, as the reader's own file: torch.compile looks for the loss in it.
+    module = types.ModuleType("docs_example")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    names = vars(module)
     for block in blocks(PAGES[page], "python", "pycon"):
         if block.source.startswith("# not run:"):
             reason = block.source.splitlines()[0].removeprefix("# not run:").strip()

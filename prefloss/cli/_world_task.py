@@ -8,7 +8,7 @@ from prefloss.cli._task import Row, Task, check_needs
 from prefloss.data import Kind
 from prefloss.demo import world
 
-ROWS, HELD_OUT, SPOKEN, SAMPLES = 4000, 400, 4000, 256
+ROWS, HELD_OUT, SPOKEN, SAMPLES = 4000, 400, 8000, 256
 
 
 def world_task(settings: Settings, loss: prefloss.Loss, kind: Kind) -> Task:

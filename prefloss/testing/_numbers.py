@@ -46,19 +46,22 @@ def _padded(part: LogRatios) -> LogRatios:
 
 @check()
 def check_precision(subject: Subject) -> None:
-    """In float32 a value has the leading digit of float64, as far as the rounding of its inputs allows."""
-    for seed in range(subject.examples):
+    """In float32 a value has the leading digit of float64, as far as the rounding of what goes into it allows."""
+    drawn = []
+    for seed in range(max(subject.examples, 3)):
         absent = subject.absences[seed % len(subject.absences)]
         options = {"magnitude": (20.0, 200.0, 2000.0)[seed % 3], "size": 4, "dtype": torch.float32}
         narrow = subject.seeded(600 + seed, absent, **options)
         wide = _fields.cast_to(narrow, torch.float64)
-        found, wanted = (
-            subject.detached(subject.settled, narrow).double(),
-            subject.detached(subject.settled, wide),
-        )
+        wanted = subject.detached(subject.settled, wide)
         moved = [subject.detached(subject.settled, _rounded(wide, turn)) - wanted for turn in range(4)]
         allowed = 30 * torch.stack(moved).abs().amax(0) + 0.2 * wanted.abs() + 1e-36
-        if bool(((found - wanted).abs() > allowed).any()):
+        drawn.append((narrow, subject.detached(subject.settled, narrow).double(), wanted, allowed))
+    # What adds up large terms rounds them; a loss that stays small everywhere has no such excuse.
+    largest = max(float(wanted.abs().max()) for _, _, wanted, _ in drawn)
+    rounding = 3e-7 * largest if largest > 4 else 0.0
+    for narrow, found, wanted, allowed in drawn:
+        if not bool(((found - wanted).abs() <= allowed + rounding).all()):
             problem = (
                 f"got {told(found)} in float32 and {told(wanted)} in float64, wanted the same leading digits: a "
                 "difference of nearly equal numbers loses them, so write 1 - sigmoid(x) as sigmoid(-x), exp(x) - 1 as "
