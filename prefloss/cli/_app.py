@@ -104,6 +104,12 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, about a fifth slower.")
     ] = False,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bf16/--no-bf16", help="Compute in bfloat16, weights in float32. (default: on GPUs that can)"
+        ),
+    ] = None,
     warm_start: Annotated[
         int | None,
         typer.Option(
@@ -138,6 +144,7 @@ def train(
         samples=samples,
         lora_rank=lora_rank if lora else None,
         gradient_checkpointing=gradient_checkpointing,
+        bf16=bf16,
         warm_start=warm_start,
         seed=seed,
         cpu=cpu,

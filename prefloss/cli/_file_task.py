@@ -12,7 +12,7 @@ from prefloss.cli._settings import Settings
 from prefloss.cli._task import READ_AS, Row, Task, check_needs, fitting
 from prefloss.data import Kind
 
-SAMPLES = 64
+SAMPLES, MEASURED = 64, 500
 
 
 def file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind, path: Path) -> Task:
@@ -41,7 +41,7 @@ def file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind, path: Path)
         train, held_out = (pdata.ranked_to_pairs(rows) if len(rows) else rows for rows in (train, held_out))
         facts.append("ranked rows became pairs: the best completion against the worst")
     pairs = found.kind is not Kind.LABELLED
-    marked = held_out if len(held_out) else train.select(range(min(len(train), 200)))
+    marked = _some(held_out if len(held_out) else train, settings.seed)
     facts.append(_split_fact(train, held_out, marked))
     better, worse = _sides(marked, pairs)
     liked, disliked = _sides(train, pairs)
@@ -95,9 +95,15 @@ def _column_facts(loss: prefloss.Loss, found: pdata.Preferences) -> list[str]:
     return facts + ([f"columns that {loss.name} does not read: {', '.join(unused)}"] if unused else [])
 
 
+def _some(rows: Any, seed: int) -> Any:
+    """Enough rows to measure on: beyond some hundreds, precision costs more time than it tells."""
+    return rows if len(rows) <= MEASURED else rows.shuffle(seed=seed).select(range(MEASURED))
+
+
 def _split_fact(train: Any, held_out: Any, marked: Any) -> str:
     if len(held_out):
-        return f"{len(train)} rows to train on; {len(held_out)} held out, none of whose prompts is trained on"
+        part = f", {len(marked)} of them measured on" if len(marked) < len(held_out) else ""
+        return f"{len(train)} rows to train on; {len(held_out)} held out{part}, none of whose prompts is trained on"
     return f"{len(train)} rows to train on and none held out: measured on {len(marked)} of the training rows"
 
 

@@ -72,7 +72,7 @@ def _banded(axis: Any, result: Result, field: str, colour: str, label: str) -> f
 def _accuracy_panel(axis: Any, result: Result) -> None:
     steps, shares = _series(result, "accuracy")
     axis.set(title=f"Implicit-reward accuracy on {'held-out' if result.held_out else 'training'} rows")
-    axis.set_ylabel("pairs ordered as people did" if result.paired else "upvoted above downvoted")
+    axis.set_ylabel("pairs ordered as judged" if result.paired else "upvoted above downvoted")
     if not shares:
         axis.text(0.5, 0.5, "needs both kinds of rows", transform=axis.transAxes, ha="center", color=_GREY)
         return

@@ -118,7 +118,8 @@ def verdict(result: Result) -> list[Text]:
         rose = gain > 2 * error
         words = f"The true reward {'rose' if rose else 'did not clearly rise'}: {gain:+.2f} ± {error:.2f}."
         said.append(Text(words, style="green" if rose else "yellow"))
-    if after.chosen is not None and after.rejected is not None and after.chosen < 0:
+    # A fall that the table shows as one.
+    if after.chosen is not None and after.rejected is not None and after.chosen <= -0.05:
         margin = after.chosen - after.rejected
         better, worse = result.sides
         words = f"{better.capitalize()} completions became less likely"
@@ -182,7 +183,7 @@ def _resisting(result: Result) -> str:
 
 
 def _accuracy_words(result: Result) -> str:
-    what = "pairs ordered as people did" if result.paired else "upvoted above downvoted, over all such pairs"
+    what = "pairs ordered as judged" if result.paired else "upvoted above downvoted, over all such pairs"
     words = f"{'held-out' if result.held_out else 'training'} {what}; a coin gets 50 %"
     return words if result.ceiling is None else f"{words}, the true reward itself {_share(result.ceiling)}"
 

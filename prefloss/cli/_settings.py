@@ -31,6 +31,7 @@ class Settings:
     samples: int | None = None
     lora_rank: int | None = None
     gradient_checkpointing: bool = False
+    bf16: bool | None = None
     warm_start: int | None = None
     seed: int = 0
     cpu: bool = False

@@ -20,6 +20,7 @@ from prefloss.cli._models import Start
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import Task
 from prefloss.data import Kind
+from prefloss.data._tokens import pad_id
 from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback
 from prefloss.integrations.trl._options import resolve, wants_mismatched
 from prefloss.losses import Composite
@@ -38,6 +39,7 @@ class Plan:
         learning_rate: The highest one.
         batch_size: Rows per forward pass.
         on_cpu: Whether to leave an accelerator alone.
+        bf16: Whether forward passes compute in bfloat16; weights stay float32.
     """
 
     steps: int | None
@@ -45,13 +47,15 @@ class Plan:
     learning_rate: float
     batch_size: int
     on_cpu: bool
+    bf16: bool
 
     @property
     def words(self) -> str:
         """As one sentence."""
         length = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
         device = "cpu" if self.on_cpu else torch.accelerator.current_accelerator()
-        return f"{length} of {self.batch_size} rows, learning rate {self.learning_rate:g} (AdamW, cosine), on {device}"
+        bf16 = " in bfloat16" if self.bf16 else ""
+        return f"{length} of {self.batch_size} rows, learning rate {self.learning_rate:g} (AdamW, cosine), on {device}{bf16}"
 
 
 def plan(settings: Settings, start: Start) -> Plan:
@@ -63,14 +67,20 @@ def plan(settings: Settings, start: Start) -> Plan:
             steps = DEMO_STEPS
         else:
             epochs = 3.0 if small else 1.0
+    on_cpu = settings.cpu or start.built_in or not torch.accelerator.is_available()
     rate = BUILT_IN_RATE if small else WHOLE_RATE if settings.lora_rank is None else LORA_RATE
     return Plan(
         steps=steps,
         epochs=epochs,
         learning_rate=settings.learning_rate or rate,
         batch_size=settings.batch_size or (16 if settings.data is None else 8),
-        on_cpu=settings.cpu or start.built_in or not torch.accelerator.is_available(),
+        on_cpu=on_cpu,
+        bf16=not on_cpu and _has_bf16() if settings.bf16 is None else settings.bf16,
     )
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 def configure(settings: Settings, task: Task, plan: Plan, loss: prefloss.Loss, folder: str) -> Any:
@@ -86,7 +96,7 @@ def configure(settings: Settings, task: Task, plan: Plan, loss: prefloss.Loss, f
     Raises:
         CliError: If TRL's trainer cannot give the loss what it needs.
     """
-    accelerated = not plan.on_cpu and torch.cuda.is_available()
+    on_cuda = not plan.on_cpu and torch.cuda.is_available()
     common: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": -1 if plan.steps is None else plan.steps,
@@ -98,14 +108,14 @@ def configure(settings: Settings, task: Task, plan: Plan, loss: prefloss.Loss, f
         "warmup_steps": 0.1,
         "max_length": settings.max_length,
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "bf16": accelerated and torch.cuda.is_bf16_supported(),
+        "bf16": plan.bf16,
         "use_cpu": plan.on_cpu,
         "logging_steps": 1,
         "save_strategy": "no",
         "eval_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "dataloader_pin_memory": accelerated,
+        "dataloader_pin_memory": on_cuda,
         "seed": settings.seed,
         # Weights and scores travel with the batch; TRL would take their columns out.
         "remove_unused_columns": not _travellers(task),
@@ -114,6 +124,11 @@ def configure(settings: Settings, task: Task, plan: Plan, loss: prefloss.Loss, f
         config = DPOConfig(**common, use_weighting="per_token.log_sum_sq" in loss.needs)
     else:
         config = _kto_config(common, loss, plan)
+    if config.n_gpu > 1:
+        raise CliError(
+            f"{config.n_gpu} GPUs are visible, and prefloss train runs on one: set CUDA_VISIBLE_DEVICES=0, or use "
+            "PreferenceLossCallback in a script of your own under accelerate launch"
+        )
     try:
         resolve(config, repr(loss) if isinstance(loss, Composite) else loss.name, dict(loss.params))
     except (TypeError, ValueError) as error:
@@ -137,10 +152,8 @@ def build(
     paired = task.kind is Kind.PAIRED
     collator = None
     if _travellers(task):
-        pad_id = start.tokenizer.pad_token_id
         inner = DataCollatorForPreference if paired else DataCollatorForUnpairedPreference
-        padding = pad_id if pad_id is not None else start.tokenizer.eos_token_id
-        collator = FeedbackCollator(inner(padding, config.max_length))
+        collator = FeedbackCollator(inner(pad_id(start.tokenizer), config.max_length))
     adapter = None if rank is None else _adapter(rank)
     trainer = (DPOTrainer if paired else KTOTrainer)(
         model=start.model,

@@ -46,15 +46,20 @@ def encode_prompt(tokenizer: Any, prompt: Text) -> list[int]:
     )
 
 
-def pad(rows: Sequence[Encoded], pad_id: int, max_length: int | None = None) -> dict[str, Tensor]:
-    """One right-padded batch, cut at `max_length` tokens.
+def pad(rows: Sequence[Encoded], padding: int, max_length: int | None = None) -> dict[str, Tensor]:
+    """One right-padded batch.
+
+    Args:
+        rows: Prompt and completion token ids.
+        padding: Token id to pad with.
+        max_length: Cut rows to this many tokens.
 
     Returns:
         `input_ids`, `attention_mask`, `completion_mask`, integers, each [rows, T].
     """
     cut = [((prompt + completion)[:max_length], len(prompt)) for prompt, completion in rows]
     width = max(len(ids) for ids, _ in cut)
-    input_ids = torch.full((len(cut), width), pad_id)
+    input_ids = torch.full((len(cut), width), padding)
     attention_mask = torch.zeros_like(input_ids)
     completion_mask = torch.zeros_like(input_ids)
     for i, (ids, start) in enumerate(cut):
@@ -62,6 +67,11 @@ def pad(rows: Sequence[Encoded], pad_id: int, max_length: int | None = None) -> 
         attention_mask[i, : len(ids)] = 1
         completion_mask[i, start : len(ids)] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What to pad with: the padding token, or the end token of a tokenizer without one."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _ids(encoding: Any) -> list[int]:

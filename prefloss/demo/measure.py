@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prefloss import LogRatios, token_logps
-from prefloss.data._tokens import Encoded, pad
+from prefloss.data._tokens import Encoded, pad, pad_id
 from prefloss.logratios import IGNORE_INDEX, completion_targets
 
 
@@ -67,6 +68,7 @@ class Meter:
         max_new_tokens: Longest sampled completion, tokens.
         max_length: Cut held-out rows to this many tokens, as training does.
         batch_size: Rows of a forward pass.
+        autocast: Context of every forward pass: the one that training uses, lest rounding pass for learning.
         seed: Of the samples; each measurement draws with the same one, so that curves are smooth.
     """
 
@@ -82,6 +84,7 @@ class Meter:
     max_length: int | None = None
     batch_size: int = 64
     seed: int = 0
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     _frozen: dict[str, LogRatios] = field(default_factory=dict, init=False)
 
     def __call__(self, step: int) -> Measurement:
@@ -89,7 +92,7 @@ class Meter:
         was_training = self.policy.training
         self.policy.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng():
+            with torch.no_grad(), torch.random.fork_rng(), self.autocast():
                 torch.manual_seed(self.seed)
                 return Measurement(step=step, **self._held_out(), **self._sampled())
         finally:
@@ -129,8 +132,8 @@ class Meter:
     def _sample(self, prompts: Sequence[list[int]]) -> list[Encoded]:
         """One completion of each prompt, drawn from the whole distribution at temperature 1."""
         width = max(map(len, prompts))
-        pad_id = _pad_id(self.tokenizer)
-        ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+        padding = pad_id(self.tokenizer)
+        ids = torch.tensor([[padding] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         out = self.policy.generate(
             input_ids=ids.to(self.policy.device),
@@ -140,7 +143,7 @@ class Meter:
             top_k=0,
             top_p=1.0,
             max_new_tokens=self.max_new_tokens,
-            pad_token_id=pad_id,
+            pad_token_id=padding,
         )
         end = self.tokenizer.eos_token_id
         return [(list(p), _until(end, new)) for p, new in zip(prompts, out[:, width:].tolist(), strict=True)]
@@ -156,10 +159,10 @@ class Meter:
 
     def _scored(self, model: Any, rows: Sequence[Encoded], max_length: int | None) -> LogRatios:
         """Log-probs of completions under one model, [rows], on the CPU."""
-        pad_id = _pad_id(self.tokenizer)
+        padding = pad_id(self.tokenizer)
         parts = []
         for batch in _batches(rows, self.batch_size):
-            tensors = {k: v.to(model.device) for k, v in pad(batch, pad_id, max_length).items()}
+            tensors = {k: v.to(model.device) for k, v in pad(batch, padding, max_length).items()}
             targets = completion_targets(tensors["input_ids"], tensors["completion_mask"])
             logits = model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
             part = LogRatios.from_token_logps(token_logps(logits, targets), targets != IGNORE_INDEX)
@@ -210,8 +213,3 @@ def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def _until(end: int | None, ids: list[int]) -> list[int]:
     """The ids up to and including the first end token."""
     return ids[: ids.index(end) + 1] if end in ids else ids
-
-
-def _pad_id(tokenizer: Any) -> int:
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(pad_id)

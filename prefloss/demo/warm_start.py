@@ -20,7 +20,7 @@ def warm_start(
     model: PreTrainedModel,
     rows: Sequence[Encoded],
     *,
-    pad_id: int,
+    padding: int,
     steps: int,
     batch_size: int = 64,
     learning_rate: float = 5e-3,
@@ -33,7 +33,7 @@ def warm_start(
     Args:
         model: Causal language model; trained on the device where it is.
         rows: Prompt and completion token ids.
-        pad_id: Token id to pad with.
+        padding: Token id to pad with.
         steps: Optimizer steps.
         batch_size: Rows of a step.
         learning_rate: Highest learning rate of AdamW; rises over the first tenth, then falls to 0.
@@ -55,7 +55,7 @@ def warm_start(
     model.train()
     losses: list[float] = []
     for step in range(1, steps + 1):
-        batch = pad(order.choices(rows, k=batch_size), pad_id, max_length)
+        batch = pad(order.choices(rows, k=batch_size), padding, max_length)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         targets = completion_targets(batch["input_ids"], batch["completion_mask"])
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

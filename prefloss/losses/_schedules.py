@@ -56,7 +56,7 @@ class Linear(Schedule):
     Example:
         >>> beta = Linear(0.5, 0.1, steps=4)
         >>> beta.step()
-        ... beta.value
+        >>> beta.value
         0.4
     """
 

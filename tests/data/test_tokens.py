@@ -46,7 +46,7 @@ def test_completions_are_split_where_trl_splits_them(row, tmp_path):
 
 
 def test_rows_are_padded_on_the_right_and_cut():
-    batch = pad([([5, 6], [7, 8, 9]), ([5], [7])], pad_id=0, max_length=4)
+    batch = pad([([5, 6], [7, 8, 9]), ([5], [7])], padding=0, max_length=4)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 7, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["completion_mask"].tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]

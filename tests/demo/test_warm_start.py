@@ -18,7 +18,7 @@ def test_the_completions_become_likely():
     final = warm_start(
         model(),
         ROWS,
-        pad_id=0,
+        padding=0,
         steps=60,
         batch_size=4,
         learning_rate=1e-2,
@@ -33,16 +33,16 @@ def test_the_completions_become_likely():
 def test_the_same_seed_trains_the_same_weights():
     trained = [model() for _ in range(2)]
     for each in trained:
-        warm_start(each, ROWS, pad_id=0, steps=3, batch_size=2)
+        warm_start(each, ROWS, padding=0, steps=3, batch_size=2)
     for a, b in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_padding_tokens_and_prompts_are_not_learned():
     # A row without completion tokens has loss 0 and moves nothing, weight decay aside.
-    assert warm_start(model(), [([3, 4], [])], pad_id=0, steps=1) == 0.0
+    assert warm_start(model(), [([3, 4], [])], padding=0, steps=1) == 0.0
 
 
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="rows: expected at least one prompt with a completion, got none"):
-        warm_start(model(), [], pad_id=0, steps=1)
+        warm_start(model(), [], padding=0, steps=1)
