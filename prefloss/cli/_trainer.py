@@ -55,7 +55,8 @@ class Plan:
         length = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
         device = "cpu" if self.on_cpu else torch.accelerator.current_accelerator()
         bf16 = " in bfloat16" if self.bf16 else ""
-        return f"{length} of {self.batch_size} rows, learning rate {self.learning_rate:g} (AdamW, cosine), on {device}{bf16}"
+        rate = f"learning rate {self.learning_rate:g} (AdamW, cosine)"
+        return f"{length} of {self.batch_size} rows, {rate}, on {device}{bf16}"
 
 
 def plan(settings: Settings, start: Start) -> Plan:

@@ -172,3 +172,10 @@ main()
     )
     assert done.returncode == 1
     assert done.stderr.strip().endswith(f"{missing}, which is not installed: pip install 'prefloss[cli]'")
+
+
+def test_bfloat16_does_not_pass_for_learning():
+    # Policy and reference round alike, so before the first step they agree.
+    shown = train("--bf16", "--output", "out")
+    assert "on cpu in bfloat16" in shown
+    assert (metrics()["before"]["kl"], metrics()["before"]["chosen"]) == (0.0, 0.0)
