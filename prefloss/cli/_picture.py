@@ -76,12 +76,15 @@ def _accuracy_panel(axis: Any, result: Result) -> None:
     if not shares:
         axis.text(0.5, 0.5, "needs both kinds of rows", transform=axis.transAxes, ha="center", color=_GREY)
         return
-    axis.plot(steps, shares, "o-", color=_BLUE)
+    if len(_series(result, "accuracy_error")[1]) == len(shares):
+        _banded(axis, result, "accuracy", _BLUE, "policy, ± 2 standard errors")
+    else:
+        axis.plot(steps, shares, "o-", color=_BLUE, label="policy")
     axis.axhline(0.5, color=_GREY, linestyle="--", linewidth=1, label="coin flip, 50 %")
     if result.ceiling is not None:
         words = f"the true reward, {result.ceiling:.1%}"
         axis.axhline(result.ceiling, color=_GREEN, linestyle=":", linewidth=1.5, label=words)
-    axis.set_ylim(min(0.3, *shares), 1.0)
+    axis.set_ylim(min(0.2, *shares), 1.0)
     axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axis.legend(frameon=False, loc="lower right")
 

@@ -94,7 +94,7 @@ def table(result: Result) -> Table:
         made.add_row(
             "implicit-reward accuracy",
             _share(before.accuracy),
-            _share(after.accuracy),
+            _share(after.accuracy) + (f" ± {after.accuracy_error:.1%}" if after.accuracy_error else ""),
             _accuracy_words(result),
         )
     better, worse = result.sides
@@ -118,6 +118,11 @@ def verdict(result: Result) -> list[Text]:
         rose = gain > 2 * error
         words = f"The true reward {'rose' if rose else 'did not clearly rise'}: {gain:+.2f} ± {error:.2f}."
         said.append(Text(words, style="green" if rose else "yellow"))
+    elif after.accuracy is not None and after.accuracy_error is not None:
+        learned = after.accuracy - 0.5 > 2 * after.accuracy_error
+        words = "clearly better than" if learned else "within the noise of"
+        sentence = f"The model orders {_rows(result)} pairs {words} a coin: {_share(after.accuracy)}."
+        said.append(Text(sentence, style="green" if learned else "yellow"))
     # A fall that the table shows as one.
     if after.chosen is not None and after.rejected is not None and after.chosen <= -0.05:
         margin = after.chosen - after.rejected
@@ -184,8 +189,12 @@ def _resisting(result: Result) -> str:
 
 def _accuracy_words(result: Result) -> str:
     what = "pairs ordered as judged" if result.paired else "upvoted above downvoted, over all such pairs"
-    words = f"{'held-out' if result.held_out else 'training'} {what}; a coin gets 50 %"
+    words = f"{_rows(result)} {what}; a coin gets 50 %"
     return words if result.ceiling is None else f"{words}, the true reward itself {_share(result.ceiling)}"
+
+
+def _rows(result: Result) -> str:
+    return "held-out" if result.held_out else "training"
 
 
 def _with_error(value: float, error: float | None, shown: str = "{:+.2f}") -> str:

@@ -32,6 +32,7 @@ class Measurement:
         kl: KL(policy || reference) of sampled completions, nats per completion.
         kl_error: Its standard error.
         accuracy: Share of held-out comparisons whose better side has the higher log-ratio; ties count half.
+        accuracy_error: Its standard error; None where every better one is compared with every worse one.
         chosen: Mean change of the log-prob of the better (upvoted) completions, nats per completion.
         rejected: The same for the worse (downvoted) ones.
         chosen_falling: Share of better completions that became less likely than they were.
@@ -44,6 +45,7 @@ class Measurement:
     kl: float | None = None
     kl_error: float | None = None
     accuracy: float | None = None
+    accuracy_error: float | None = None
     chosen: float | None = None
     rejected: float | None = None
     chosen_falling: float | None = None
@@ -113,6 +115,8 @@ class Meter:
             found["rejected"] = w_h.mean().item()
         if len(b_h) and len(w_h):
             found["accuracy"] = accuracy(b_h, w_h, paired=self.paired)
+        if self.paired and len(b_h):
+            found["accuracy_error"] = standard_error(_wins(b_h - w_h))
         return found
 
     def _sampled(self) -> dict[str, Any]:
@@ -197,7 +201,11 @@ def accuracy(better: Tensor, worse: Tensor, *, paired: bool) -> float:
         0.75
     """
     difference = better - worse if paired else better[:, None] - worse[None, :]
-    return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
+    return _wins(difference).mean().item()
+
+
+def _wins(difference: Tensor) -> Tensor:
+    return (difference > 0).float() + 0.5 * (difference == 0).float()
 
 
 def standard_error(values: Tensor) -> float:

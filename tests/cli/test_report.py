@@ -11,9 +11,9 @@ from prefloss.cli._live import Screen, sparkline
 from prefloss.cli._picture import write_picture
 from prefloss.demo.measure import Measurement
 
-BEFORE = Measurement(0, 0.1, 0.1, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, ("before\x1b[31m",))
-AFTER = Measurement(9, 3.0, 0.1, 2.0, 0.1, 0.75, -1.0, -4.0, 0.8, ("after",))
-UNKNOWN = Measurement(9, None, None, 2.0, 0.1, None, None, -4.0, None, ("after",))
+BEFORE = Measurement(0, 0.1, 0.1, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, ("before\x1b[31m",))
+AFTER = Measurement(9, 3.0, 0.1, 2.0, 0.1, 0.75, 0.05, -1.0, -4.0, 0.8, ("after",))
+UNKNOWN = Measurement(9, None, None, 2.0, 0.1, None, None, None, -4.0, None, ("after",))
 
 
 def result(after=AFTER, **changes):
@@ -46,7 +46,7 @@ def test_the_table_says_what_each_number_is():
     for cell in (
         "+3.00 ± 0.10",
         "2.00 ± 0.10",
-        "75.0%",
+        "75.0% ± 5.0%",
         "-1.00",
         "-4.00",
         "fell for 80.0% of them",
@@ -78,11 +78,19 @@ def test_falling_chosen_log_probs_are_explained():
 
 
 def test_a_reward_within_the_noise_is_not_called_a_rise():
-    flat = Measurement(9, 0.3, 0.1, 2.0, 0.1, 0.5, -4.0, -4.0, 1.0)
+    flat = Measurement(9, 0.3, 0.1, 2.0, 0.1, 0.5, 0.05, -4.0, -4.0, 1.0)
     text = printed(*_report.verdict(result(flat, held_out=False)))
     assert "The true reward did not clearly rise: +0.20 ± 0.14." in text
     assert "the margin did not grow" in text
     assert "Nothing was held out" in text
+
+
+@pytest.mark.parametrize(("error", "words"), [(0.05, "clearly better than"), (0.2, "within the noise of")])
+def test_without_a_true_reward_accuracy_is_judged_by_its_error(error, words):
+    after = Measurement(9, accuracy=0.75, accuracy_error=error)
+    assert f"The model orders held-out pairs {words} a coin: 75.0%." in printed(
+        *_report.verdict(result(after))
+    )
 
 
 def test_samples_cannot_drive_the_terminal():

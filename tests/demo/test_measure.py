@@ -108,8 +108,9 @@ def test_kl_and_log_ratios_of_known_distributions(start):
     assert found.chosen == pytest.approx((2 * b - 3 * shift - shift) / 2, abs=1e-4)
     assert found.rejected == pytest.approx(-shift, abs=1e-4)
     assert found.chosen_falling == 0.5
-    # A win and a tie.
+    # A win and a tie: mean 0.75, and by hand a standard error of 0.25.
     assert found.accuracy == pytest.approx(0.75)
+    assert found.accuracy_error == pytest.approx(0.25)
 
 
 def test_completions_cut_away_are_left_out(start):
