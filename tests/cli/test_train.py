@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from prefloss.cli import _world_task
 from prefloss.cli._app import app
 
 SHORT = ["--steps", "2", "--warm-start", "2", "--samples", "4", "--cpu"]
@@ -18,6 +19,9 @@ USER = {"role": "user", "content": "Hello?"}
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # A smaller world, which is tokenised sooner.
+    for name, size in (("ROWS", 300), ("HELD_OUT", 40), ("SPOKEN", 300)):
+        monkeypatch.setattr(_world_task, name, size)
 
 
 def train(*arguments, options=SHORT):
@@ -58,7 +62,7 @@ def test_without_arguments_a_complete_example():
     assert len(found["training_loss"]) == 2
     # Before the first step the margin is 0, so DPO's loss is ln 2.
     assert found["training_loss"][0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert "the generated world, seed 0: 4000 judged pairs" in shown
+    assert "the generated world, seed 0: 300 judged pairs" in shown
     model, tokenizer = load(folder)
     assert model.config.vocab_size == len(tokenizer)
     # A second run takes the next number; the same seed gives the same numbers.
@@ -146,6 +150,7 @@ def test_prompts_that_fill_the_length_are_an_error():
 def test_version_and_help_load_nothing_slow():
     code = """
 import sys
+from prefloss.cli import _world_task
 from prefloss.cli._app import app
 app(["--version"], standalone_mode=False)
 print(*sorted({"transformers", "trl", "datasets", "matplotlib", "pyarrow"} & set(sys.modules)), sep=",")

@@ -3,6 +3,7 @@
 - `PreferenceLossCallback("dpo", reference=...)` among a trainer's callbacks: it trains with that loss.
 - `PreferenceCollator(tokenizer)`: batches of pairs, labelled completions or rankings.
 - `Reference`: a frozen model, adapters off, another adapter, cached sums, or none.
+- `PreferenceObjective`: the same for a loop of your own, under accelerate or without.
 - `model_logps`: completion log-probs of a model without its logits, for loops of your own.
 """
 
@@ -22,4 +23,5 @@ from prefloss.integrations.transformers._collator import PreferenceCollator as P
 from prefloss.integrations.transformers._forward import ModelLogps as ModelLogps
 from prefloss.integrations.transformers._forward import model_logps as model_logps
 from prefloss.integrations.transformers._head import HeadSpec as HeadSpec
+from prefloss.integrations.transformers._objective import PreferenceObjective as PreferenceObjective
 from prefloss.integrations.transformers._reference import Reference as Reference

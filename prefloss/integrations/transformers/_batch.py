@@ -35,7 +35,8 @@ REFERENCE = "ref_logps"
 """Reference log-probs computed beforehand, [rows], nats."""
 
 COUNTS = "prefloss_counts"
-"""Examples that each term of the loss counts in the whole optimizer step, on all ranks, [terms]."""
+"""Examples that each term of the loss counts in the whole optimizer step, on all ranks, and its micro-batches,
+[terms + 1]."""
 
 _OTHERS = ("completion_mask", "label", "scores", "labels", REFERENCE, COUNTS)
 _HOWS = ("all", "adjacent", "best_worst")

@@ -58,7 +58,7 @@ def _logging(own: Any, kind: type) -> Any:
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         callback = attached(self, kind)
         if callback is not None:
-            callback._add_figures(self, logs)
+            callback._add_figures(logs)
         return own(self, logs, *args, **kwargs)
 
     return log
@@ -69,7 +69,7 @@ def _counting(own: Any, kind: type) -> Any:
         samples, num_items = own(self, *args, **kwargs)
         callback = attached(self, kind)
         if callback is not None:
-            callback._count(self, samples)
+            callback._count(samples)
         return samples, num_items
 
     return get_batch_samples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +10,10 @@ from torch import Tensor
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 
-from prefloss.integrations.transformers import _batch, _binding, _guard, _metrics, _step
-from prefloss.integrations.transformers._reference import CHOICES, Reference
-from prefloss.losses import Loss, get
+from prefloss.integrations.transformers import _batch, _binding, _guard
+from prefloss.integrations.transformers._objective import PreferenceObjective
+from prefloss.integrations.transformers._reference import Reference
+from prefloss.losses import Loss
 
 logger = logging.get_logger(__name__)
 
@@ -58,34 +58,22 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         pairs: str | None = None,
         **hyperparameters: Any,
     ) -> None:
-        if isinstance(loss, Loss) and hyperparameters:
-            raise TypeError(
-                f"hyperparameters: got {sorted(hyperparameters)} with a Loss, wanted them in the Loss"
-            )
-        self._loss = loss if isinstance(loss, Loss) else get(loss, **hyperparameters)
-        self._reference = Reference.of(reference)
-        _batch.check_pairs(pairs)
-        _guard.check_fed(self._loss)
-        _check_reference(self._loss, self._reference)
-        self._pairs = pairs
-        self._check_step_zero = check_step_zero
+        self._objective = PreferenceObjective(
+            loss, reference=reference, check_step_zero=check_step_zero, pairs=pairs, **hyperparameters
+        )
         self._args: Any = None
         self._bound = self._used = False
-        self._fresh = False
-        self._training, self._evaluation = _metrics.Totals(), _metrics.Totals()
-        self._all_sum: Any = None
-        self._router = 0.0
         _binding.install(PreferenceLossCallback)
 
     @property
     def loss(self) -> Loss:
         """The loss."""
-        return self._loss
+        return self._objective.loss
 
     @property
     def reference(self) -> Reference:
         """The reference."""
-        return self._reference
+        return self._objective.reference
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the trainer's configuration while it is being built."""
@@ -98,8 +86,8 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         if isinstance(saved, dict) and state.global_step:
             self.loss_state = saved["attributes"]["loss_state"]
         # A resumed policy has left its reference, and so has one that trains a second time.
-        self._fresh = not state.global_step and not self._used
-        self._training = _metrics.Totals()
+        self._objective.fresh = self._objective.check_step_zero and not state.global_step and not self._used
+        self._objective.forget_metrics()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the loss's schedules on; stop a training that goes around the loss.
@@ -112,8 +100,7 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
                 f"{self!r} was not used in a training step: the trainer's class overrides compute_loss without calling "
                 "transformers'; call super().compute_loss there"
             )
-        self._fresh = False
-        self._loss.train().step()
+        self._objective.step()
 
     def on_predict(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
@@ -125,10 +112,10 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         """What a checkpoint keeps (transformers' `ExportableState`)."""
         return {
             "args": {
-                "loss": repr(self._loss),
-                "reference": self._reference.config(),
-                "check_step_zero": self._check_step_zero,
-                "pairs": self._pairs,
+                "loss": repr(self.loss),
+                "reference": self.reference.config(),
+                "check_step_zero": self._objective.check_step_zero,
+                "pairs": self._objective.pairs,
             },
             "attributes": {"loss_state": self.loss_state},
         }
@@ -136,11 +123,11 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
     @property
     def loss_state(self) -> dict[str, Any]:
         """State of the loss, such as a running mean; empty for a stateless one."""
-        return self._loss.state_dict()
+        return self._objective.state_dict()
 
     @loss_state.setter
     def loss_state(self, state: dict[str, Any]) -> None:
-        self._loss.load_state_dict(state)
+        self._objective.load_state_dict(state)
 
     def _take(self, args: Any) -> None:
         if args is self._args:
@@ -150,74 +137,78 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         _guard.check_args(args)
         self._args = args
         logger.info(f"prefloss trains this model with {self!r}")
-        if args.gradient_accumulation_steps > 1 and _batch.looks_across(self._loss):
+        if args.gradient_accumulation_steps > 1 and _batch.looks_across(self.loss):
             warnings.warn(
-                f"{self._loss.name}: an example's loss depends on its batch, one micro-batch of "
+                f"{self.loss.name}: an example's loss depends on its batch, one micro-batch of "
                 f"{args.per_device_train_batch_size} examples on each process; accumulation does not enlarge it",
                 UserWarning,
                 stacklevel=2,
             )
 
-    @property
-    def _setting(self) -> _step.Setting:
-        return _step.Setting(self._loss, self._reference, self._pairs)
-
-    def _count(self, trainer: Any, samples: Sequence[dict[str, Any]]) -> None:
-        _step.count_step(trainer, self._setting, samples)
+    def _count(self, samples: Sequence[dict[str, Any]]) -> None:
+        # The last fetch of an epoch may be empty.
+        if samples:
+            self._objective.count(samples)
 
     def _compute(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> dict[str, Tensor]:
         self._take(trainer.args)
         if not self._bound:
             _guard.check_trainer(trainer)
-            self._reference.bind(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
-            self._all_sum = functools.partial(trainer.accelerator.reduce, reduction="sum")
-            self._router = _step.router_weight(trainer)
+            self._objective.autocast = trainer.accelerator.autocast
             self._bound = True
-        check = self._check_step_zero and self._fresh and model.training
-        result = _step.compute(trainer, self._setting, model, inputs, num_items, check)
-        if model.training:
-            self._used = True
-            self._fresh = self._fresh and not result.judged
-        (self._training if model.training else self._evaluation).add(result.figures)
-        return result.outputs
+        counted = _batch.COUNTS in inputs
+        result = self._objective(
+            model, inputs, examples=None if model.training else _unrepeated(trainer, inputs)
+        )
+        if not model.training:
+            return result.outputs
+        self._used = True
+        # A subclass that fetches its batches without the trainer's own method has not had them counted: then the
+        # mean of the micro-batches' means.
+        factor = 1.0 if counted else 1 / _micro_batches(trainer)
+        if _divides(trainer, num_items):
+            factor *= _micro_batches(trainer)
+        return {**result.outputs, "loss": result.loss * factor}
 
-    def _add_figures(self, trainer: Any, logs: dict[str, float]) -> None:
+    def _add_figures(self, logs: dict[str, float]) -> None:
         """Into what the trainer is about to log; `evaluate` returns the same dictionary."""
         if any(name.endswith("_runtime") and not name.startswith("train") for name in logs):
             self._add_evaluated(logs)
-        elif "loss" in logs and self._all_sum is not None:
-            logs.update(_metrics.named(self._training.take(self._all_sum)))
+        elif "loss" in logs and self._bound:
+            found = self._objective.metrics()
+            logs.update({name: value for name, value in found.items() if name != "loss"})
 
     def _add_evaluated(self, logs: dict[str, float]) -> None:
         prefix = next((name.removesuffix("_runtime") for name in logs if name.endswith("_runtime")), None)
-        if prefix is None or self._all_sum is None:
-            return
-        means = self._evaluation.take(self._all_sum)
-        weights = dict(
-            zip(self._term_names(), (weight for weight, _ in _batch.terms_of(self._loss)), strict=True)
-        )
-        loss = _metrics.total_loss(means, weights, self._router)
-        found = _metrics.named(means)
-        if loss is not None:
-            # The trainer's is a mean of batch means.
-            found["loss"] = loss
-        logs.update({f"{prefix}_{name}": value for name, value in found.items()})
-
-    def _term_names(self) -> list[str]:
-        return list(getattr(self._loss, "_keys", [self._loss.name]))
+        if prefix is not None and self._bound:
+            # Its `loss` takes the place of the trainer's, which is a mean of batch means.
+            found = self._objective.metrics(training=False)
+            logs.update({f"{prefix}_{name}": value for name, value in found.items()})
 
     def __repr__(self) -> str:
         """The callback with its loss and reference."""
-        return f"{type(self).__name__}({self._loss!r}, reference={self._reference!r})"
+        return f"{type(self).__name__}({self.loss!r}, reference={self.reference!r})"
 
 
-def _check_reference(loss: Loss, reference: Reference) -> None:
-    if loss.spec.needs_reference and reference.kind == "none":
-        raise ValueError(
-            f"reference: got {reference!r} with {loss.name}, which reads log-ratios; wanted {CHOICES}"
-        )
-    if reference.kind == "cached" and any(name.startswith("per_token") for name in loss.needs):
-        raise ValueError(
-            f"reference: got {reference!r} with {loss.name}, which reads the log-prob of each token; a cache holds "
-            "their sums; wanted a reference that is computed"
-        )
+def _unrepeated(trainer: Any, inputs: Any) -> int | None:
+    """How many examples of an evaluation batch are this rank's own.
+
+    accelerate fills the last batches up with examples from the start of the data, so that all ranks have as many.
+    """
+    state = trainer.accelerator.gradient_state
+    if trainer.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return None
+    count = _batch.Structure.split(inputs)[0].examples
+    return max(0, min(count, state.remainder - trainer.accelerator.process_index * count))
+
+
+def _micro_batches(trainer: Any) -> int:
+    """How many make this optimizer step; the last of an epoch may have fewer."""
+    # Not there before training begins.
+    return getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+
+
+def _divides(trainer: Any, num_items: Any) -> bool:
+    """Whether the trainer will divide by the number of micro-batches, which the loss is already."""
+    stated = getattr(trainer, "loss_is_scaled_for_ga", None)
+    return not (trainer.model_accepts_loss_kwargs and num_items is not None if stated is None else stated)

@@ -62,7 +62,7 @@ def model_logps(
         raise ValueError(
             "inputs: got labels, wanted them as targets: the model would compute a loss from no logits"
         )
-    spec = HeadSpec.of(_unwrapped(model))
+    spec = HeadSpec.of(unwrapped(model))
     found: list[Tensor] = []
 
     def score(hidden: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def model_logps(
         outputs = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
     if len(found) != 1:
         raise TypeError(f"model: got {len(found)} calls of the output head in a forward pass, wanted one")
-    _check_transform(spec, outputs.logits, type(_unwrapped(model)).__name__)
+    _check_transform(spec, outputs.logits, type(unwrapped(model)).__name__)
     return ModelLogps(found[0], getattr(outputs, "aux_loss", None))
 
 
@@ -129,10 +129,10 @@ def _check_transform(spec: HeadSpec, logits: Tensor, model: str) -> None:
 
 
 def _takes_cache(model: nn.Module) -> bool:
-    return hasattr(getattr(_unwrapped(model), "config", None), "use_cache")
+    return hasattr(getattr(unwrapped(model), "config", None), "use_cache")
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, an engine, a compiled module or PEFT."""
     while True:
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prefloss.integrations.transformers._batch import REFERENCE
-from prefloss.integrations.transformers._forward import model_logps
+from prefloss.integrations.transformers._forward import model_logps, unwrapped
 
 CHOICES = (
     "Reference.model(copy.deepcopy(model)), Reference.adapter_off() for a PEFT model, Reference.adapter(name), "
@@ -109,7 +109,7 @@ class Reference:
 
     def logps(
         self,
-        trainer: Any,
+        autocast: Callable[[], AbstractContextManager[Any]],
         model: nn.Module,
         inputs: Mapping[str, Any],
         targets: Tensor,
@@ -118,7 +118,7 @@ class Reference:
         """Reference log-probs of a batch, without gradient.
 
         Args:
-            trainer: The trainer, for its precision.
+            autocast: Makes the context that a model of its own computes in.
             model: The policy, wrapped as it is trained.
             inputs: The model's inputs.
             targets: Token that each position predicts, [rows, T].
@@ -139,17 +139,19 @@ class Reference:
                     "(pairs) or ref_logps; wanted these columns, as sums of log-probs in nats"
                 )
             return items[REFERENCE]
-        with torch.no_grad(), self._as_reference(trainer, model, targets.device) as reference:
+        with torch.no_grad(), self._as_reference(autocast, model, targets.device) as reference:
             return model_logps(reference, inputs, targets).logps
 
     @contextmanager
-    def _as_reference(self, trainer: Any, model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    def _as_reference(
+        self, autocast: Callable[[], AbstractContextManager[Any]], model: nn.Module, device: torch.device
+    ) -> Iterator[nn.Module]:
         if self.kind == "model":
             _move(self.value, device)
-            with trainer.accelerator.autocast():
+            with autocast():
                 yield self.value
             return
-        policy = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+        policy = unwrapped(model)
         training = model.training
         model.eval()
         try:

@@ -38,7 +38,8 @@ def distance(policy: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
 
 
 def check(
-    trainer: Any,
+    policy: nn.Module,
+    half: bool,
     loss: Loss,
     reference: Reference,
     found: Tensor,
@@ -47,7 +48,8 @@ def check(
     """Stop training whose policy does not start at its reference.
 
     Args:
-        trainer: The trainer.
+        policy: The policy, unwrapped.
+        half: Whether it computes in half precision though its weights need not be.
         loss: The loss to train with.
         reference: The reference.
         found: `distance` of the batch, summed over the ranks.
@@ -63,18 +65,14 @@ def check(
     if not tokens or not math.isfinite(apart):
         # What is not finite is named with its example when the loss is.
         return False
-    policy = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    half = trainer.accelerator.mixed_precision not in ("no", None) or _dtype(policy) in (
-        torch.float16,
-        torch.bfloat16,
-    )
+    half = half or _dtype(policy) in (torch.float16, torch.bfloat16)
     if apart / tokens > TOLERANCE[half]:
         raise RuntimeError(
             f"step-0 check: before the first step policy and {reference!r} should be the same model, but their "
             f"log-probs differ by {apart / tokens:.3g} nats per token (rounding explains {TOLERANCE[half]:g}). "
             f"Likely causes: {'; '.join(_causes(policy, reference))}. If they need not coincide (say, the policy was "
             "trained further than its reference, or the reference is another model), pass "
-            "PreferenceLossCallback(..., check_step_zero=False)"
+            "check_step_zero=False"
         )
     with torch.no_grad():
         value, known = (float(loss.eval().mean(loss_of(at_zero))) for at_zero in (False, True))
