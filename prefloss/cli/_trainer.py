@@ -21,8 +21,7 @@ from prefloss.cli._settings import Settings
 from prefloss.cli._task import Task
 from prefloss.data import Kind
 from prefloss.data._tokens import pad_id
-from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback
-from prefloss.integrations.trl._options import resolve, wants_mismatched
+from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback, resolve, wants_mismatched
 from prefloss.losses import Composite
 
 BUILT_IN_RATE, WHOLE_RATE, LORA_RATE = 2e-4, 1e-6, 1e-5

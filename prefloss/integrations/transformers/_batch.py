@@ -1,12 +1,13 @@
 """The structure of a batch: which rows are compared with which, what people said of them, and who counts.
 
-A batch is one padded block of rows, whatever the feedback; a few tensors beside it say which rows belong together. The
-collator writes them, the training step takes them out again before the model sees the batch.
+A batch is one padded block of rows, or one row without padding (`_packing`), whatever the feedback; a few tensors
+beside it say which rows belong together. The collator writes them, the training step takes them out again before the
+model sees the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
+from prefloss.integrations.transformers import _packing
+from prefloss.integrations.transformers._packing import Packed
 from prefloss.logratios import IGNORE_INDEX, LogRatios, completion_targets
 from prefloss.losses import Composite, Loss
 
@@ -38,7 +41,7 @@ COUNTS = "prefloss_counts"
 """Examples that each term of the loss counts in the whole optimizer step, on all ranks, and its micro-batches,
 [terms + 1]."""
 
-_OTHERS = ("completion_mask", "label", "scores", "labels", REFERENCE, COUNTS)
+_OTHERS = ("completion_mask", "label", "scores", "labels", REFERENCE, COUNTS, *_packing.NAMES)
 _HOWS = ("all", "adjacent", "best_worst")
 
 
@@ -50,11 +53,13 @@ class Structure:
         kind: `Pairs`, `Labels` or `Rankings`.
         targets: Token that each position predicts, [rows, T], `IGNORE_INDEX` where nothing is scored.
         items: The other tensors by name.
+        packed: The tokens of a batch without padding; then `targets` are the first of each row.
     """
 
     kind: type
     targets: Tensor
     items: Mapping[str, Tensor]
+    packed: Packed | None = None
 
     @classmethod
     def split(cls, inputs: Mapping[str, Any]) -> tuple[Structure, dict[str, Any]]:
@@ -64,15 +69,17 @@ class Structure:
             ValueError: If the batch was not made by a `PreferenceCollator`, or by something that writes as it does.
         """
         kind = next((kind for kind, names in ROWS.items() if all(name in inputs for name in names)), None)
-        if kind is None or "completion_mask" not in inputs:
+        if kind is None or not {"completion_mask", _packing.SOURCES} & inputs.keys():
             raise ValueError(
                 f"batch: got {sorted(inputs)}, wanted what PreferenceCollator writes; give the trainer "
                 "data_collator=PreferenceCollator(tokenizer)"
             )
         own = {*_OTHERS, *(name for names in (*ROWS.values(), *VALUES.values()) for name in names)}
         items = {name: value for name, value in inputs.items() if name in own}
-        targets = completion_targets(inputs["input_ids"], inputs["completion_mask"])
-        return cls(kind, targets, items), {name: value for name, value in inputs.items() if name not in own}
+        of_model = {name: value for name, value in inputs.items() if name not in own}
+        if _packing.SOURCES in inputs:
+            return cls(kind, inputs[_packing.TARGETS], items, Packed.read(inputs)), of_model
+        return cls(kind, completion_targets(inputs["input_ids"], inputs["completion_mask"]), items), of_model
 
     @property
     def tokens(self) -> Tensor:
@@ -89,6 +96,20 @@ class Structure:
         by_example = {*ROWS[self.kind], *VALUES[self.kind], "label", "scores", "labels"}
         items = {name: value[:count] if name in by_example else value for name, value in self.items.items()}
         return replace(self, items=items)
+
+    def completions(self, inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+        """Token ids of prompt and completion of each row, cut as the batch cut them.
+
+        Args:
+            inputs: The model's share of the batch.
+        """
+        if self.packed is not None:
+            rows = [self.packed.ids[places].tolist() for places in self.packed.whole_rows()]
+        else:
+            mask = inputs["attention_mask"].bool()
+            rows = [ids[kept].tolist() for ids, kept in zip(inputs["input_ids"], mask, strict=True)]
+        for ids, count in zip(rows, self.tokens.tolist(), strict=True):
+            yield ids[: len(ids) - count], ids[len(ids) - count :]
 
     def per_example(self, values: Tensor) -> Tensor:
         """Values of rows, [rows], by example: [pairs, 2], [n], or [groups, K] with `IGNORE_INDEX` where none is."""

@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers.trainer import Trainer
 
+from prefloss.integrations._callback import attached
+
 
 def install(kind: type) -> None:
     """Wrap the methods, unless they are.
@@ -27,18 +29,6 @@ def install(kind: type) -> None:
             wrapper = functools.wraps(own)(wrapped(own, kind))
             wrapper._prefloss = True  # type: ignore[attr-defined]
             setattr(Trainer, name, wrapper)
-
-
-def attached(trainer: Any, kind: type) -> Any:
-    """The trainer's callback of that class, or None.
-
-    Raises:
-        ValueError: If it has several.
-    """
-    found = [item for item in trainer.callback_handler.callbacks if isinstance(item, kind)]
-    if len(found) > 1:
-        raise ValueError(f"callbacks: got {found!r}, wanted one PreferenceLossCallback")
-    return found[0] if found else None
 
 
 def _computing(own: Any, kind: type) -> Any:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.utils import logging
 
+from prefloss.integrations._callback import LossCallback
 from prefloss.integrations.transformers import _batch, _binding, _guard
 from prefloss.integrations.transformers._objective import PreferenceObjective
 from prefloss.integrations.transformers._reference import Reference
@@ -18,7 +18,7 @@ from prefloss.losses import Loss
 logger = logging.get_logger(__name__)
 
 
-class PreferenceLossCallback(TrainerCallback, ExportableState):
+class PreferenceLossCallback(LossCallback):
     """Train `transformers.Trainer` with a prefloss loss, on any feedback.
 
     Give the trainer `data_collator=PreferenceCollator(tokenizer)` and `remove_unused_columns=False`. Pairs become
@@ -49,6 +49,8 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         PreferenceLossCallback(dpo(beta=0.2), reference=Reference.adapter_off())
     """
 
+    computes_for = "transformers'"
+
     def __init__(
         self,
         loss: str | Loss,
@@ -58,11 +60,11 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         pairs: str | None = None,
         **hyperparameters: Any,
     ) -> None:
+        super().__init__()
         self._objective = PreferenceObjective(
             loss, reference=reference, check_step_zero=check_step_zero, pairs=pairs, **hyperparameters
         )
-        self._args: Any = None
-        self._bound = self._used = False
+        self._bound = False
         _binding.install(PreferenceLossCallback)
 
     @property
@@ -82,9 +84,7 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the loss's state from the checkpoint that training resumes from."""
         self._take(args)
-        saved = state.stateful_callbacks.get(type(self).__name__) if state.stateful_callbacks else None
-        if isinstance(saved, dict) and state.global_step:
-            self.loss_state = saved["attributes"]["loss_state"]
+        self._restore(state)
         # A resumed policy has left its reference, and so has one that trains a second time.
         self._objective.fresh = self._objective.check_step_zero and not state.global_step and not self._used
         self._objective.forget_metrics()
@@ -95,11 +95,7 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         Raises:
             RuntimeError: If an optimizer step was made without it.
         """
-        if not self._used:
-            raise RuntimeError(
-                f"{self!r} was not used in a training step: the trainer's class overrides compute_loss without calling "
-                "transformers'; call super().compute_loss there"
-            )
+        self._check_used()
         self._objective.step()
 
     def on_predict(
@@ -121,19 +117,12 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         }
 
     @property
-    def loss_state(self) -> dict[str, Any]:
-        """State of the loss, such as a running mean; empty for a stateless one."""
-        return self._objective.state_dict()
-
-    @loss_state.setter
-    def loss_state(self, state: dict[str, Any]) -> None:
-        self._objective.load_state_dict(state)
+    def _stateful(self) -> PreferenceObjective:
+        return self._objective
 
     def _take(self, args: Any) -> None:
-        if args is self._args:
+        if not self._is_new(args):
             return
-        if self._args is not None:
-            raise RuntimeError(f"{self!r} is in another trainer already; make one callback for each")
         _guard.check_args(args)
         self._args = args
         logger.info(f"prefloss trains this model with {self!r}")

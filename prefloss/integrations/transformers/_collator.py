@@ -5,20 +5,23 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from prefloss.data._errors import DataError
-from prefloss.data._tokens import pad
+from prefloss.data._tokens import Encoded, pad
 from prefloss.data.kinds import Kind
 from prefloss.feedback import Labels, Pairs, Rankings
 from prefloss.integrations.transformers._batch import REFERENCE, VALUES, Structure
 from prefloss.integrations.transformers._examples import Example, read_example
+from prefloss.integrations.transformers._packing import pack
 from prefloss.logratios import IGNORE_INDEX
 
 _KINDS = {Kind.PAIRED: Pairs, Kind.LABELLED: Labels, Kind.RANKED: Rankings}
+Layout = Literal["padded", "packed", "shared_prefix"]
+_LAYOUTS = get_args(Layout)
 # So many votes of one kind, and none of the other, are no accident.
 _ONE_SIDED = 64
 
@@ -42,6 +45,10 @@ class PreferenceCollator:
         pad_token_id: What fills rows up; the tokenizer's, or 0. It is masked, so any id of the vocabulary will do.
         max_length: Tokens of a row, prompt and completion, at most; longer rows lose their end. A completion cut
             away whole has no tokens, and the losses leave it out.
+        layout: How tokens lie in a batch; the log-probs are the same. "padded": a row each, filled up to the longest.
+            "packed": no padding, sequence after sequence in one row. "shared_prefix": the same, and completions of the
+            same prompt follow it in one sequence, so that it is computed once; each attends to the prompt and itself.
+            A model that cannot do so (state-space layers, attention without masks) gets padded rows, with a warning.
 
     Attributes:
         seen: Counts so far, in this process: `examples`, `identical` (two completions of a prompt are the same),
@@ -57,7 +64,12 @@ class PreferenceCollator:
     """
 
     def __init__(
-        self, tokenizer: Any = None, *, pad_token_id: int | None = None, max_length: int | None = None
+        self,
+        tokenizer: Any = None,
+        *,
+        pad_token_id: int | None = None,
+        max_length: int | None = None,
+        layout: Layout = "padded",
     ) -> None:
         whole = isinstance(max_length, int) and not isinstance(max_length, bool)
         if max_length is not None and (not whole or max_length < 2):
@@ -66,18 +78,23 @@ class PreferenceCollator:
             pad_token_id = getattr(tokenizer, "pad_token_id", None)
         self.tokenizer = tokenizer
         self.pad_token_id = 0 if pad_token_id is None else pad_token_id
+        if layout not in _LAYOUTS:
+            raise ValueError(f"layout: got {layout!r}, wanted one of {', '.join(map(repr, _LAYOUTS))}")
         self.max_length = max_length
+        self.layout = layout
         self.seen: Counter[str] = Counter()
         self._warned: set[str] = set()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch: right-padded rows [rows, T], and tensors that say which belong together.
+        """The batch: tokens of its rows, and tensors that say which rows belong together.
 
         Returns:
-            `input_ids`, `attention_mask`, `completion_mask`; `chosen_rows` and `rejected_rows` [pairs] (chosen rows
-            come first), `completion_rows` and `label` [n], or `group_rows` and `scores` [groups, K] (-1 and 0 where a
-            group has fewer); the optional feedback under its column's name (`scores` for `score`); `ref_logps`
-            [rows]; and `labels` [examples], 1 or -100, as transformers' trainer counts examples that can be compared.
+            `input_ids`, `attention_mask`, `completion_mask`, right-padded rows [rows, T] (the other layouts: one row
+            [1, N] with `position_ids`, `sequence_ids`, `row_ids`, `targets` and `sources`); `chosen_rows` and
+            `rejected_rows` [pairs] (chosen rows come first), `completion_rows` and `label` [n], or `group_rows` and
+            `scores` [groups, K] (-1 and 0 where a group has fewer); the optional feedback under its column's name
+            (`scores` for `score`); `ref_logps` [rows]; and `labels` [examples], 1 or -100, as transformers' trainer
+            counts examples that can be compared.
 
         Raises:
             ValueError: If an example is not what its columns say, or unlike the others.
@@ -90,9 +107,7 @@ class PreferenceCollator:
         self._notice(read)
         kind = _KINDS[read[0].kind]
         order = _order(read)
-        batch: dict[str, Tensor] = pad(
-            [read[i].rows[j] for i, j in order], self.pad_token_id, self.max_length
-        )
+        batch = self._tokens([example.rows for example in read], order)
         batch |= _structure(read, kind)
         for name in VALUES[kind]:
             if name in read[0].values:
@@ -105,6 +120,11 @@ class PreferenceCollator:
         self.seen["truncated_away"] += int((structure.tokens == 0).sum())
         batch["labels"] = torch.where(structure.blank().valid, 1, IGNORE_INDEX)
         return batch
+
+    def _tokens(self, rows: list[list[Encoded]], order: list[tuple[int, int]]) -> dict[str, Tensor]:
+        if self.layout == "padded":
+            return pad([rows[i][j] for i, j in order], self.pad_token_id, self.max_length)
+        return pack(rows, order, self.layout == "shared_prefix", self.max_length)
 
     def _notice(self, read: list[Example]) -> None:
         end = getattr(self.tokenizer, "eos_token_id", None)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prefloss.integrations.transformers._head import HeadSpec
 from prefloss.logprobs import linear_token_logps
+from prefloss.logratios import IGNORE_INDEX
 
 _PROBE = (-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 30.0)
 
@@ -38,6 +39,7 @@ def model_logps(
     inputs: Mapping[str, Any],
     targets: Tensor,
     *,
+    positions: Tensor | None = None,
     temperature: float = 1.0,
     impl: str = "auto",
 ) -> ModelLogps:
@@ -48,6 +50,8 @@ def model_logps(
         inputs: Everything the model takes: input ids, attention mask, position ids, images. No labels.
         targets: Token that each position predicts, [rows, T], `IGNORE_INDEX` where nothing is scored:
             `prefloss.logratios.completion_targets`.
+        positions: Position that predicts each target, as an index into all of the inputs' positions, row after row;
+            of the shape of `targets`, which may then be any. None: `targets` lie as the inputs do.
         temperature: Divides the logits, > 0.
         impl: As for `prefloss.linear_token_logps`.
 
@@ -56,7 +60,7 @@ def model_logps(
 
     Raises:
         TypeError: If the model's head has no exact form here; the message says why.
-        ValueError: If targets and hidden states differ in shape, or labels are among the inputs.
+        ValueError: If targets and hidden states (or positions) differ in shape, or labels are among the inputs.
     """
     if "labels" in inputs:
         raise ValueError(
@@ -67,24 +71,18 @@ def model_logps(
 
     def score(hidden: Tensor) -> Tensor:
         weight, bias = spec.weight_and_bias()
-        # Adapters of the prompt-learning kind prepend positions; the last ones are the real ones.
-        hidden_at_targets = hidden[:, -targets.shape[1] :] if hidden.ndim == 3 else hidden
-        if hidden_at_targets.shape[:-1] != targets.shape:
-            raise ValueError(
-                f"targets: got shape {list(targets.shape)}, wanted {list(hidden.shape[:-1])} as the hidden states have"
-            )
-        found.append(
-            linear_token_logps(
-                hidden_at_targets.to(weight.dtype),
-                weight,
-                targets.to(weight.device),
-                bias=bias,
-                temperature=temperature,
-                logit_scale=spec.logit_scale,
-                softcap=spec.softcap,
-                impl=impl,  # type: ignore[arg-type]
-            )
+        at_targets, wanted = _at_targets(hidden, targets, positions)
+        logps = linear_token_logps(
+            at_targets.to(weight.dtype),
+            weight,
+            wanted.to(weight.device),
+            bias=bias,
+            temperature=temperature,
+            logit_scale=spec.logit_scale,
+            softcap=spec.softcap,
+            impl=impl,  # type: ignore[arg-type]
         )
+        found.append(logps if positions is None else _spread(logps, targets))
         probe = torch.tensor(_PROBE, dtype=weight.dtype, device=hidden.device)
         # DDP looks for the parameters in use from the model's outputs, so these must lead to the log-probs; where()
         # hands on nothing of them, not even NaN.
@@ -97,6 +95,29 @@ def model_logps(
         raise TypeError(f"model: got {len(found)} calls of the output head in a forward pass, wanted one")
     _check_transform(spec, outputs.logits, type(unwrapped(model)).__name__)
     return ModelLogps(found[0], getattr(outputs, "aux_loss", None))
+
+
+def _at_targets(hidden: Tensor, targets: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Hidden states and the targets that they predict, [..., H] and [...]."""
+    if positions is None:
+        # Adapters of the prompt-learning kind prepend positions; the last ones are the real ones.
+        at_targets = hidden[:, -targets.shape[1] :] if hidden.ndim == 3 else hidden
+        if at_targets.shape[:-1] != targets.shape:
+            raise ValueError(
+                f"targets: got shape {list(targets.shape)}, wanted {list(hidden.shape[:-1])} as the hidden states have"
+            )
+        return at_targets, targets
+    if positions.shape != targets.shape:
+        raise ValueError(
+            f"positions: got shape {list(positions.shape)}, wanted {list(targets.shape)} as targets have"
+        )
+    scored = targets != IGNORE_INDEX
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions[scored]), targets[scored]
+
+
+def _spread(logps: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs of the targets that count, [n], where they lie among all."""
+    return logps.new_zeros(targets.shape).masked_scatter(targets != IGNORE_INDEX, logps)
 
 
 @contextmanager

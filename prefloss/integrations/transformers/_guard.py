@@ -1,14 +1,10 @@
-"""Refusals: settings that would go unused, data that the loss does not read, losses that are not finite."""
+"""Refusals: settings that would go unused, data that the loss does not read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from prefloss.feedback import Feedback, Labels, Pairs, Rankings
+from prefloss.feedback import Labels, Pairs, Rankings
 from prefloss.integrations.transformers._batch import REFERENCE, Structure, terms_of
 from prefloss.losses import Loss
 
@@ -24,7 +20,6 @@ _READS = {
     "kl": "kl",
     "baseline": "baseline",
 }
-_SIDES = {Pairs: ("chosen", "rejected"), Labels: ("completion",), Rankings: ("completions",)}
 
 
 def check_fed(loss: Loss) -> None:
@@ -107,33 +102,3 @@ def check_items(loss: Loss, structure: Structure, cached: bool) -> None:
         if need in loss.needs and given not in items:
             wanted = {"score_chosen": "score_chosen and score_rejected", "scores": "score"}.get(given, given)
             raise ValueError(f"{loss.name}: got data without {need}, wanted the column {wanted}")
-
-
-def check_finite(loss: Loss, terms: Mapping[str, Tensor], feedback: Feedback) -> None:
-    """Stop at a loss that is NaN or infinite, naming the example and its log-probs.
-
-    Raises:
-        FloatingPointError: If some value is not finite.
-    """
-    # One wait for the device in the usual case, however many terms there are.
-    if not terms or bool(torch.stack([torch.isfinite(values).all() for values in terms.values()]).all()):
-        return
-    for term, values in terms.items():
-        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-        if bad:
-            raise FloatingPointError(
-                f"{loss!r}: {term} of example {bad[0]} of this batch is {values[bad[0]].item()} ({len(bad)} of "
-                f"{values.numel()} are not finite); its log-probs in nats are {_log_probs(feedback, bad[0])}"
-            )
-
-
-def _log_probs(feedback: Feedback, example: int) -> str:
-    def shown(values: Tensor | None) -> str:
-        if values is None:
-            return "none"
-        return ", ".join(f"{value:g}" for value in values[example].reshape(-1).tolist())
-
-    return "; ".join(
-        f"{side}: policy {shown(part.policy)}, reference {shown(part.reference)}"
-        for side, part in zip(_SIDES[type(feedback)], feedback.parts, strict=False)
-    )

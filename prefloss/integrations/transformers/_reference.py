@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefloss.integrations.transformers._batch import REFERENCE
-from prefloss.integrations.transformers._forward import model_logps, unwrapped
+from prefloss.integrations.transformers._batch import REFERENCE, Structure
+from prefloss.integrations.transformers._forward import unwrapped
+from prefloss.integrations.transformers._score import score
 
 CHOICES = (
     "Reference.model(copy.deepcopy(model)), Reference.adapter_off() for a PEFT model, Reference.adapter(name), "
@@ -112,8 +113,7 @@ class Reference:
         autocast: Callable[[], AbstractContextManager[Any]],
         model: nn.Module,
         inputs: Mapping[str, Any],
-        targets: Tensor,
-        items: Mapping[str, Tensor],
+        structure: Structure,
     ) -> Tensor | None:
         """Reference log-probs of a batch, without gradient.
 
@@ -121,8 +121,7 @@ class Reference:
             autocast: Makes the context that a model of its own computes in.
             model: The policy, wrapped as it is trained.
             inputs: The model's inputs.
-            targets: Token that each position predicts, [rows, T].
-            items: The rest of the batch.
+            structure: Of the batch.
 
         Returns:
             Log-prob of each target, [rows, T]; their sums, [rows], if cached; None if there is no reference.
@@ -133,14 +132,14 @@ class Reference:
         if self.kind == "none":
             return None
         if self.kind == "cached":
-            if REFERENCE not in items:
+            if REFERENCE not in structure.items:
                 raise ValueError(
                     "reference: got Reference.cached() and data without ref_chosen_logps and ref_rejected_logps "
                     "(pairs) or ref_logps; wanted these columns, as sums of log-probs in nats"
                 )
-            return items[REFERENCE]
-        with torch.no_grad(), self._as_reference(autocast, model, targets.device) as reference:
-            return model_logps(reference, inputs, targets).logps
+            return structure.items[REFERENCE]
+        with torch.no_grad(), self._as_reference(autocast, model, structure.targets.device) as reference:
+            return score(reference, structure, inputs).logps
 
     @contextmanager
     def _as_reference(

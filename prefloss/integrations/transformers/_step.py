@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prefloss import diagnostics
 from prefloss.diagnostics import Stat
 from prefloss.feedback import Feedback
+from prefloss.integrations._finite import check_finite
 from prefloss.integrations.transformers import _guard, _metrics, _step_zero, _world
 from prefloss.integrations.transformers._batch import COUNTS, Structure, as_wanted, counts, terms_of
 from prefloss.integrations.transformers._forward import model_logps, unwrapped
@@ -93,7 +94,7 @@ def compute(
         given = _given(loss, structure, ratios, pairs)
         judged = _step_zero.check(unwrapped(model), half, loss, reference, found, given)
     evaluated = loss.train(model.training).evaluate(seen)
-    _guard.check_finite(loss, evaluated.terms, seen)
+    check_finite(loss, evaluated.terms, seen)
     here = counts(loss, seen)
     router = router_weight(unwrapped(model))
     total = _share(loss, evaluated, here, structure.items.get(COUNTS), model.training, router, aux_loss)

@@ -24,3 +24,5 @@ from prefloss.integrations.trl._callback import detach as detach
 from prefloss.integrations.trl._collate import FeedbackCollator as FeedbackCollator
 from prefloss.integrations.trl._enable import disable as disable
 from prefloss.integrations.trl._enable import enable as enable
+from prefloss.integrations.trl._options import resolve as resolve
+from prefloss.integrations.trl._options import wants_mismatched as wants_mismatched

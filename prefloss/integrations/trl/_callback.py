@@ -14,18 +14,18 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 from trl import DPOTrainer, KTOTrainer
 
+from prefloss.integrations import _callback
+from prefloss.integrations._callback import LossCallback
 from prefloss.integrations.trl import _options, _step
 from prefloss.losses import Loss, get
 
 logger = logging.get_logger(__name__)
 
 
-class PreferenceLossCallback(TrainerCallback, ExportableState):
+class PreferenceLossCallback(LossCallback):
     """Train a TRL trainer with a prefloss loss.
 
     Add it to a `DPOTrainer` (any pair loss; a labelled loss with a KL baseline other than the mismatched estimate)
@@ -42,9 +42,11 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         TypeError: If a hyperparameter is unknown or of the wrong type, or parameters accompany a `Loss`.
     """
 
+    computes_for = "TRL's"
     _wraps_classes = True
 
     def __init__(self, loss: str | Loss, **parameters: Any) -> None:
+        super().__init__()
         if isinstance(loss, Loss):
             if parameters:
                 raise TypeError(f"parameters: got {sorted(parameters)} with a Loss, wanted them in the Loss")
@@ -53,8 +55,6 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
             loss = str(parameters.pop("name"))
         self._name, self._parameters = loss, parameters
         self._loss = get(loss, **parameters)
-        self._args: Any = None
-        self._used = False
         self._inside = False
         if self._wraps_classes:
             _install()
@@ -71,9 +71,7 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Bind if added late, and restore the loss's state from the checkpoint that training resumes from."""
         self._bind(args)
-        saved = state.stateful_callbacks.get(type(self).__name__) if state.stateful_callbacks else None
-        if isinstance(saved, dict) and state.global_step:
-            self.loss_state = saved["attributes"]["loss_state"]
+        self._restore(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the loss's schedules on; stop a training that goes around the loss.
@@ -81,11 +79,7 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         Raises:
             RuntimeError: If an optimizer step was made without it.
         """
-        if not self._used:
-            raise RuntimeError(
-                f"{self!r} was not used in a training step: the trainer's class overrides compute_loss without calling "
-                "TRL's; call super().compute_loss there"
-            )
+        self._check_used()
         self._loss.train().step()
 
     def state(self) -> dict[str, Any]:
@@ -97,19 +91,12 @@ class PreferenceLossCallback(TrainerCallback, ExportableState):
         }
 
     @property
-    def loss_state(self) -> dict[str, Any]:
-        """State of the loss, such as a running mean; empty for a stateless one."""
-        return self._loss.state_dict()
-
-    @loss_state.setter
-    def loss_state(self, state: dict[str, Any]) -> None:
-        self._loss.load_state_dict(state)
+    def _stateful(self) -> Loss:
+        return self._loss
 
     def _bind(self, args: Any) -> None:
-        if args is self._args:
+        if not self._is_new(args):
             return
-        if self._args is not None:
-            raise RuntimeError(f"{self!r} is in another trainer already; make one callback for each")
         self._loss = _options.resolve(args, self._name, self._parameters)
         self._args = args
         logger.info(f"prefloss trains this model with {self._loss!r}")
@@ -182,10 +169,7 @@ def attached(trainer: Any) -> PreferenceLossCallback | None:
     Raises:
         ValueError: If it has several.
     """
-    found = [item for item in trainer.callback_handler.callbacks if isinstance(item, PreferenceLossCallback)]
-    if len(found) > 1:
-        raise ValueError(f"callbacks: got {found!r}, wanted one PreferenceLossCallback")
-    return found[0] if found else None
+    return _callback.attached(trainer, PreferenceLossCallback)
 
 
 class _AttachedCallback(PreferenceLossCallback):

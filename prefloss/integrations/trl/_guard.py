@@ -1,14 +1,11 @@
-"""Refusals while training: batch items that no loss reads, missing scores, losses that are not finite."""
+"""Refusals while training: batch items that no loss reads, missing scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from prefloss.feedback import Feedback, Labels, Pairs
+from prefloss.feedback import Labels, Pairs
 from prefloss.integrations.trl._collate import ITEMS
 from prefloss.losses import Loss
 
@@ -20,7 +17,6 @@ _HOW = (
     "set remove_unused_columns=False and trainer.data_collator = FeedbackCollator(trainer.data_collator), or take the "
     "column out"
 )
-_SIDES = {Pairs: ("chosen", "rejected"), Labels: ("completion",)}
 
 
 def check_items(loss: Loss, kind: type, items: Mapping[str, Any]) -> None:
@@ -63,26 +59,3 @@ def check_columns(loss: Loss, kind: type, columns: Iterable[str], items: Mapping
             raise ValueError(
                 f"column {name!r}: the data has it and {loss.name} reads it, but TRL drops it: {_HOW}"
             )
-
-
-def check_finite(loss: Loss, terms: Mapping[str, Tensor], feedback: Feedback) -> None:
-    """Stop at a loss that is NaN or infinite, naming the example and its log-probs.
-
-    Raises:
-        FloatingPointError: If some value is not finite.
-    """
-    for term, values in terms.items():
-        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-        if bad:
-            raise FloatingPointError(
-                f"{loss!r}: {term} of example {bad[0]} of this batch is {values[bad[0]].item()} ({len(bad)} of "
-                f"{values.numel()} are not finite); its log-probs in nats are {_log_probs(feedback, bad[0])}"
-            )
-
-
-def _log_probs(feedback: Feedback, example: int) -> str:
-    return ", ".join(
-        f"{side}: policy {part.policy.flatten()[example].item():g}, reference "
-        + ("none" if part.reference is None else f"{part.reference.flatten()[example].item():g}")
-        for side, part in zip(_SIDES[type(feedback)], feedback.parts, strict=False)
-    )

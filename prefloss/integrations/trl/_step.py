@@ -13,6 +13,7 @@ from trl import KTOTrainer
 
 from prefloss import diagnostics
 from prefloss.feedback import Labels, Pairs
+from prefloss.integrations._finite import check_finite
 from prefloss.integrations.trl import _guard, _metrics, _options
 from prefloss.integrations.trl._collate import ITEMS
 from prefloss.integrations.trl._record import Pass, assign, log_ratios, masked_labels, recorded
@@ -53,7 +54,7 @@ def compute_loss(
         feedback = feedback.to_labels()
     loss.reduce_over(functools.partial(trainer.accelerator.reduce, reduction="sum"))
     evaluated = loss.train(trainer.model.training).evaluate(feedback)
-    _guard.check_finite(loss, evaluated.terms, feedback)
+    check_finite(loss, evaluated.terms, feedback)
     _metrics.log_terms(trainer, evaluated.means)
     total = evaluated.mean
     router_loss = passes["policy"].aux_loss

@@ -1,0 +1,82 @@
+"""Log-probs of a batch's completions under a model, however the batch lays out its tokens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from prefloss.integrations.transformers import _attention, _world
+from prefloss.integrations.transformers._batch import Structure
+from prefloss.integrations.transformers._forward import ModelLogps, model_logps, unwrapped
+from prefloss.integrations.transformers._packing import Arranged, Packed
+
+# Log-probs of the probe may differ by rounding alone, nats.
+_TOLERANCE = {True: 5e-2, False: 2e-4}
+
+_verdicts: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
+
+
+def score(model: nn.Module, structure: Structure, inputs: Mapping[str, Any]) -> ModelLogps:
+    """Log-prob of each target of a batch, [rows, T] as `structure.targets`.
+
+    A packed batch is given to the model as it is if the model computes the same log-probs from it as from padded rows.
+    That is tried once for each model, on the first two sequences; where it fails, batches are laid out as padded
+    rows, and a warning says why.
+
+    Args:
+        model: A causal language model, wrapped as it is trained.
+        structure: Of the batch.
+        inputs: The model's share of the batch.
+    """
+    if structure.packed is None:
+        return model_logps(model, inputs, structure.targets)
+    packed, policy = structure.packed, unwrapped(model)
+    shares = packed.shares
+    known = _verdicts.setdefault(policy, {})
+    if shares not in known:
+        reason = _attention.why_not(policy, shares) or _tried(model, packed, structure.targets)
+        known[shares] = reason is None
+        if reason is not None:
+            what = "share a prompt" if shares else "train on packed batches"
+            warnings.warn(
+                f"layout: {type(policy).__name__} cannot {what}: {reason}. Its batches are laid out as padded rows.",
+                UserWarning,
+                stacklevel=2,
+            )
+    found = _attention.arranged(policy, packed) if known[shares] else packed.duplicated()
+    return _scored(model, found, structure.targets)
+
+
+def _scored(model: nn.Module, found: Arranged, targets: Tensor) -> ModelLogps:
+    return model_logps(model, found.inputs, targets, positions=found.positions)
+
+
+def _tried(model: nn.Module, packed: Packed, targets: Tensor) -> str | None:
+    """What is wrong with the model's log-probs of the first sequences, packed, against padded rows; None if nothing.
+
+    All processes make the same forward passes and come to the same verdict.
+    """
+    part, rows = packed.first_sequences(2)
+    targets = targets[rows]
+    policy, training = unwrapped(model), model.training
+    model.eval()
+    problem = None
+    with torch.no_grad():
+        padded = _scored(model, part.duplicated(), targets).logps
+        try:
+            ours = _scored(model, _attention.arranged(policy, part), targets).logps
+            apart = float((ours - padded).abs().max())
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            problem, apart = f"its forward refuses ({type(error).__name__}: {error})", float("inf")
+    model.train(training)
+    half = next(model.parameters()).dtype.itemsize == 2 or torch.is_autocast_enabled(targets.device.type)
+    # NaN is apart, too.
+    fails = problem is not None or not apart <= _TOLERANCE[half]
+    if not bool(_world.all_sum(torch.tensor(int(fails), device=targets.device))):
+        return None
+    return problem or f"its log-probs differ from those of padded rows by {apart:.2g} nats"
