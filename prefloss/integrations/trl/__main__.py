@@ -1,7 +1,7 @@
 """TRL's command line with every registered loss: `python -m prefloss.integrations.trl dpo --loss_type my_loss`.
 
 Runs TRL's own training script in this process, so it works under `accelerate launch -m` too. `--import MODULE` before
-the command imports a module that registers losses.
+the command imports a module that registers losses; `--kernel prefloss` scores completions with prefloss's fused path.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import os
 import sys
 
 from prefloss.integrations.trl._enable import enable
+from prefloss.integrations.trl._kernel import KERNELS
 
 COMMANDS = ("dpo", "kto")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse our two arguments, hand TRL the rest."""
+    """Parse our own arguments, hand TRL the rest."""
     parser = argparse.ArgumentParser(
         prog="python -m prefloss.integrations.trl", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE")
+    parser.add_argument("--kernel", choices=KERNELS, default="trl")
     parser.add_argument("command", choices=COMMANDS, help="TRL's training command")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="TRL's own arguments; --help lists them")
     parsed = parser.parse_args(argv)
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())
     for module in parsed.modules:
         importlib.import_module(module)
-    enable()
+    enable(kernel=parsed.kernel)
     script = importlib.import_module(f"trl.scripts.{parsed.command}")
     trl_parser = script.make_parser(prog=f"{parser.prog} {parsed.command}")
     script.main(*trl_parser.parse_args_and_config(parsed.arguments))

@@ -1,10 +1,10 @@
 """How a loss gets into a trainer: the callback, and `attach` for those who want no class touched.
 
 transformers hands a callback no trainer. So the first callback made wraps `compute_loss` of TRL's DPOTrainer and
-KTOTrainer once per process; the wrapper looks into the trainer's own list of callbacks, and without a
-`PreferenceLossCallback` there it calls TRL's method and does nothing else. Nothing is stored on the trainer: adding
-the callback switches the loss, removing it gives the trainer its own back. `attach` puts the same wrapper on one
-trainer instead.
+KTOTrainer once per process, and the method that computes references beforehand; each wrapper looks into the trainer's
+own list of callbacks, and without a `PreferenceLossCallback` there it calls TRL's method and does nothing else. Nothing
+is stored on the trainer: adding the callback switches the loss, removing it gives the trainer its own back. `attach`
+puts the same wrappers on one trainer instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trl import DPOTrainer, KTOTrainer
 
 from prefloss.integrations import _callback
 from prefloss.integrations._callback import LossCallback
-from prefloss.integrations.trl import _options, _step
+from prefloss.integrations.trl import _kernel, _options, _step
 from prefloss.losses import Loss, get
 
 logger = logging.get_logger(__name__)
@@ -35,18 +35,23 @@ class PreferenceLossCallback(LossCallback):
 
     Args:
         loss: Name of a registered loss, with hyperparameters if you like (`"ipo(tau=0.1)"`), or a `Loss`.
+        kernel: Who turns hidden states into log-probs: "trl" leaves that to TRL; "prefloss" computes them with
+            `prefloss.linear_token_logps`, of completion tokens alone, and TRL's metrics with them. References that TRL
+            computes beforehand while it builds the trainer are scored likewise if the callback is in it by then.
         **parameters: Its hyperparameters, if given by name.
 
     Raises:
-        ValueError: If the loss is unknown or a hyperparameter out of range.
+        ValueError: If the loss is unknown, a hyperparameter out of range, or there is no such kernel.
         TypeError: If a hyperparameter is unknown or of the wrong type, or parameters accompany a `Loss`.
+        RuntimeError: If `kernel` is "prefloss" and this TRL scores completions in an unknown way.
     """
 
     computes_for = "TRL's"
     _wraps_classes = True
 
-    def __init__(self, loss: str | Loss, **parameters: Any) -> None:
+    def __init__(self, loss: str | Loss, *, kernel: str = "trl", **parameters: Any) -> None:
         super().__init__()
+        _kernel.check_kernel(kernel)
         if isinstance(loss, Loss):
             if parameters:
                 raise TypeError(f"parameters: got {sorted(parameters)} with a Loss, wanted them in the Loss")
@@ -55,7 +60,8 @@ class PreferenceLossCallback(LossCallback):
             loss = str(parameters.pop("name"))
         self._name, self._parameters = loss, parameters
         self._loss = get(loss, **parameters)
-        self._inside = False
+        self._kernel = kernel
+        self._inside = self._scored_references = False
         if self._wraps_classes:
             _install()
 
@@ -86,7 +92,7 @@ class PreferenceLossCallback(LossCallback):
         """What a checkpoint keeps (transformers' `ExportableState`)."""
         config = self._loss.config()
         return {
-            "args": {"loss": config.pop("name"), **config},
+            "args": {"loss": config.pop("name"), "kernel": self._kernel, **config},
             "attributes": {"loss_state": self.loss_state},
         }
 
@@ -103,9 +109,16 @@ class PreferenceLossCallback(LossCallback):
 
     def _compute(self, trainer: Any, own: Callable[..., Any], inputs: Any, return_outputs: bool) -> Any:
         self._bind(trainer.args)
+        if self._kernel == "prefloss" and not self._scored_references and _kernel.mixes_kernels(trainer):
+            raise ValueError(
+                "kernel: got 'prefloss', but the reference log-probs were computed beforehand by TRL's kernel in half "
+                "precision; policy and reference would differ by its rounding. Give the callback to the trainer's "
+                "constructor, or use kernel='trl'"
+            )
         self._used = self._inside = True
         try:
-            loss, returned = _step.compute_loss(trainer, self._loss, own, inputs)
+            with _kernel.scoring(self._kernel):
+                loss, returned = _step.compute_loss(trainer, self._loss, own, inputs)
         finally:
             self._inside = False
         return (loss, returned[1]) if return_outputs else loss
@@ -115,12 +128,15 @@ class PreferenceLossCallback(LossCallback):
         return f"PreferenceLossCallback({self._loss!r})"
 
 
-def attach(trainer: Any, loss: str | Loss, **parameters: Any) -> PreferenceLossCallback:
+def attach(
+    trainer: Any, loss: str | Loss, *, kernel: str = "trl", **parameters: Any
+) -> PreferenceLossCallback:
     """Train this trainer with a prefloss loss, from now on.
 
     Args:
         trainer: A DPOTrainer or KTOTrainer.
         loss: As for `PreferenceLossCallback`.
+        kernel: As for `PreferenceLossCallback`; references that the trainer computed beforehand stay as they are.
         **parameters: As for `PreferenceLossCallback`.
 
     Returns:
@@ -131,8 +147,9 @@ def attach(trainer: Any, loss: str | Loss, **parameters: Any) -> PreferenceLossC
             it cannot give.
         ValueError: If the trainer's configuration and the loss contradict each other, or the trainer has a loss
             attached already.
+        RuntimeError: If `kernel` is "prefloss" and this TRL scores completions in an unknown way.
     """
-    callback = _AttachedCallback(loss, **parameters)
+    callback = _AttachedCallback(loss, kernel=kernel, **parameters)
     owner = next(item for item in type(trainer).__mro__ if "compute_loss" in item.__dict__)
     if isinstance(trainer, DPOTrainer | KTOTrainer) and owner not in (DPOTrainer, KTOTrainer):
         # Wrapping the instance would go around whatever the override does; the callback sits beneath it.
@@ -146,7 +163,8 @@ def attach(trainer: Any, loss: str | Loss, **parameters: Any) -> PreferenceLossC
         )
     callback._bind(trainer.args)
     trainer.add_callback(callback)
-    trainer.compute_loss = types.MethodType(_asking_the_callbacks(type(trainer).compute_loss), trainer)
+    for name, wrapped in _WRAPPED.items():
+        setattr(trainer, name, types.MethodType(wrapped(getattr(type(trainer), name)), trainer))
     return callback
 
 
@@ -160,7 +178,8 @@ def detach(trainer: Any) -> None:
     if callback is None:
         raise ValueError("trainer: got one without a prefloss loss, wanted one with")
     trainer.remove_callback(callback)
-    trainer.__dict__.pop("compute_loss", None)
+    for name in _WRAPPED:
+        trainer.__dict__.pop(name, None)
 
 
 def attached(trainer: Any) -> PreferenceLossCallback | None:
@@ -180,8 +199,10 @@ class _AttachedCallback(PreferenceLossCallback):
 
 def _install() -> None:
     for trainer_class in (DPOTrainer, KTOTrainer):
-        if not hasattr(trainer_class.compute_loss, "_prefloss"):
-            trainer_class.compute_loss = _asking_the_callbacks(trainer_class.compute_loss)
+        for name, wrapped in _WRAPPED.items():
+            own = getattr(trainer_class, name)
+            if not hasattr(own, "_prefloss"):
+                setattr(trainer_class, name, wrapped(own))
 
 
 def _asking_the_callbacks(own: Any) -> Any:
@@ -199,3 +220,17 @@ def _asking_the_callbacks(own: Any) -> Any:
 
     compute_loss._prefloss = True  # type: ignore[attr-defined]
     return compute_loss
+
+
+def _asking_for_the_kernel(own: Any) -> Any:
+    def kernel_of(trainer: Any) -> str:
+        callback = attached(trainer)
+        if callback is None:
+            return "trl"
+        callback._scored_references = True
+        return callback._kernel
+
+    return _kernel.references_by(own, kernel_of)
+
+
+_WRAPPED = {"compute_loss": _asking_the_callbacks, "_precompute_ref_logps": _asking_for_the_kernel}

@@ -9,22 +9,36 @@ from typing import Any
 
 from trl import DPOTrainer, KTOConfig, KTOTrainer
 
-from prefloss.integrations.trl import _options
+from prefloss.integrations.trl import _kernel, _options
 from prefloss.integrations.trl._callback import attach, attached
 from prefloss.losses import Loss
 
 _originals: dict[type, Any] = {}
 _kto_metadata: list[Any] = []
+_enabled: dict[str, str] = {}
 
 
-def enable() -> None:
+def enable(*, kernel: str = "trl") -> None:
     """From now on, a `loss_type` that TRL does not know is looked up in prefloss's registry.
 
     Wraps the constructors of TRL's DPOTrainer and KTOTrainer; names that TRL knows stay TRL's. `disable()` undoes
     it. Calling it twice does nothing more.
+
+    Args:
+        kernel: As for `PreferenceLossCallback`, for the trainers whose loss is looked up here.
+
+    Raises:
+        ValueError: If there is no such kernel, or it is enabled with another one.
+        RuntimeError: If `kernel` is "prefloss" and this TRL scores completions in an unknown way.
     """
+    _kernel.check_kernel(kernel)
     if _originals:
+        if kernel != _enabled["kernel"]:
+            raise ValueError(
+                f"kernel: got {kernel!r}, but enabled with {_enabled['kernel']!r}; disable() first"
+            )
         return
+    _enabled["kernel"] = kernel
     for trainer_class in (DPOTrainer, KTOTrainer):
         _originals[trainer_class] = trainer_class.__init__
         trainer_class.__init__ = _looking_up_the_loss(trainer_class.__init__)
@@ -57,12 +71,17 @@ def _looking_up_the_loss(original: Any) -> Any:
         # TRL reads its own names only, and KTO's says whether to build mismatched completions.
         if isinstance(config, KTOConfig):
             config.loss_type = "kto" if _options.wants_mismatched(loss) else "apo_zero_unpaired"
+        # References are computed beforehand while the trainer is built, when nothing is attached to it yet.
+        kernel = _enabled["kernel"]
+        own = type(self)._precompute_ref_logps
+        self._precompute_ref_logps = types.MethodType(_kernel.references_by(own, lambda _: kernel), self)
         try:
             original(self, *args, **kwargs)
         finally:
             config.loss_type = name
+            self.__dict__.pop("_precompute_ref_logps", None)
         if attached(self) is None:
-            attach(self, loss)
+            attach(self, loss, kernel=kernel)._scored_references = True
 
     return __init__
 
