@@ -32,7 +32,8 @@ def why_not(policy: nn.Module, shares: bool) -> str | None:
         getattr(item, "is_prompt_learning", False) for item in getattr(policy, "peft_config", {}).values()
     ):
         return "its adapter puts tokens of its own before every row"
-    if "position_ids" not in inspect.signature(_inner(policy).forward).parameters:
+    taken = inspect.signature(_inner(policy).forward).parameters
+    if "position_ids" not in taken and not any(item.kind is item.VAR_KEYWORD for item in taken.values()):
         return "its forward takes no position_ids"
     if shares and _attention(config) not in _MASKED:
         return f"its attention, {_attention(config)}, takes no mask; load it with attn_implementation='sdpa'"

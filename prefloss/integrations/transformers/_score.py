@@ -15,8 +15,9 @@ from prefloss.integrations.transformers._batch import Structure
 from prefloss.integrations.transformers._forward import ModelLogps, model_logps, unwrapped
 from prefloss.integrations.transformers._packing import Arranged, Packed
 
-# Log-probs of the probe may differ by rounding alone, nats.
-_TOLERANCE = {True: 5e-2, False: 2e-4}
+# Log-probs of the probe may differ by rounding alone, nats: in half precision, and in float32 for each square root of
+# layers times width, by which rounding grows. The effect of a wrong mask grows much faster.
+_HALF, _SINGLE = 5e-2, 2.5e-6
 
 _verdicts: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
 
@@ -74,9 +75,16 @@ def _tried(model: nn.Module, packed: Packed, targets: Tensor) -> str | None:
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             problem, apart = f"its forward refuses ({type(error).__name__}: {error})", float("inf")
     model.train(training)
-    half = next(model.parameters()).dtype.itemsize == 2 or torch.is_autocast_enabled(targets.device.type)
     # NaN is apart, too.
-    fails = problem is not None or not apart <= _TOLERANCE[half]
+    fails = problem is not None or not apart <= _tolerance(policy, targets.device)
     if not bool(_world.all_sum(torch.tensor(int(fails), device=targets.device))):
         return None
     return problem or f"its log-probs differ from those of padded rows by {apart:.2g} nats"
+
+
+def _tolerance(policy: nn.Module, device: torch.device) -> float:
+    if next(policy.parameters()).dtype.itemsize == 2 or torch.is_autocast_enabled(device.type):
+        return _HALF
+    config: Any = policy.config
+    config = config.get_text_config()
+    return _SINGLE * max(64, config.num_hidden_layers * config.hidden_size) ** 0.5
