@@ -15,8 +15,9 @@ from prefloss.feedback import Feedback
 from prefloss.integrations._finite import check_finite
 from prefloss.integrations.transformers import _guard, _metrics, _step_zero, _world
 from prefloss.integrations.transformers._batch import COUNTS, Structure, as_wanted, counts, terms_of
-from prefloss.integrations.transformers._forward import model_logps, unwrapped
+from prefloss.integrations.transformers._forward import unwrapped
 from prefloss.integrations.transformers._reference import Reference
+from prefloss.integrations.transformers._score import score
 from prefloss.logratios import LogRatios
 from prefloss.losses import Evaluation, Loss
 
@@ -79,8 +80,8 @@ def compute(
     structure, inputs = Structure.split(inputs)
     _guard.check_items(loss, structure, reference.kind == "cached")
     # The reference first: switching adapters must not come between the policy's forward and backward.
-    known = reference.logps(autocast, model, inputs, structure.targets, structure.items)
-    policy, aux_loss = model_logps(model, inputs, structure.targets)
+    known = reference.logps(autocast, model, inputs, structure)
+    policy, aux_loss = score(model, structure, inputs)
     ratios = _ratios(loss, structure, policy, known)
     own = structure if examples is None else structure.first(examples)
     feedback = own.feedback(ratios)

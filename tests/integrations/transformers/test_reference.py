@@ -6,7 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from prefloss import Pairs
 from prefloss.integrations.transformers import PreferenceLossCallback, Reference, model_logps
+from prefloss.integrations.transformers._batch import Structure
 from prefloss.logratios import completion_targets
 from tests.integrations.transformers import plain
 from tests.integrations.transformers.test_models import adapted
@@ -48,7 +50,9 @@ def test_an_adapted_policy_is_its_own_reference_without_dropout(tmp_path, refere
         for layer in policy.base_model.model.model.layers:
             layer.self_attn.attention_dropout = rate
         policy.train()
-        found.append(reference.logps(trainer, policy, inputs, targets, {}))
+        found.append(
+            reference.logps(trainer.accelerator.autocast, policy, inputs, Structure(Pairs, targets, {}))
+        )
         assert policy.training
         assert policy.active_adapter == "default"
         assert not frozen.requires_grad
