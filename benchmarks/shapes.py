@@ -33,3 +33,21 @@ LINEAR = {
     "32k-no-prompt": Linear(4, 256, 0, 512, 32_000),
     "gpu-128k": Linear(8, 2048, 1024, 4096, 128_256),
 }
+
+
+class TrainStep(NamedTuple):
+    """A Llama and a batch of pairs; every sequence is a prompt and a completion of so many tokens."""
+
+    pairs: int
+    prompt: int
+    completion: int
+    layers: int
+    width: int
+    vocabulary: int
+
+
+TRAIN_STEP = {
+    "tiny": TrainStep(2, 4, 4, 1, 64, 301),
+    "1:1": TrainStep(4, 128, 128, 4, 256, 32_000),
+    "4:1": TrainStep(4, 205, 51, 4, 256, 32_000),
+}

@@ -56,7 +56,7 @@ def check_kernel(kernel: str) -> None:
     if found != _ARGUMENTS or not names.issuperset(_SEAM) or not hasattr(utils, _SEAM[1]):
         raise RuntimeError(
             f"kernel: got 'prefloss', but TRL {trl.__version__} scores completions in a way that prefloss does not "
-            f"know (trl.trainer.utils._ChunkedLogProbFunction takes {list(found)}); use kernel='trl', and please report it"
+            f"know ({_SEAM[0]} of trl.trainer.utils takes {list(found)}); use kernel='trl', and please report it"
         )
 
 
