@@ -1,4 +1,4 @@
-"""The command line: `prefloss train`, `prefloss losses`.
+"""The command line: `prefloss train`, `prefloss reference`, `prefloss losses`.
 
 Nothing outside this folder imports typer, rich or matplotlib.
 """

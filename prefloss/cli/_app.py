@@ -1,4 +1,4 @@
-"""The typer application: options and help texts; the work is in `_train` and `_losses`."""
+"""The typer application: options and help texts; the work is in `_train`, `_reference` and `_losses`."""
 
 from __future__ import annotations
 
@@ -153,3 +153,57 @@ def train(
         from prefloss.cli import _train
 
         _train.train(settings)
+
+
+@app.command()
+def reference(
+    model: Annotated[str, typer.Option(help="Model folder or hub id: the reference.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="Preference data, text or token ids: .jsonl, .json, .parquet or a save_to_disk folder. Repeatable."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Table to write, or to add to; ends in .parquet.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, if not the model's own.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="PEFT adapter to switch on. Without it, the model as it is.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto (as they are saved), float32, bfloat16 or float16.")
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions per forward pass.")] = 8,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Longest prompt + completion, tokens; the rest is cut. (default: no cut)"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew, though --output or parts of it are there.")
+    ] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Stay on the CPU though there is an accelerator.")
+    ] = False,
+) -> None:
+    """Compute the reference's log-probs of a data set once, for any number of trainings.
+
+    Stopped at any moment, the same command goes on where it was. Under `torchrun` or `accelerate launch` the
+    processes share the work. Data that are in the table already are not scored again.
+    """
+    from prefloss.cli import _reference
+
+    settings = _reference.ReferenceSettings(
+        model=model,
+        data=tuple(data),
+        output=output,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        revision=revision,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_length=max_length,
+        overwrite=overwrite,
+        cpu=cpu,
+    )
+    with shown_without_traceback():
+        _reference.reference(settings)

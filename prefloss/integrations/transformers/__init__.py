@@ -2,7 +2,8 @@
 
 - `PreferenceLossCallback("dpo", reference=...)` among a trainer's callbacks: it trains with that loss.
 - `PreferenceCollator(tokenizer)`: batches of pairs, labelled completions or rankings.
-- `Reference`: a frozen model, adapters off, another adapter, cached sums, or none.
+- `Reference`: a frozen model, adapters off, another adapter, a table, cached sums, or none.
+- `with_reference_logps`, `reads_table`: a table of `prefloss reference` for other trainers, as columns or in TRL's own.
 - `PreferenceObjective`: the same for a loop of your own, under accelerate or without.
 - `model_logps`: completion log-probs of a model without its logits, for loops of your own.
 """
@@ -25,3 +26,5 @@ from prefloss.integrations.transformers._forward import model_logps as model_log
 from prefloss.integrations.transformers._head import HeadSpec as HeadSpec
 from prefloss.integrations.transformers._objective import PreferenceObjective as PreferenceObjective
 from prefloss.integrations.transformers._reference import Reference as Reference
+from prefloss.integrations.transformers._table import reads_table as reads_table
+from prefloss.integrations.transformers._table import with_reference_logps as with_reference_logps

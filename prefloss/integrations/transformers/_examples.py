@@ -58,19 +58,20 @@ class Example:
     reference: tuple[float, ...] | None = None
 
 
-def read_example(index: int, example: Mapping[str, Any], tokenizer: Any) -> Example:
+def read_example(index: int, example: Mapping[str, Any], tokenizer: Any, place: str | None = None) -> Example:
     """Check and tokenise an example.
 
     Args:
         index: Its place in the batch.
         example: Its columns.
         tokenizer: For text and messages; None if the data holds token ids.
+        place: What error messages call it, if it is not in a batch.
 
     Raises:
         ValueError: If a column is missing or holds something else than it should.
         TypeError: If there is text and no tokenizer.
     """
-    place = f"example {index} of the batch"
+    place = place or f"example {index} of the batch"
     row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in example.items()}
     kind = next(
         (kind for kind, names in _IDS.items() if all(row.get(name) is not None for name in names)), None

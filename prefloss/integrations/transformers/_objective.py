@@ -177,8 +177,9 @@ def _check_reference(loss: Loss, reference: Reference) -> None:
         raise ValueError(
             f"reference: got {reference!r} with {loss.name}, which reads log-ratios; wanted {CHOICES}"
         )
-    if reference.kind == "cached" and any(name.startswith("per_token") for name in loss.needs):
+    if reference.kind in ("cached", "table") and any(name.startswith("per_token") for name in loss.needs):
+        held = "a cache" if reference.kind == "cached" else "a table"
         raise ValueError(
-            f"reference: got {reference!r} with {loss.name}, which reads the log-prob of each token; a cache holds "
+            f"reference: got {reference!r} with {loss.name}, which reads the log-prob of each token; {held} holds "
             "their sums; wanted a reference that is computed"
         )

@@ -1,7 +1,8 @@
-"""The reference policy, said once and in words: a frozen model, adapters off, another adapter, cached sums, or none."""
+"""The reference policy, said once and in words: a model, adapters off, another adapter, a table, cached sums, none."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -9,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefloss.data.table import ReferenceTable
+from prefloss.integrations.transformers import _table
 from prefloss.integrations.transformers._batch import REFERENCE, Structure
 from prefloss.integrations.transformers._forward import unwrapped
 from prefloss.integrations.transformers._score import score
 
 CHOICES = (
     "Reference.model(copy.deepcopy(model)), Reference.adapter_off() for a PEFT model, Reference.adapter(name), "
-    "Reference.cached() for ref_*logps columns, or Reference.none() with a loss that needs none"
+    "Reference.table(path), Reference.cached() for ref_*logps columns, or Reference.none() with a loss that needs none"
 )
 
 
 class Reference:
-    """Where reference log-probs come from. Made by one of its five class methods.
+    """Where reference log-probs come from. Made by one of its class methods.
 
     Whatever it is, it is computed in evaluation mode (no dropout), without gradient, and in the precision that the
     trainer computes the policy in.
@@ -65,6 +68,16 @@ class Reference:
         return cls("cached")
 
     @classmethod
+    def table(cls, path: str | os.PathLike[str]) -> Reference:
+        """Sums that `prefloss reference` computed beforehand, looked up by the token ids of each completion.
+
+        Raises:
+            TableError: If the file is absent, damaged or no such table.
+            ModuleNotFoundError: If pyarrow is missing.
+        """
+        return cls("table", ReferenceTable.read(path))
+
+    @classmethod
     def none(cls) -> Reference:
         """No reference, for a loss that needs none; reward metrics are then absent."""
         return cls("none")
@@ -84,6 +97,8 @@ class Reference:
             return cls.none()
         if isinstance(value, Mapping) and value.get("kind") in ("adapter_off", "adapter", "cached", "none"):
             return cls(value["kind"], value.get("value"))
+        if isinstance(value, Mapping) and value.get("kind") == "table":
+            return cls.table(value["value"])
         if isinstance(value, Mapping) and value.get("kind") == "model":
             raise TypeError(
                 "reference: got none from the checkpoint, which holds no reference model; leave "
@@ -92,8 +107,9 @@ class Reference:
         raise TypeError(f"reference: got {value!r}, wanted {CHOICES}")
 
     def config(self) -> dict[str, Any]:
-        """As a checkpoint keeps it; a model is only named."""
-        return {"kind": self.kind, "value": self.value if self.kind == "adapter" else None}
+        """As a checkpoint keeps it: a model is only named, a table by its path."""
+        value = str(self.value.path) if self.kind == "table" else self.value
+        return {"kind": self.kind, "value": value if self.kind in ("adapter", "table") else None}
 
     def bind(self, policy: nn.Module) -> None:
         """Check the reference against the unwrapped policy, and freeze a model of its own.
@@ -124,10 +140,10 @@ class Reference:
             structure: Of the batch.
 
         Returns:
-            Log-prob of each target, [rows, T]; their sums, [rows], if cached; None if there is no reference.
+            Log-prob of each target, [rows, T]; their sums, [rows], if cached or of a table; None without reference.
 
         Raises:
-            ValueError: If cached sums are not in the batch.
+            ValueError: If cached sums are not in the batch, or a row is not in the table.
         """
         if self.kind == "none":
             return None
@@ -138,6 +154,8 @@ class Reference:
                     "(pairs) or ref_logps; wanted these columns, as sums of log-probs in nats"
                 )
             return structure.items[REFERENCE]
+        if self.kind == "table":
+            return _table.look_up(self.value, structure, inputs)
         with torch.no_grad(), self._as_reference(autocast, model, structure.targets.device) as reference:
             return score(reference, structure, inputs).logps
 
@@ -162,7 +180,11 @@ class Reference:
 
     def __repr__(self) -> str:
         """As it is written."""
-        shown = {"model": type(self.value).__name__, "adapter": repr(self.value)}.get(self.kind, "")
+        shown = ""
+        if self.kind == "model":
+            shown = type(self.value).__name__
+        elif self.kind in ("adapter", "table"):
+            shown = repr(self.config()["value"])
         return f"Reference.{self.kind}({shown})"
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from prefloss.data.table import Header
 from prefloss.feedback import Feedback
+from prefloss.integrations.transformers._fingerprint import dtype_of, weights_fingerprint
 from prefloss.integrations.transformers._reference import Reference
 from prefloss.losses import Loss
 
@@ -65,7 +67,7 @@ def check(
     if not tokens or not math.isfinite(apart):
         # What is not finite is named with its example when the loss is.
         return False
-    half = half or _dtype(policy) in (torch.float16, torch.bfloat16)
+    half = half or dtype_of(policy) in (torch.float16, torch.bfloat16)
     if apart / tokens > TOLERANCE[half]:
         raise RuntimeError(
             f"step-0 check: before the first step policy and {reference!r} should be the same model, but their "
@@ -98,6 +100,8 @@ def _causes(policy: nn.Module, reference: Reference) -> list[str]:
         found.append(
             "the cached sums are of other weights, another chat template or truncation, another dtype, or other rows"
         )
+    if reference.kind == "table":
+        found += _unlike_table(policy, reference.value.header)
     return found or ["other weights, another adapter, dropout, another dtype"]
 
 
@@ -117,8 +121,8 @@ def _dropout(policy: Any) -> Iterator[str]:
 
 
 def _unlike(policy: nn.Module, reference: nn.Module) -> Iterator[str]:
-    if _dtype(policy) != _dtype(reference):
-        yield f"the reference has another dtype ({_dtype(reference)}, the policy {_dtype(policy)})"
+    if dtype_of(policy) != dtype_of(reference):
+        yield f"the reference has another dtype ({dtype_of(reference)}, the policy {dtype_of(policy)})"
         return
     theirs = dict(reference.named_parameters())
     for name, value in policy.named_parameters():
@@ -130,6 +134,18 @@ def _unlike(policy: nn.Module, reference: nn.Module) -> Iterator[str]:
             return
     if not theirs.keys() & dict(policy.named_parameters()).keys():
         yield f"the reference is another kind of model ({type(reference).__name__}, the policy {type(policy).__name__})"
+
+
+def _unlike_table(policy: Any, header: Header) -> Iterator[str]:
+    dtype = str(dtype_of(policy)).removeprefix("torch.")
+    if dtype != header.dtype:
+        yield f"the table was scored in {header.dtype} weights, the policy has {dtype}"
+        # Rounded, they are other weights too.
+        return
+    # A policy that trains a new adapter starts at its base model.
+    weights = {weights_fingerprint(policy, adapters=on) for on in (True, False)}
+    if None not in weights and header.weights not in weights:
+        yield f"the table was scored with other weights ({header.model})"
 
 
 def _adapters(policy: Any, reference: Reference) -> Iterator[str]:
@@ -150,9 +166,3 @@ def _adapters(policy: Any, reference: Reference) -> Iterator[str]:
             f"the adapter {shown} does not start at zero (trained before, or not initialised so); its reference is "
             "then a frozen copy of it: Reference.adapter(name)"
         )
-
-
-def _dtype(model: nn.Module) -> torch.dtype | None:
-    """That of the largest parameter; norms are often kept in float32."""
-    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    return max(floating, key=torch.Tensor.numel).dtype if floating else None

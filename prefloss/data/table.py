@@ -1,0 +1,274 @@
+"""Reference log-probs of completions in one file, scored once and read by any training.
+
+A row is one completion: a hash of its token ids, the sum of its log-probs, and how many tokens were scored. What they
+were scored with stands in the file's header. The file is Parquet, so that other tools read it as well; its rows are
+sorted by hash, so that a lookup is a binary search in two NumPy arrays: 28 bytes a row, and nothing to build at start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = 1
+"""Version of the file's layout and of the hash."""
+
+_HEADER = b"prefloss.reference"
+_COLUMNS = ("key", "logp", "tokens")
+_KEY_BYTES = 16
+
+
+class TableError(ValueError):
+    """A reference table that cannot be read, or does not hold what is asked of it."""
+
+
+def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> bytes:
+    """Hash of a completion's token ids and of where its prompt ends, 16 bytes (BLAKE2b).
+
+    Args:
+        prompt: Token ids of the prompt, as the model sees them.
+        completion: Those of the completion, cut where they are cut.
+
+    Example:
+        >>> completion_key([5, 6], [7]) == completion_key([5], [6, 7])
+        False
+    """
+    digest = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=_KEY_BYTES)
+    # 8 bytes a token on every machine that torch runs on; all of them are little-endian.
+    digest.update(array("q", prompt).tobytes())
+    digest.update(array("q", completion).tobytes())
+    return digest.digest()
+
+
+def as_scored(
+    encoded: tuple[list[int], list[int]], max_length: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids of what is given and of what is scored, cut to `max_length` together.
+
+    The first token of a text without prompt is given, for nothing predicts it.
+
+    Args:
+        encoded: Token ids of prompt and completion.
+        max_length: Tokens of both together, at most; None for all.
+    """
+    prompt, completion = encoded
+    ids, given = (prompt + completion)[:max_length], max(1, len(prompt))
+    return ids[:given], ids[given:]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a table was scored with.
+
+    Attributes:
+        model: Name or path.
+        revision: Commit of the model, if the hub named one.
+        adapter: Path of the adapter that was on, or None.
+        weights: Fingerprint of the weights.
+        dtype: Of the weights, such as "float32".
+        tokenizer: Name or path; None if the data held token ids.
+        vocabulary: Fingerprint of the tokenizer.
+        chat_template: Hash of its chat template.
+        max_length: Tokens that prompt and completion were cut to together, or None.
+        prefloss: Version that wrote it.
+        format: `FORMAT` of that version.
+    """
+
+    model: str
+    revision: str | None
+    adapter: str | None
+    weights: str
+    dtype: str
+    tokenizer: str | None
+    vocabulary: str | None
+    chat_template: str | None
+    max_length: int | None
+    prefloss: str
+    format: int = FORMAT
+
+    def differences(self, other: Header) -> list[str]:
+        """What makes log-probs scored under the two headers different numbers, in words; the other's value last."""
+        found = []
+        for name in ("weights", "dtype", "vocabulary", "chat_template", "max_length"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                known_as = {"weights": "model", "vocabulary": "tokenizer"}.get(name)
+                names = f" ({getattr(self, known_as)}, {getattr(other, known_as)})" if known_as else ""
+                found.append(f"{name} {mine} and {theirs}{names}")
+        return found
+
+
+class ReferenceTable:
+    """A table in memory.
+
+    Args:
+        path: Where it was read from, for messages.
+        header: What it was scored with.
+        keys: Hashes, sorted, [rows, 2] as unsigned 64-bit numbers.
+        logps: Sums of log-probs, [rows], float64, nats.
+        tokens: Tokens scored, [rows].
+    """
+
+    def __init__(
+        self, path: Path, header: Header, keys: np.ndarray, logps: np.ndarray, tokens: np.ndarray
+    ) -> None:
+        self.path = path
+        self.header = header
+        self.keys = keys
+        self.logps = logps
+        self.tokens = tokens
+        # Apart from one another, so that the binary search runs over neighbouring numbers.
+        self._first, self._second = (keys[:, i].copy() for i in (0, 1))
+
+    def __len__(self) -> int:
+        return len(self.logps)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> ReferenceTable:
+        """Read and check a table.
+
+        Args:
+            path: File that `prefloss reference` wrote.
+
+        Raises:
+            TableError: If there is none, or it is damaged, of another kind or of a later format.
+            ModuleNotFoundError: If pyarrow is missing.
+        """
+        path = Path(path)
+        header, columns = _read(path)
+        table = cls(path, header, *columns)
+        table._check()
+        return table
+
+    def find(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Row of each key, -1 for those that are absent.
+
+        Args:
+            keys: As `completion_key` makes them.
+        """
+        import numpy as np
+
+        wanted = _as_numbers(b"".join(keys))
+        rows = np.searchsorted(self._first, wanted[:, 0])
+        found = np.full(len(keys), -1)
+        for i, (row, (first, second)) in enumerate(zip(rows.tolist(), wanted.tolist(), strict=True)):
+            # More than one step only where two hashes share their first half.
+            while row < len(self) and self._first[row] == first:
+                if self._second[row] == second:
+                    found[i] = row
+                    break
+                row += 1
+        return found
+
+    def hashes(self) -> list[bytes]:
+        """The keys as bytes, in order."""
+        held = self.keys.astype(">u8").tobytes()
+        return [held[i : i + _KEY_BYTES] for i in range(0, len(held), _KEY_BYTES)]
+
+    def _check(self) -> None:
+        import numpy as np
+
+        first, second = self._first, self._second
+        rising = (first[1:] > first[:-1]) | ((first[1:] == first[:-1]) & (second[1:] > second[:-1]))
+        if not (rising.all() and np.isfinite(self.logps).all() and (self.tokens > 0).all()):
+            raise TableError(
+                f"{self.path}: a damaged reference table (its rows are not sorted and finite); run `prefloss "
+                "reference` again with --overwrite"
+            )
+
+
+def write_table(
+    path: Path, header: Header, keys: Sequence[bytes], logps: Sequence[float], tokens: Sequence[int]
+) -> None:
+    """Write a table whole or not at all: whoever reads the path finds the old file or the new one.
+
+    Args:
+        path: Where to.
+        header: What the rows were scored with.
+        keys: Hashes; the first of two equal ones stays.
+        logps: Sums of log-probs, nats.
+        tokens: Tokens scored.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: dict[bytes, tuple[float, int]] = {}
+    for key, logp, count in zip(keys, logps, tokens, strict=True):
+        rows.setdefault(key, (logp, count))
+    order = sorted(rows)
+    table = pa.table(
+        {
+            "key": pa.array(order, pa.binary(_KEY_BYTES)),
+            "logp": pa.array([rows[key][0] for key in order], pa.float64()),
+            "tokens": pa.array([rows[key][1] for key in order], pa.int32()),
+        }
+    ).replace_schema_metadata({_HEADER: json.dumps(asdict(header))})
+    # In the same folder, for a file can be renamed only within its file system.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            pq.write_table(table, file, compression="none", write_page_checksum=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[Header, tuple[Any, Any, Any]]:
+    if not path.is_file():
+        raise TableError(f"{path}: no such file; expected a table that `prefloss reference` wrote")
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError as error:
+        if error.name != "pyarrow":
+            raise
+        raise ModuleNotFoundError(
+            "a reference table needs pyarrow: pip install pyarrow", name="pyarrow"
+        ) from error
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            found = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise TableError(
+            f"{path}: not a readable Parquet file, perhaps cut off or damaged ({str(error).splitlines()[0]}); run "
+            "`prefloss reference` again with --overwrite"
+        ) from error
+    header = _header(path, found)
+    key, logp, tokens = (found.column(name).combine_chunks() for name in _COLUMNS)
+    start = key.offset * _KEY_BYTES
+    held = key.buffers()[1][start : start + len(key) * _KEY_BYTES].to_pybytes() if len(key) else b""
+    return header, (_as_numbers(held), logp.to_numpy(), tokens.to_numpy())
+
+
+def _header(path: Path, table: Any) -> Header:
+    text = (table.schema.metadata or {}).get(_HEADER)
+    if text is None or tuple(table.column_names) != _COLUMNS:
+        raise TableError(
+            f"{path}: a Parquet file, but no reference table (columns {', '.join(table.column_names)}); expected one "
+            "that `prefloss reference` wrote"
+        )
+    values = json.loads(text)
+    if values.get("format") != FORMAT:
+        raise TableError(
+            f"{path}: a reference table of format {values.get('format')}, and this prefloss reads format {FORMAT}; "
+            "update prefloss, or write the table again"
+        )
+    return Header(**{field.name: values.get(field.name) for field in fields(Header)})
+
+
+def _as_numbers(keys: bytes) -> np.ndarray:
+    """Hashes one after another -> [rows, 2]; big-endian, so that they sort as the bytes do."""
+    import numpy as np
+
+    return np.frombuffer(keys, dtype=">u8").astype(np.uint64).reshape(-1, 2)

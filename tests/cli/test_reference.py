@@ -1,0 +1,155 @@
+"""`prefloss reference`: the table it writes, in one process and two, killed and resumed; what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from peft import LoraConfig, get_peft_model
+from typer.testing import CliRunner
+
+from prefloss.cli._app import app
+from prefloss.data.table import ReferenceTable
+from prefloss.integrations.transformers import Reference
+from tests.integrations.transformers import plain
+from tests.integrations.trl import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.model().save_pretrained("model")
+    tiny.tokenizer().save_pretrained("model")
+    write("pairs.jsonl", tiny.pairs(12))
+    return tmp_path
+
+
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def invoke(*arguments, data="pairs.jsonl", model="model", output="t.parquet"):
+    options = ["--model", model, "--data", data, "--output", output, *arguments]
+    return CliRunner(env={"COLUMNS": "1000"}).invoke(app, ["reference", *map(str, options)])
+
+
+def run(*arguments, **options):
+    result = invoke(*arguments, **options)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*arguments, **options):
+    result = invoke(*arguments, **options)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return next(line for line in result.output.splitlines() if line.startswith("Error: "))
+
+
+def test_a_training_reads_the_table(tmp_path):
+    said = run("--batch-size", 4, "--max-length", 9)
+    assert "pairs.jsonl: 12 paired rows, plain text" in said
+    assert "24 completions of" in said
+    assert "24 of them scored in this run" in said
+    table = ReferenceTable.read("t.parquet")
+    assert (table.header.model, table.header.dtype, table.header.max_length) == ("model", "float32", 9)
+    own = {"reference": Reference.table("t.parquet")}
+    one = plain.train(tmp_path, "dpo", tiny.pairs(12), own=own, max_length=9)
+    other = plain.train(tmp_path, "dpo", tiny.pairs(12), max_length=9)
+    assert plain.losses(one) == pytest.approx(plain.losses(other), abs=1e-6)
+
+
+def test_a_second_run_adds_what_is_new():
+    run()
+    before = Path("t.parquet").read_bytes()
+    assert "0 of them scored in this run" in run()
+    assert Path("t.parquet").read_bytes() == before
+    write("more.jsonl", tiny.labels(3, seed=5))
+    assert "3 of them scored in this run" in run("--data", "more.jsonl")
+    assert len(ReferenceTable.read("t.parquet")) == 27
+
+
+def test_token_ids_need_no_tokenizer():
+    Path("model/tokenizer.json").unlink()
+    Path("model/tokenizer_config.json").unlink()
+    write("ids.jsonl", [{"prompt_ids": [3, 4], "chosen_ids": [5, 1], "rejected_ids": [6, 1]}])
+    assert "ids.jsonl: 1 rows of token ids" in run(data="ids.jsonl")
+    assert ReferenceTable.read("t.parquet").header.tokenizer is None
+    assert "model has no tokenizer that can be loaded" in refused(data="pairs.jsonl", output="u.parquet")
+
+
+def test_an_adapter_is_on_if_asked():
+    adapted = get_peft_model(
+        tiny.model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained("adapter")
+    run()
+    assert "model with the adapter adapter" in run("--adapter", "adapter", output="u.parquet")
+    one, other = (ReferenceTable.read(name) for name in ("t.parquet", "u.parquet"))
+    assert one.hashes() == other.hashes()
+    assert (abs(one.logps - other.logps) > 1e-4).all()
+    assert "start anew with --overwrite" in refused("--adapter", "adapter")
+    assert "24 of them scored" in run("--adapter", "adapter", "--overwrite")
+    assert "--model: adapter is an adapter; name its base model as --model" in refused(model="adapter")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (["--dtype", "int8"], {}, "--dtype: expected one of auto, float32, bfloat16, float16, got 'int8'"),
+        ([], {"output": "table.csv"}, "--output: expected a name that ends in .parquet, got table.csv"),
+        ([], {"output": "model"}, "--output: model is a folder"),
+        ([], {"data": "absent.jsonl"}, "absent.jsonl: no such file or folder"),
+        ([], {"model": "./absent"}, "--model: no such folder: ./absent"),
+        (["--adapter", "./absent"], {}, "--adapter: ./absent cannot be loaded"),
+        (["--tokenizer", "./absent"], {}, "--tokenizer: ./absent has no tokenizer"),
+        (["--data", "long.jsonl"], {}, "--max-length: a row has 101 tokens, and the model positions for 64"),
+        (["--data", "ids.jsonl"], {}, "--data: holds the token id 99, and LlamaForCausalLM embeds 43"),
+    ],
+)
+def test_what_it_refuses(arguments, options, message):
+    write("long.jsonl", [{"prompt": "w1", "completion": " w2" * 99, "label": True}])
+    write("ids.jsonl", [{"prompt_ids": [3], "completion_ids": [99], "label": True}])
+    assert message in refused(*arguments, **options)
+    assert not Path("t.parquet").exists()
+
+
+def test_damage_and_other_options_are_refused():
+    run()
+    assert "dtype float32 and bfloat16; write to another file" in refused("--dtype", "bfloat16")
+    assert "max_length None and 8" in refused("--max-length", 8)
+    Path("t.parquet").write_bytes(Path("t.parquet").read_bytes()[:100])
+    assert "not a readable Parquet file, perhaps cut off" in refused()
+    run("--overwrite")
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_one_that_goes_on():
+    write("many.jsonl", tiny.pairs(1024))
+    options = ["--model", "model", "--data", "many.jsonl", "--batch-size", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = [*launch, "prefloss", "reference", *options, "--output", "t.parquet"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = Path("t.parquet.parts")
+    try:
+        while process.poll() is None and len(list(parts.glob("*.parquet"))) < 1:
+            time.sleep(0.01)
+        assert process.poll() is None
+    finally:
+        # Workers first: they outlive a launcher that is killed.
+        for killed in [*process.children(recursive=True), process]:
+            killed.kill()
+        process.wait()
+    assert not Path("t.parquet").exists()
+    kept = len(list(parts.glob("*.parquet")))
+    assert "resume" in run(*options[4:], data="many.jsonl")
+    run(*options[4:], data="many.jsonl", output="u.parquet")
+    assert 1 <= kept < 4
+    assert Path("t.parquet").read_bytes() == Path("u.parquet").read_bytes()
