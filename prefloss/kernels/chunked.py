@@ -35,6 +35,8 @@ _MATMUL_ELEMENTS = 2**26
 _CPU_MATMUL_ELEMENTS, _CPU_MATMUL_ROWS = 2**23, 256
 # Elements of the head, or of its gradient, that are converted at a time, 16 MiB.
 _HEAD_ELEMENTS = 2**22
+# Rows of hidden states that pass over the head together where no logits are stored: they stay in the cache.
+_FUSED_ROWS = 2048
 # Rows of the head that are left out of the backward pass together.
 _SKIP_COLUMNS = 256
 
@@ -298,23 +300,34 @@ def linear_forward(
     n, dtype = len(x), compute_dtype(x.dtype)
     stats = torch.zeros(max(2, outputs), n, dtype=dtype, device=x.device)
     kept_tokens = min(n, path.kept_tokens) if path.scheme == "keep" else 0
+    unscaled = path.scheme == "unscaled"
     saved = _room_to_keep(x, weight, path.scheme, kept_tokens) if room is None or not len(room) else room
-    raw = kept_tokens > 0 and saved is not None and saved.dtype == dtype
-    scratch = _scratch(n, weight, path.chunk_tokens, unless=raw and kept_tokens == n)
+    fused = native.projects(x, weight)
+    # what is kept is filled at once where nothing else of its size is needed
+    raw = kept_tokens > 0 and (fused or kept_dtype(x.dtype) == dtype)
+    chunk_tokens = max(path.chunk_tokens, _FUSED_ROWS) if fused and not unscaled else path.chunk_tokens
+    needs_scratch = not raw or kept_tokens < n
+    scratch = None
+    if needs_scratch and (unscaled or not fused):
+        scratch = _scratch(n, weight, chunk_tokens, fused)
     with torch.no_grad(), no_autocast(x.device):
-        for rows in _parts(n, kept_tokens, path.chunk_tokens, whole=raw and on_cpu(x)):
+        for rows in _parts(n, kept_tokens, chunk_tokens, whole=raw and on_cpu(x)):
             keep, m = rows.start < kept_tokens, rows.stop - rows.start
-            z = saved[rows] if saved is not None and raw and keep else scratch[:m]
-            _project(x[rows], weight, bias, z)
-            read_again = keep or path.scheme == "unscaled"
-            row_ops.score(z, targets[rows], transform, stats[:, rows], overwrite=not read_again)
-            if saved is None:
+            z = saved[rows] if saved is not None and raw and keep else None if scratch is None else scratch[:m]
+            y, part = targets[rows], stats[:, rows]
+            if fused:
+                row_ops.project(x[rows], weight, bias, y, transform, part, z)
+            else:
+                assert z is not None
+                _project(x[rows], weight, bias, z)
+                row_ops.score(z, y, transform, part, overwrite=not (keep or unscaled))
+            if saved is None or z is None:
                 continue
-            if path.scheme == "unscaled":
-                dz = _differentiate(z, x.dtype, targets[rows], transform, stats[:, rows], scratch)
+            if unscaled:
+                dz = _differentiate(z, weight, y, transform, part)
                 _times_head(dz, weight, saved[rows], _columns(dz, path.skip_below))
             elif keep and not raw:
-                row_ops.encode(z, transform, stats[1, rows], saved[rows])
+                row_ops.encode(z, transform, part[1], saved[rows])
     return stats, saved
 
 
@@ -347,7 +360,9 @@ def linear_backward(
     # gradients as wide as what was kept are written over it, all at once
     whole = overwrite and saved is not None and saved.element_size() == _gradient_dtype(x).itemsize
     parts = list(_parts(n, kept_tokens, path.chunk_tokens, whole))
-    scratch = _scratch(n, weight, path.chunk_tokens, unless=whole and kept_tokens == n)
+    fused = native.projects(x, weight)
+    scratch = _scratch(n, weight, path.chunk_tokens, fused) if kept_tokens < n else None
+    again = torch.empty(2, path.chunk_tokens, dtype=dtype, device=x.device)
     rates = row_ops.coefficients(grad, stats)
     d_x = torch.empty(x.shape, dtype=x.dtype if rounded else dtype, device=x.device) if need_x else None
     d_weight = _HeadGradient(weight, len(parts), path.skip_below > 0) if need_weight else None
@@ -359,9 +374,14 @@ def linear_backward(
             if saved is not None and kept:
                 z = saved[rows] if overwrite else saved[rows].clone()
             else:
-                z = _project(x[rows], weight, bias, scratch[:m])
+                assert scratch is not None
+                z = scratch[:m]
+                if fused:
+                    row_ops.project(x[rows], weight, bias, targets[rows], transform, again[:, :m], z)
+                else:
+                    _project(x[rows], weight, bias, z)
             dz = _differentiate(
-                z, x.dtype, targets[rows], transform, stats[:, rows], scratch, rates[rows], len(grad) == 1
+                z, weight, targets[rows], transform, stats[:, rows], rates[rows], len(grad) == 1
             )
             columns = _columns(dz, path.skip_below, grad[0, rows])
             if d_bias is not None:
@@ -390,7 +410,12 @@ def _room_to_keep(x: Tensor, weight: Tensor, scheme: Scheme, kept_tokens: int) -
         return torch.empty(len(x), weight.shape[1], dtype=dtype, device=x.device)
     if scheme != "keep" or kept_tokens == 0:
         return None
-    return native.empty((kept_tokens, len(weight)), kept_dtype(x.dtype), x.device)
+    return native.empty((kept_tokens, kept_columns(x.dtype, len(weight))), kept_dtype(x.dtype), x.device)
+
+
+def kept_columns(dtype: torch.dtype, vocabulary: int) -> int:
+    """Elements per token of what the scheme "keep" holds."""
+    return row_ops.code_columns(vocabulary) if kept_dtype(dtype) == torch.int16 else vocabulary
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -408,28 +433,23 @@ def _gradient_dtype(x: Tensor) -> torch.dtype:
 
 def _differentiate(
     z: Tensor,
-    dtype: torch.dtype,
+    weight: Tensor,
     targets: Tensor,
     transform: LogitTransform,
     stats: Tensor,
-    scratch: Tensor,
     rates: Tensor | None = None,
     plain: bool = True,
 ) -> Tensor:
-    """Gradient of the logits in z, over them where it fits; of each log-prob itself without `rates`."""
+    """Gradient of the logits or codes in z, over them where it fits; of each log-prob itself without `rates`."""
     if rates is None:
         rates = row_ops.coefficients(torch.ones_like(stats[:1]), stats)
-    wanted = _gradient_dtype(z.new_empty(0, dtype=dtype))
-    out = scratch[: len(z)] if z.element_size() < wanted.itemsize else place_over(z, wanted)
-    if native_needs_copy(z, out):
+    wanted = _gradient_dtype(weight)
+    out = place_over(z, wanted, len(weight))
+    if z.dtype == torch.float32 and out.data_ptr() != z.data_ptr():
+        # plain torch: in place first, or it would need a second float32 block
         row_ops.differentiate(z, z, targets, transform, stats, rates, plain)
         return out.copy_(z)
     return row_ops.differentiate(z, out, targets, transform, stats, rates, plain)
-
-
-def native_needs_copy(z: Tensor, out: Tensor) -> bool:
-    """Whether plain torch would need a second float32 block to write `out`, which lies elsewhere."""
-    return z.dtype == torch.float32 and out.data_ptr() != z.data_ptr()
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> Tensor:
@@ -493,7 +513,9 @@ class _HeadGradient:
     def add(self, dz: Tensor, x: Tensor, columns: list[slice] | None = None) -> None:
         """Add a slice's share, of the rows of the head in `columns` (None for all)."""
         x = x if dz.dtype == x.dtype else x.to(dz.dtype)
-        straight_in = self.sum.dtype == dz.dtype == self.dtype
+        # a sum in float32 inside, rounded once
+        rounds = on_cpu(dz) and _has_mixed_matmul(dz) and self.straight
+        straight_in = self.sum.dtype == dz.dtype and (dz.dtype == self.dtype or rounds)
         rows = 0 if straight_in else min(len(self.sum), rows_of(self.sum, _HEAD_ELEMENTS))
         room = native.empty((rows, self.sum.shape[1]), self.dtype, dz.device)
         for run in [slice(0, len(self.sum))] if columns is None else columns:
@@ -517,10 +539,12 @@ class _HeadGradient:
 _matmul, _has_mixed_matmul = matmul, has_mixed_matmul
 
 
-def _scratch(tokens: int, weight: Tensor, chunk_tokens: int, unless: bool = False) -> Tensor:
-    """A slice of logits to fill again and again: fresh memory costs more than the passes over it."""
-    rows = 0 if unless else min(tokens, chunk_tokens)
-    return native.empty((rows, len(weight)), compute_dtype(weight.dtype), weight.device)
+def _scratch(tokens: int, weight: Tensor, chunk_tokens: int, coded: bool = False) -> Tensor:
+    """A slice of logits, or of their codes, to fill again and again: fresh memory costs more than passing over it."""
+    rows, vocabulary = min(tokens, chunk_tokens), len(weight)
+    if coded:
+        return native.empty((rows, row_ops.code_columns(vocabulary)), torch.int16, weight.device)
+    return native.empty((rows, vocabulary), compute_dtype(weight.dtype), weight.device)
 
 
 def _known_to_be_ignored(targets: Tensor) -> bool:

@@ -18,9 +18,12 @@
 
 enum { F32 = 0, BF16 = 1, F16 = 2, CODE = 3 };
 #define BLOCK 1024
-/* a kept log-prob is (code / 2048) - 16, so 2.4e-4 off at most; the lowest code is probability 0 */
+/* a kept logit is (code - 32767) / 2048 above the reference of its panel, which none of them exceeds, so 2.4e-4 off at
+ * most; the lowest code is probability 0 */
 #define CODE_STEPS 2048.0f
+#define CODE_TOP 32767.0f
 #define CODE_ZERO (-32768)
+#define PANEL 64
 
 typedef struct {
     float factor;  /* without a cap: z = factor * x; with one: the slope at x = 0 */
@@ -93,7 +96,7 @@ static inline void load_block(const void *row, int kind, int64_t start, int m, f
     } else {
         const int16_t *in = (const int16_t *)row + start;
         for (int i = 0; i < m; i++)
-            x[i] = in[i] == CODE_ZERO ? -INFINITY : (float)in[i] * (1.0f / CODE_STEPS) - 16.0f;
+            x[i] = in[i] == CODE_ZERO ? -INFINITY : ((float)in[i] - CODE_TOP) * (1.0f / CODE_STEPS);
     }
 }
 
@@ -111,8 +114,8 @@ static inline void store_block(void *row, int kind, int64_t start, int m, const 
     } else {
         int16_t *out = (int16_t *)row + start;
         for (int i = 0; i < m; i++) {
-            float code = nearbyintf((x[i] + 16.0f) * CODE_STEPS);
-            code = code > 32767.0f ? 32767.0f : code;
+            float code = nearbyintf(x[i] * CODE_STEPS + CODE_TOP);
+            code = code > CODE_TOP ? CODE_TOP : code;
             out[i] = (int16_t)(code > CODE_ZERO ? code : CODE_ZERO);
         }
     }
@@ -149,78 +152,105 @@ int prefloss_has_float16(void) {
 #endif
 }
 
-/* NULL for the outputs that nobody asked for */
+/* Sums over the logits of a row so far, with e = exp(z - peak): of e, of e (z - peak), of e * e */
+typedef struct {
+    float peak;
+    double sum, weighted, squares;
+} sums_t;
+
+static const sums_t NOTHING = {-INFINITY, 0, 0, 0};
+
+/* Measure from a maximum that is no lower */
+static inline void raise_peak(sums_t *s, float high) {
+    /* a row so far of -inf only has no sums to rescale, and -inf - -inf is NaN */
+    if (high > s->peak && s->peak != -INFINITY) {
+        double moved = (double)s->peak - high, rescale = exp(moved);
+        s->weighted = rescale * (s->weighted + moved * s->sum);
+        s->sum *= rescale;
+        s->squares *= rescale * rescale;
+    }
+    s->peak = high;
+}
+
+static inline __attribute__((always_inline)) void add_block(sums_t *s, const float *restrict x, const int m, int stats) {
+    float high = s->peak;
+#pragma omp simd reduction(max : high)
+    for (int i = 0; i < m; i++) high = x[i] > high ? x[i] : high;
+    raise_peak(s, high);
+    float shift = high == -INFINITY ? 0.0f : high, block = 0, weighted = 0, squares = 0;
+    if (!stats) {
+#pragma omp simd reduction(+ : block)
+        for (int i = 0; i < m; i++) block += fast_exp(x[i] - shift);
+    } else {
+#pragma omp simd reduction(+ : block, weighted, squares)
+        for (int i = 0; i < m; i++) {
+            float d = x[i] - shift, e = fast_exp(d);
+            block += e;
+            weighted += e == 0.0f ? 0.0f : e * d;
+            squares += e * e;
+        }
+    }
+    s->sum += block;
+    s->weighted += weighted;
+    s->squares += squares;
+}
+
+/* Where the statistics go, NULL for those that nobody asked for */
+typedef struct {
+    float *logps, *lses, *entropies, *log_sum_sqs, *top1;
+} stats_t;
+
+static void store_stats(stats_t to, int64_t row, const sums_t *s, float picked) {
+    double log_sum = log(s->sum);
+    /* in this order: of two large logits the difference is exact */
+    to.logps[row] = (float)(((double)picked - s->peak) - log_sum);
+    to.lses[row] = (float)(s->peak + log_sum);
+    if (to.entropies) to.entropies[row] = (float)(log_sum - s->weighted / s->sum);
+    if (to.log_sum_sqs) to.log_sum_sqs[row] = (float)(log(s->squares) - 2 * log_sum);
+    if (to.top1) to.top1[row] = picked == s->peak ? 1.0f : 0.0f;
+}
+
+static void store_nothing(stats_t to, int64_t row) {
+    to.logps[row] = to.lses[row] = 0;
+    if (to.entropies) to.entropies[row] = 0;
+    if (to.log_sum_sqs) to.log_sum_sqs[row] = 0;
+    if (to.top1) to.top1[row] = 0;
+}
+
 void prefloss_score(const void *logits, int kind, int64_t rows, int64_t vocabulary, int64_t stride,
-                    const int64_t *targets, transform_t t, float *logps, float *lses, float *entropies,
-                    float *log_sum_sqs, float *top1, int threads) {
+                    const int64_t *targets, transform_t t, stats_t to, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t row = 0; row < rows; row++) {
         const char *in = row_of(logits, kind, row, stride);
-        int stats = entropies || log_sum_sqs;
-        float peak = -INFINITY, x[BLOCK];
-        double sum = 0, weighted = 0, squares = 0;
+        float x[BLOCK], picked = -INFINITY;
+        sums_t sums = NOTHING;
         if (targets[row] < 0) {
-            logps[row] = lses[row] = 0;
-            if (entropies) entropies[row] = 0;
-            if (log_sum_sqs) log_sum_sqs[row] = 0;
-            if (top1) top1[row] = 0;
+            store_nothing(to, row);
             continue;
         }
         for (int64_t start = 0; start < vocabulary; start += BLOCK) {
             int m = vocabulary - start < BLOCK ? (int)(vocabulary - start) : BLOCK;
             load_block(in, kind, start, m, x);
             transform_block(x, m, t);
-            float high = peak;
-#pragma omp simd reduction(max : high)
-            for (int i = 0; i < m; i++) high = x[i] > high ? x[i] : high;
-            /* a row so far of -inf only has no sums to rescale, and -inf - -inf is NaN */
-            float shift = high == -INFINITY ? 0.0f : high;
-            if (high > peak && peak != -INFINITY) {
-                double rescale = exp((double)peak - high), moved = (double)peak - high;
-                weighted = rescale * (weighted + moved * sum);
-                sum *= rescale;
-                squares *= rescale * rescale;
-            }
-            peak = high;
-            if (!stats) {
-                float block = 0;
-#pragma omp simd reduction(+ : block)
-                for (int i = 0; i < m; i++) block += fast_exp(x[i] - shift);
-                sum += block;
-            } else {
-                float block = 0, block_weighted = 0, block_squares = 0;
-#pragma omp simd reduction(+ : block, block_weighted, block_squares)
-                for (int i = 0; i < m; i++) {
-                    float d = x[i] - shift, e = fast_exp(d);
-                    block += e;
-                    block_weighted += e == 0.0f ? 0.0f : e * d;
-                    block_squares += e * e;
-                }
-                sum += block;
-                weighted += block_weighted;
-                squares += block_squares;
-            }
+            add_block(&sums, x, m, to.entropies != NULL);
         }
-        float picked = -INFINITY;
         if (targets[row] < vocabulary) {
             load_block(in, kind, targets[row], 1, &picked);
             picked = apply(picked, t);
         }
-        double log_sum = log(sum);
-        /* in this order: of two large logits the difference is exact */
-        logps[row] = (float)(((double)picked - peak) - log_sum);
-        lses[row] = (float)(peak + log_sum);
-        if (entropies) entropies[row] = (float)(log_sum - weighted / sum);
-        if (log_sum_sqs) log_sum_sqs[row] = (float)(log(squares) - 2 * log_sum);
-        if (top1) top1[row] = picked == peak ? 1.0f : 0.0f;
+        store_stats(to, row, &sums, picked);
     }
 }
 
+/* Logits less their logsumexp, which is the reference of every panel */
 void prefloss_encode(const float *logits, int64_t rows, int64_t vocabulary, int64_t stride, transform_t t,
-                     const float *lses, int16_t *codes, int64_t codes_stride, int threads) {
+                     const float *lses, int16_t *codes, int64_t codes_stride, float *references,
+                     int64_t references_stride, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t row = 0; row < rows; row++) {
         float x[BLOCK];
+        for (int64_t panel = 0; panel * PANEL < vocabulary; panel++)
+            references[row * references_stride + panel] = lses[row];
         for (int64_t start = 0; start < vocabulary; start += BLOCK) {
             int m = vocabulary - start < BLOCK ? (int)(vocabulary - start) : BLOCK;
             load_block(logits + row * stride, F32, start, m, x);
@@ -235,7 +265,8 @@ void prefloss_encode(const float *logits, int64_t rows, int64_t vocabulary, int6
 void prefloss_differentiate(const void *in, int in_kind, int64_t in_stride, void *out, int out_kind,
                             int64_t out_stride, int64_t rows, int64_t vocabulary, const int64_t *targets,
                             transform_t t, const float *logps, const float *lses,
-                            const coefficients_t *coefficients, int plain, int threads) {
+                            const coefficients_t *coefficients, int plain, const float *references,
+                            int64_t references_stride, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t row = 0; row < rows; row++) {
         const char *from = row_of(in, in_kind, row, in_stride);
@@ -251,7 +282,11 @@ void prefloss_differentiate(const void *in, int in_kind, int64_t in_stride, void
             int64_t y = targets[row] - start;
             load_block(from, in_kind, start, m, x);
             if (in_kind == CODE) {
-                /* codes hold z - lse */
+                for (int first = 0; first < m; first += PANEL) {
+                    float above = references[row * references_stride + (start + first) / PANEL] - lse;
+                    int last = m - first < PANEL ? m : first + PANEL;
+                    for (int i = first; i < last; i++) x[i] += above;
+                }
                 if (t.cap_out != 0.0f)
                     for (int i = 0; i < m; i++) {
                         float bent = (x[i] + lse) / t.cap_out;
@@ -291,7 +326,7 @@ void prefloss_differentiate(const void *in, int in_kind, int64_t in_stride, void
 
 #ifdef __AVX512BF16__
 #define MR 6
-#define NR 64
+#define NR PANEL
 #define KC 1024
 
 typedef struct {
@@ -434,66 +469,172 @@ static int multiply_few_rows(int64_t rows, int64_t columns, int64_t ks, const ui
     return failed;
 }
 
-/* Columns of `a` lie next to each other, and there are many rows: b is packed once, each thread packs blocks of a. */
+/* Columns of `a` lie next to each other, and there are many rows: b is packed once, each thread packs blocks of a and
+ * sums each tile over all k, so that it is stored once, in float32 or rounded to bfloat16. */
 static int multiply_many_rows(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_stride,
-                              const uint16_t *b, int64_t bk, int64_t bn, float *out, int64_t stride, int add,
+                              const uint16_t *b, int64_t bk, int64_t bn, void *out, int kind, int64_t stride, int add,
                               int threads) {
     enum { ROWS = 16 * MR };
-    int64_t panels = (columns + NR - 1) / NR, blocks = (rows + ROWS - 1) / ROWS;
+    int64_t panels = (columns + NR - 1) / NR, blocks = (rows + ROWS - 1) / ROWS, depth = (ks + 1) / 2;
+    uint32_t *packed = workspace(sizeof(uint32_t) * panels * depth * NR);
+    if (!packed) return 1;
     int failed = 0;
-    for (int64_t k = 0; k < ks; k += KC) {
-        int64_t deep = ks - k < KC ? ks - k : KC, depth = (deep + 1) / 2;
-        uint32_t *packed = workspace(sizeof(uint32_t) * panels * depth * NR);
-        if (!packed) return 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
-        {
-            uint32_t *mine = workspace(sizeof(uint32_t) * depth * ROWS);
-            if (!mine) failed = 1;
+    {
+        uint32_t *mine = workspace(sizeof(uint32_t) * depth * ROWS);
+        float sums[ROWS * NR] __attribute__((aligned(64)));
+        if (!mine) failed = 1;
 #pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels; panel++) {
+            int width = columns - panel * NR < NR ? (int)(columns - panel * NR) : NR;
+            pack(b + panel * NR * bn, bk, bn, ks, width, NR, packed + panel * depth * NR, NR);
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t block = 0; block < blocks; block++) {
+            int64_t first = block * ROWS;
+            int count = rows - first < ROWS ? (int)(rows - first) : ROWS;
+            if (!mine) continue;
+            pack(a + first, a_stride, 1, ks, count, ROWS, mine, ROWS);
             for (int64_t panel = 0; panel < panels; panel++) {
                 int width = columns - panel * NR < NR ? (int)(columns - panel * NR) : NR;
-                pack(b + k * bk + panel * NR * bn, bk, bn, deep, width, NR, packed + panel * depth * NR, NR);
-            }
-#pragma omp for schedule(dynamic, 4)
-            for (int64_t block = 0; block < blocks; block++) {
-                int64_t first = block * ROWS;
-                int count = rows - first < ROWS ? (int)(rows - first) : ROWS;
-                if (!mine) continue;
-                pack(a + k * a_stride + first, a_stride, 1, deep, count, ROWS, mine, ROWS);
-                for (int64_t panel = 0; panel < panels; panel++) {
-                    int width = columns - panel * NR < NR ? (int)(columns - panel * NR) : NR;
-                    pairs_t pairs = {(const char *)mine, 4, ROWS * 4};
-                    tiles(count, depth, pairs, packed + panel * depth * NR, out + first * stride + panel * NR,
-                          stride, width, !add && k == 0);
+                int64_t at = first * stride + panel * NR;
+                if (add)
+                    for (int r = 0; r < count; r++)
+                        load_block((float *)out + at + r * stride, F32, 0, width, sums + r * NR);
+                for (int64_t k = 0; k < depth; k += KC / 2) {
+                    pairs_t pairs = {(const char *)(mine + k * ROWS), 4, ROWS * 4};
+                    tiles(count, depth - k < KC / 2 ? depth - k : KC / 2, pairs, packed + (panel * depth + k) * NR,
+                          sums, NR, NR, !add && k == 0);
                 }
+                for (int r = 0; r < count; r++)
+                    store_block((char *)out + (at + r * stride) * (kind == F32 ? 4 : 2), kind, 0, width, sums + r * NR);
             }
-            free(mine);
         }
-        free(packed);
+        free(mine);
     }
+    free(packed);
     return failed;
 }
 
 /* out[rows, columns] (+)= a[rows, ks] b[ks, columns]; strides in elements. 0 when done. */
 int prefloss_multiply(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_row, int64_t a_k,
-                      const uint16_t *b, int64_t bk, int64_t bn, float *out, int64_t stride, int add, int threads) {
-    if (a_k == 1 && ks >= 2) {
-        int failed = multiply_few_rows(rows, columns, ks, a, a_row, b, bk, bn, out, stride, add, threads);
+                      const uint16_t *b, int64_t bk, int64_t bn, void *out, int kind, int64_t stride, int add,
+                      int threads) {
+    if (a_k == 1 && ks >= 2 && kind == F32) {
+        float *sums = out;
+        int failed = multiply_few_rows(rows, columns, ks, a, a_row, b, bk, bn, sums, stride, add, threads);
         if (failed || ks % 2 == 0) return failed;
         /* the last of an odd number of k has no partner in its pair */
         for (int64_t r = 0; r < rows; r++) {
             float last = from_bits((uint32_t)a[r * a_row + ks - 1] << 16);
             for (int64_t n = 0; n < columns; n++)
-                out[r * stride + n] += last * from_bits((uint32_t)b[(ks - 1) * bk + n * bn] << 16);
+                sums[r * stride + n] += last * from_bits((uint32_t)b[(ks - 1) * bk + n * bn] << 16);
         }
         return 0;
     }
-    if (a_row != 1) return 2;
-    return multiply_many_rows(rows, columns, ks, a, a_k, b, bk, bn, out, stride, add, threads);
+    if (a_row != 1 || (add && kind != F32)) return 2;
+    return multiply_many_rows(rows, columns, ks, a, a_k, b, bk, bn, out, kind, stride, add, threads);
+}
+
+/* Logits of one panel in x, those beyond `width` unset, into the sums of its row, and as codes where these are kept */
+static void fold_panel(float *restrict x, int width, const float *bias, transform_t t, sums_t *sums, int stats,
+                       int16_t *codes, float *reference) {
+    if (bias)
+        for (int i = 0; i < width; i++) x[i] += bias[i];
+    transform_block(x, width, t);
+    for (int i = width; i < PANEL; i++) x[i] = -INFINITY;
+    add_block(sums, x, PANEL, stats);
+    if (!codes) return;
+    float high = -INFINITY, y[PANEL];
+#pragma omp simd reduction(max : high)
+    for (int i = 0; i < PANEL; i++) high = x[i] > high ? x[i] : high;
+    *reference = high == -INFINITY ? 0.0f : high;
+    for (int i = 0; i < PANEL; i++) y[i] = x[i] - *reference;
+    store_block(codes, CODE, 0, width, y);
+}
+
+/* Statistics of the logits x w^T + bias of bfloat16 [rows, width] and [vocabulary, width], which never leave the cache;
+ * codes and references of all but ignored rows, unless NULL. Panels are shared out in a fixed number of runs, whose sums
+ * are joined in order: the result does not depend on the number of threads. 0 when done. */
+int prefloss_project(int64_t rows, int64_t vocabulary, int64_t width, const uint16_t *x, int64_t x_stride,
+                     const uint16_t *w, int64_t w_stride, const float *bias, const int64_t *targets, transform_t t,
+                     stats_t to, int16_t *codes, int64_t codes_stride, float *references, int64_t references_stride,
+                     int threads) {
+    enum { ROWS = 32 * MR, RUNS = 32 };
+    if (width % 2) return 2;
+    int64_t panels = (vocabulary + PANEL - 1) / PANEL, length = (panels + RUNS - 1) / RUNS;
+    int64_t runs = (panels + length - 1) / length;
+    int stats = to.entropies != NULL, failed = 0;
+    sums_t *sums = malloc(sizeof(sums_t) * runs * rows);
+    float *picked = malloc(sizeof(float) * rows);
+    if (!sums || !picked) failed = 1;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        uint32_t *packed = workspace(sizeof(uint32_t) * width / 2 * PANEL);
+        float tile[ROWS * PANEL] __attribute__((aligned(64)));
+        if (!packed) failed = 1;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t run = 0; run < runs; run++) {
+            if (failed) continue;
+            sums_t *mine = sums + run * rows;
+            for (int64_t row = 0; row < rows; row++) mine[row] = NOTHING;
+            for (int64_t panel = run * length; panel < panels && panel < (run + 1) * length; panel++) {
+                int64_t first = panel * PANEL;
+                int columns = vocabulary - first < PANEL ? (int)(vocabulary - first) : PANEL;
+                pack(w + first * w_stride, 1, w_stride, width, columns, PANEL, packed, PANEL);
+                for (int64_t start = 0; start < rows; start += ROWS) {
+                    int count = rows - start < ROWS ? (int)(rows - start) : ROWS;
+                    for (int64_t k = 0; k < width; k += KC) {
+                        pairs_t pairs = {(const char *)(x + start * x_stride + k), x_stride * 2, 4};
+                        tiles(count, (width - k < KC ? width - k : KC) / 2, pairs, packed + k / 2 * PANEL, tile, PANEL,
+                              PANEL, k == 0);
+                    }
+                    for (int64_t row = start; row < start + count; row++) {
+                        int64_t y = targets[row] - first;
+                        float *z = tile + (row - start) * PANEL;
+                        if (targets[row] < 0) continue;
+                        fold_panel(z, columns, bias ? bias + first : NULL, t, mine + row, stats,
+                                   codes ? codes + row * codes_stride + first : NULL,
+                                   codes ? references + row * references_stride + panel : NULL);
+                        if (y >= 0 && y < columns) picked[row] = z[y];
+                    }
+                }
+            }
+        }
+        free(packed);
+    }
+    for (int64_t row = 0; row < rows && !failed; row++) {
+        if (targets[row] < 0) {
+            store_nothing(to, row);
+            continue;
+        }
+        sums_t all = sums[row];
+        for (int64_t run = 1; run < runs; run++) {
+            sums_t part = sums[run * rows + row];
+            float high = part.peak > all.peak ? part.peak : all.peak;
+            raise_peak(&all, high);
+            raise_peak(&part, high);
+            all.sum += part.sum;
+            all.weighted += part.weighted;
+            all.squares += part.squares;
+        }
+        store_stats(to, row, &all, targets[row] < vocabulary ? picked[row] : -INFINITY);
+    }
+    free(sums);
+    free(picked);
+    return failed;
 }
 #else
 int prefloss_multiply(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_row, int64_t a_k,
-                      const uint16_t *b, int64_t bk, int64_t bn, float *out, int64_t stride, int add, int threads) {
+                      const uint16_t *b, int64_t bk, int64_t bn, void *out, int kind, int64_t stride, int add,
+                      int threads) {
+    return 2;
+}
+
+int prefloss_project(int64_t rows, int64_t vocabulary, int64_t width, const uint16_t *x, int64_t x_stride,
+                     const uint16_t *w, int64_t w_stride, const float *bias, const int64_t *targets, transform_t t,
+                     stats_t to, int16_t *codes, int64_t codes_stride, float *references, int64_t references_stride,
+                     int threads) {
     return 2;
 }
 #endif

@@ -39,8 +39,18 @@ _LARGE_BYTES = 2**22
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+# Columns of the logits that share a reference in the 16-bit form of them.
+PANEL = 64
+
+
 class _Transform(ctypes.Structure):
     _fields_ = (("factor", ctypes.c_float), ("cap_in", ctypes.c_float), ("cap_out", ctypes.c_float))
+
+
+class _Stats(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("logps", "lses", "entropies", "log_sum_sqs", "top1")
+    )
 
 
 def available(x: Tensor) -> bool:
@@ -77,19 +87,18 @@ def score(logits: Tensor, targets: Tensor, transform: LogitTransform, stats: Ten
     """Raw logits [m, V] and targets [m], -1 to leave a row out -> `stats`, [2 or 5, m]; reads a row once."""
     rows, vocabulary = logits.shape
     targets = targets.contiguous()
-    outputs = [_address(row) for row in stats] + [None] * (5 - len(stats))
     _call().prefloss_score(
         _address(logits), _KINDS[logits.dtype], rows, vocabulary, logits.stride(0), _address(targets),
-        _struct(transform), *outputs, _threads(rows * vocabulary),
+        _struct(transform), _places(stats), _threads(rows * vocabulary),
     )  # fmt: skip
 
 
-def encode(logits: Tensor, transform: LogitTransform, lses: Tensor, codes: Tensor) -> None:
-    """Raw float32 logits [m, V] -> their log-probs as int16, see `rows.CODE_STEPS`."""
+def encode(logits: Tensor, transform: LogitTransform, lses: Tensor, codes: Tensor, references: Tensor) -> None:
+    """Raw float32 logits [m, V] -> int16 codes of them [m, V] and their references, see `rows.code_columns`."""
     rows, vocabulary = logits.shape
     _call().prefloss_encode(
-        _address(logits), rows, vocabulary, logits.stride(0), _struct(transform), _address(lses), _address(codes),
-        codes.stride(0), _threads(rows * vocabulary),
+        _address(logits), rows, vocabulary, logits.stride(0), _struct(transform), _address(lses.contiguous()),
+        _address(codes), codes.stride(0), _address(references), references.stride(0), _threads(rows * vocabulary),
     )  # fmt: skip
 
 
@@ -101,8 +110,9 @@ def differentiate(
     stats: Tensor,
     coefficients: Tensor,
     plain: bool,
+    references: Tensor | None = None,
 ) -> None:
-    """Raw logits or codes [m, V] -> gradient of the logits, to `out`, which may start where x does.
+    """Raw logits, or codes with their references, -> gradient of the logits, [m, V], to `out`, which may be over x.
 
     `stats` begins with logps and logsumexps; `plain` says that the last two of the 4 coefficients are all 0.
     """
@@ -110,22 +120,61 @@ def differentiate(
     targets, coefficients = targets.contiguous(), coefficients.contiguous()
     _call().prefloss_differentiate(
         _address(x), _KINDS[x.dtype], x.stride(0), _address(out), _KINDS[out.dtype], out.stride(0), rows, vocabulary,
-        _address(targets), _struct(transform), _address(stats[0]), _address(stats[1]),
-        _address(coefficients), plain, _threads(rows * vocabulary),
+        _address(targets), _struct(transform), _address(stats[0]), _address(stats[1]), _address(coefficients), plain,
+        _address(references), 0 if references is None else references.stride(0), _threads(rows * vocabulary),
     )  # fmt: skip
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> bool:
-    """Out (+)= a @ b for bfloat16 [m, k] and [k, n] and float32 [m, n]; False where it cannot."""
-    if out.stride(1) != 1:
+    """Out (+)= a @ b for bfloat16 [m, k] and [k, n] and float32 [m, n]; False where it cannot.
+
+    `out` may be bfloat16 where the columns of a adjoin and nothing is added to: rounded once, after the sum.
+    """
+    if out.stride(1) != 1 or out.dtype not in (torch.float32, torch.bfloat16):
         return False
     if 0 in (*a.shape, *b.shape):
         return False
     status = _call().prefloss_multiply(
         a.shape[0], b.shape[1], a.shape[1], _address(a), *a.stride(), _address(b), *b.stride(), _address(out),
-        out.stride(0), add, _threads(a.shape[0] * b.shape[1] * a.shape[1] // 64),
+        _KINDS[out.dtype], out.stride(0), add, _threads(a.shape[0] * b.shape[1] * a.shape[1] // 64),
     )  # fmt: skip
     return status == 0
+
+
+def projects(x: Tensor, weight: Tensor) -> bool:
+    """Whether `project` can take hidden states [m, H] and a head [V, H]."""
+    plain = all(type(z) in _PLAIN and z.device.type == "cpu" and z.stride(-1) == 1 for z in (x, weight))
+    pairs = x.shape[-1] > 0 and x.shape[-1] % 2 == 0
+    return plain and pairs and x.dtype == weight.dtype and multiplies(x.dtype)
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    stats: Tensor,
+    codes: Tensor | None = None,
+    references: Tensor | None = None,
+) -> None:
+    """`score` of the logits x @ weight.T + bias, which are stored nowhere but as codes, if these are wanted.
+
+    The statistics do not depend on how many rows come at once, nor on the number of threads.
+    """
+    if 0 in x.shape:
+        stats.zero_()
+        return
+    bias = None if bias is None else bias.float().contiguous()
+    targets = targets.contiguous()
+    status = _call().prefloss_project(
+        len(x), len(weight), x.shape[1], _address(x), x.stride(0), _address(weight), weight.stride(0),
+        _address(bias), _address(targets), _struct(transform), _places(stats), _address(codes),
+        0 if codes is None else codes.stride(0), _address(references),
+        0 if references is None else references.stride(0), _threads(len(x) * len(weight) * x.shape[1] // 64),
+    )  # fmt: skip
+    if status != 0:
+        raise MemoryError("prefloss: no memory for the workspace of a projection")
 
 
 def _threads(elements: int) -> int:
@@ -135,6 +184,11 @@ def _threads(elements: int) -> int:
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+def _places(stats: Tensor) -> _Stats:
+    """Where each of 2 or 5 statistics goes."""
+    return _Stats(*(_address(row) for row in stats))
 
 
 def _struct(transform: LogitTransform) -> _Transform:
@@ -172,32 +226,30 @@ def _library() -> Any:
 
 
 def _declared(lib: Any) -> Any:
-    pointer, number, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, _Transform
-    lib.prefloss_score.argtypes = [pointer, number, size, size, size, pointer, real, *[pointer] * 5, number]
-    lib.prefloss_encode.argtypes = [pointer, size, size, size, real, pointer, pointer, size, number]
-    lib.prefloss_differentiate.argtypes = [
-        *(
-            pointer,
-            number,
-            size,
-            pointer,
-            number,
-            size,
-            size,
-            size,
-            pointer,
-            real,
-            *[pointer] * 3,
-            number,
-            number,
-        )
-    ]
-    lib.prefloss_multiply.argtypes = [
-        *(size, size, size, pointer, size, size, pointer, size, size, pointer, size, number, number)
-    ]
-    lib.prefloss_use_large_pages.argtypes = [pointer, size]
-    for name in ("use_large_pages", "score", "encode", "differentiate"):
-        getattr(lib, f"prefloss_{name}").restype = None
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    # fmt: off
+    arguments = {
+        "score": (pointer, number, size, size, size, pointer, _Transform, _Stats, number),
+        "encode": (pointer, size, size, size, _Transform, pointer, pointer, size, pointer, size, number),
+        "differentiate": (
+            pointer, number, size, pointer, number, size, size, size, pointer, _Transform, pointer, pointer, pointer,
+            number, pointer, size, number,
+        ),
+        "multiply": (
+            size, size, size, pointer, size, size, pointer, size, size, pointer, number, size, number, number,
+        ),
+        "project": (
+            size, size, size, pointer, size, pointer, size, pointer, pointer, _Transform, _Stats, pointer, size,
+            pointer, size, number,
+        ),
+        "use_large_pages": (pointer, size),
+    }
+    # fmt: on
+    for name, types in arguments.items():
+        function = getattr(lib, f"prefloss_{name}")
+        function.argtypes = types
+        # the others cannot fail
+        function.restype = number if name in ("multiply", "project") else None
     return lib
 
 

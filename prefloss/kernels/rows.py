@@ -18,9 +18,10 @@ from prefloss.kernels.naive import LogitTransform, compute_dtype
 
 STATS = ("logps", "logsumexp", "entropy", "log_sum_sq", "top1")
 
-# A kept log-prob is an int16 in steps of 1/2048 nat: p is off by 2.4e-4 of itself at most, a tenth of what rounding
-# it to bfloat16 does, and 0 below e^-32, the lowest code.
-_CODE_STEPS, _CODE_MIDDLE, _CODE_ZERO = 2048.0, 16.0, -32768
+# A kept logit is an int16 in steps of 1/2048 nat below the reference of its panel of columns, which is no less than any
+# in the panel and no more than the logsumexp of the row. So p is off by 2.4e-4 of itself at most, a tenth of what
+# rounding it to bfloat16 does, and 0 where the reference is e^32 times as likely, the lowest code.
+_CODE_STEPS, _CODE_TOP, _CODE_ZERO = 2048.0, 32767.0, -32768
 
 # Under a softcap the slope of a logit comes from its code, and errs by 4.9e-4 over the cap: 6e-5 at this cap, in nats
 # after the temperature. Lower ones (no model has one) are not kept so.
@@ -94,10 +95,14 @@ def differentiate(
 ) -> Tensor:
     """Gradient of raw logits [m, V], from those or their codes in x, by the `coefficients` in `rates`; 0 if left out.
 
-    Written to `out`, which may be `place_over(x)`, and returned. `plain`: the last two coefficients are all 0.
+    Codes come with the columns of their references. Written to `out`, which may be `place_over(x)`, and returned.
+    `plain`: the last two coefficients are all 0.
     """
+    coded = x.dtype == torch.int16
+    references = references_of(x, out.shape[1]) if coded else None
+    x = x[:, : out.shape[1]]
     if native.available(x) and native.available(out):
-        native.differentiate(x, out, targets, transform, stats, rates, plain)
+        native.differentiate(x, out, targets, transform, stats, rates, plain, references)
         return out
     for part, block in _blocks(x, x.data_ptr() == out.data_ptr()):
         g, a, b, c = (column.unsqueeze(-1) for column in rates[part].unbind(-1))
@@ -106,8 +111,8 @@ def differentiate(
             stats[0, part, None],
             stats[1, part, None],
         )
-        if x.dtype == torch.int16:
-            _decode_(block).add_(lse)
+        if references is not None:
+            _decode_(block, references[part])
         else:
             transform.apply_(block)
         slope = transform.slope(block)
@@ -130,28 +135,62 @@ def _rate(logp: Tensor, a: Tensor, b: Tensor, c: Tensor, plain: bool) -> Tensor:
     return p * a if plain else p * (a + b * torch.where(p == 0, 0, logp) + c * p)
 
 
+def code_columns(vocabulary: int) -> int:
+    """Columns of an int16 row that holds the codes of so many logits and, in float32, a reference for each panel."""
+    return _code_end(vocabulary) + 2 * -(-vocabulary // native.PANEL)
+
+
+def _code_end(vocabulary: int) -> int:
+    return vocabulary + vocabulary % 2
+
+
+def references_of(codes: Tensor, vocabulary: int) -> Tensor:
+    """The references among [m, code_columns(V)], a view [m, panels]."""
+    return codes[:, _code_end(vocabulary) :].view(torch.float32)
+
+
 def encode(z: Tensor, transform: LogitTransform, lse: Tensor, codes: Tensor) -> None:
-    """Log-probs of raw logits [m, V], in 16 bits each, to `codes`, int16."""
+    """Raw logits [m, V] and their logsumexps -> int16 [m, code_columns(V)]; z then holds nothing of use."""
+    references = references_of(codes, z.shape[1])
+    codes = codes[:, : z.shape[1]]
     if native.available(z):
-        native.encode(z, transform, lse, codes)
+        native.encode(z, transform, lse, codes, references)
         return
+    references.copy_(lse.unsqueeze(-1).expand_as(references))
     for part, block in _blocks(z, overwrite=True):
-        transform.apply_(block).sub_(lse[part, None]).add_(_CODE_MIDDLE).mul_(_CODE_STEPS).round_()
-        codes[part] = block.clamp_(_CODE_ZERO, -_CODE_ZERO - 1)
+        transform.apply_(block).sub_(lse[part, None]).mul_(_CODE_STEPS).add_(_CODE_TOP).round_()
+        codes[part] = block.clamp_(_CODE_ZERO, _CODE_TOP)
 
 
-def _decode_(block: Tensor) -> Tensor:
+def _decode_(block: Tensor, references: Tensor) -> Tensor:
+    """The logits after the transform."""
     lowest = block == _CODE_ZERO
-    return block.mul_(1 / _CODE_STEPS).sub_(_CODE_MIDDLE).masked_fill_(lowest, -torch.inf)
+    block.sub_(_CODE_TOP).mul_(1 / _CODE_STEPS).masked_fill_(lowest, -torch.inf)
+    return block.add_(references.repeat_interleave(native.PANEL, -1)[:, : block.shape[1]])
 
 
-def place_over(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for the gradient in `dtype` of the logits or codes in x, [m, V]: over them where that is possible."""
-    if x.element_size() == dtype.itemsize:
-        return x.view(dtype)
-    if x.element_size() > dtype.itemsize and native.available(x):
-        return x.view(dtype)[:, : x.shape[1]]
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+def project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    stats: Tensor,
+    codes: Tensor | None,
+) -> None:
+    """`score` of x @ weight.T + bias, whose codes go to [m, code_columns(V)] if given: see `native.projects`."""
+    if codes is None:
+        native.project(x, weight, bias, targets, transform, stats)
+        return
+    references = references_of(codes, len(weight))
+    native.project(x, weight, bias, targets, transform, stats, codes[:, : len(weight)], references)
+
+
+def place_over(x: Tensor, dtype: torch.dtype, vocabulary: int) -> Tensor:
+    """Room for the gradient in `dtype`, [m, V], of the logits or codes in x: over them where that is possible."""
+    if x.element_size() == dtype.itemsize or (x.element_size() > dtype.itemsize and native.available(x)):
+        return x.view(dtype)[:, :vocabulary]
+    return torch.empty(len(x), vocabulary, dtype=dtype, device=x.device)
 
 
 def has_mixed_matmul(x: Tensor) -> bool:
@@ -173,14 +212,17 @@ def _device_has_mixed_matmul(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """Out = a @ b or out += a @ b, summed in the precision of `out`, float32 where a and b are half precision."""
+    """Out = a @ b or out += a @ b, summed in the precision of `out`, float32 where a and b are half precision.
+
+    `out` may be bfloat16 if nothing is added to: on a CPU that has a mixed matmul it is rounded once, after the sum.
+    """
+    if on_cpu(out) and has_mixed_matmul(a) and native.multiply(a, b, out, add):
+        return out
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    if out.device.type == "cpu":
-        if not native.multiply(a, b, out, add):
-            product = torch.mm(a.to(out.dtype), b.to(out.dtype))
-            out.add_(product) if add else out.copy_(product)
-        return out
+    if on_cpu(out):
+        product = torch.mm(a.to(out.dtype), b.to(out.dtype))
+        return out.add_(product) if add else out.copy_(product)
     if add:
         return out.add_(torch.mm(a, b, out_dtype=out.dtype))
     return torch.mm(a, b, out_dtype=out.dtype, out=out)

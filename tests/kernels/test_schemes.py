@@ -178,16 +178,57 @@ def test_bfloat16_gradients_err_no_more_than_those_of_rounded_logit_gradients(ro
             assert relative(got, want) < 1.15 * relative(peer.bfloat16(), want)
 
 
-def test_kept_log_probs_are_off_by_a_quarter_of_a_thousandth(row_passes):
-    z = torch.randn(3, 4000) * 8
+def decoded(codes, vocabulary):
+    references = rows.references_of(codes, vocabulary).repeat_interleave(native.PANEL, -1)[:, :vocabulary]
+    codes = codes[:, :vocabulary]
+    return torch.where(codes == -32768, -torch.inf, (codes - 32767.0) / 2048 + references)
+
+
+def test_kept_logits_are_off_by_a_quarter_of_a_thousandth(row_passes):
+    z = torch.randn(3, 4003) * 8
     lse = z.logsumexp(-1)
-    codes = torch.empty(z.shape, dtype=torch.int16)
+    codes = torch.empty(3, rows.code_columns(4003), dtype=torch.int16)
     rows.encode(z.clone(), LogitTransform(), lse, codes)
     logp = z - lse[:, None]
-    decoded = codes.float() / 2048 - 16
     large = logp > -31.9
-    assert (decoded - logp)[large].abs().max() < 2.5e-4
-    assert (codes[logp < -32.1] == -32768).all()
+    assert (decoded(codes, 4003) - z)[large].abs().max() < 2.5e-4
+    assert (decoded(codes, 4003)[logp < -32.1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(("n", "width", "vocabulary"), [(1, 2, 1), (7, 6, 64), (200, 2050, 131), (9, 64, 4003)])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_projection_keeps_codes_and_statistics(n, width, vocabulary, transform):
+    x, weight, bias = torch.randn(n, width), torch.randn(vocabulary, width), torch.randn(vocabulary)
+    x, weight, bias = x.bfloat16(), (weight * 2 / width**0.5).bfloat16(), bias.bfloat16()
+    if not native.projects(x, weight):
+        pytest.skip("no compiler, or no bfloat16 on this processor")
+    targets = torch.randint(vocabulary, (n,))
+    # one in another shard of the vocabulary, and one to leave out
+    targets[-1] = vocabulary
+    targets[0] = -1
+    bias[: min(vocabulary - 1, 70)] = -torch.inf
+    z = transform.apply((x.double() @ weight.double().T) + bias)
+    want = naive.token_stats(z, targets.clamp(0, vocabulary - 1), LogitTransform(), -100)
+    want[0, -1], want[4, -1], want[:, 0] = -torch.inf, 0, 0
+    stats = torch.full((5, n), torch.nan)
+    codes = torch.empty(n, rows.code_columns(vocabulary), dtype=torch.int16)
+    rows.project(x, weight, bias, targets, transform, stats, codes)
+    torch.testing.assert_close(stats[:, 1:].double(), want[:, 1:], rtol=1e-6, atol=1e-5)
+    assert not stats[:, 0].any()
+    got, likely = decoded(codes, vocabulary), z - want[1, :, None] > -31
+    likely[0] = False
+    # besides half a step, float32 sums
+    assert torch.where(likely, got - z, 0).abs().max() < 2.5e-4 + 1e-5
+    # in any number of rows, on any number of threads, without codes: bit for bit the same
+    again = torch.empty(5, n)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for part in rows.slices(n, 5):
+            rows.project(x[part], weight, bias, targets[part], transform, again[:, part], None)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(again, stats)
 
 
 @pytest.mark.parametrize(
