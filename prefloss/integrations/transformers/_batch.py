@@ -41,6 +41,9 @@ COUNTS = "prefloss_counts"
 """Examples that each term of the loss counts in the whole optimizer step, on all ranks, and its micro-batches,
 [terms + 1]."""
 
+MISMATCHED = "kl_"
+"""Begins the names of the tokens of prompts with the completions of other examples."""
+
 _OTHERS = ("completion_mask", "label", "scores", "labels", REFERENCE, COUNTS, *_packing.NAMES)
 _HOWS = ("all", "adjacent", "best_worst")
 
@@ -54,12 +57,14 @@ class Structure:
         targets: Token that each position predicts, [rows, T], `IGNORE_INDEX` where nothing is scored.
         items: The other tensors by name.
         packed: The tokens of a batch without padding; then `targets` are the first of each row.
+        mismatched: The same of prompts with the completions of other examples, and what is the model's of those.
     """
 
     kind: type
     targets: Tensor
     items: Mapping[str, Tensor]
     packed: Packed | None = None
+    mismatched: tuple[Structure, dict[str, Any]] | None = None
 
     @classmethod
     def split(cls, inputs: Mapping[str, Any]) -> tuple[Structure, dict[str, Any]]:
@@ -74,12 +79,23 @@ class Structure:
                 f"batch: got {sorted(inputs)}, wanted what PreferenceCollator writes; give the trainer "
                 "data_collator=PreferenceCollator(tokenizer)"
             )
-        own = {*_OTHERS, *(name for names in (*ROWS.values(), *VALUES.values()) for name in names)}
-        items = {name: value for name, value in inputs.items() if name in own}
+        apart = {name: value for name, value in inputs.items() if name.startswith(MISMATCHED)}
+        own = {*_OTHERS, *apart, *(name for names in (*ROWS.values(), *VALUES.values()) for name in names)}
+        items = {name: value for name, value in inputs.items() if name in own and name not in apart}
         of_model = {name: value for name, value in inputs.items() if name not in own}
-        if _packing.SOURCES in inputs:
-            return cls(kind, inputs[_packing.TARGETS], items, Packed.read(inputs)), of_model
-        return cls(kind, completion_targets(inputs["input_ids"], inputs["completion_mask"]), items), of_model
+        found = cls._of_tokens(kind, inputs, items)
+        if apart:
+            tokens = {name.removeprefix(MISMATCHED): value for name, value in apart.items()}
+            other = cls._of_tokens(kind, tokens, {"completion_rows": items["completion_rows"]})
+            rest = {name: value for name, value in tokens.items() if name not in own}
+            found = replace(found, mismatched=(other, rest))
+        return found, of_model
+
+    @classmethod
+    def _of_tokens(cls, kind: type, tokens: Mapping[str, Any], items: Mapping[str, Tensor]) -> Structure:
+        if _packing.SOURCES in tokens:
+            return cls(kind, tokens[_packing.TARGETS], items, Packed.read(tokens))
+        return cls(kind, completion_targets(tokens["input_ids"], tokens["completion_mask"]), items)
 
     @property
     def tokens(self) -> Tensor:
@@ -118,14 +134,14 @@ class Structure:
             return torch.stack([values[side] for side in sides], dim=-1)
         return torch.where(sides[0] >= 0, values[sides[0].clamp(min=0)], float(IGNORE_INDEX))
 
-    def feedback(self, ratios: LogRatios) -> Feedback:
-        """The feedback of the batch from the log-ratios of its rows, [rows]."""
+    def feedback(self, ratios: LogRatios, mismatched: LogRatios | None = None) -> Feedback:
+        """The feedback of the batch from the log-ratios of its rows, [rows], and of mismatched completions."""
         sides = [self.items[name] for name in ROWS[self.kind]]
         values: dict[str, Any] = {name: self.items.get(name) for name in VALUES[self.kind]}
         if self.kind is Pairs:
             return Pairs(ratios[sides[0]], ratios[sides[1]], **values)
         if self.kind is Labels:
-            return Labels(ratios[sides[0]], self.items["label"].bool(), **values)
+            return Labels(ratios[sides[0]], self.items["label"].bool(), mismatched=mismatched, **values)
         return Rankings(ratios[sides[0].clamp(min=0)], self.items["scores"], mask=sides[0] >= 0, **values)
 
     def blank(self) -> Feedback:

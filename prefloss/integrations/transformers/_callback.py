@@ -27,7 +27,7 @@ class PreferenceLossCallback(LossCallback):
 
     With gradient accumulation and several processes, an optimizer step minimises the mean over all examples of the step
     that the loss counts, however they fall into micro-batches. A loss that looks across its batch (`spec.separable` is
-    False, such as `aot`) looks across one micro-batch.
+    False, such as `aot`) looks across one micro-batch of all processes.
 
     `Trainer.evaluate` gives the loss and TRL's metrics (`eval_rewards/accuracies` and others) as means over the whole
     evaluation; `Trainer.predict` gives each completion's log-prob under policy and reference, nats.

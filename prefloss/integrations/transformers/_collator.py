@@ -14,7 +14,7 @@ from prefloss.data._errors import DataError
 from prefloss.data._tokens import Encoded, pad
 from prefloss.data.kinds import Kind
 from prefloss.feedback import Labels, Pairs, Rankings
-from prefloss.integrations.transformers._batch import REFERENCE, VALUES, Structure
+from prefloss.integrations.transformers._batch import MISMATCHED, REFERENCE, VALUES, Structure
 from prefloss.integrations.transformers._examples import Example, read_example
 from prefloss.integrations.transformers._packing import pack
 from prefloss.logratios import IGNORE_INDEX
@@ -49,6 +49,8 @@ class PreferenceCollator:
             "packed": no padding, sequence after sequence in one row. "shared_prefix": the same, and completions of the
             same prompt follow it in one sequence, so that it is computed once; each attends to the prompt and itself.
             A model that cannot do so (state-space layers, attention without masks) gets padded rows, with a warning.
+        mismatched: Whether to score each prompt of labelled data with the completion of the next example, too: KTO's
+            estimate of the KL. Costs two more forward passes; needs batches of two examples or more.
 
     Attributes:
         seen: Counts so far, in this process: `examples`, `identical` (two completions of a prompt are the same),
@@ -70,6 +72,7 @@ class PreferenceCollator:
         pad_token_id: int | None = None,
         max_length: int | None = None,
         layout: Layout = "padded",
+        mismatched: bool = False,
     ) -> None:
         whole = isinstance(max_length, int) and not isinstance(max_length, bool)
         if max_length is not None and (not whole or max_length < 2):
@@ -82,6 +85,7 @@ class PreferenceCollator:
             raise ValueError(f"layout: got {layout!r}, wanted one of {', '.join(map(repr, _LAYOUTS))}")
         self.max_length = max_length
         self.layout = layout
+        self.mismatched = mismatched
         self.seen: Counter[str] = Counter()
         self._warned: set[str] = set()
 
@@ -94,7 +98,8 @@ class PreferenceCollator:
             `rejected_rows` [pairs] (chosen rows come first), `completion_rows` and `label` [n], or `group_rows` and
             `scores` [groups, K] (-1 and 0 where a group has fewer); the optional feedback under its column's name
             (`scores` for `score`); `ref_logps` [rows]; and `labels` [examples], 1 or -100, as transformers' trainer
-            counts examples that can be compared.
+            counts examples that can be compared. With `mismatched`, the same tokens again under names that begin with
+            `kl_`.
 
         Raises:
             ValueError: If an example is not what its columns say, or unlike the others.
@@ -116,6 +121,8 @@ class PreferenceCollator:
             batch[REFERENCE] = torch.tensor(
                 [(read[i].reference or ())[j] for i, j in order], dtype=torch.float32
             )
+        if self.mismatched:
+            batch |= self._next_completions(read, kind)
         structure, _ = Structure.split(batch)
         self.seen["truncated_away"] += int((structure.tokens == 0).sum())
         batch["labels"] = torch.where(structure.blank().valid, 1, IGNORE_INDEX)
@@ -125,6 +132,19 @@ class PreferenceCollator:
         if self.layout == "padded":
             return pad([rows[i][j] for i, j in order], self.pad_token_id, self.max_length)
         return pack(rows, order, self.layout == "shared_prefix", self.max_length)
+
+    def _next_completions(self, read: list[Example], kind: type) -> dict[str, Tensor]:
+        if kind is not Labels:
+            raise DataError(f"mismatched: got data of {read[0].kind}, wanted labelled completions")
+        if len(read) < 2:
+            raise DataError(
+                "mismatched: got a batch of one example, wanted two or more; or leave mismatched False and choose "
+                "kl_baseline='running_mean', which works at any batch size"
+            )
+        following = [*read[1:], read[0]]
+        rows = [[(one.rows[0][0], other.rows[0][1])] for one, other in zip(read, following, strict=True)]
+        tokens = self._tokens(rows, [(i, 0) for i in range(len(rows))])
+        return {MISMATCHED + name: value for name, value in tokens.items()}
 
     def _notice(self, read: list[Example]) -> None:
         end = getattr(self.tokenizer, "eos_token_id", None)

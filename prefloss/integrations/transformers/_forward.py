@@ -84,8 +84,8 @@ def model_logps(
         )
         found.append(logps if positions is None else _spread(logps, targets))
         probe = torch.tensor(_PROBE, dtype=weight.dtype, device=hidden.device)
-        # DDP looks for the parameters in use from the model's outputs, so these must lead to the log-probs; where()
-        # hands on nothing of them, not even NaN.
+        # DDP looks for the parameters in use from the model's outputs, so these must lead to the log-probs (see
+        # _Through, too); where() hands on nothing of them, not even NaN.
         probe = torch.where(torch.zeros_like(probe, dtype=torch.bool), found[-1].sum().to(probe.dtype), probe)
         return probe.expand(*hidden.shape[:-1], len(_PROBE))
 
@@ -94,7 +94,24 @@ def model_logps(
     if len(found) != 1:
         raise TypeError(f"model: got {len(found)} calls of the output head in a forward pass, wanted one")
     _check_transform(spec, outputs.logits, type(unwrapped(model)).__name__)
-    return ModelLogps(found[0], getattr(outputs, "aux_loss", None))
+    return ModelLogps(_Through.apply(found[0], outputs.logits), getattr(outputs, "aux_loss", None))
+
+
+class _Through(torch.autograd.Function):
+    """Log-probs as they are; in the backward pass the model's output has its gradient, 0, before them.
+
+    FSDP and DeepSpeed bring a module's weights back when its output gets a gradient. The log-probs left the head by
+    another way; so they wait for that of its output, which the probe makes depend on them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, logits: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        return logps.view_as(logps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, torch.zeros((), dtype=ctx.dtype, device=grad.device).expand(ctx.shape)
 
 
 def _at_targets(hidden: Tensor, targets: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:

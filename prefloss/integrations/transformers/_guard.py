@@ -92,6 +92,13 @@ def check_items(loss: Loss, structure: Structure, cached: bool) -> None:
             raise ValueError(
                 f"column {column!r}: {loss.name} does not read it; take it out of the data, or choose a loss that does"
             )
+    if structure.mismatched is not None and not any(
+        "mismatched" in term.spec.reads and term.params.get("kl_baseline") in ("auto", "mismatched")
+        for _, term in terms_of(loss)
+    ):
+        raise ValueError(
+            f"mismatched: {loss!r} does not read mismatched completions; wanted PreferenceCollator(mismatched=False)"
+        )
     if REFERENCE in items and not cached:
         raise ValueError(
             "columns ref_*logps: got reference log-probs with the data, but the reference is computed; choose "

@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from prefloss import diagnostics
 from prefloss.diagnostics import Stat
 from prefloss.feedback import Feedback
-from prefloss.integrations._finite import check_finite
+from prefloss._finite import check_finite
 from prefloss.integrations.transformers import _guard, _metrics, _step_zero, _world
-from prefloss.integrations.transformers._batch import COUNTS, Structure, as_wanted, counts, terms_of
+from prefloss.integrations.transformers._batch import (
+    COUNTS,
+    Structure,
+    as_wanted,
+    counts,
+    looks_across,
+    terms_of,
+)
 from prefloss.integrations.transformers._forward import unwrapped
+from prefloss.integrations.transformers._gather import gathered
 from prefloss.integrations.transformers._reference import Reference
 from prefloss.integrations.transformers._score import score
 from prefloss.logratios import LogRatios
@@ -79,14 +87,21 @@ def compute(
     loss, reference, pairs, autocast = setting
     structure, inputs = Structure.split(inputs)
     _guard.check_items(loss, structure, reference.kind == "cached")
+    apart = _mismatched(setting, model, structure)
     # The reference first: switching adapters must not come between the policy's forward and backward.
     known = reference.logps(autocast, model, inputs, structure)
     policy, aux_loss = score(model, structure, inputs)
     ratios = _ratios(loss, structure, policy, known)
     own = structure if examples is None else structure.first(examples)
-    feedback = own.feedback(ratios)
+    feedback = own.feedback(ratios, apart)
     seen = as_wanted(feedback, loss, pairs)
-    loss.reduce_over(_world.all_sum)
+    own_counts = counts(loss, seen)
+    if looks_across(loss):
+        # Then every process holds all examples, and states need not be summed over them.
+        seen = gathered(seen)
+        loss.reduce_over(torch.clone)
+    else:
+        loss.reduce_over(_world.all_sum)
     judged = False
     if check_step_zero and known is not None:
         found = _world.all_sum(_step_zero.distance(policy, known, structure.targets >= 0))
@@ -97,8 +112,11 @@ def compute(
     evaluated = loss.train(model.training).evaluate(seen)
     check_finite(loss, evaluated.terms, seen)
     here = counts(loss, seen)
+    whole = structure.items.get(COUNTS)
+    if whole is None and model.training:
+        whole = _world.all_sum(_with_one(own_counts))
     router = router_weight(unwrapped(model))
-    total = _share(loss, evaluated, here, structure.items.get(COUNTS), model.training, router, aux_loss)
+    total = _share(loss, evaluated, here, whole, router, aux_loss)
     figures = {
         **diagnostics.metrics(feedback, beta=loss.beta or 1.0),
         **_metrics.losses(evaluated.means, here, aux_loss if router else None),
@@ -145,6 +163,26 @@ def _ratios(loss: Loss, structure: Structure, policy: Tensor, reference: Tensor 
     return LogRatios(summed.policy, reference, summed.tokens)
 
 
+def _mismatched(setting: Setting, model: nn.Module, structure: Structure) -> LogRatios | None:
+    """Log-ratios of prompts with the completions of other examples, without gradient; None if the batch has none.
+
+    Raises:
+        ValueError: If the reference is a cache, which knows the batch's own rows only.
+    """
+    if structure.mismatched is None:
+        return None
+    if setting.reference.kind in ("cached", "table", "none"):
+        raise ValueError(
+            f"mismatched: got {setting.reference!r}, which gives no log-probs of mismatched completions; wanted a "
+            "reference that is computed, or PreferenceCollator(..., mismatched=False) and "
+            "kl_baseline='running_mean'"
+        )
+    other, inputs = structure.mismatched
+    with torch.no_grad():
+        known = setting.reference.logps(setting.autocast, model, inputs, other)
+        return LogRatios.from_token_logps(score(model, other, inputs).logps, other.targets >= 0, known)
+
+
 def _given(
     loss: Loss, structure: Structure, ratios: LogRatios, pairs: str | None
 ) -> Callable[[bool], Feedback]:
@@ -166,14 +204,12 @@ def _share(
     evaluated: Evaluation,
     here: Tensor,
     whole: Tensor | None,
-    training: bool,
     router: float,
     aux_loss: Tensor | None,
 ) -> Tensor:
-    """The batch's share of the mean over the optimizer step, or its own mean in evaluation."""
-    if not training:
+    """The batch's share of the mean over the optimizer step, `whole`, or its own mean in evaluation."""
+    if whole is None:
         return evaluated.mean if aux_loss is None or not router else evaluated.mean + router * aux_loss
-    whole = _world.all_sum(_with_one(here)) if whole is None else whole
     # Gradients are averaged over the ranks, so each gives its share as many times as there are ranks.
     share = here.clamp(min=1) / whole[:-1].clamp(min=1) * _world.size()
     weighted = [
