@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers.utils import logging
 
+from prefloss.diagnosis import Thresholds, config_of
 from prefloss.integrations._callback import LossCallback
 from prefloss.integrations.transformers import _batch, _binding, _guard
 from prefloss.integrations.transformers._objective import PreferenceObjective
@@ -38,6 +39,8 @@ class PreferenceLossCallback(LossCallback):
         check_step_zero: Stop if policy and reference differ at the first batch of a fresh training. False where they
             need not coincide: a policy trained further than its reference, a reference that is another model.
         pairs: How rankings become pairs for a pair loss: "all", "adjacent" or "best_worst".
+        diagnose: Whether to watch the training and say what goes wrong, see `prefloss.diagnosis`: `Thresholds`, True
+            for the default ones, or False.
         **hyperparameters: Of the loss, if given by name.
 
     Raises:
@@ -58,11 +61,17 @@ class PreferenceLossCallback(LossCallback):
         reference: Any = None,
         check_step_zero: bool = True,
         pairs: str | None = None,
+        diagnose: Thresholds | Mapping[str, Any] | bool | None = True,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
         self._objective = PreferenceObjective(
-            loss, reference=reference, check_step_zero=check_step_zero, pairs=pairs, **hyperparameters
+            loss,
+            reference=reference,
+            check_step_zero=check_step_zero,
+            pairs=pairs,
+            diagnose=diagnose,
+            **hyperparameters,
         )
         self._bound = False
         _binding.install(PreferenceLossCallback)
@@ -88,6 +97,8 @@ class PreferenceLossCallback(LossCallback):
         # A resumed policy has left its reference, and so has one that trains a second time.
         self._objective.fresh = self._objective.check_step_zero and not state.global_step and not self._used
         self._objective.forget_metrics()
+        # What a diagnosis says names the trainer's steps.
+        self._objective.steps = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the loss's schedules on; stop a training that goes around the loss.
@@ -112,6 +123,7 @@ class PreferenceLossCallback(LossCallback):
                 "reference": self.reference.config(),
                 "check_step_zero": self._objective.check_step_zero,
                 "pairs": self._objective.pairs,
+                "diagnose": config_of(self._objective.diagnosis),
             },
             "attributes": {"loss_state": self.loss_state},
         }
@@ -147,7 +159,7 @@ class PreferenceLossCallback(LossCallback):
             self._bound = True
         counted = _batch.COUNTS in inputs
         result = self._objective(
-            model, inputs, examples=None if model.training else _unrepeated(trainer, inputs)
+            model, inputs, examples=None if model.training else unrepeated(trainer, inputs)
         )
         if not model.training:
             return result.outputs
@@ -179,7 +191,7 @@ class PreferenceLossCallback(LossCallback):
         return f"{type(self).__name__}({self.loss!r}, reference={self.reference!r})"
 
 
-def _unrepeated(trainer: Any, inputs: Any) -> int | None:
+def unrepeated(trainer: Any, inputs: Any) -> int | None:
     """How many examples of an evaluation batch are this rank's own.
 
     accelerate fills the last batches up with examples from the start of the data, so that all ranks have as many.

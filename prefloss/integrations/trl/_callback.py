@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers.utils import logging
 from trl import DPOTrainer, KTOTrainer
 
+from prefloss.diagnosis import Diagnosis, Thresholds, config_of
 from prefloss.integrations import _callback
 from prefloss.integrations._callback import LossCallback
-from prefloss.integrations.trl import _kernel, _options, _step
+from prefloss.integrations.transformers import PreferenceObjective
+from prefloss.integrations.trl import _kernel, _options, _own, _step
 from prefloss.losses import Loss, get
 
 logger = logging.get_logger(__name__)
@@ -38,6 +40,8 @@ class PreferenceLossCallback(LossCallback):
         kernel: Who turns hidden states into log-probs: "trl" leaves that to TRL; "prefloss" computes them with
             `prefloss.linear_token_logps`, of completion tokens alone, and TRL's metrics with them. References that TRL
             computes beforehand while it builds the trainer are scored likewise if the callback is in it by then.
+        diagnose: Whether to watch the training and say what goes wrong, see `prefloss.diagnosis`: `Thresholds`, True
+            for the default ones, or False.
         **parameters: Its hyperparameters, if given by name.
 
     Raises:
@@ -49,7 +53,14 @@ class PreferenceLossCallback(LossCallback):
     computes_for = "TRL's"
     _wraps_classes = True
 
-    def __init__(self, loss: str | Loss, *, kernel: str = "trl", **parameters: Any) -> None:
+    def __init__(
+        self,
+        loss: str | Loss,
+        *,
+        kernel: str = "trl",
+        diagnose: Thresholds | Mapping[str, Any] | bool | None = True,
+        **parameters: Any,
+    ) -> None:
         super().__init__()
         _kernel.check_kernel(kernel)
         if isinstance(loss, Loss):
@@ -61,7 +72,9 @@ class PreferenceLossCallback(LossCallback):
         self._name, self._parameters = loss, parameters
         self._loss = get(loss, **parameters)
         self._kernel = kernel
+        self._diagnosis = Diagnosis.of(self._loss, diagnose)
         self._inside = self._scored_references = False
+        self._objective: PreferenceObjective | None = None
         if self._wraps_classes:
             _install()
 
@@ -88,11 +101,23 @@ class PreferenceLossCallback(LossCallback):
         self._check_used()
         self._loss.train().step()
 
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Say what goes wrong in the training."""
+        if self._diagnosis is not None and logs and "loss" in logs:
+            self._diagnosis.judge(state.global_step)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps (transformers' `ExportableState`)."""
         config = self._loss.config()
         return {
-            "args": {"loss": config.pop("name"), "kernel": self._kernel, **config},
+            "args": {
+                "loss": config.pop("name"),
+                "kernel": self._kernel,
+                "diagnose": config_of(self._diagnosis),
+                **config,
+            },
             "attributes": {"loss_state": self.loss_state},
         }
 
@@ -104,11 +129,18 @@ class PreferenceLossCallback(LossCallback):
         if not self._is_new(args):
             return
         self._loss = _options.resolve(args, self._name, self._parameters)
+        if self._diagnosis is not None:
+            self._diagnosis.loss = self._loss
         self._args = args
         logger.info(f"prefloss trains this model with {self._loss!r}")
 
     def _compute(self, trainer: Any, own: Callable[..., Any], inputs: Any, return_outputs: bool) -> Any:
         self._bind(trainer.args)
+        if _own.made(inputs):
+            self._objective = self._objective or _own.objective(trainer, self._loss)
+            self._used = True
+            loss, returned = _own.compute_loss(trainer, self._objective, inputs)
+            return returned if return_outputs else loss
         if self._kernel == "prefloss" and not self._scored_references and _kernel.mixes_kernels(trainer):
             raise ValueError(
                 "kernel: got 'prefloss', but the reference log-probs were computed beforehand by TRL's kernel in half "
@@ -118,7 +150,7 @@ class PreferenceLossCallback(LossCallback):
         self._used = self._inside = True
         try:
             with _kernel.scoring(self._kernel):
-                loss, returned = _step.compute_loss(trainer, self._loss, own, inputs)
+                loss, returned = _step.compute_loss(trainer, self._loss, own, inputs, self._diagnosis)
         finally:
             self._inside = False
         return (loss, returned[1]) if return_outputs else loss
@@ -129,7 +161,12 @@ class PreferenceLossCallback(LossCallback):
 
 
 def attach(
-    trainer: Any, loss: str | Loss, *, kernel: str = "trl", **parameters: Any
+    trainer: Any,
+    loss: str | Loss,
+    *,
+    kernel: str = "trl",
+    diagnose: Thresholds | Mapping[str, Any] | bool | None = True,
+    **parameters: Any,
 ) -> PreferenceLossCallback:
     """Train this trainer with a prefloss loss, from now on.
 
@@ -137,6 +174,7 @@ def attach(
         trainer: A DPOTrainer or KTOTrainer.
         loss: As for `PreferenceLossCallback`.
         kernel: As for `PreferenceLossCallback`; references that the trainer computed beforehand stay as they are.
+        diagnose: As for `PreferenceLossCallback`.
         **parameters: As for `PreferenceLossCallback`.
 
     Returns:
@@ -149,7 +187,7 @@ def attach(
             attached already.
         RuntimeError: If `kernel` is "prefloss" and this TRL scores completions in an unknown way.
     """
-    callback = _AttachedCallback(loss, kernel=kernel, **parameters)
+    callback = _AttachedCallback(loss, kernel=kernel, diagnose=diagnose, **parameters)
     owner = next(item for item in type(trainer).__mro__ if "compute_loss" in item.__dict__)
     if isinstance(trainer, DPOTrainer | KTOTrainer) and owner not in (DPOTrainer, KTOTrainer):
         # Wrapping the instance would go around whatever the override does; the callback sits beneath it.
@@ -233,4 +271,19 @@ def _asking_for_the_kernel(own: Any) -> Any:
     return _kernel.references_by(own, kernel_of)
 
 
-_WRAPPED = {"compute_loss": _asking_the_callbacks, "_precompute_ref_logps": _asking_for_the_kernel}
+def _scoring_own_batches(own: Any) -> Any:
+    @functools.wraps(own)
+    def compute_ref_log_probs(self: Any, model: Any, inputs: Any) -> Any:
+        if attached(self) is None or not _own.made(inputs):
+            return own(self, model, inputs)
+        return _own.reference_sums(self, model, inputs)
+
+    compute_ref_log_probs._prefloss = True  # type: ignore[attr-defined]
+    return compute_ref_log_probs
+
+
+_WRAPPED = {
+    "compute_loss": _asking_the_callbacks,
+    "compute_ref_log_probs": _scoring_own_batches,
+    "_precompute_ref_logps": _asking_for_the_kernel,
+}
