@@ -68,20 +68,22 @@ class PreferenceObjective:
         self._policy: nn.Module | None = None
         self._totals = {True: _metrics.Totals(), False: _metrics.Totals()}
 
-    def count(self, batches: Sequence[dict[str, Any]]) -> None:
+    def count(self, batches: Sequence[dict[str, Any]], *, over_processes: bool = True) -> None:
         """Tell the micro-batches of an optimizer step, before the first of them is used, what the whole step counts.
 
         Every process must call this at every step.
 
         Args:
             batches: The micro-batches of this process, which get one more item.
+            over_processes: False where processes cannot talk yet, as in a data loader; the item `prefloss_counts` must
+                then be summed over them before a batch is used.
 
         Raises:
             ValueError: If there are none, or one was not made by a `PreferenceCollator`.
         """
         if not batches:
             raise ValueError("batches: got none, wanted the micro-batches of an optimizer step")
-        _step.count(self._setting, batches)
+        _step.count(self._setting, batches, over_processes=over_processes)
 
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Any], *, examples: int | None = None

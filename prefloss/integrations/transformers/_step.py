@@ -127,18 +127,21 @@ def compute(
     return Result(total, outputs, figures, judged)
 
 
-def count(setting: Setting, batches: Sequence[dict[str, Any]]) -> None:
-    """Tell every micro-batch of an optimizer step how many examples the whole step counts, on all ranks.
+def count(setting: Setting, batches: Sequence[dict[str, Any]], *, over_processes: bool = True) -> None:
+    """Tell every micro-batch of an optimizer step how many examples the whole step counts.
 
     Args:
         setting: Loss and reference.
         batches: The micro-batches, which get one more item.
+        over_processes: Whether on all ranks, or on this one.
     """
     found = []
     for batch in batches:
         feedback = as_wanted(Structure.split(batch)[0].blank(), setting.loss, setting.pairs)
         found.append(_with_one(counts(setting.loss, feedback)))
-    total = _world.all_sum(torch.stack(found).sum(0))
+    total = torch.stack(found).sum(0)
+    if over_processes:
+        total = _world.all_sum(total)
     for batch in batches:
         batch[COUNTS] = total
 
