@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prefloss.integrations.transformers._head import HeadSpec
+from prefloss.kernels import vocab_parallel
 from prefloss.logprobs import linear_token_logps
 from prefloss.logratios import IGNORE_INDEX
 
@@ -69,25 +70,16 @@ def model_logps(
     spec = HeadSpec.of(unwrapped(model))
     found: list[Tensor] = []
 
-    def score(hidden: Tensor) -> Tensor:
-        weight, bias = spec.weight_and_bias()
-        at_targets, wanted = _at_targets(hidden, targets, positions)
-        logps = linear_token_logps(
-            at_targets.to(weight.dtype),
-            weight,
-            wanted.to(weight.device),
-            bias=bias,
-            temperature=temperature,
-            logit_scale=spec.logit_scale,
-            softcap=spec.softcap,
-            impl=impl,  # type: ignore[arg-type]
-        )
+    def score(hidden: Any) -> Any:
+        whole = hidden.full_tensor() if hasattr(hidden, "full_tensor") else hidden
+        at_targets, wanted = _at_targets(whole, targets, positions)
+        logps = _head_logps(spec, at_targets, wanted, temperature, impl)
         found.append(logps if positions is None else _spread(logps, targets))
-        probe = torch.tensor(_PROBE, dtype=weight.dtype, device=hidden.device)
+        probe = torch.tensor(_PROBE, dtype=_dtype(spec), device=whole.device)
         # DDP looks for the parameters in use from the model's outputs, so these must lead to the log-probs (see
         # _Through, too); where() hands on nothing of them, not even NaN.
         probe = torch.where(torch.zeros_like(probe, dtype=torch.bool), found[-1].sum().to(probe.dtype), probe)
-        return probe.expand(*hidden.shape[:-1], len(_PROBE))
+        return _like(hidden, probe.expand(*whole.shape[:-1], len(_PROBE)))
 
     with _standing_in(spec.module, score):
         outputs = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
@@ -112,6 +104,45 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return grad, torch.zeros((), dtype=ctx.dtype, device=grad.device).expand(ctx.shape)
+
+
+def _head_logps(spec: HeadSpec, hidden: Tensor, targets: Tensor, temperature: float, impl: str) -> Tensor:
+    """Log-probs of targets from hidden states, by the whole head or by each process's part of it."""
+    transform: dict[str, Any] = {
+        "temperature": temperature,
+        "logit_scale": spec.logit_scale,
+        "softcap": spec.softcap,
+    }
+    shard = spec.shard()
+    if shard is not None:
+        weight, bias = shard
+        return vocab_parallel.linear_token_logps(
+            hidden.to(weight.dtype), weight, targets.to(hidden.device), bias=bias, **transform
+        )
+    weight, bias = spec.weight_and_bias()
+    return linear_token_logps(
+        hidden.to(weight.dtype),
+        weight,
+        targets.to(weight.device),
+        bias=bias,
+        impl=impl,  # type: ignore[arg-type]
+        **transform,
+    )
+
+
+def _dtype(spec: HeadSpec) -> torch.dtype:
+    module: Any = spec.module
+    return getattr(module, "base_layer", module).weight.dtype
+
+
+def _like(hidden: Any, probe: Tensor) -> Any:
+    """The probe as the hooks of a tensor-parallel head expect its output: on a mesh, if the input came on one."""
+    if not hasattr(hidden, "device_mesh"):
+        return probe
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = hidden.device_mesh
+    return DTensor.from_local(probe, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _at_targets(hidden: Tensor, targets: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:

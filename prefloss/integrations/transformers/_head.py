@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,12 @@ class HeadSpec:
             raise TypeError(f"model: got an output head {name} with {kind}, wanted a floating-point one")
         return _whole(weight), _whole(getattr(module, "bias", None))
 
+    def shard(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of a head whose vocabulary tensor parallelism divides among processes; None for others."""
+        module: Any = self.module
+        weight = getattr(module, "weight", None)
+        return (weight, getattr(module, "bias", None)) if _by_vocabulary(weight) else None
+
     def transformed(self, logits: Tensor) -> Tensor:
         """What the model makes of the head's output."""
         logits = logits * self.logit_scale
@@ -103,6 +109,14 @@ def _with_lora(module: Any) -> tuple[Tensor, Tensor | None]:
         low, high = _whole(module.lora_A[name].weight), _whole(module.lora_B[name].weight)
         weight = weight + (module.scaling[name] * (high @ low)).to(weight.dtype)
     return weight, bias
+
+
+def _by_vocabulary(weight: Any) -> TypeGuard[Tensor]:
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or mesh.ndim != 1 or mesh.size() == 1:
+        return False
+    (placement,) = weight.placements
+    return placement.is_shard(0)
 
 
 def _whole(tensor: Any) -> Any:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from prefloss.integrations.transformers import PreferenceCollator, PreferenceObjective, Reference
@@ -77,6 +79,9 @@ def wrapped(policy, how):
         if how == "fsdp2, head apart":
             fully_shard(policy.lm_head, mesh=mesh)
         fully_shard(policy, mesh=mesh)
+    if how == "head by vocabulary":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        parallelize_module(policy, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
     return policy
 
 
@@ -88,6 +93,9 @@ def trained(case, how="alone", rank=0, size=1, steps=2, accumulate=1):
     model = wrapped(policy, how).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     collate = PreferenceCollator(mismatched=objective.loss.name == "kto" and "running" not in loss, **options)
+    if how == "head by vocabulary":
+        # Both processes have every example, and half of the head.
+        rank, size = 0, 1
     share = len(data) // size // accumulate
     figures = {}
     for _ in range(steps):
