@@ -24,8 +24,8 @@ class Totals:
         for name, stat in found.items():
             self._stats[name] = self._stats[name] + stat if name in self._stats else stat
 
-    def take(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over all batches and ranks since the last call, without those that counted nothing.
+    def take(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
+        """Sums and counts over all batches and ranks since the last call.
 
         Args:
             all_sum: Sums a tensor over the ranks. Every rank must call this, with the same figures.
@@ -37,8 +37,14 @@ class Totals:
         mine = torch.stack(
             [torch.stack([stats[name].sum.double(), stats[name].count.double()]) for name in names]
         )
-        found = dict(zip(names, all_sum(mine).tolist(), strict=True))
-        return {name: total / count for name, (total, count) in found.items() if count}
+        return {
+            name: (total, count) for name, (total, count) in zip(names, all_sum(mine).tolist(), strict=True)
+        }
+
+
+def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Means of sums and counts, without those that counted nothing."""
+    return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 def losses(means: Mapping[str, Tensor], counts: Tensor, aux_loss: Tensor | None) -> dict[str, Stat]:

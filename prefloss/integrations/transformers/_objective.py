@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from prefloss.diagnosis import NAMES, Diagnosis, Thresholds
 from prefloss.integrations.transformers import _batch, _guard, _metrics, _step, _world
 from prefloss.integrations.transformers._forward import unwrapped
 from prefloss.integrations.transformers._reference import CHOICES, Reference
@@ -30,6 +31,8 @@ class PreferenceObjective:
         pairs: How rankings become pairs for a pair loss: "all", "adjacent" or "best_worst".
         autocast: Makes the context that a reference model computes in, such as `accelerator.autocast`, where the
             policy's own forward brings it along.
+        diagnose: Whether to watch the training and say what goes wrong, see `prefloss.diagnosis`: `Thresholds`, True
+            for the default ones, or False.
         **hyperparameters: Of the loss, if given by name.
 
     Raises:
@@ -49,6 +52,7 @@ class PreferenceObjective:
         check_step_zero: bool = True,
         pairs: str | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        diagnose: Thresholds | Mapping[str, Any] | bool | None = True,
         **hyperparameters: Any,
     ) -> None:
         if isinstance(loss, Loss) and hyperparameters:
@@ -63,6 +67,7 @@ class PreferenceObjective:
         self.pairs = pairs
         self.check_step_zero = check_step_zero
         self.autocast = autocast
+        self.diagnosis = Diagnosis.of(self.loss, diagnose)
         self.fresh = check_step_zero
         self.steps = 0
         self._policy: nn.Module | None = None
@@ -139,15 +144,24 @@ class PreferenceObjective:
         Args:
             training: Of the batches in training mode, or of the others.
         """
-        means = self._totals[training].take(_world.all_sum)
+        sums = self._totals[training].take(_world.all_sum)
+        watched = {name: sums.pop(name) for name in NAMES & sums.keys()}
+        means = _metrics.means(sums)
         terms = {
             name: weight
             for name, (weight, _) in zip(self._term_names(), _batch.terms_of(self.loss), strict=True)
         }
         router = 0.0 if self._policy is None else _step.router_weight(self._policy)
         loss = _metrics.total_loss(means, terms, router)
-        found = _metrics.named(means)
+        found = _metrics.named({**means, **self._diagnosed(watched)} if training else means)
         return found if loss is None else {**found, "loss": loss}
+
+    def _diagnosed(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        if self.diagnosis is None:
+            return {}
+        self.diagnosis.add(sums)
+        self.diagnosis.judge(self.steps)
+        return self.diagnosis.shown()
 
     def forget_metrics(self) -> None:
         """Start the training figures anew."""
@@ -164,7 +178,7 @@ class PreferenceObjective:
 
     @property
     def _setting(self) -> _step.Setting:
-        return _step.Setting(self.loss, self.reference, self.pairs, self.autocast)
+        return _step.Setting(self.loss, self.reference, self.pairs, self.autocast, self.diagnosis)
 
     def _term_names(self) -> list[str]:
         return list(getattr(self.loss, "_keys", [self.loss.name]))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prefloss import diagnostics
+from prefloss._finite import check_finite
+from prefloss.diagnosis import Diagnosis
 from prefloss.diagnostics import Stat
 from prefloss.feedback import Feedback
-from prefloss._finite import check_finite
 from prefloss.integrations.transformers import _guard, _metrics, _step_zero, _world
 from prefloss.integrations.transformers._batch import (
     COUNTS,
@@ -38,12 +39,14 @@ class Setting(NamedTuple):
         reference: Where reference log-probs come from.
         pairs: How rankings become pairs, or None.
         autocast: Makes the context that a reference model computes in.
+        diagnosis: What watches training batches, or None.
     """
 
     loss: Loss
     reference: Reference
     pairs: str | None
     autocast: Callable[[], AbstractContextManager[Any]]
+    diagnosis: Diagnosis | None = None
 
 
 class Result(NamedTuple):
@@ -82,9 +85,9 @@ def compute(
         ValueError: If the batch lacks something that the loss needs, or has something that it does not read.
         TypeError: If the feedback is of a kind that does not give what the loss takes.
         RuntimeError: If policy and reference should coincide and do not.
-        FloatingPointError: If the loss of an example is not finite.
+        FloatingPointError: If the loss of an example is not finite, or its gradient.
     """
-    loss, reference, pairs, autocast = setting
+    loss, reference, pairs, autocast, diagnosis = setting
     structure, inputs = Structure.split(inputs)
     _guard.check_items(loss, structure, reference.kind == "cached")
     apart = _mismatched(setting, model, structure)
@@ -121,6 +124,8 @@ def compute(
         **diagnostics.metrics(feedback, beta=loss.beta or 1.0),
         **_metrics.losses(evaluated.means, here, aux_loss if router else None),
     }
+    if diagnosis is not None and model.training:
+        figures |= diagnosis.figures(feedback, seen, evaluated)
     outputs = {"loss": total, "logps": structure.per_example(ratios.policy.detach())}
     if ratios.reference is not None:
         outputs["ref_logps"] = structure.per_example(ratios.reference)

@@ -8,17 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefloss.diagnosis import NAMES, Diagnosis
 from prefloss.diagnostics import Stat
 
 
-def log_diagnostics(trainer: Any, found: Mapping[str, Stat]) -> None:
-    """Log the figures that TRL does not log itself, as means over the examples of all ranks."""
+def log_diagnostics(trainer: Any, found: Mapping[str, Stat], diagnosis: Diagnosis | None) -> None:
+    """Log the figures that TRL does not log itself, as means over the examples of all ranks.
+
+    Args:
+        trainer: The trainer.
+        found: Sums and counts of the batch on this rank.
+        diagnosis: Takes its own ones of them, and has its own memory; or None.
+    """
     own = {name: stat for name, stat in found.items() if not name.startswith(("rewards/", "logps/"))}
     mine = torch.stack([torch.stack([stat.sum.float(), stat.count.float()]) for stat in own.values()])
     summed = trainer.accelerator.reduce(mine, reduction="sum")
-    for name, (total, count) in zip(own, summed.tolist(), strict=True):
+    sums = {name: (total, count) for name, (total, count) in zip(own, summed.tolist(), strict=True)}
+    for name in sums.keys() - NAMES:
+        total, count = sums[name]
         if count:
             _logged(trainer)[f"prefloss/{name}"].append(total / count)
+    if diagnosis is not None and trainer.model.training:
+        diagnosis.add({name: sums[name] for name in NAMES & sums.keys()})
+        for name, value in diagnosis.shown().items():
+            # One value, over the batches that the diagnosis remembers.
+            _logged(trainer)[f"prefloss/{name}"] = [value]
 
 
 def log_terms(trainer: Any, means: Mapping[str, Tensor]) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from trl import KTOTrainer
 
 from prefloss import diagnostics
+from prefloss._finite import check_finite
+from prefloss.diagnosis import Diagnosis
 from prefloss.feedback import Labels, Pairs
-from prefloss.integrations._finite import check_finite
 from prefloss.integrations.trl import _guard, _metrics, _options
 from prefloss.integrations.trl._collate import ITEMS
 from prefloss.integrations.trl._record import Pass, assign, log_ratios, masked_labels, recorded
@@ -22,7 +23,11 @@ from prefloss.losses import Loss
 
 
 def compute_loss(
-    trainer: Any, loss: Loss, own: Callable[[Mapping[str, Any]], Any], inputs: Mapping[str, Any]
+    trainer: Any,
+    loss: Loss,
+    own: Callable[[Mapping[str, Any]], Any],
+    inputs: Mapping[str, Any],
+    diagnosis: Diagnosis | None = None,
 ) -> tuple[Tensor, Any]:
     """The loss of a batch, and whatever TRL's own `compute_loss` returned for it. Logs prefloss's diagnostics.
 
@@ -31,10 +36,11 @@ def compute_loss(
         loss: The loss to train with.
         own: TRL's own `compute_loss` as a function of the batch.
         inputs: The batch.
+        diagnosis: What watches training batches, or None.
 
     Raises:
         ValueError: If the batch carries an item that the loss does not read.
-        FloatingPointError: If the loss of an example is not finite.
+        FloatingPointError: If the loss of an example is not finite, or its gradient.
         RuntimeError: If TRL computes its loss in an order that prefloss does not know.
     """
     kind = _kind(trainer)
@@ -49,12 +55,14 @@ def compute_loss(
     feedback = (
         _labels(trainer, batch, items, passes) if kind is Labels else _pairs(trainer, batch, items, passes)
     )
-    _metrics.log_diagnostics(trainer, diagnostics.metrics(feedback, beta=loss.beta or 1.0))
-    if isinstance(feedback, Pairs) and loss.spec.feedback is Labels:
-        feedback = feedback.to_labels()
+    seen = feedback.to_labels() if isinstance(feedback, Pairs) and loss.spec.feedback is Labels else feedback
     loss.reduce_over(functools.partial(trainer.accelerator.reduce, reduction="sum"))
-    evaluated = loss.train(trainer.model.training).evaluate(feedback)
-    check_finite(loss, evaluated.terms, feedback)
+    evaluated = loss.train(trainer.model.training).evaluate(seen)
+    check_finite(loss, evaluated.terms, seen)
+    figures = dict(diagnostics.metrics(feedback, beta=loss.beta or 1.0))
+    if diagnosis is not None and trainer.model.training:
+        figures |= diagnosis.figures(feedback, seen, evaluated)
+    _metrics.log_diagnostics(trainer, figures, diagnosis)
     _metrics.log_terms(trainer, evaluated.means)
     total = evaluated.mean
     router_loss = passes["policy"].aux_loss
