@@ -21,11 +21,11 @@ from torch import Tensor
 
 from benchmarks import bench_linear, measure
 from benchmarks.measure import Record
-from benchmarks.peers import liger_dpo, linear_ways, logits_ways
+from benchmarks.peers import liger_steps, linear_ways, logits_ways
 from benchmarks.shapes import Linear
 from prefloss.kernels import chunked, naive
-from prefloss.kernels.chunked import Path
 from prefloss.kernels.naive import LogitTransform
+from prefloss.kernels.paths import Path, Scheme
 
 DEVICE = "cuda"
 PLAIN = LogitTransform()
@@ -157,7 +157,7 @@ def check_linear(
     )
     y = torch.randint(vocabulary, (rows,), device=device)
     y[::5] = IGNORED
-    cases: tuple[tuple[chunked.Scheme, int, int], ...] = (
+    cases: tuple[tuple[Scheme, int, int], ...] = (
         ("recompute", 0, 1), ("recompute", 0, 5), ("unscaled", 0, 1), ("keep", rows, 1), ("keep", rows // 2, 5),
     )  # fmt: skip
     for scheme, kept, outputs in cases:
@@ -305,10 +305,10 @@ def bench_hidden(arguments: argparse.Namespace, vocabulary: int, bandwidth: floa
     )
     calls |= {} if arguments.alone else linear_ways()
     steps: dict[str, Step] = {name: problem.by_tokens(call) for name, call in calls.items()}
-    for compiled in () if arguments.alone else (False, True):
-        liger = liger_dpo(compiled, bench_linear.BETA)
-        if liger is not None:
-            steps[f"Liger DPO{', compiled' if compiled else ''}"] = problem.whole_loss(liger)
+    if not arguments.alone:
+        steps |= {
+            name: problem.whole_loss(call) for name, call in liger_steps("dpo", bench_linear.BETA).items()
+        }
     errors = {name: linear_errors(call, problem) for name, call in calls.items()}
     floor = "matmuls alone"
     records = in_turns({floor: problem.matmuls(), **steps}, arguments.rounds)

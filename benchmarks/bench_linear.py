@@ -1,6 +1,7 @@
-"""Hidden states to DPO loss to gradients, head trainable or frozen: ``python -m benchmarks.bench_linear``."""
+"""Hidden states to DPO or KTO loss to gradients, head trainable or frozen: ``python -m benchmarks.bench_linear``."""
 
 import argparse
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -8,23 +9,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import in_turns, report
-from benchmarks.peers import liger_dpo, linear_ways
+from benchmarks.peers import liger_steps, linear_ways
 from benchmarks.shapes import LINEAR, Linear
 from prefloss.logprobs import linear_token_logps
 
 BETA = 0.1
-BASELINE = "TRL chunked, completion only"
+# sums of log-probs without a reference are large, and with a usual beta KTO's sigmoid of them is 0
+KTO_BETA = 1e-3
+FLOOR = "matmuls alone"
+# tokens of the exact gradients at a time
+EXACT_TOKENS = 256
 # of the gradients against float64, relative; float32 logits and one rounding of each factor and result
 GRADIENT_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-3}
 # in bfloat16 of logits rounded to it, which most peers have
 LOGP_LIMIT = 1e-5
 
 
+def dpo(logps: Tensor) -> Tensor:
+    """DPO of [2 pairs, T] log-probs, chosen first, without a reference."""
+    chosen, rejected = logps.sum(-1).chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def kto(logps: Tensor) -> Tensor:
+    """KTO of [2 pairs, T] log-probs, desired first, without a reference or a baseline."""
+    desired, undesired = logps.sum(-1).chunk(2)
+    return (1 - torch.sigmoid(KTO_BETA * torch.cat((desired, -undesired)))).mean()
+
+
 class Problem:
     """Hidden states of chosen and rejected completions, [2 pairs, T, H], and a head; no reference model."""
 
-    def __init__(self, shape: Linear, dtype: torch.dtype, device: str, frozen: bool) -> None:
+    def __init__(
+        self, shape: Linear, dtype: torch.dtype, device: str, frozen: bool, loss: str = "dpo"
+    ) -> None:
         torch.manual_seed(0)
+        self.loss = {"dpo": dpo, "kto": kto}[loss]
         self.shape = shape
         self.hidden = torch.randn(2 * shape.pairs, shape.sequence, shape.width, device=device).to(dtype)
         self.hidden.requires_grad_()
@@ -35,19 +55,15 @@ class Problem:
         self.kept = (self.targets != -100).reshape(-1).nonzero().squeeze(-1)
         self.trained = [self.hidden] if frozen else [self.hidden, self.weight]
 
-    def loss(self, logps: Tensor) -> Tensor:
-        """DPO of [2 pairs, T] log-probs, chosen first."""
-        sums = logps.float().sum(-1)
-        chosen, rejected = sums.chunk(2)
-        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
-
     def by_tokens(self, call: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         """A step with an op on [n, H] completion tokens."""
 
         def step() -> tuple[Tensor, ...]:
             x = self.hidden.reshape(-1, self.shape.width).index_select(0, self.kept)
             logps = call(x, self.weight, self.targets.reshape(-1)[self.kept])
-            return torch.autograd.grad(self.loss(logps.reshape(2 * self.shape.pairs, -1)), self.trained)
+            return torch.autograd.grad(
+                self.loss(logps.float().reshape(2 * self.shape.pairs, -1)), self.trained
+            )
 
         return step
 
@@ -93,23 +109,23 @@ def run(
     save: bool = True,
     name: str = "",
     only: tuple[str, ...] = (),
+    loss: str = "dpo",
 ) -> None:
     """Measure every way there is, or those named in `only`, and report."""
-    problem = Problem(shape, dtype, device, frozen)
-    calls = linear_ways()
+    problem = Problem(shape, dtype, device, frozen, loss)
+    # that a log-prob op is followed by one loss or another makes no difference; a fused loss is one of its own
+    calls = linear_ways() if loss == "dpo" else {}
     steps = {way: problem.by_tokens(call) for way, call in calls.items()}
-    for compiled in (False, True):
-        liger = liger_dpo(compiled, BETA)
-        if liger is not None:
-            steps[f"Liger DPO{', compiled' if compiled else ''}"] = problem.whole_loss(liger)
-    steps["prefloss"] = problem.all_tokens(prefloss)
-    steps["prefloss, no budget"] = problem.all_tokens(prefloss_recompute)
+    beta = BETA if loss == "dpo" else KTO_BETA
+    steps |= {way: problem.whole_loss(call) for way, call in liger_steps(loss, beta).items()}
+    ours = {"prefloss": prefloss, "prefloss, no budget": prefloss_recompute}
+    if loss == "kto":
+        ours = {"prefloss, KTO": prefloss}
+    steps |= {way: problem.all_tokens(call) for way, call in ours.items()}
     if only:
         steps = {way: step for way, step in steps.items() if way in only}
-    errors = _errors(
-        problem, {**calls, "prefloss": prefloss, "prefloss, no budget": prefloss_recompute}, steps
-    )
-    steps["matmul floor"] = problem.matmuls()
+    errors = _errors(problem, {**calls, **ours}, steps)
+    steps[FLOOR] = problem.matmuls()
     records = in_turns(steps, rounds, device)
     for way, record in records.items():
         record.logp_error, record.gradient_error = errors.get(way, (float("nan"),) * 2)
@@ -117,13 +133,35 @@ def run(
         record.ok = not (way.startswith("prefloss") and wrong)
     row = {
         "bench": "linear",
-        "what": "hidden to DPO to gradient",
+        "what": f"hidden to {loss.upper()} to gradient",
         "shape": name,
         "dtype": str(dtype).removeprefix("torch."),
         "frozen": frozen,
     }
     title = f"{row['what']}, {shape}, {row['dtype']}, {'frozen' if frozen else 'trainable'} head"
-    report(title, records, "matmul floor", row, device, save)
+    report(title, records, FLOOR, row, device, save)
+
+
+def exact_logps(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return (x @ w.T).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
+
+
+def exact_gradients(problem: Problem) -> list[Tensor]:
+    """Of hidden states and head in float64, some tokens at a time."""
+    x = problem.hidden.detach().reshape(-1, problem.shape.width)[problem.kept].double()
+    w = problem.weight.detach().double().requires_grad_(problem.weight.requires_grad)
+    y = problem.targets.reshape(-1)[problem.kept]
+    parts = list(torch.arange(len(x)).split(EXACT_TOKENS))
+    with torch.no_grad():
+        logps = torch.cat([exact_logps(x[part], w, y[part]) for part in parts])
+    logps.requires_grad_()
+    problem.loss(logps.reshape(2 * problem.shape.pairs, -1)).backward()
+    d_hidden = torch.zeros(problem.hidden.numel() // problem.shape.width, problem.shape.width, dtype=w.dtype)
+    for part in parts:
+        leaf = x[part].requires_grad_()
+        exact_logps(leaf, w, y[part]).backward(logps.grad[part])
+        d_hidden[problem.kept[part]] = leaf.grad
+    return [d_hidden.view_as(problem.hidden), w.grad][: len(problem.trained)]
 
 
 def _errors(
@@ -135,34 +173,16 @@ def _errors(
     some = problem.kept[:64]
     x, y = problem.hidden.detach().reshape(-1, problem.shape.width)[some], problem.targets.reshape(-1)[some]
     w = problem.weight.detach()
-    exact = Problem.__new__(Problem)
-    exact.__dict__.update(problem.__dict__)
-    exact.hidden = problem.hidden.detach().double().requires_grad_()
-    exact.weight = problem.weight.detach().double().requires_grad_(problem.weight.requires_grad)
-    exact.trained = [exact.hidden] if len(problem.trained) == 1 else [exact.hidden, exact.weight]
-
-    def logps(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        return (x @ w.T).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
-
-    def loss(values: Tensor) -> Tensor:
-        chosen, rejected = values.sum(-1).chunk(2)
-        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
-
-    exact.loss = loss
-    wanted = exact.by_tokens(logps)()
-    with torch.no_grad():
-        want = logps(x.double(), w.double(), y)
-        errors = {}
-        for way, step in steps.items():
-            got = calls[way](x, w, y) if way in calls else None
-            error = float("nan") if got is None else (got - want).abs().max().item()
-            with torch.enable_grad():
-                grads = step()
-            worst = max(
-                ((a.reshape(b.shape) - b).norm() / b.norm()).item()
-                for a, b in zip(grads, wanted, strict=True)
-            )
-            errors[way] = error, worst
+    wanted = exact_gradients(problem)
+    want = exact_logps(x.double(), w.double(), y)
+    errors = {}
+    for way, step in steps.items():
+        with torch.no_grad():
+            error = (calls[way](x, w, y) - want).abs().max().item() if way in calls else float("nan")
+        worst = max(
+            ((a.reshape(b.shape) - b).norm() / b.norm()).item() for a, b in zip(step(), wanted, strict=True)
+        )
+        errors[way] = error, worst
     return errors
 
 
@@ -171,18 +191,18 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=["32k"], choices=LINEAR)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--head", nargs="+", default=["trainable", "frozen"], choices=["trainable", "frozen"])
+    parser.add_argument("--loss", nargs="+", default=["dpo", "kto"], choices=["dpo", "kto"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", default=[], help="names of the ways to measure")
     parser.add_argument("--dry", action="store_true", help="write no results")
     arguments = parser.parse_args()
-    for shape in arguments.shape:
-        for dtype in arguments.dtype:
-            for head in arguments.head:
-                run(
-                    LINEAR[shape], getattr(torch, dtype), head == "frozen", arguments.rounds, arguments.device,
-                    not arguments.dry, shape, tuple(arguments.only),
-                )  # fmt: skip
+    sizes = itertools.product(arguments.shape, arguments.dtype, arguments.head, arguments.loss)
+    for shape, dtype, head, loss in sizes:
+        run(
+            LINEAR[shape], getattr(torch, dtype), head == "frozen", arguments.rounds, arguments.device,
+            not arguments.dry, shape, tuple(arguments.only), loss,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

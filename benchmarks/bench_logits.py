@@ -9,9 +9,9 @@ from torch import Tensor
 from benchmarks.measure import in_turns, report
 from benchmarks.peers import logits_ways
 from benchmarks.shapes import LOGITS, Logits
-from prefloss.logprobs import token_logps
+from prefloss.logprobs import token_logps, token_stats
 
-BASELINE = "TRL selective_log_softmax"
+BASELINE = "torch.compile"
 # of the log-probs against float64: F.cross_entropy and TRL round those of bfloat16 logits, by 5e-2
 LOGP_LIMIT = 1e-5
 
@@ -24,6 +24,11 @@ def prefloss_inplace(logits: Tensor, targets: Tensor) -> Tensor:
     return token_logps(logits, targets, impl="chunked", inplace_backward=True)
 
 
+def prefloss_statistics(logits: Tensor, targets: Tensor) -> Tensor:
+    stats = token_stats(logits, targets, impl="chunked", stats_gradient=True)
+    return torch.stack((stats.logps, stats.entropy))
+
+
 def run(
     shape: Logits, dtype: torch.dtype, rounds: int, device: str = "cpu", save: bool = True, name: str = ""
 ) -> None:
@@ -31,7 +36,7 @@ def run(
     logits = (4 * torch.randn(shape.tokens, shape.vocabulary, device=device)).to(dtype)
     targets = torch.randint(shape.vocabulary, (shape.tokens,), device=device)
     upstream = torch.randn(shape.tokens, device=device)
-    ways = {"prefloss": prefloss, **logits_ways()}
+    ways = {"prefloss": prefloss, "prefloss, with entropy": prefloss_statistics, **logits_ways()}
     errors = {way: _errors(call, logits, targets, upstream) for way, call in ways.items()}
 
     def forward(call: Callable[..., Tensor]) -> Callable[[], object]:
@@ -54,7 +59,7 @@ def run(
         for way, record in records.items():
             record.logp_error, record.gradient_error = errors[way.removesuffix(", in place")]
             record.ok = record.logp_error < LOGP_LIMIT or not way.startswith("prefloss")
-        baseline = BASELINE if BASELINE in records else "torch naive, float32 inside"
+        baseline = BASELINE if BASELINE in records else "plain PyTorch"
         row = {
             "bench": "logits",
             "what": what,
@@ -73,9 +78,12 @@ def _errors(
     x, y, g = (z[:64].clone() for z in (logits, targets, upstream))
     x.requires_grad_()
     exact = x.detach().double().requires_grad_()
-    want = exact.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
-    (wanted,) = torch.autograd.grad((want * g).sum(), exact)
+    logps = exact.log_softmax(-1)
+    want = logps.gather(-1, y[:, None]).squeeze(-1)
     got = call(x.view_as(x), y)
+    if got.dim() > 1:
+        want = torch.stack((want, -(logps.exp() * logps).sum(-1)))
+    (wanted,) = torch.autograd.grad((want * g).sum(), exact)
     (grad,) = torch.autograd.grad((got * g).sum(), x)
     return (got - want).abs().max().item(), ((grad - wanted).norm() / wanted.norm()).item()
 

@@ -1,6 +1,7 @@
 """Time and peak extra memory of several ways to do one thing, in one process, in turns."""
 
 import csv
+import ctypes
 import gc
 import os
 import platform
@@ -8,19 +9,27 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 RESULTS = Path(__file__).with_name("results")
-PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "transformers", "triton")
+PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "triton")
+# What is measured: the commit in a row is of these alone.
+SOURCES = ("prefloss/kernels", "prefloss/logprobs.py", "prefloss/plan.py", "benchmarks/*.py")
+# What was measured, then the numbers, then what they depend on.
+KEYS = ("bench", "what", "shape", "dtype", "frozen")
+COLUMNS = (
+    *KEYS, "way", "median_ms", "min_ms", "max_ms", "rounds", "ratio", "baseline", "peak_extra_bytes", "logp_error",
+    "gradient_error", "ok", "device", "threads", "clock", "load", "commit", "versions", "date",
+)  # fmt: skip
 
 
 @dataclass
 class Record:
-    """One way, measured: milliseconds, MiB beyond what was resident before, and errors against float64."""
+    """One way, measured: milliseconds, MiB beyond what was in use before, and errors against float64."""
 
     name: str
     milliseconds: list[float] = field(default_factory=list)
@@ -75,12 +84,14 @@ def peak_mib(way: Callable[[], object], device: str = "cpu") -> float:
         module.synchronize()
         return (module.max_memory_allocated() - before) / 2**20
     try:
+        # what malloc has and nobody uses would hide a call's own need
+        ctypes.CDLL(None).malloc_trim(0)
         # 5 resets the peak that the kernel keeps for this process
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         way()
         return (_status("VmHWM") - before) / 2**10
-    except OSError:
+    except (OSError, AttributeError):
         return float("nan")
 
 
@@ -105,61 +116,83 @@ def machine(device: str = "cpu") -> str:
 
 def circumstances(device: str) -> dict[str, str]:
     """What a number depends on besides the code that it measures."""
-    versions = {"torch": torch.__version__}
+    versions = []
     for package in PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
-            versions[package] = ""
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+            continue
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "device": machine(device),
         "threads": str(torch.get_num_threads()),
-        "load": load,
         "clock": os.environ.get("PREFLOSS_CLOCK", "wall"),
-        "commit": commit,
-        **versions,
+        "load": load,
+        "commit": commit(),
+        "versions": "; ".join(versions),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
+
+
+def commit() -> str:
+    """The last commit that changed what is measured, with a plus if some of that is not committed."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    last = subprocess.run(
+        [*git, "log", "-1", "--format=%h", "--", *SOURCES], capture_output=True, text=True, check=False
+    )
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *SOURCES], check=False)
+    return last.stdout.strip() + ("+" if changed.returncode else "")
 
 
 def report(
     title: str, records: dict[str, Record], baseline: str, row: dict[str, object], device: str, save: bool
 ) -> None:
-    """Print a table and add its rows to the results of this machine."""
+    """Print a table, and put its rows into the results of this machine, for those that had the same `KEYS`."""
     base = records[baseline].median
-    print(f"\n{title}; x = time over that of '{baseline}'")
-    print(f"{'':34}{'ms':>9} {'(min-max)':>17} {'x':>6} {'MiB':>7} {'logp err':>9} {'grad err':>9}")
+    print(f"\n{title}; x = time over that of '{baseline}'; load {os.getloadavg()[0]:.1f}")
+    print(f"{'':36}{'ms':>9} {'(min-max)':>17} {'x':>6} {'MiB':>7} {'logp err':>9} {'grad err':>9}")
     for record in sorted(records.values(), key=lambda record: record.median):
         spread = f"({min(record.milliseconds):.0f}-{max(record.milliseconds):.0f})"
         # a speed counts only with right numbers
         ratio = f"{record.median / base:.2f}" if record.ok else "wrong"
         print(
-            f"{record.name:34}{record.median:9.1f} {spread:>17} {ratio:>6} {record.peak_mib:7.0f} "
-            f"{record.logp_error:9.1e} {record.gradient_error:9.1e}"
+            f"{record.name:36}{record.median:9.1f} {spread:>17} {ratio:>6} {record.peak_mib:7.0f} "
+            f"{record.logp_error:9.1e} {record.gradient_error:9.1e}",
+            flush=True,
         )
     if not save:
         return
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{machine(device)}.csv"
-    fresh = not path.exists()
     around = circumstances(device)
-    with path.open("a", newline="") as file:
-        writer = None
-        for record in records.values():
-            values = asdict(record)
-            times = values.pop("milliseconds")
-            values |= {
-                "median_ms": record.median,
-                "min_ms": min(times),
-                "max_ms": max(times),
-                "rounds": len(times),
-            }
-            values = {**row, **values, "x": record.median / base, "baseline": baseline, **around}
-            writer = writer or csv.DictWriter(file, fieldnames=list(values))
-            if fresh:
-                writer.writeheader()
-                fresh = False
-            writer.writerow(values)
+    key = [str(row[name]) for name in KEYS]
+    kept = [old for old in rows_of(path) if [old[name] for name in KEYS] != key] if path.exists() else []
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(kept)
+        writer.writerows({**row, **numbers(record, baseline, base), **around} for record in records.values())
+
+
+def numbers(record: Record, baseline: str, base: float) -> dict[str, object]:
+    """The columns of one way."""
+    times = record.milliseconds
+    return {
+        "way": record.name,
+        "median_ms": f"{record.median:.3f}",
+        "min_ms": f"{min(times):.3f}",
+        "max_ms": f"{max(times):.3f}",
+        "rounds": len(times),
+        "ratio": f"{record.median / base:.3f}",
+        "baseline": baseline,
+        "peak_extra_bytes": "" if record.peak_mib != record.peak_mib else round(record.peak_mib * 2**20),
+        "logp_error": f"{record.logp_error:.2e}",
+        "gradient_error": f"{record.gradient_error:.2e}",
+        "ok": record.ok,
+    }
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of results."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -28,25 +28,33 @@ def naive_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def logits_ways() -> dict[str, Way]:
-    ways = {
-        "torch naive, float32 inside": naive_logits,
+    """(logits [n, V], targets [n]) -> log-probs [n], and of some the entropies too, [2, n]."""
+    ways: dict[str, Way] = {
+        "plain PyTorch": naive_logits,
         "F.cross_entropy": cross_entropy,
-        "torch.compile naive": torch.compile(naive_logits),
-        "torch.compile gather - logsumexp": torch.compile(gather_logsumexp),
+        "torch.compile": torch.compile(naive_logits),
+        "torch.compile, gather - logsumexp": torch.compile(gather_logsumexp),
     }
     try:
-        from trl.trainer.utils import selective_log_softmax
+        from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
     except ModuleNotFoundError:
         return ways
-    return ways | {"TRL selective_log_softmax": selective_log_softmax}
+
+    def both(logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack(selective_log_softmax_and_entropy(logits, targets))
+
+    return ways | {
+        "TRL selective_log_softmax": selective_log_softmax,
+        "TRL selective_log_softmax_and_entropy": both,
+    }
 
 
 def linear_ways() -> dict[str, Way]:
     """(hidden [n, H], weight [V, H], targets [n]) -> log-probs [n], of completion tokens alone."""
     ways = {
-        "torch naive": naive_linear,
+        "plain PyTorch": naive_linear,
         "F.cross_entropy": lambda x, w, y: cross_entropy(x @ w.T, y),
-        "torch.compile naive": torch.compile(naive_linear),
+        "torch.compile": torch.compile(naive_linear),
     }
     try:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -54,7 +62,7 @@ def linear_ways() -> dict[str, Way]:
         def trl(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
             return ChunkedLogProbFunction.apply(x, w, None, y, 1.0, 32_768, None, 1.0, ())[0]
 
-        ways["TRL chunked, completion only"] = trl
+        ways["TRL ChunkedLogProbFunction"] = trl
     except ModuleNotFoundError:
         pass
     try:
@@ -70,11 +78,25 @@ def linear_ways() -> dict[str, Way]:
     return ways
 
 
-def liger_dpo(compiled: bool, beta: float) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """(hidden [2 pairs, T, H], weight, targets [2 pairs, T]) -> DPO loss without a reference, or None."""
+def liger_steps(loss: str, beta: float) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """(hidden [2 pairs, T, H], weight, targets [2 pairs, T]) -> "dpo" or "kto" without a reference."""
     try:
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearKTOLoss
     except ModuleNotFoundError:
-        return None
-    loss = LigerFusedLinearDPOLoss(beta=beta, compiled=compiled, use_ref_model=False)
-    return lambda hidden, weight, targets: loss(weight, hidden, targets)[0]
+        return {}
+
+    def dpo(compiled: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        fused = LigerFusedLinearDPOLoss(beta=beta, compiled=compiled, use_ref_model=False)
+        return lambda hidden, weight, targets: fused(weight, hidden, targets)[0]
+
+    def kto(compiled: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        fused = LigerFusedLinearKTOLoss(beta=beta, compiled=compiled, use_ref_model=False)
+
+        def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            up = torch.arange(len(hidden), device=hidden.device) < len(hidden) // 2
+            return fused(hidden, weight, targets, preference_labels=up)[0]
+
+        return call
+
+    make = {"dpo": dpo, "kto": kto}[loss]
+    return {f"Liger {loss.upper()}": make(False), f"Liger {loss.upper()}, compiled": make(True)}

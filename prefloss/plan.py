@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefloss import kernels
-from prefloss.kernels import chunked, native, rows
-from prefloss.kernels.chunked import Path, Scheme
+from prefloss.kernels import native, rows
 from prefloss.kernels.constant import constant_when_compiled
 from prefloss.kernels.naive import compute_dtype
+from prefloss.kernels.paths import Path, Scheme, default_chunk, kept_columns, kept_dtype
 
 _log = logging.getLogger("prefloss")
 _logged: set[tuple[object, ...]] = set()
@@ -36,7 +36,7 @@ class Plan:
         op: "token" (from logits) or "linear" (from hidden states and a head).
         impl: "naive", "chunked" or "triton".
         scheme: What stays in memory for the backward pass: "autograd", "score", "unscaled", "keep" or "recompute";
-            see `prefloss.kernels.chunked`.
+            see `prefloss.kernels.paths`.
         row_passes: What computes softmax and its gradient: "native" (compiled C), "triton" or "torch".
         head_sums: How products with a half-precision head reach float32: "native", "mixed" (the device's own
             matmul), "upcast" (a copy of the head in float32, some rows at a time) or "same" (not half precision).
@@ -148,18 +148,16 @@ def plan_linear(
     positions = tokens if positions is None else positions
     if is_naive(impl, positions * vocabulary, chunk_tokens):
         return _naive("linear", like, positions, vocabulary, 3 if head else 2 if hidden_only else 1)
-    cpu, size = like.device.type == "cpu", compute_dtype(like.dtype).itemsize
     budget = BUDGET_BYTES if budget_bytes is None else budget_bytes
-    chunk = chunked.default_chunk(tokens, vocabulary, cpu) if chunk_tokens is None else chunk_tokens
+    chunk = default_chunk(tokens, vocabulary, rows.on_cpu(like)) if chunk_tokens is None else chunk_tokens
     chunk = max(1, min(chunk, tokens))
     passes, slow_rows = _row_passes(like, impl)
     sums, slow_head = _head_sums(like)
+    need = _needs(like, vocabulary, width, chunk, low_softcap)
     short = None
-    scheme, kept, why = _scheme(
-        like, tokens, vocabulary, width, chunk, budget, hidden_only, head, stats_gradient
-    )
-    if scheme == "keep" and low_softcap and chunked.kept_dtype(like.dtype) == torch.int16:
-        scheme, kept, why = "recompute", 0, "16 bits of a log-prob are too few under a softcap so low"
+    scheme, kept, why = _scheme(tokens, need, budget, hidden_only, head, stats_gradient)
+    if scheme == "keep" and low_softcap and kept_dtype(like.dtype) == torch.int16:
+        scheme, kept, why = "recompute", 0, "16 bits of a logit are too few under a softcap so low"
     if scheme == "keep" and kept < tokens:
         short = f"{kept} of {tokens} tokens fit the budget of {budget} bytes, the rest is projected again"
         scheme = "keep" if kept else "recompute"
@@ -167,42 +165,51 @@ def plan_linear(
     matmuls = {"score": 1, "unscaled": 2, "keep": 3 + rest, "recompute": 4}[scheme]
     if hidden_only and scheme in ("keep", "recompute"):
         matmuls -= 1
-    kept_bytes = kept * vocabulary * chunked.kept_dtype(like.dtype).itemsize
-    kept_bytes = tokens * width * size if scheme == "unscaled" else kept_bytes
-    straight = scheme == "keep" and kept == tokens and chunked.kept_dtype(like.dtype).itemsize == size
+    bytes_kept = tokens * need.unscaled if scheme == "unscaled" else kept * need.kept
+    without = scheme == "keep" and kept == tokens and need.directly
     return Plan(
-        "linear", _impl(passes), scheme, passes, sums, matmuls, tokens, chunk, kept, kept_bytes,
-        0 if straight else chunk * vocabulary * size, why,
+        "linear", _impl(passes), scheme, passes, sums, matmuls, tokens, chunk, kept, bytes_kept,
+        0 if without or (scheme == "score" and need.fused) else need.slice, why,
         "; ".join(filter(None, (short, slow_rows, slow_head))) or None,
     )  # fmt: skip
 
 
+class _Needs(NamedTuple):
+    """Bytes of a token whose logits are kept, or whose gradient is saved unscaled, and of a slice of logits.
+
+    `directly`: logits are kept as they are computed, without a slice between; `fused`: scored so, too.
+    """
+
+    kept: int
+    unscaled: int
+    slice: int
+    directly: bool
+    fused: bool
+
+
+def _needs(like: Tensor, vocabulary: int, width: int, chunk: int, low_softcap: bool) -> _Needs:
+    size = compute_dtype(like.dtype).itemsize
+    kept = kept_columns(like.dtype, vocabulary) * kept_dtype(like.dtype).itemsize
+    fused = rows.on_cpu(like) and native.multiplies(like.dtype) and width % 2 == 0 and not low_softcap
+    directly = fused or kept_dtype(like.dtype).itemsize == size
+    return _Needs(kept, width * size, chunk * (kept if fused else vocabulary * size), directly, fused)
+
+
 def _scheme(
-    like: Tensor,
-    tokens: int,
-    vocabulary: int,
-    width: int,
-    chunk: int,
-    budget: int,
-    hidden_only: bool,
-    head: bool,
-    stats_gradient: bool,
+    tokens: int, need: _Needs, budget: int, hidden_only: bool, head: bool, stats_gradient: bool
 ) -> tuple[Scheme, int, str]:
     """The scheme with the fewest matmuls that the budget allows, how many tokens it keeps, and why."""
     if not hidden_only and not head:
         return "score", 0, "no gradient is wanted"
-    size = compute_dtype(like.dtype).itemsize
-    if hidden_only and not stats_gradient and tokens * width * size + chunk * vocabulary * size <= budget:
+    if hidden_only and not stats_gradient and tokens * need.unscaled + need.slice <= budget:
         return (
             "unscaled",
             0,
             "the head is frozen: the gradient of each log-prob in its hidden state is saved unscaled",
         )
-    kept_size = chunked.kept_dtype(like.dtype).itemsize
-    scratch = chunk * vocabulary * size
-    if tokens * vocabulary * kept_size + (scratch if kept_size < size else 0) <= budget:
+    if tokens * need.kept + (0 if need.directly else need.slice) <= budget:
         return "keep", tokens, "the logits of all tokens fit the budget"
-    kept = max(0, (budget - scratch) // (vocabulary * kept_size))
+    kept = max(0, (budget - need.slice) // need.kept)
     return "keep", min(tokens, kept), "the logits of all tokens do not fit the budget"
 
 

@@ -11,14 +11,15 @@ models again.
 
 from __future__ import annotations
 
-from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefloss.kernels import chunked
-from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
+from prefloss.kernels.functions import Gradients, differentiable_once
+from prefloss.kernels.heads import Backward, gradient_dtype, project, times_head
+from prefloss.kernels.naive import LogitTransform, compute_dtype, divergences, no_autocast
+from prefloss.kernels.paths import default_chunk
 from prefloss.kernels.rows import on_cpu, slices
 
 
@@ -38,7 +39,7 @@ def linear_token_kl(
     kept = torch.nonzero(targets.reshape(-1) != ignore_index).squeeze(-1)
     if chunk_tokens is None:
         # logits of both models and one more block of that size
-        chunk_tokens = max(1, chunked.default_chunk(len(kept), len(weight), on_cpu(hidden)) // 2)
+        chunk_tokens = max(1, default_chunk(len(kept), len(weight), on_cpu(hidden)) // 2)
     x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
     reference = reference_hidden.reshape(-1, reference_hidden.shape[-1]).index_select(0, kept)
     out = _LinearTokenKL.apply(
@@ -71,46 +72,32 @@ class _LinearTokenKL(torch.autograd.Function):
         with no_autocast(x.device):
             for rows in slices(len(x), chunk_tokens):
                 p, q, slope = _log_softmaxes(heads, rows, transform)
-                _divergences(p, q, out[:, rows])
+                out[:, rows] = divergences(p, q)
                 if saved is not None:
                     for which in (0, 1):
                         rate = out.new_zeros(2, len(p))
                         rate[which] = 1
                         dz = _differentiate(p, q, out[1, rows], rate) * slope
-                        chunked._times_head(_as_factor(dz, x), weight, saved[which, rows])
+                        times_head(dz.to(gradient_dtype(x)), weight, saved[which, rows])
         ctx.save_for_backward(x, weight, bias, reference, reference_weight, reference_bias, out)
         ctx.saved, ctx.transform, ctx.chunk_tokens = saved, transform, chunk_tokens
         return out.clone()
 
     @staticmethod
-    @chunked._differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> chunked.Gradients:
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         x, weight, bias, reference, reference_weight, reference_bias, out = ctx.saved_tensors
         if ctx.saved is not None:
             return ((ctx.saved * grad[:2].unsqueeze(-1)).sum(0).to(x.dtype), *(None,) * 7)
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         parts = list(slices(len(x), ctx.chunk_tokens))
-        d_x = torch.zeros_like(x) if need_x else None
-        d_weight = chunked._HeadGradient(weight, len(parts)) if need_weight else None
-        d_bias = torch.zeros(len(weight), dtype=out.dtype, device=x.device) if need_bias else None
+        backward = Backward(x, weight, ctx.needs_input_grad[:3], len(parts))
         heads = ((x, weight, bias), (reference, reference_weight, reference_bias))
         with no_autocast(x.device):
             for rows in parts:
                 p, q, slope = _log_softmaxes(heads, rows, ctx.transform)
-                dz = _as_factor(_differentiate(p, q, out[1, rows], grad[:2, rows]) * slope, x)
-                if d_bias is not None:
-                    d_bias += dz.sum(0, dtype=d_bias.dtype)
-                if d_x is not None:
-                    d_rows = torch.empty(len(dz), x.shape[1], dtype=out.dtype, device=x.device)
-                    d_x[rows] = chunked._times_head(dz, weight, d_rows)
-                if d_weight is not None:
-                    d_weight.add(dz, x[rows])
-        return (
-            d_x,
-            None if d_weight is None else d_weight.rounded(),
-            None if d_bias is None else d_bias.to(x.dtype),
-            *(None,) * 5,
-        )
+                dz = _differentiate(p, q, out[1, rows], grad[:2, rows]) * slope
+                backward.add(rows, dz.to(gradient_dtype(x)))
+        return *backward.gradients(), *(None,) * 5
 
 
 _Heads = tuple[tuple[Tensor, Tensor, Tensor | None], ...]
@@ -123,19 +110,11 @@ def _log_softmaxes(
     logps, slope = [], 1.0
     for which, (x, weight, bias) in enumerate(heads):
         z = torch.empty(rows.stop - rows.start, len(weight), dtype=compute_dtype(x.dtype), device=x.device)
-        z = transform.apply_(chunked._project(x[rows], weight, bias, z))
+        z = transform.apply_(project(x[rows], weight, bias, z))
         if which == 0:
             slope = transform.slope(z)
         logps.append(z.sub_(z.logsumexp(-1, keepdim=True)))
     return logps[0], logps[1], slope
-
-
-def _divergences(p: Tensor, q: Tensor, out: Tensor) -> None:
-    # 0 log 0 is 0; a token that only one of the two can say makes a divergence infinite, as it should
-    q_exp, p_exp = q.exp(), p.exp()
-    out[0] = torch.where(q_exp == 0, 0, q_exp * (q - p)).sum(-1)
-    out[1] = torch.where(p_exp == 0, 0, p_exp * (p - q)).sum(-1)
-    out[2] = -torch.where(q_exp == 0, 0, q_exp * q).sum(-1) / log(max(p.shape[-1], 2))
 
 
 def _differentiate(p: Tensor, q: Tensor, reverse: Tensor, rates: Tensor) -> Tensor:
@@ -144,7 +123,3 @@ def _differentiate(p: Tensor, q: Tensor, reverse: Tensor, rates: Tensor) -> Tens
     forward = (p_exp - q.exp()) * rates[0].unsqueeze(-1)
     back = torch.where(p_exp == 0, 0, p_exp * (p - q - reverse.unsqueeze(-1)))
     return forward + back * rates[1].unsqueeze(-1)
-
-
-def _as_factor(dz: Tensor, x: Tensor) -> Tensor:
-    return dz.to(chunked._gradient_dtype(x))

@@ -1,6 +1,7 @@
 """Triton kernels: [N, V] logits and [N] targets -> [N] log-probs, and the same from hidden states and a head.
 
-The functions have the arguments and results of their namesakes in `chunked`, for half precision and float32.
+The functions have the arguments and results of their namesakes in `chunked`, for half precision and float32;
+`chunk_tokens` means nothing to those that start from logits.
 
 From logits, the forward pass reads each once and keeps two numbers per row; the backward pass reads each once and
 writes its gradient once, over the logits if the caller allows. From hidden states, matmuls fill one tile of float32
@@ -14,7 +15,6 @@ Arithmetic is float32, whatever is loaded; no instruction is CUDA's alone, and n
 Constants of compilation are flags and block sizes: another shape or temperature compiles nothing again.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from math import e, log2
 from typing import Any, NamedTuple
@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from prefloss.kernels.chunked import Gradients, Path, Scheme, _differentiable_once, default_chunk, kept_dtype
+from prefloss.kernels.functions import Gradients, Implementation
 from prefloss.kernels.naive import LogitTransform, no_autocast
+from prefloss.kernels.paths import Path, Scheme, kept_dtype
 from prefloss.kernels.rows import coefficients, has_mixed_matmul, slices
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -550,10 +551,6 @@ def linear_backward(
     n, vocabulary, device, dtype = len(x), len(weight), x.device, weight.dtype
     need_x, need_weight, need_bias = needs
     d_x = torch.empty(x.shape, dtype=x.dtype, device=device) if need_x else None
-    if path.scheme == "unscaled":
-        if d_x is not None and saved is not None:
-            torch.mul(saved, grad[0].unsqueeze(-1), out=d_x)
-        return d_x, None, None
     kept_tokens = 0 if saved is None else len(saved)
     over_saved = overwrite and kept_tokens > 0
     elements = path.chunk_tokens * vocabulary
@@ -846,138 +843,7 @@ def _even(columns: int, most: int) -> int:
     return min(columns, triton.cdiv(triton.cdiv(columns, tiles), 128) * 128)
 
 
-class _TokenStats(torch.autograd.Function):
-    """Logits [..., V] and N targets, -1 at those to leave out -> [outputs, N]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        transform: LogitTransform,
-        outputs: int,
-        inplace_backward: bool,
-    ) -> Tensor:
-        stats = token_forward(logits, targets, transform, None, outputs)
-        ctx.save_for_backward(logits, targets, stats)
-        ctx.transform, ctx.inplace = transform, inplace_backward
-        # a copy is returned, so that the caller may write over the result
-        return stats[:outputs].clone()
-
-    @staticmethod
-    @_differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        logits, targets, stats = ctx.saved_tensors
-        return token_backward(grad, logits, targets, stats, ctx.transform, None, ctx.inplace), *(None,) * 4
-
-
-class _LinearTokenStats(torch.autograd.Function):
-    """Hidden [N, H], weight [V, H], bias [V] and the n targets that count, at rows `kept` -> [outputs, N]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        kept: Tensor,
-        transform: LogitTransform,
-        path: Path,
-        outputs: int,
-    ) -> Tensor:
-        x = hidden if len(kept) == len(hidden) else hidden.index_select(0, kept)
-        stats, saved = linear_forward(x, weight, bias, targets, transform, path, outputs)
-        ctx.save_for_backward(hidden, weight, bias, targets, kept, stats)
-        # not through save_for_backward: the backward pass writes over it
-        ctx.saved, ctx.path, ctx.transform = saved, path, transform
-        return stats.new_zeros(outputs, len(hidden)).index_copy_(1, kept, stats[:outputs])
-
-    @staticmethod
-    @_differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        hidden, weight, bias, targets, kept, stats = ctx.saved_tensors
-        path, saved, every = ctx.path, ctx.saved, len(kept) == len(hidden)
-        if path.scheme == "keep":
-            # a second backward pass, after this one has written over it, computes the logits again
-            ctx.saved = None
-        d_x, d_weight, d_bias = linear_backward(
-            grad if every else grad[:, kept], hidden if every else hidden.index_select(0, kept), weight, bias,
-            targets, stats, saved, ctx.transform, path, ctx.needs_input_grad[:3],
-        )  # fmt: skip
-        if d_x is not None and not every:
-            d_x = torch.zeros_like(hidden).index_copy_(0, kept, d_x)
-        return d_x, d_weight, d_bias, *(None,) * 5
-
-
-def token_stats(
-    logits: Tensor,
-    targets: Tensor,
-    transform: LogitTransform,
-    ignore_index: int,
-    chunk_tokens: int | None = None,
-    outputs: int = 1,
-    inplace_backward: bool = False,
-) -> Tensor:
-    """Statistics of each target: [..., V] logits and [...] targets -> [outputs, ...], 0 at ignored targets.
-
-    `outputs` is 1 for log-probs alone or 5 for all of `rows.STATS`; `chunk_tokens` means nothing here.
-    """
-    flat = targets.reshape(-1)
-    safe = torch.where(flat != ignore_index, flat, -1)
-    stats = _TokenStats.apply(logits, safe, transform, outputs, inplace_backward)
-    return stats.reshape(outputs, *targets.shape)
-
-
-def token_logps(
-    logits: Tensor,
-    targets: Tensor,
-    transform: LogitTransform,
-    ignore_index: int,
-    chunk_tokens: int | None = None,
-) -> Tensor:
-    """Log-prob of each target: [..., V] logits and [...] targets -> [...], 0 at ignored targets."""
-    return token_stats(logits, targets, transform, ignore_index)[0]
-
-
-def linear_token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    ignore_index: int,
-    choose: Callable[[int], Path],
-    outputs: int = 1,
-) -> Tensor:
-    """The same with logits = hidden @ weight.T + bias, for [..., H] hidden, [V, H] weight and [V] bias.
-
-    `choose` is told how many tokens count.
-    """
-    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    # the number of kept rows sizes the matmuls, so an accelerator waits for the targets here, once
-    kept = torch.nonzero(flat_targets != ignore_index).squeeze(-1)
-    stats = _LinearTokenStats.apply(
-        flat_hidden, weight, bias, flat_targets[kept], kept, transform, choose(len(kept)), outputs
-    )
-    return stats.reshape(outputs, *targets.shape)
-
-
-def linear_token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    ignore_index: int,
-    chunk_tokens: int | None = None,
-    scheme: Scheme = "recompute",
-    kept_tokens: int = 0,
-) -> Tensor:
-    """Log-probs alone, by one scheme."""
-
-    def choose(tokens: int) -> Path:
-        chunk = default_chunk(tokens, len(weight), cpu=False) if chunk_tokens is None else chunk_tokens
-        return Path(scheme, chunk, kept_tokens)
-
-    return linear_token_stats(hidden, weight, bias, targets, transform, ignore_index, choose)[0]
+_implementation = Implementation(token_forward, token_backward, linear_forward, linear_backward)
+token_stats, token_logps = _implementation.token_stats, _implementation.token_logps
+linear_token_stats = _implementation.linear_token_stats
+linear_token_logps = _implementation.linear_token_logps

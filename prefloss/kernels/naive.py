@@ -139,10 +139,15 @@ def linear_token_kl(
             rows = torch.where(keep[..., None], x, 0).to(dtype)
             z = torch.nn.functional.linear(rows, w.to(dtype), None if b is None else b.to(dtype))
             both.append(transform.apply(z).log_softmax(-1))
-        p, q = both
+    return torch.where(keep, divergences(*both), 0)
+
+
+def divergences(p: Tensor, q: Tensor) -> Tensor:
+    """KL(q || p), KL(p || q) and entropy of q over log V, of log-probs [..., V] -> [3, ...]."""
+
+    def expected(logps: Tensor, values: Tensor) -> Tensor:
+        probabilities = logps.exp()
         # 0 log 0 is 0; a token that only one of the two can say makes a divergence infinite, as it should
-        entropy = -torch.where(q == -torch.inf, 0, q * q.exp()).sum(-1)
-        kl = torch.where(q == -torch.inf, 0, q.exp() * (q - p)).sum(-1)
-        reverse = torch.where(p == -torch.inf, 0, p.exp() * (p - q)).sum(-1)
-    size = max(weight.shape[0], 2)
-    return torch.where(keep, torch.stack((kl, reverse, entropy / log(size))), 0)
+        return torch.where(probabilities == 0, 0, probabilities * values).sum(-1)
+
+    return torch.stack((expected(q, q - p), expected(p, p - q), -expected(q, q) / log(max(p.shape[-1], 2))))

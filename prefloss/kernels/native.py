@@ -93,7 +93,9 @@ def score(logits: Tensor, targets: Tensor, transform: LogitTransform, stats: Ten
     )  # fmt: skip
 
 
-def encode(logits: Tensor, transform: LogitTransform, lses: Tensor, codes: Tensor, references: Tensor) -> None:
+def encode(
+    logits: Tensor, transform: LogitTransform, lses: Tensor, codes: Tensor, references: Tensor
+) -> None:
     """Raw float32 logits [m, V] -> int16 codes of them [m, V] and their references, see `rows.code_columns`."""
     rows, vocabulary = logits.shape
     _call().prefloss_encode(

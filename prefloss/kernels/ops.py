@@ -2,7 +2,7 @@
 
 Eager code calls `chunked` itself, which costs less per call and can write gradients in place. These keep a fixed
 layout, whatever number of tokens counts, so that a graph knows every shape: [2 or 5, N] statistics, and room for N
-(or `kept_tokens`) rows of what the scheme keeps.
+(or `kept_tokens`) rows of what the scheme keeps, with zeros where ignored tokens leave some over.
 """
 
 from typing import Any, Optional
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from prefloss.kernels import chunked
-from prefloss.kernels.chunked import Path, Scheme, kept_dtype
+from prefloss.kernels.functions import scaled
 from prefloss.kernels.naive import LogitTransform, compute_dtype
+from prefloss.kernels.paths import Path, Scheme, kept_columns, kept_dtype
 
 # torch's schema inference knows neither `X | None` (before 2.6) nor string annotations
 # ruff: noqa: UP045
@@ -94,10 +95,12 @@ def linear_token_stats(
     transform = LogitTransform(logit_scale, softcap, temperature)
     path = Path(_scheme(scheme), chunk_tokens, kept_tokens)
     kept = torch.nonzero(targets != ignore_index).squeeze(-1)
-    room = _room(hidden, weight, scheme, kept_tokens)
+    room = _room(hidden, weight, scheme, kept_tokens, impl)
     stats, _ = _kernels(impl).linear_forward(
         hidden.index_select(0, kept), weight, bias, targets[kept], transform, path, outputs, room
     )
+    # an output of an op is a function of its inputs, and not what the memory held before
+    room[len(kept) :].zero_()
     return stats.new_zeros(len(stats), len(hidden)).index_copy_(1, kept, stats), room
 
 
@@ -105,8 +108,8 @@ def linear_token_stats(
 def _(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], targets: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    *_, scheme, _, kept_tokens, outputs, _ = options
-    return _stats_like(hidden, targets, outputs), _room(hidden, weight, scheme, kept_tokens)
+    *_, scheme, _, kept_tokens, outputs, impl = options
+    return _stats_like(hidden, targets, outputs), _room(hidden, weight, scheme, kept_tokens, impl)
 
 
 @torch.library.custom_op("prefloss::linear_token_stats_backward", mutates_args=())
@@ -130,14 +133,18 @@ def linear_token_stats_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, of no elements where `needs` says that none is wanted."""
-    transform = LogitTransform(logit_scale, softcap, temperature)
-    path = Path(_scheme(scheme), chunk_tokens, kept_tokens)
     kept = torch.nonzero(targets != ignore_index).squeeze(-1)
-    rows = len(kept) if scheme == "unscaled" else min(len(kept), kept_tokens)
-    d_x, d_weight, d_bias = _kernels(impl).linear_backward(
-        grad[:outputs, kept], hidden.index_select(0, kept), weight, bias, targets[kept], stats[:, kept],
-        room[:rows] if rows else None, transform, path, tuple(needs), overwrite=False,
-    )  # fmt: skip
+    grad, d_weight, d_bias = grad[:outputs, kept], None, None
+    if scheme == "unscaled":
+        d_x = scaled(room[: len(kept)], grad, hidden.dtype)
+    else:
+        transform = LogitTransform(logit_scale, softcap, temperature)
+        rows = min(len(kept), kept_tokens)
+        d_x, d_weight, d_bias = _kernels(impl).linear_backward(
+            grad, hidden.index_select(0, kept), weight, bias, targets[kept], stats[:, kept],
+            room[:rows] if rows else None, transform, Path(_scheme(scheme), chunk_tokens, kept_tokens), tuple(needs),
+            overwrite=False,
+        )  # fmt: skip
     d_hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
     if d_x is not None:
         d_hidden.index_copy_(0, kept, d_x)
@@ -194,11 +201,12 @@ def _stats_like(x: Tensor, targets: Tensor, outputs: int) -> Tensor:
     return torch.empty(shape, dtype=compute_dtype(x.dtype), device=x.device)
 
 
-def _room(hidden: Tensor, weight: Tensor, scheme: str, kept_tokens: int) -> Tensor:
+def _room(hidden: Tensor, weight: Tensor, scheme: str, kept_tokens: int, impl: str) -> Tensor:
     if scheme == "unscaled":
         return torch.empty(hidden.shape, dtype=compute_dtype(hidden.dtype), device=hidden.device)
+    columns = weight.shape[0] if impl == "triton" else kept_columns(hidden.dtype, weight.shape[0])
     rows = kept_tokens if scheme == "keep" else 0
-    return torch.empty(rows, weight.shape[0], dtype=kept_dtype(hidden.dtype), device=hidden.device)
+    return torch.empty(rows, columns, dtype=kept_dtype(hidden.dtype), device=hidden.device)
 
 
 def _scheme(name: str) -> Scheme:

@@ -149,10 +149,15 @@ def references_of(codes: Tensor, vocabulary: int) -> Tensor:
     return codes[:, _code_end(vocabulary) :].view(torch.float32)
 
 
+def _divided(codes: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """References and codes to write, [m, panels] and [m, V]; nothing is left unwritten between them."""
+    codes[:, vocabulary : _code_end(vocabulary)] = 0
+    return references_of(codes, vocabulary), codes[:, :vocabulary]
+
+
 def encode(z: Tensor, transform: LogitTransform, lse: Tensor, codes: Tensor) -> None:
     """Raw logits [m, V] and their logsumexps -> int16 [m, code_columns(V)]; z then holds nothing of use."""
-    references = references_of(codes, z.shape[1])
-    codes = codes[:, : z.shape[1]]
+    references, codes = _divided(codes, z.shape[1])
     if native.available(z):
         native.encode(z, transform, lse, codes, references)
         return
@@ -169,6 +174,12 @@ def _decode_(block: Tensor, references: Tensor) -> Tensor:
     return block.add_(references.repeat_interleave(native.PANEL, -1)[:, : block.shape[1]])
 
 
+def projects(x: Tensor, weight: Tensor, transform: LogitTransform) -> bool:
+    """Whether `project` can take hidden states [m, H] and a head [V, H], and its codes do for the transform."""
+    low = transform.softcap is not None and transform.softcap / transform.temperature < LOW_SOFTCAP
+    return not low and native.projects(x, weight)
+
+
 def project(
     x: Tensor,
     weight: Tensor,
@@ -178,12 +189,12 @@ def project(
     stats: Tensor,
     codes: Tensor | None,
 ) -> None:
-    """`score` of x @ weight.T + bias, whose codes go to [m, code_columns(V)] if given: see `native.projects`."""
+    """`score` of x @ weight.T + bias, where `projects` says so; codes go to [m, code_columns(V)] if given."""
     if codes is None:
         native.project(x, weight, bias, targets, transform, stats)
         return
-    references = references_of(codes, len(weight))
-    native.project(x, weight, bias, targets, transform, stats, codes[:, : len(weight)], references)
+    references, codes = _divided(codes, len(weight))
+    native.project(x, weight, bias, targets, transform, stats, codes, references)
 
 
 def place_over(x: Tensor, dtype: torch.dtype, vocabulary: int) -> Tensor:

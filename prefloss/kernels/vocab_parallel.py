@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prefloss.kernels import chunked
-from prefloss.kernels import rows as row_ops
-from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
-from prefloss.kernels.rows import on_cpu, slices
+from prefloss.kernels.functions import Gradients, differentiable_once
+from prefloss.kernels.naive import LogitTransform
+from prefloss.kernels.paths import Path, default_chunk
+from prefloss.kernels.rows import on_cpu
 
 
 def linear_token_logps(
@@ -66,9 +67,7 @@ def linear_token_logps(
     y = torch.where((y >= 0) & (y < len(weight)), y, len(weight))
     if chunk_tokens is None:
         # by the mean length of a shard, so that all processes take slices alike
-        chunk_tokens = chunked.default_chunk(
-            len(kept), -(-vocabulary // dist.get_world_size(group)), on_cpu(hidden)
-        )
+        chunk_tokens = default_chunk(len(kept), -(-vocabulary // dist.get_world_size(group)), on_cpu(hidden))
     x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
     transform = LogitTransform(logit_scale, softcap, temperature)
     logps = _VocabParallel.apply(x, weight, bias, y, transform, chunk_tokens, group)
@@ -110,24 +109,19 @@ class _VocabParallel(torch.autograd.Function):
         chunk_tokens: int,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        stats = torch.zeros(2, len(x), dtype=compute_dtype(x.dtype), device=x.device)
-        scratch = chunked._scratch(len(x), weight, chunk_tokens)
-        with no_autocast(x.device):
-            for rows in slices(len(x), chunk_tokens):
-                z = chunked._project(x[rows], weight, bias, scratch[: rows.stop - rows.start])
-                row_ops.score(z, targets[rows], transform, stats[:, rows], overwrite=True)
+        path = Path("recompute", chunk_tokens)
+        stats, _ = chunked.linear_forward(x, weight, bias, targets, transform, path, 1)
         logps, lse = _joined(stats[0], stats[1], targets < len(weight), group)
         ctx.save_for_backward(x, weight, bias, targets, torch.stack((logps, lse)))
-        ctx.transform, ctx.chunk_tokens, ctx.group = transform, chunk_tokens, group
+        ctx.transform, ctx.path, ctx.group = transform, path, group
         return logps
 
     @staticmethod
-    @chunked._differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> chunked.Gradients:
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         x, weight, bias, targets, stats = ctx.saved_tensors
-        path = chunked.Path("recompute", ctx.chunk_tokens)
         d_x, d_weight, d_bias = chunked.linear_backward(
-            grad[None], x, weight, bias, targets, stats, None, ctx.transform, path, ctx.needs_input_grad[:3],
+            grad[None], x, weight, bias, targets, stats, None, ctx.transform, ctx.path, ctx.needs_input_grad[:3],
             rounded=False,
         )  # fmt: skip
         if d_x is not None:

@@ -13,10 +13,10 @@ from benchmarks.shapes import LINEAR, LOGITS
 def results(tmp_path, monkeypatch):
     """Results go to a folder of the test, and the peers that need a package or seconds of compiling are left out."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    of_logits = {"torch naive, float32 inside": peers.naive_logits, "F.cross_entropy": peers.cross_entropy}
+    of_logits = {"plain PyTorch": peers.naive_logits, "F.cross_entropy": peers.cross_entropy}
     monkeypatch.setattr(bench_logits, "logits_ways", lambda: of_logits)
-    monkeypatch.setattr(bench_linear, "linear_ways", lambda: {"torch naive": peers.naive_linear})
-    monkeypatch.setattr(bench_linear, "liger_dpo", lambda compiled, beta: None)
+    monkeypatch.setattr(bench_linear, "linear_ways", lambda: {"plain PyTorch": peers.naive_linear})
+    monkeypatch.setattr(bench_linear, "liger_steps", lambda loss, beta: {})
     return tmp_path
 
 
@@ -29,16 +29,20 @@ def rows(folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bench_logits(results, dtype, capsys):
     bench_logits.run(LOGITS["tiny"], dtype, rounds=1, name="tiny")
-    ours = [row for row in rows(results) if row["name"].startswith("prefloss")]
-    assert len(ours) == 3
-    assert all(row["ok"] == "True" and float(row["median_ms"]) > 0 and row["torch"] for row in ours)
+    ours = [row for row in rows(results) if row["way"].startswith("prefloss")]
+    assert len(ours) == 5
+    assert all(
+        row["ok"] == "True" and float(row["median_ms"]) > 0 and "torch " in row["versions"] for row in ours
+    )
     assert "prefloss, in place" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bench_linear(results, dtype, frozen):
-    bench_linear.run(LINEAR["tiny"], dtype, frozen, rounds=1, name="tiny")
-    ours = [row for row in rows(results) if row["name"].startswith("prefloss")]
-    assert len(ours) == 2
+    for loss in ("dpo", "kto", "dpo"):
+        bench_linear.run(LINEAR["tiny"], dtype, frozen, rounds=1, name="tiny", loss=loss)
+    ours = [row for row in rows(results) if row["way"].startswith("prefloss")]
+    # what is measured again takes the place of what was there
+    assert len(ours) == 3
     assert all(row["ok"] == "True" and float(row["gradient_error"]) < 4e-3 for row in ours)

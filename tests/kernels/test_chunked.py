@@ -3,7 +3,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefloss.kernels import chunked, naive, native, rows
+from prefloss.kernels import chunked, heads, naive, native, rows
 from prefloss.kernels.naive import LogitTransform
 
 
@@ -176,10 +176,10 @@ def mixed_matmul(monkeypatch):
         product = torch.mm(a.to(out.dtype), b.to(out.dtype))
         return out.add_(product) if add else out.copy_(product)
 
-    monkeypatch.setattr(chunked, "_matmul", matmul)
-    monkeypatch.setattr(chunked, "_has_mixed_matmul", lambda x: x.dtype in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(heads, "matmul", matmul)
+    monkeypatch.setattr(heads, "has_mixed_matmul", lambda x: x.dtype in (torch.bfloat16, torch.float16))
     # slices of the head of 5 rows
-    monkeypatch.setattr(chunked, "_HEAD_ELEMENTS", 15)
+    monkeypatch.setattr(heads, "_HEAD_ELEMENTS", 15)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 4e-3), (torch.float16, 1e-3)])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from prefloss.kernels import chunked, kl, naive, native, rows
-from prefloss.kernels.chunked import Path
 from prefloss.kernels.naive import LogitTransform
+from prefloss.kernels.paths import Path
 
 TRANSFORMS = [LogitTransform(), LogitTransform(1.3, 3.0, 0.7), LogitTransform(0.5, None, 2.0)]
 # hidden, weight, bias: which of them get a gradient
@@ -195,7 +195,9 @@ def test_kept_logits_are_off_by_a_quarter_of_a_thousandth(row_passes):
     assert (decoded(codes, 4003)[logp < -32.1] == -torch.inf).all()
 
 
-@pytest.mark.parametrize(("n", "width", "vocabulary"), [(1, 2, 1), (7, 6, 64), (200, 2050, 131), (9, 64, 4003)])
+@pytest.mark.parametrize(
+    ("n", "width", "vocabulary"), [(1, 2, 1), (7, 6, 64), (200, 2050, 131), (9, 64, 4003)]
+)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_projection_keeps_codes_and_statistics(n, width, vocabulary, transform):
     x, weight, bias = torch.randn(n, width), torch.randn(vocabulary, width), torch.randn(vocabulary)

@@ -1,0 +1,56 @@
+"""How the linear op goes about its tokens: what it keeps for the backward pass, and how many at a time it takes.
+
+Of n tokens that count, one product with a head of V rows is 2 n V H operations. The schemes:
+
+- "unscaled", for a frozen head: the gradient of each log-prob in its hidden state, [n, H]. It depends on that token
+  alone, so backward only scales it. Two products, one slice of memory, any loss.
+- "keep": the logits of as many tokens as `kept_tokens` says, in float32, or for half precision in 16 bits each
+  (`rows.code_columns`). Backward writes the gradient over them. Three products, any loss.
+- "recompute": nothing; backward computes the logits of each slice again. Four products.
+- "score": nothing, for there is no gradient. One product.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from prefloss.kernels.rows import code_columns
+
+Scheme = Literal["score", "unscaled", "keep", "recompute"]
+
+# Elements of the slice of logits between two matmuls, which must be large to keep a device busy: 2**26 are
+# 256 MiB of float32, or 512 rows of a vocabulary of 128k.
+MATMUL_ELEMENTS = 2**26
+# A CPU is busy with fewer: 32 MiB, but not under 256 rows.
+_CPU_MATMUL_ELEMENTS, _CPU_MATMUL_ROWS = 2**23, 256
+
+
+class Path(NamedTuple):
+    """How the linear op goes about n tokens."""
+
+    scheme: Scheme = "recompute"
+    chunk_tokens: int = 1
+    kept_tokens: int = 0
+    skip_below: float = 0.0
+
+
+def default_chunk(tokens: int, vocabulary: int, cpu: bool) -> int:
+    """Tokens per slice of the linear op: the fewest slices within the limits, all of about one size."""
+    if cpu:
+        most = max(_CPU_MATMUL_ROWS, _CPU_MATMUL_ELEMENTS // max(1, vocabulary))
+    else:
+        most = max(1, MATMUL_ELEMENTS // max(1, vocabulary))
+    parts = max(1, -(-tokens // most))
+    return max(1, -(-tokens // parts))
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the scheme "keep" holds logits of that precision: as they are, or in 16 bits."""
+    return torch.int16 if dtype.itemsize == 2 else dtype
+
+
+def kept_columns(dtype: torch.dtype, vocabulary: int) -> int:
+    """Elements per token of what the scheme "keep" holds."""
+    return code_columns(vocabulary) if kept_dtype(dtype) == torch.int16 else vocabulary
