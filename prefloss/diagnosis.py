@@ -36,7 +36,7 @@ _OVER = 0.8
 # Variances, tokens squared and nats squared.
 _LENGTHS_ALIKE, _MARGINS_ALIKE = 1e-2, 1e-4
 # Of losses that may help against falling chosen completions, those that `resists_falling` confirms are named.
-_CANDIDATES = ("dpop", "apo_zero", "cal_dpo", "nca_pair", "sppo_hard")
+_CANDIDATES = ("dpop", "apo_zero", "nca_pair")
 
 
 class DiagnosisWarning(UserWarning):
@@ -182,7 +182,9 @@ class Diagnosis:
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
         """Take sums and counts of all ranks, under the names that `figures` gave."""
         self._window = _merged(self._window, sums, 1.0)
-        examples = sums.get("zero_gradient", sums.get("falling_pairs", (0.0, 0.0)))[1]
+        # A loss that looks across the ranks has gradients of all examples on each of them.
+        known = [sums[name][1] for name in (_LENGTH[0], "falling_pairs", "zero_gradient") if name in sums]
+        examples = known[0] if known else 0.0
         self._recent = _merged(self._recent, sums, math.exp(-examples / self.thresholds.memory))
 
     def shown(self) -> dict[str, float]:
@@ -269,7 +271,7 @@ class Diagnosis:
             return
         self._said[name] = value
         again = "" if said is None else " (worse than when this was last said)"
-        message = f"{words(value)} So at every log since step {since}{again}."
+        message = f"{words(value)} Seen at every log since step {since}{again}."
         self.findings.append(Finding(name, value, since, message))
         if _is_first_process():
             warnings.warn(f"step {step}: {message}", DiagnosisWarning, stacklevel=2)
@@ -285,12 +287,13 @@ class Diagnosis:
             others = ", ".join(resisting()) or "none of the usual ones"
             why = (
                 f"{self.loss.name} does not pull a fallen chosen completion up more than it pushes the rejected one "
-                f"down. Losses that do: {others}; a sum with an NLL term does, too. A larger beta or a smaller "
-                "learning rate keeps the policy closer to the reference."
+                f"down. Losses that do: {others}; a sum with an NLL term ('1.0*dpo + 1.0*nll') does, too. A larger "
+                "beta or a smaller learning rate keeps the policy closer to the reference."
             )
         return (
-            f"Chosen completions are becoming less likely: {share:.0%} of recent pairs have a chosen completion more "
-            f"than {self.thresholds.fall:g} nats below the reference while the margin over the rejected one grew. {why}"
+            f"Chosen completions are becoming less likely: {share:.0%} of recent pairs have a chosen completion that "
+            f"lost over {self.thresholds.fall:g} nats against the reference while the margin over the rejected one "
+            f"grew. {why}"
         )
 
     def _saturated(self, share: float) -> str:
@@ -334,20 +337,19 @@ def config_of(diagnosis: Diagnosis | None) -> dict[str, Any] | bool:
 def resists_falling(loss: Loss) -> bool:
     """Whether a loss pulls a fallen chosen completion up more than it pushes the rejected one down.
 
-    Decided by its gradient, not by its name, on a pair whose chosen completion lost 20 nats against the reference and
-    whose rejected one lost 40. The pull must be 1.5 times the push, or exceed it and be no weaker than it was where
-    policy and reference agree. A loss that looks at the margin alone pulls and pushes alike, and less the larger the
-    margin. False for losses of rankings, and for those that need more than log-probs of pairs.
+    Decided by its gradient, not by its name: on a pair whose chosen completion lost 20 nats against the reference and
+    whose rejected one lost 40, the pull must be 1.5 times the push. A loss that looks at the margin alone pulls and
+    pushes alike. False for losses of rankings, and for those that need more than log-probs of pairs.
 
     Example:
         >>> [resists_falling(prefloss.get(name)) for name in ("dpo", "dpop", "1.0*dpo + 1.0*nll")]
         [False, True, True]
     """
     try:
-        (start, _), (pull, push) = _pull_and_push(loss, 0.0, 0.0), _pull_and_push(loss, -20.0, -40.0)
+        pull, push = _pull_and_push(loss, -20.0, -40.0)
     except (TypeError, ValueError, RuntimeError):
         return False
-    return pull > 0 and (pull >= 1.5 * push or (pull >= start and pull > 1.05 * push))
+    return pull > 0 and pull >= 1.5 * push
 
 
 def _pull_and_push(loss: Loss, chosen: float, rejected: float) -> tuple[float, float]:

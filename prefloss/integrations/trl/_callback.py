@@ -137,7 +137,7 @@ class PreferenceLossCallback(LossCallback):
     def _compute(self, trainer: Any, own: Callable[..., Any], inputs: Any, return_outputs: bool) -> Any:
         self._bind(trainer.args)
         if _own.made(inputs):
-            self._objective = self._objective or _own.objective(trainer, self._loss)
+            self._objective = self._objective or _own.objective(trainer, self._loss, self._diagnosis)
             self._used = True
             loss, returned = _own.compute_loss(trainer, self._objective, inputs)
             return returned if return_outputs else loss

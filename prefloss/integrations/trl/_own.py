@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from trl import KTOTrainer
 
+from prefloss.diagnosis import Diagnosis
 from prefloss.integrations.transformers import PreferenceObjective, Reference
 from prefloss.integrations.transformers._batch import ROWS, Structure
 from prefloss.integrations.transformers._callback import unrepeated
@@ -26,8 +27,8 @@ def made(batch: Mapping[str, Any]) -> bool:
     return any(all(name in batch for name in names) for names in ROWS.values())
 
 
-def objective(trainer: Any, loss: Loss) -> PreferenceObjective:
-    """The loss with the trainer's own reference.
+def objective(trainer: Any, loss: Loss, diagnosis: Diagnosis | None) -> PreferenceObjective:
+    """The loss with the trainer's own reference, watched by the callback's diagnosis.
 
     Raises:
         TypeError: If the trainer is a KTOTrainer.
@@ -37,17 +38,21 @@ def objective(trainer: Any, loss: Loss) -> PreferenceObjective:
             "data_collator: got PreferenceCollator in a KTOTrainer, wanted TRL's own, which builds the mismatched "
             "completions; or train with transformers.Trainer and prefloss.integrations.transformers"
         )
-    return PreferenceObjective(
+    made = PreferenceObjective(
         loss,
         reference=_reference(trainer),
         check_step_zero=False,
         autocast=trainer.accelerator.autocast,
+        diagnose=False,
     )
+    made.diagnosis = diagnosis
+    return made
 
 
 def compute_loss(trainer: Any, own: PreferenceObjective, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
     """The loss of a batch, and outputs whose `logits` are the completions' log-probs, [pairs, 2]. Logs the figures."""
     training = trainer.model.training
+    own.steps = trainer.state.global_step
     examples = None if training else unrepeated(trainer, batch)
     result = own(trainer.model_wrapped, batch, examples=examples)
     logged = trainer._metrics["train" if training else "eval"]
