@@ -1,0 +1,58 @@
+"""A loss of your own in TRL's DPOTrainer: the formula is yours, the rest is TRL's.
+
+A tiny model stands in for yours, nothing is downloaded: python examples/trl_own_loss.py
+"""
+
+import copy
+import random
+
+from datasets import Dataset
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer
+
+import prefloss
+from prefloss.demo.model import tiny_llama, word_tokenizer
+from prefloss.integrations.trl import PreferenceLossCallback
+
+KIND, RUDE = ["please", "thanks", "gladly", "welcome"], ["no", "never", "whatever", "go"]
+
+
+@prefloss.register
+def enough_margin(pairs: prefloss.Pairs, *, beta: float = 0.1, target: float = 1.0):
+    """Half the squared distance by which the implied margin falls short of a target.
+
+    Args:
+        pairs: Reads the log-ratios h of both sides, [pairs], nats.
+        beta: KL strength, > 0.
+        target: Margin that is enough, > 0.
+    """
+    return (target - beta * pairs.margin()).clamp(min=0).square() / 2
+
+
+def requests(count, seed):
+    """Kind answers are preferred to rude ones."""
+    rng = random.Random(seed)
+    kind, rude = ([" " + " ".join(rng.choices(side, k=3)) for _ in range(count)] for side in (KIND, RUDE))
+    return Dataset.from_dict({"prompt": ["could you help me"] * count, "chosen": kind, "rejected": rude})
+
+
+def main(steps=60):
+    """Train, and return the metrics on pairs that were held out."""
+    set_seed(0)
+    tokenizer = word_tokenizer([" ".join(["could you help me", *KIND, *RUDE, ""])])
+    model = tiny_llama(tokenizer, hidden=32)
+    trainer = DPOTrainer(
+        model,
+        ref_model=copy.deepcopy(model),
+        args=DPOConfig(max_steps=steps, learning_rate=2e-3, report_to="none", bf16=False),
+        train_dataset=requests(512, seed=0),
+        eval_dataset=requests(64, seed=1),
+        processing_class=tokenizer,
+        callbacks=[PreferenceLossCallback("enough_margin", target=0.5)],
+    )
+    trainer.train()
+    return trainer.evaluate()
+
+
+if __name__ == "__main__":
+    print("chosen above rejected in held-out pairs:", main()["eval_rewards/accuracies"])
