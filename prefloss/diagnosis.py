@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,7 +96,8 @@ _RANGES = {
 }
 
 
-class Finding(NamedTuple):
+@dataclass(frozen=True)
+class Finding:
     """Something found.
 
     Attributes:
