@@ -78,7 +78,11 @@ class Problem:
         words = self.shape.completion - 1
         return Dataset.from_list(
             [
-                {"prompt": text(self.shape.prompt), "chosen": " " + text(words), "rejected": " " + text(words)}
+                {
+                    "prompt": text(self.shape.prompt),
+                    "chosen": " " + text(words),
+                    "rejected": " " + text(words),
+                }
                 for _ in range(self.shape.pairs)
             ]
         )
@@ -127,18 +131,18 @@ def trl_with(kernel: str) -> Callable[[Problem], DPOTrainer]:
     return lambda problem: trl_trainer(problem, trl.PreferenceLossCallback("dpo", kernel=kernel))
 
 
-def plain(**options: Any) -> Callable[[Problem], Trainer]:
-    """`transformers.Trainer` with our collator and callback; options go to the callback."""
+def plain(layout: str = "padded") -> Callable[[Problem], Trainer]:
+    """`transformers.Trainer` with our collator and callback."""
 
     def make(problem: Problem) -> Trainer:
         callback = PreferenceLossCallback(
-            "dpo", beta=BETA, reference=Reference.cached(), check_step_zero=False, **options
+            "dpo", beta=BETA, reference=Reference.cached(), check_step_zero=False
         )
         return Trainer(
             problem.policy(),
             TrainingArguments(**problem.arguments, remove_unused_columns=False),
             train_dataset=problem.scored,
-            data_collator=PreferenceCollator(problem.tokenizer),
+            data_collator=PreferenceCollator(problem.tokenizer, layout=layout),
             callbacks=[callback],
         )
 
@@ -150,6 +154,7 @@ WAYS: dict[str, Callable[[Problem], Any]] = {
     "TRL, our loss": trl_with("trl"),
     "TRL, our loss and kernel": trl_with("prefloss"),
     "prefloss, plain Trainer": plain(),
+    "prefloss, prompts once": plain("shared_prefix"),
 }
 
 
@@ -224,7 +229,9 @@ def run(name: str, shape: TrainStep, rounds: int, save: bool, only: tuple[str, .
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", nargs="+", default=["1:1", "4:1"], choices=TRAIN_STEP)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=[], choices=WAYS, help="names of the ways to measure")

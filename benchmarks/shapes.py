@@ -51,3 +51,25 @@ TRAIN_STEP = {
     "1:1": TrainStep(4, 128, 128, 4, 256, 32_000),
     "4:1": TrainStep(4, 205, 51, 4, 256, 32_000),
 }
+
+
+class Layout(NamedTuple):
+    """A Llama and groups of completions, so many tokens each; `varied` lengths differ by up to a quarter."""
+
+    examples: int
+    completions: int
+    prompt: int
+    completion: int
+    varied: bool = False
+    layers: int = 8
+    width: int = 512
+    vocabulary: int = 4096
+
+
+LAYOUTS = {
+    "tiny": Layout(2, 2, 4, 4, layers=1, width=64, vocabulary=301),
+    "pairs 1:1": Layout(4, 2, 128, 128),
+    "pairs 4:1": Layout(4, 2, 204, 52),
+    "pairs 1:1, lengths vary": Layout(4, 2, 128, 128, varied=True),
+    "rankings of 8, 4:1": Layout(2, 8, 204, 52),
+}

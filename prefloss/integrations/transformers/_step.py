@@ -110,7 +110,7 @@ def compute(
         found = _world.all_sum(_step_zero.distance(policy, known, structure.targets >= 0))
         with autocast():
             half = torch.is_autocast_enabled(policy.device.type)
-        given = _given(loss, structure, ratios, pairs)
+        given = _given(loss, structure, ratios, apart, pairs)
         judged = _step_zero.check(unwrapped(model), half, loss, reference, found, given)
     evaluated = loss.train(model.training).evaluate(seen)
     check_finite(loss, evaluated.terms, seen)
@@ -192,19 +192,24 @@ def _mismatched(setting: Setting, model: nn.Module, structure: Structure) -> Log
 
 
 def _given(
-    loss: Loss, structure: Structure, ratios: LogRatios, pairs: str | None
+    loss: Loss, structure: Structure, ratios: LogRatios, apart: LogRatios | None, pairs: str | None
 ) -> Callable[[bool], Feedback]:
     def feedback(at_zero: bool) -> Feedback:
-        found = ratios.detach()
+        found, other = ratios.detach(), apart
         if at_zero:
-            assert found.reference is not None
-            rows = found.per_token
-            if rows is not None and rows.reference is not None:
-                rows = type(rows)(rows.reference, rows.reference, rows.mask)
-            found = LogRatios(found.reference, found.reference, found.tokens, rows)
-        return as_wanted(structure.feedback(found), loss, pairs)
+            found, other = _at_zero(found), None if apart is None else _at_zero(apart)
+        return as_wanted(structure.feedback(found, other), loss, pairs)
 
     return feedback
+
+
+def _at_zero(ratios: LogRatios) -> LogRatios:
+    """The same completions under a policy that is the reference."""
+    assert ratios.reference is not None
+    rows = ratios.per_token
+    if rows is not None and rows.reference is not None:
+        rows = type(rows)(rows.reference, rows.reference, rows.mask)
+    return LogRatios(ratios.reference, ratios.reference, ratios.tokens, rows)
 
 
 def _share(
