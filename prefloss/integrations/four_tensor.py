@@ -1,10 +1,16 @@
-"""Any pair loss in the form that many training loops call: four log-prob tensors in, losses and rewards out."""
+"""Any pair loss in the form that many training loops call: four log-prob tensors in, losses and rewards out.
+
+- `FourTensorLoss`: one loss per pair, for loops of your own.
+- `OpenRLHFLoss`: for `loss_fn` of OpenRLHF's DPOTrainer, which wants the mean.
+- `TorchtuneLoss`: for `loss` in the configurations of torchtune's DPO recipes, which pass two objects.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from prefloss import diagnostics
 from prefloss.feedback import Pairs
@@ -73,9 +79,14 @@ class FourTensorLoss:
             chosen=LogRatios(policy_chosen, reference_chosen, chosen_tokens),
             rejected=LogRatios(policy_rejected, reference_rejected, rejected_tokens),
         )
-        return self.loss(pairs), self._rewards(pairs.chosen), self._rewards(pairs.rejected)
+        return self.loss(pairs), *self.rewards(pairs)
 
     forward = __call__
+
+    def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Implied rewards of both sides, without gradient, [pairs] each."""
+        chosen, rejected = (self._rewards(side) for side in (pairs.chosen, pairs.rejected))
+        return chosen, rejected
 
     def _rewards(self, ratios: LogRatios) -> Tensor:
         beta = 1.0 if self.loss.beta is None else self.loss.beta
@@ -86,3 +97,99 @@ class FourTensorLoss:
     def __repr__(self) -> str:
         """The loss and its hyperparameters."""
         return f"FourTensorLoss({self.loss!r})"
+
+
+def _check_fed(loss: Loss, slot: str) -> None:
+    """Refuse at once what would fail in the first step: a loss, or hyperparameters, that want more than sums."""
+    reference = [0.0] if loss.spec.needs_reference else None
+    side = LogRatios([-1.0], reference)  # type: ignore[arg-type]
+    try:
+        loss.eval()(Pairs(side, side))
+    except ValueError as error:
+        raise ValueError(
+            f"loss: got {loss!r}, wanted one that sums of log-probs are enough for, which is all that {slot} is given "
+            f"({error})"
+        ) from error
+
+
+class _Slot(nn.Module):
+    """A loss in a trainer's slot, which knows sums of log-probs and nothing else of the batch."""
+
+    def __init__(self, loss: str | Loss, **parameters: Any) -> None:
+        super().__init__()
+        self.four = FourTensorLoss(loss, **parameters)
+        _check_fed(self.four.loss, type(self).__name__)
+
+    def _pairs(self, chosen: LogRatios, rejected: LogRatios) -> Pairs:
+        # These trainers evaluate without gradient, and say so in no other way: states must not move then.
+        self.four.loss.train(torch.is_grad_enabled())
+        return Pairs(chosen=chosen, rejected=rejected)
+
+    def extra_repr(self) -> str:
+        """The loss and its hyperparameters."""
+        return repr(self.four.loss)
+
+
+class OpenRLHFLoss(_Slot):
+    """A pair loss for `loss_fn` of OpenRLHF's DPOTrainer.
+
+    Args:
+        loss: Name of a registered pair loss, or a `Loss`, that needs sums of log-probs alone.
+        **parameters: Its hyperparameters, if given by name.
+
+    Raises:
+        TypeError: If the loss does not take pairs, or parameters accompany a `Loss`.
+        ValueError: If the loss is unknown, or needs more.
+
+    Example:
+        >>> loss_fn = OpenRLHFLoss("dpo", beta=0.1)
+        >>> logps = torch.tensor([[-20.0], [-24.0], [-21.5], [-23.0]])
+        >>> loss_fn(*logps)
+        (tensor(0.5759), tensor([0.1500]), tensor([-0.1000]))
+    """
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss, a scalar, and implied rewards of both sides, [pairs], of summed log-probs, [pairs], nats."""
+        pairs = self._pairs(
+            LogRatios(policy_chosen_logps, reference_chosen_logps),
+            LogRatios(policy_rejected_logps, reference_rejected_logps),
+        )
+        return self.four.loss.mean(pairs), *self.four.rewards(pairs)
+
+
+class TorchtuneLoss(_Slot):
+    """A pair loss for torchtune's DPO recipes: `loss: {_component_: prefloss.integrations.four_tensor.TorchtuneLoss}`.
+
+    Args:
+        loss: Name of a registered pair loss, or a `Loss`, that needs sums of log-probs alone.
+        **parameters: Its hyperparameters, if given by name; in a configuration, further keys beside `loss`.
+
+    Raises:
+        TypeError: If the loss does not take pairs, or parameters accompany a `Loss`.
+        ValueError: If the loss is unknown, or needs more.
+    """
+
+    @property
+    def is_reference_free(self) -> bool:
+        """Whether the recipe may leave the reference out."""
+        return not self.four.loss.spec.needs_reference
+
+    def forward(self, policy_inputs: Any, reference_inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses and implied rewards of both sides, [pairs] each.
+
+        Args:
+            policy_inputs: Has `chosen_logps` and `rejected_logps`, sums, [pairs], nats: torchtune's
+                `ChosenRejectedOutputs`.
+            reference_inputs: The same of the reference; None in them for a reference-free loss.
+        """
+        pairs = self._pairs(
+            LogRatios(policy_inputs.chosen_logps, reference_inputs.chosen_logps),
+            LogRatios(policy_inputs.rejected_logps, reference_inputs.rejected_logps),
+        )
+        return self.four.loss(pairs), *self.four.rewards(pairs)
