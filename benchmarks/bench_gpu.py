@@ -116,7 +116,7 @@ def check_gather(
     rows: int,
     vocabulary: int,
 ) -> None:
-    from prefloss.kernels import logprob_gather as fused
+    from prefloss.kernels import tiles as fused
 
     x = (torch.randn(rows, vocabulary, device=device) * 4).to(dtype)
     # -inf in front and behind, a likely target, an ignored row of NaN
@@ -187,7 +187,7 @@ def check_linear(
 def triton_stats(
     x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, transform: LogitTransform, path: Path, outputs: int
 ) -> Tensor:
-    from prefloss.kernels import logprob_gather as fused
+    from prefloss.kernels import tiles as fused
 
     return fused.linear_token_stats(x, w, b, y, transform, IGNORED, lambda n: path, outputs)
 
@@ -220,7 +220,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def bench_gather(arguments: argparse.Namespace, vocabulary: int, bandwidth: float) -> None:
-    from prefloss.kernels import logprob_gather as fused
+    from prefloss.kernels import tiles as fused
 
     torch.manual_seed(0)
     n = arguments.rows

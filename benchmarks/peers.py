@@ -9,8 +9,8 @@ from torch import Tensor
 Way = Callable[..., Tensor]
 
 
-def naive_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+def naive_logits(logits: Tensor, targets: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return logits.to(dtype).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
 def gather_logsumexp(logits: Tensor, targets: Tensor) -> Tensor:

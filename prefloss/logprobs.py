@@ -7,23 +7,26 @@ Nothing is shifted here: ``targets[..., t]`` is the token that position t predic
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefloss import kernels
 from prefloss import plan as planning
 from prefloss.kernels import chunked, kl, naive, ops
+from prefloss.kernels.arguments import (
+    Impl,
+    check_choice,
+    check_limits,
+    check_linear,
+    check_logits,
+    check_reference,
+    checked_targets,
+    checked_transform,
+)
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.rows import LOW_SOFTCAP
 from prefloss.plan import Plan
-
-Impl = Literal["auto", "naive", "chunked", "triton"]
-_IMPLS = get_args(Impl)
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,19 +325,11 @@ def linear_token_kl(
         >>> linear_token_kl(hidden, head, hidden, head, torch.tensor([0])).kl
         tensor([0.])
     """
-    transform = _checked_transform(temperature, logit_scale, softcap)
-    vocabulary = _check_linear(hidden, weight, bias)
-    if _check_linear(reference_hidden, reference_weight, reference_bias, "reference_") != vocabulary:
-        raise ValueError(
-            f"reference_weight: got {len(reference_weight)} rows, wanted {vocabulary} (V) as weight has"
-        )
-    if reference_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"reference_hidden: got shape {list(reference_hidden.shape)}, wanted {list(hidden.shape[:-1])} and its "
-            "own width, as hidden has"
-        )
-    targets = _checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
-    _check_choice("chunked", chunk_tokens, hidden.dtype)
+    transform = checked_transform(temperature, logit_scale, softcap)
+    vocabulary = check_linear(hidden, weight, bias)
+    check_reference(hidden, vocabulary, reference_hidden, reference_weight, reference_bias)
+    targets = checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
+    check_choice("chunked", chunk_tokens, hidden.dtype)
     out = kl.linear_token_kl(
         hidden, weight, bias, reference_hidden.detach(), reference_weight.detach(),
         None if reference_bias is None else reference_bias.detach(), targets, transform, ignore_index, chunk_tokens,
@@ -354,16 +349,10 @@ def _token_stats(
     inplace_backward: bool = False,
 ) -> Tensor:
     """[outputs, ...] statistics from logits."""
-    _check_tensor("logits", logits, floating=True)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {list(logits.shape)}, wanted [..., V] with V >= 1")
-    transform = _checked_transform(*options)
-    targets = _checked_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
-    _check_choice(impl, chunk_tokens, logits.dtype)
-    if inplace_backward and logits.is_leaf and logits.requires_grad:
-        raise ValueError(
-            "inplace_backward: got leaf logits, wanted the output of a model: a leaf outlives its gradient"
-        )
+    check_logits(logits, inplace_backward)
+    transform = checked_transform(*options)
+    targets = checked_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
+    check_choice(impl, chunk_tokens, logits.dtype)
     plan = planning.plan_token(logits, targets.numel(), logits.shape[-1], impl, chunk_tokens)
     planning.note(plan, strict)
     if plan.impl == "naive":
@@ -395,14 +384,11 @@ def _linear_token_stats(
     skip_below: float = 0.0,
 ) -> Tensor:
     """[outputs, ...] statistics from hidden states and a head."""
-    vocabulary = _check_linear(hidden, weight, bias)
-    transform = _checked_transform(*options)
-    targets = _checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
-    _check_choice(impl, chunk_tokens, hidden.dtype)
-    if budget_bytes is not None and (not isinstance(budget_bytes, int) or budget_bytes < 0):
-        raise ValueError(f"budget_bytes: got {budget_bytes!r}, wanted an int >= 0")
-    if not 0 <= skip_below < 1:
-        raise ValueError(f"skip_below: got {skip_below}, wanted 0 <= skip_below < 1")
+    vocabulary = check_linear(hidden, weight, bias)
+    transform = checked_transform(*options)
+    targets = checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
+    check_choice(impl, chunk_tokens, hidden.dtype)
+    check_limits(budget_bytes, skip_below)
     temperature, _, softcap = options
     head = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     hidden_only = torch.is_grad_enabled() and hidden.requires_grad and not head
@@ -441,9 +427,9 @@ def _linear_token_stats(
 def _kernels(impl: str) -> Any:
     """The module of that name; Triton is imported where it is used."""
     if impl == "triton":
-        from prefloss.kernels import logprob_gather
+        from prefloss.kernels import tiles
 
-        return logprob_gather
+        return tiles
     return chunked
 
 
@@ -456,119 +442,3 @@ def _transform_options(transform: LogitTransform) -> tuple[float, float | None, 
 def _named(stats: Tensor, stats_gradient: bool) -> TokenStats:
     logps, top1, others = stats[0], stats[4].detach() > 0.5, stats if stats_gradient else stats.detach()
     return TokenStats(logps, others[1], others[2], others[3], top1)
-
-
-def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> int:
-    """The vocabulary V, once hidden, weight and bias are known to fit together."""
-    _check_tensor(f"{prefix}hidden", hidden, floating=True)
-    if hidden.dim() == 0:
-        raise ValueError(f"{prefix}hidden: got shape [], wanted [..., H]")
-    _check_head(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{prefix}weight: got shape {list(weight.shape)}, wanted [V, {hidden.shape[-1]}] with V >= 1 for "
-            f"{prefix}hidden of shape {list(hidden.shape)}"
-        )
-    vocabulary = weight.shape[0]
-    if bias is not None:
-        _check_head(f"{prefix}bias", bias, f"{prefix}hidden", hidden)
-        if bias.shape != (vocabulary,):
-            raise ValueError(
-                f"{prefix}bias: got shape {list(bias.shape)}, wanted [{vocabulary}], one for each row of weight"
-            )
-    return vocabulary
-
-
-def _check_choice(impl: Impl, chunk_tokens: int | None, dtype: torch.dtype) -> None:
-    """Refuse what `impl` and `chunk_tokens` cannot be."""
-    if impl not in _IMPLS:
-        raise ValueError(f"impl: got {impl!r}, wanted one of {', '.join(map(repr, _IMPLS))}")
-    if impl == "triton" and dtype == torch.float64:
-        raise ValueError(
-            "impl: got 'triton' for float64, wanted 'auto', 'naive' or 'chunked': it computes in float32"
-        )
-    if impl == "triton" and not kernels.available():
-        raise RuntimeError(
-            "impl: 'triton' needs Triton and a device that it compiles for; wanted 'auto' or 'chunked'"
-        )
-    if chunk_tokens is None:
-        return
-    if impl == "naive":
-        raise ValueError(
-            f"chunk_tokens: got {chunk_tokens!r}, wanted None with impl='naive', which has no slices"
-        )
-    if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool):
-        raise TypeError(f"chunk_tokens: got {type(chunk_tokens).__name__}, wanted an int >= 1")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: got {chunk_tokens}, wanted an int >= 1")
-
-
-def _checked_transform(temperature: float, logit_scale: float, softcap: float | None) -> LogitTransform:
-    # a scale <= 0 would turn the -inf of a token that cannot occur into inf or NaN
-    _check_positive("logit_scale", logit_scale)
-    _check_positive("temperature", temperature)
-    if softcap is not None:
-        _check_positive("softcap", softcap)
-    return LogitTransform(logit_scale, softcap, temperature)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a float")
-    if not 0 < value < inf:
-        raise ValueError(f"{name}: got {value}, wanted a finite number > 0")
-
-
-def _check_tensor(name: str, value: Tensor, *, floating: bool) -> None:
-    wanted = "a floating-point tensor" if floating else "an integer tensor"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
-    # float8 is left out: it is a storage format that means nothing without its scale
-    if floating != (value.dtype in _DTYPES) or (not floating and not _is_integer(value.dtype)):
-        of = " of float16, bfloat16, float32 or float64" if floating else ""
-        raise TypeError(f"{name}: got {value.dtype}, wanted {wanted}{of}")
-
-
-def _is_integer(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-
-
-def _check_head(name: str, value: Tensor, hidden_name: str, hidden: Tensor) -> None:
-    _check_tensor(name, value, floating=True)
-    if value.dtype != hidden.dtype:
-        # under autocast too: which of the two is meant to be rounded is not for a loss to guess
-        raise TypeError(
-            f"{name}: got {value.dtype}, wanted {hidden.dtype} as {hidden_name} has; cast one of them"
-        )
-    _check_device(name, value, hidden_name, hidden)
-
-
-def _check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    if value.device != like.device:
-        raise ValueError(f"{name}: got device {value.device}, wanted {like.device} as {like_name} has")
-
-
-def _checked_targets(
-    targets: Tensor, like_name: str, like: Tensor, vocabulary: int, ignore_index: int
-) -> Tensor:
-    """The targets as int64, once they are known to fit `like`, [..., V] or [..., H]."""
-    _check_tensor("targets", targets, floating=False)
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an int")
-    if targets.shape != like.shape[:-1]:
-        raise ValueError(
-            f"targets: got shape {list(targets.shape)}, wanted {list(like.shape[:-1])}, that of {like_name} "
-            "without its last dimension"
-        )
-    _check_device("targets", targets, like_name, like)
-    targets = targets.long()
-    # An accelerator would have to wait for the answer (its gather traps instead), and a compiled graph cannot
-    # branch on it.
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
-        if outside.any():
-            raise IndexError(
-                f"targets: got {targets[outside][0].item()}, wanted 0 <= target < {vocabulary} (V) or "
-                f"ignore_index={ignore_index}"
-            )
-    return targets

@@ -121,10 +121,12 @@ def linear_backward(
     needs: tuple[bool, ...],
     overwrite: bool = True,
     rounded: bool = True,
+    over_x: bool = False,
 ) -> Gradients:
     """Gradients of hidden states [n, H], weight and bias; the scheme "keep" may write over `saved`.
 
-    `rounded` to the dtype of x is the first, or left in float32 for the sum over processes.
+    `rounded` to the dtype of x is the first, or left in float32 for the sum over processes; `over_x` lets it take the
+    place of x.
     """
     n = len(x)
     kept_tokens = 0 if saved is None else len(saved)
@@ -135,7 +137,7 @@ def linear_backward(
     scratch = _scratch(n, weight, path.chunk_tokens, fused) if kept_tokens < n else None
     again = torch.empty(2, path.chunk_tokens, dtype=stats.dtype, device=x.device)
     rates = row_ops.coefficients(grad, stats)
-    backward = Backward(x, weight, needs, len(parts), path.skip_below > 0, rounded)
+    backward = Backward(x, weight, needs, len(parts), path.skip_below > 0, rounded, over_x)
     with no_autocast(x.device):
         for rows in parts:
             y, m = targets[rows], rows.stop - rows.start

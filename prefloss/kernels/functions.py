@@ -189,10 +189,13 @@ class _LinearTokenStats(torch.autograd.Function):
         else:
             # a second backward pass, after this one has written over what was kept, computes the logits again
             ctx.saved = None
+            x = _selected(hidden, kept)
             d_x, d_weight, d_bias = ctx.backward_pass(
-                grad, _selected(hidden, kept), weight, bias, targets, stats, saved, ctx.transform, path,
-                ctx.needs_input_grad[1:4],
+                grad, x, weight, bias, targets, stats, saved, ctx.transform, path, ctx.needs_input_grad[1:4],
+                over_x=x is not hidden,
             )  # fmt: skip
+        # what was kept is the largest of all, and done with
+        del saved
         if d_x is not None and len(kept) < len(hidden):
             d_x = torch.zeros_like(hidden).index_copy_(0, kept, d_x)
         return None, d_x, d_weight, d_bias, *(None,) * 5

@@ -11,6 +11,8 @@ from prefloss.kernels.rows import has_mixed_matmul, matmul, on_cpu, rows_of, sli
 
 # Elements of the head, or of its gradient, that are converted at a time, 16 MiB.
 _HEAD_ELEMENTS = 2**22
+# Elements of the gradient of the hidden states that are summed in float32 at a time, 2 MiB: they stay in the cache.
+_HIDDEN_ELEMENTS = 2**19
 # Rows of the head that are left out of the backward pass together.
 _SKIP_COLUMNS = 256
 
@@ -80,14 +82,19 @@ class Backward:
         parts: int,
         skips: bool = False,
         rounded: bool = True,
+        over_x: bool = False,
     ) -> None:
-        """`rounded` to the dtype of x is the gradient of x, or left in float32 for a sum over processes."""
+        """`rounded` to the dtype of x is the gradient of x, or left in float32 for a sum over processes.
+
+        `over_x`: it may take the place of x.
+        """
         need_x, need_weight, need_bias = needs
         dtype = compute_dtype(x.dtype)
-        self.hidden, self.weight = x, weight
-        self.d_x = (
-            torch.empty(x.shape, dtype=x.dtype if rounded else dtype, device=x.device) if need_x else None
-        )
+        self.hidden, self.weight, self.d_x = x, weight, None
+        if need_x and over_x and rounded:
+            self.d_x = x
+        elif need_x:
+            self.d_x = torch.empty(x.shape, dtype=x.dtype if rounded else dtype, device=x.device)
         self.d_weight = _HeadGradient(weight, parts, skips) if need_weight else None
         self.d_bias = torch.zeros(len(weight), dtype=dtype, device=x.device) if need_bias else None
 
@@ -97,11 +104,19 @@ class Backward:
         dtype = compute_dtype(x.dtype)
         if self.d_bias is not None:
             self.d_bias += dz.sum(0, dtype=dtype)
-        if self.d_x is not None:
-            d_rows = torch.empty(x.shape, dtype=dtype, device=x.device)
-            self.d_x[rows] = times_head(dz, self.weight, d_rows, columns)
+        # before d_x, which may take the place of x
         if self.d_weight is not None:
             self.d_weight.add(dz, x, columns)
+        if self.d_x is None:
+            return
+        if self.d_x.dtype == dtype:
+            times_head(dz, self.weight, self.d_x[rows], columns)
+            return
+        size = min(len(x), rows_of(x, _HIDDEN_ELEMENTS))
+        buffer = torch.empty(size, x.shape[1], dtype=dtype, device=x.device)
+        for part in slices(rows.stop, size, rows.start) if len(x) else ():
+            here = slice(part.start - rows.start, part.stop - rows.start)
+            self.d_x[part] = times_head(dz[here], self.weight, buffer[: part.stop - part.start], columns)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden states, weight and bias; None where none was wanted."""

@@ -1,7 +1,7 @@
-"""Triton kernels: [N, V] logits and [N] targets -> [N] log-probs, and the same from hidden states and a head.
+"""Triton kernels, and their launchers: [N, V] logits and [N] targets -> [N] log-probs; tiles of logits for `tiles`.
 
-The functions have the arguments and results of their namesakes in `chunked`, for half precision and float32;
-`chunk_tokens` means nothing to those that start from logits.
+The functions that start from logits have the arguments and results of their namesakes in `chunked`, for half precision
+and float32; `chunk_tokens` means nothing here.
 
 From logits, the forward pass reads each once and keeps two numbers per row; the backward pass reads each once and
 writes its gradient once, over the logits if the caller allows. From hidden states, matmuls fill one tile of float32
@@ -23,12 +23,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
-from prefloss.kernels.functions import Gradients, Implementation
-from prefloss.kernels.naive import LogitTransform, no_autocast
-from prefloss.kernels.paths import Path, Scheme, kept_dtype
-from prefloss.kernels.rows import coefficients, has_mixed_matmul, slices
+from prefloss.kernels.naive import LogitTransform
+from prefloss.kernels.rows import coefficients
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -44,17 +41,12 @@ class Launch(NamedTuple):
 FORWARD = Launch(4096, 4)
 BACKWARD = Launch(4096, 4)
 
-# Rows of a tile in the forward pass: enough for the matmuls, few enough for long rows.
-_FORWARD_ROWS = 2048
-# Columns below which a tile of the backward pass has fewer rows instead.
-_BACKWARD_COLUMNS = 2048
-
 _LOG2E = tl.constexpr(log2(e))
 _LN2 = tl.constexpr(1 / log2(e))
 # exp2 of less is 0 in float32. Stands in for -inf where an exponential of 0 is multiplied by its own exponent.
 _FLOOR = tl.constexpr(-200.0)
 # Softmax numerators in [0, 1] are stored times this, so that in float16 those down to 2e-9 keep 11 bits.
-_KEPT_SCALE = tl.constexpr(2.0**15)
+KEPT_SCALE = tl.constexpr(2.0**15)
 
 
 @triton.jit
@@ -331,7 +323,7 @@ def tile_stats_kernel(
         tl.store(p_sums + 2 * stride_s, _squash(x_y, inner, SOFTCAP))
     if KEEP:
         p_keep = numerators + row.to(tl.int64) * stride_k
-        scale = _KEPT_SCALE / s if WHOLE else _KEPT_SCALE
+        scale = KEPT_SCALE / s if WHOLE else KEPT_SCALE
         for start in range(0, width, BLOCK):
             m_v = start + o_v < width
             b_x = _load_tile(p_row + start + o_v, bias, v_start + start + o_v, m_v, BIAS)
@@ -378,7 +370,7 @@ def tile_grad_kernel(
     p_x = tile + row.to(tl.int64) * stride_n + o_v
     if KEPT:
         logp_y = tl.load(stats + row)
-        b_p = tl.load(p_x, mask=m_v, other=0.0).to(tl.float32) * (1 / _KEPT_SCALE)
+        b_p = tl.load(p_x, mask=m_v, other=0.0).to(tl.float32) * (1 / KEPT_SCALE)
         b_p = tl.where(m_y, tl.exp(logp_y), b_p)
         # whatever stands for log 0 is multiplied by 0
         b_logp = tl.where(m_y, logp_y, tl.log(tl.maximum(b_p, 1e-37)))
@@ -400,7 +392,7 @@ def token_forward(
     A target of V or more, as in another shard of the vocabulary, has log-prob -inf and no gradient of its own.
     """
     x, vocabulary = _rows(logits), logits.shape[-1]
-    inner, outer, _ = _factors(transform)
+    inner, outer, _ = factors(transform)
     stats = torch.empty(max(2, outputs), len(targets), dtype=torch.float32, device=logits.device)
     block, warps = _launch(FORWARD, vocabulary)
     _run(
@@ -436,7 +428,7 @@ def token_backward(
 ) -> Tensor:
     """Gradient of logits [..., V], written over them if that is wanted and no two of them share memory."""
     x, vocabulary = _rows(logits), logits.shape[-1]
-    inner, outer, slope = _factors(transform)
+    inner, outer, slope = factors(transform)
     shared = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
     over_logits = over_logits and not shared and x.data.data_ptr() == logits.data_ptr()
     d_logits = (
@@ -473,166 +465,7 @@ def token_backward(
     return d_logits
 
 
-def linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    path: Path,
-    outputs: int,
-    room: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Hidden states [n, H] and targets [n] -> statistics [2 or 5, n], and what the scheme keeps, in `room`.
-
-    One tile of logits is in memory at a time, of as many as `path.chunk_tokens` rows of the vocabulary have. The
-    scheme "keep" keeps the softmax itself, 2 bytes per logit of a half-precision head. A target outside [0, V), as in
-    another shard of the vocabulary, has log-prob -inf and no gradient of its own.
-    """
-    n, vocabulary, device = len(x), len(weight), x.device
-    elements = path.chunk_tokens * vocabulary
-    unscaled = path.scheme == "unscaled"
-    kept_tokens = min(n, path.kept_tokens) if path.scheme == "keep" else 0
-    saved = room if room is not None and len(room) else _room(x, weight, path.scheme, kept_tokens)
-    height = max(1, min(n, _FORWARD_ROWS))
-    width = _even(vocabulary, elements // height)
-    # to be normalised at once, kept rows are whole
-    tiles = [(rows, vocabulary) for rows in slices(kept_tokens, path.chunk_tokens)]
-    tiles += [(rows, width) for rows in slices(n, height, kept_tokens)]
-    sums = torch.zeros(5, n, dtype=torch.float32, device=device)
-    # the maximum, and the target's logit as long as no tile has it
-    sums[0], sums[2] = -torch.inf, -torch.inf
-    stats = torch.empty(max(2, outputs), n, dtype=torch.float32, device=device)
-    size = max((rows.stop - rows.start) * _padded(columns) for rows, columns in tiles) if tiles else 0
-    scratch = torch.empty(size, dtype=torch.float32, device=device)
-    factors = torch.empty(size if unscaled else 0, dtype=weight.dtype, device=device)
-    with torch.no_grad(), no_autocast(device):
-        if saved is not None and unscaled:
-            saved.zero_()
-        for rows, columns in tiles:
-            part = sums[:, rows]
-            for span in slices(vocabulary, columns):
-                head = weight[span]
-                logits = _matrix(scratch, rows.stop - rows.start, len(head))
-                _matmul(x[rows], head.T, out=logits)
-                numerators, before = None, None
-                if unscaled:
-                    numerators, before = _matrix(factors, *logits.shape), part[0].clone()
-                elif saved is not None and rows.start < kept_tokens:
-                    # float16 rather than bfloat16: backward multiplies and rounds once more
-                    numerators = (
-                        saved[rows] if saved.dtype == torch.float32 else saved[rows].view(torch.float16)
-                    )
-                _fold_tile(
-                    logits, bias, targets[rows], part, numerators, span.start, transform, outputs, unscaled
-                )
-                if saved is not None and numerators is not None and before is not None:
-                    _add_product(numerators, head, saved[rows], before, part[0], transform)
-            _finish(part, stats[:, rows], transform)
-            if saved is not None and unscaled:
-                _scale_product(saved[rows], weight, targets[rows], stats[:, rows], part, transform)
-    return stats, saved
-
-
-def linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    stats: Tensor,
-    saved: Tensor | None,
-    transform: LogitTransform,
-    path: Path,
-    needs: tuple[bool, ...],
-    overwrite: bool = True,
-) -> Gradients:
-    """Gradients of hidden states [n, H], weight and bias; the scheme "keep" may write over `saved`."""
-    n, vocabulary, device, dtype = len(x), len(weight), x.device, weight.dtype
-    need_x, need_weight, need_bias = needs
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=device) if need_x else None
-    kept_tokens = 0 if saved is None else len(saved)
-    over_saved = overwrite and kept_tokens > 0
-    elements = path.chunk_tokens * vocabulary
-    height = max(
-        1, min(n - (kept_tokens if over_saved else 0), elements // min(vocabulary, _BACKWARD_COLUMNS))
-    )
-    # Columns outermost, all rows within: the gradient of the head is done tile by tile, in few additions, and never
-    # all of it is in float32.
-    parts = [
-        *slices(kept_tokens, max(1, kept_tokens) if over_saved else height),
-        *slices(n, height, kept_tokens),
-    ]
-    unit = _unit(grad, transform) if dtype == torch.float16 else None
-    straight = unit is None and len(parts) == 1
-    width = vocabulary if over_saved and kept_tokens == n else _even(vocabulary, elements // height)
-    if need_weight and not straight:
-        width = _even(vocabulary, min(width, elements // max(1, x.shape[1])))
-    with torch.no_grad(), no_autocast(device):
-        rates = coefficients(grad if unit is None else grad / unit, stats)
-        d_saved = None
-        if saved is not None and over_saved:
-            d_saved = saved.view(dtype)
-            _differentiate_tile(
-                saved, d_saved, None, targets, stats, rates, 0, transform, len(grad) == 1, kept=True
-            )
-        size = 0 if over_saved and kept_tokens == n else height * _padded(width)
-        scratch = torch.empty(size, dtype=torch.float32, device=device)
-        factors = scratch if dtype == torch.float32 else torch.empty(size, dtype=dtype, device=device)
-        d_weight = torch.empty(weight.shape, dtype=dtype, device=device) if need_weight else None
-        d_bias = torch.zeros(vocabulary, dtype=torch.float32, device=device) if need_bias else None
-        x_sum = d_x
-        if need_x and (unit is not None or width < vocabulary):
-            x_sum = torch.zeros(x.shape, dtype=torch.float32, device=device)
-        for span in slices(vocabulary, width):
-            head = weight[span]
-            w_sum = None
-            if d_weight is not None:
-                w_sum = d_weight[span]
-                if not straight:
-                    w_sum = torch.zeros(head.shape, dtype=torch.float32, device=device)
-            for rows in parts:
-                if d_saved is not None and rows.start < kept_tokens:
-                    dz = d_saved[rows, span]
-                else:
-                    dz = _matrix(factors, rows.stop - rows.start, len(head))
-                    kept = saved is not None and rows.start < kept_tokens
-                    if saved is not None and kept:
-                        tile = saved[rows, span]
-                    else:
-                        tile = _matrix(scratch, *dz.shape)
-                        _matmul(x[rows], head.T, out=tile)
-                    _differentiate_tile(
-                        tile, dz, bias, targets[rows], stats[:, rows], rates[rows], span.start, transform,
-                        len(grad) == 1, kept,
-                    )  # fmt: skip
-                if d_bias is not None:
-                    d_bias[span] += dz.sum(0, dtype=torch.float32)
-                if x_sum is not None:
-                    _matmul(dz, head, out=x_sum[rows], add=x_sum is not d_x)
-                if w_sum is not None:
-                    _matmul(dz.T, x[rows], out=w_sum, add=not straight)
-            if d_weight is not None and w_sum is not None and not straight:
-                d_weight[span] = w_sum if unit is None else w_sum.mul_(unit)
-        if d_x is not None and x_sum is not None and x_sum is not d_x:
-            torch.mul(x_sum, 1 if unit is None else unit, out=d_x)
-        if d_bias is not None:
-            d_bias = (d_bias if unit is None else d_bias * unit).to(dtype)
-    return d_x, d_weight, d_bias
-
-
-def _room(x: Tensor, weight: Tensor, scheme: Scheme, kept_tokens: int) -> Tensor | None:
-    if scheme == "unscaled":
-        return torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    if kept_tokens == 0:
-        return None
-    memory = torch.empty(
-        kept_tokens * _padded(len(weight)), dtype=kept_dtype(weight.dtype), device=weight.device
-    )
-    return _matrix(memory, kept_tokens, len(weight))
-
-
-def _fold_tile(
+def fold_tile(
     logits: Tensor,
     bias: Tensor | None,
     targets: Tensor,
@@ -644,7 +477,7 @@ def _fold_tile(
     unscaled: bool,
 ) -> None:
     """Raw logits [m, w] from column `first` on into the sums, and their softmax numerators where these are wanted."""
-    inner, outer, _ = _factors(transform)
+    inner, outer, _ = factors(transform)
     block, warps = _launch(FORWARD, logits.shape[1])
     _run(
         tile_stats_kernel,
@@ -672,45 +505,7 @@ def _fold_tile(
     )
 
 
-def _finish(sums: Tensor, stats: Tensor, transform: LogitTransform) -> None:
-    """Sums of whole rows -> their statistics."""
-    outer = _factors(transform)[1]
-    m, s, picked, a, q = sums
-    top, log_s = torch.where(m == -torch.inf, 0, m), s.log()
-    # in this order, as in _store_stats
-    stats[0] = (picked - top) * outer - log_s
-    stats[1] = top * outer + log_s
-    if len(stats) > 2:
-        stats[2] = log_s - a / s / log2(e)
-        stats[3] = q.log() - 2 * log_s
-        stats[4] = picked >= m
-
-
-def _add_product(
-    numerators: Tensor, head: Tensor, total: Tensor, before: Tensor, after: Tensor, transform: LogitTransform
-) -> None:
-    """Add numerators @ head to the total [m, H], whose numerators were against the maxima `before`."""
-    # -inf - -inf: nothing so far, so nothing to rescale
-    shift = (before - after).masked_fill_(before == -torch.inf, 0) * _factors(transform)[1]
-    _matmul(numerators, head, out=total.mul_(torch.exp(shift)[:, None]), add=True)
-
-
-def _scale_product(
-    total: Tensor, weight: Tensor, targets: Tensor, stats: Tensor, sums: Tensor, transform: LogitTransform
-) -> None:
-    """Numerators @ head, [m, H], the targets left out -> d logp / d hidden, in its place."""
-    slope = _factors(transform)[2]
-    _, s, picked, *_ = sums
-    owned = (targets >= 0) & (targets < len(weight))
-    d_y = -torch.expm1(stats[0]) * slope
-    if transform.softcap is not None:
-        d_y *= 1 - picked.clamp_min(-1).square()
-    heads = weight.index_select(0, torch.where(owned, targets, 0)).to(total.dtype)
-    total.mul_((-slope / _KEPT_SCALE.value / s)[:, None])
-    total.addcmul_(heads, torch.where(owned, d_y, 0)[:, None])
-
-
-def _differentiate_tile(
+def differentiate_tile(
     tile: Tensor,
     out: Tensor,
     bias: Tensor | None,
@@ -723,7 +518,7 @@ def _differentiate_tile(
     kept: bool,
 ) -> None:
     """Raw logits [m, w] from column `first` on, or the softmax that was kept of them -> their gradient, in `out`."""
-    inner, outer, slope = _factors(transform)
+    inner, outer, slope = factors(transform)
     block, warps = _launch(BACKWARD, tile.shape[1])
     if tile.dtype == torch.int16:
         tile = tile.view(torch.float16)
@@ -753,14 +548,6 @@ def _differentiate_tile(
     )
 
 
-def _unit(grad: Tensor, transform: LogitTransform) -> Tensor:
-    """What to divide gradients of float16 logits by, so that the largest nears 2**15 and the small do not vanish."""
-    # |p (log p + H)| < 16 for any vocabulary that fits a memory, |2 (p**2 / sum p**2 - p)| <= 2
-    most = grad.new_tensor((1, 1, 16, 2, 0))[: len(grad), None]
-    bound = torch.nn.functional.pad((grad.abs() * most).sum(0), (0, 1)).amax()
-    return (bound * (_factors(transform)[2] / 2**15)).clamp_min(1e-30)
-
-
 class _Rows(NamedTuple):
     """[..., V] as rows: `per_batch` of them strides[1] apart, and each so many strides[0]; neighbours adjoin."""
 
@@ -781,7 +568,7 @@ def _rows(x: Tensor) -> _Rows:
     return _Rows(matrix, (0, matrix.stride(0)), max(1, len(matrix)))
 
 
-def _factors(transform: LogitTransform) -> tuple[float, float, float]:
+def factors(transform: LogitTransform) -> tuple[float, float, float]:
     """Inner, outer, and the slope of z at x = 0."""
     slope = transform.logit_scale / transform.temperature
     if transform.softcap is None:
@@ -809,41 +596,3 @@ def _run(kernel: Any, programs: int, warps: int, *arguments: Any, **constants: A
     if programs:
         with here:
             kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=True)
-
-
-# the sum of such a matmul, too, had to be half precision before
-_ADDS_MIXED = TorchVersion(torch.__version__) >= TorchVersion("2.10")
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """Product a @ b written or added to `out`, in whose precision it is summed; a and b may be half precision."""
-    if a.dtype != out.dtype and (a.device.type == "cpu" or not has_mixed_matmul(a)):
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if a.dtype == out.dtype:
-        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    if not add:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    if _ADDS_MIXED:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    return out.add_(torch.mm(a, b, out_dtype=out.dtype))
-
-
-def _matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
-    """The first elements of `memory` as a matrix with aligned rows, as wide loads and fast matmuls ask."""
-    return memory[: rows * _padded(columns)].view(rows, _padded(columns))[:, :columns]
-
-
-def _padded(columns: int) -> int:
-    return triton.cdiv(columns, 64) * 64
-
-
-def _even(columns: int, most: int) -> int:
-    """Width of the fewest equal tiles of about `most` columns, a multiple of 128 unless there is but one."""
-    tiles = triton.cdiv(columns, max(most, 128))
-    return min(columns, triton.cdiv(triton.cdiv(columns, tiles), 128) * 128)
-
-
-_implementation = Implementation(token_forward, token_backward, linear_forward, linear_backward)
-token_stats, token_logps = _implementation.token_stats, _implementation.token_logps
-linear_token_stats = _implementation.linear_token_stats
-linear_token_logps = _implementation.linear_token_logps

@@ -191,9 +191,9 @@ linear_token_stats.register_autograd(_linear_grad, setup_context=_save_linear)
 def _kernels(impl: str) -> Any:
     if impl != "triton":
         return chunked
-    from prefloss.kernels import logprob_gather
+    from prefloss.kernels import tiles
 
-    return logprob_gather
+    return tiles
 
 
 def _stats_like(x: Tensor, targets: Tensor, outputs: int) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from prefloss.kernels import native
 from prefloss.kernels.constant import constant_when_compiled
@@ -222,6 +223,10 @@ def _device_has_mixed_matmul(device_type: str, dtype: torch.dtype) -> bool:
     return known and dtype in (torch.float16, torch.bfloat16)
 
 
+# the sum of a mixed matmul, too, had to be half precision before
+_ADDS_MIXED = TorchVersion(torch.__version__) >= TorchVersion("2.10")
+
+
 def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """Out = a @ b or out += a @ b, summed in the precision of `out`, float32 where a and b are half precision.
 
@@ -229,14 +234,15 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """
     if on_cpu(out) and has_mixed_matmul(a) and native.multiply(a, b, out, add):
         return out
+    if a.dtype != out.dtype and (on_cpu(out) or not has_mixed_matmul(a)):
+        a, b = a.to(out.dtype), b.to(out.dtype)
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    if on_cpu(out):
-        product = torch.mm(a.to(out.dtype), b.to(out.dtype))
-        return out.add_(product) if add else out.copy_(product)
-    if add:
-        return out.add_(torch.mm(a, b, out_dtype=out.dtype))
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    if not add:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    if _ADDS_MIXED:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return out.add_(torch.mm(a, b, out_dtype=out.dtype))
 
 
 def slices(n: int, size: int, start: int = 0) -> Iterator[slice]:

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import bench_linear, bench_logits, measure, peers
+from benchmarks import bench_linear, bench_logits, bench_skip, measure, peers, tables
 from benchmarks.shapes import LINEAR, LOGITS
 
 
@@ -46,3 +46,33 @@ def test_bench_linear(results, dtype, frozen):
     # what is measured again takes the place of what was there
     assert len(ours) == 3
     assert all(row["ok"] == "True" and float(row["gradient_error"]) < 4e-3 for row in ours)
+
+
+def test_bench_skip(results, capsys):
+    head = bench_skip.synthetic(vocabulary=2000, width=16)
+    bench_skip.run("synthetic", head, torch.float32, rounds=1, save=True)
+    found = rows(results)
+    assert [
+        float(row["gradient_error"]) < limit for row, limit in zip(found, (1e-5, 0.1, 0.1, 0.5), strict=True)
+    ]
+    assert "skip nothing: 0% left out" in capsys.readouterr().out
+
+
+def test_tables_show_the_rows_there_are(results):
+    bench_logits.run(LOGITS["tiny"], torch.float32, rounds=1, name="32k")
+    bench_linear.run(LINEAR["tiny"], torch.bfloat16, True, rounds=1, name="128k")
+    text = tables.render(results)
+    assert text.count("| **prefloss** |") == 3
+    assert "trainable head" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| **prefloss, no budget** |")]
+    assert [bool(cell.strip()) for cell in line.split("|")[2:6]] == [False, False, False, True]
+
+
+def test_readme_shows_the_results_that_are_kept():
+    readme = tables.README.read_text()
+    assert tables.replaced(readme, tables.render()) == readme, "run python -m benchmarks.tables"
+
+
+def test_a_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="wanted the markers"):
+        tables.replaced("# prefloss", "")

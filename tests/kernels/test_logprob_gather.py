@@ -22,6 +22,7 @@ from prefloss.kernels.paths import Path
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from prefloss.kernels import logprob_gather as lg
+    from prefloss.kernels import tiles
 
 PLAIN = LogitTransform()
 SCALED = LogitTransform(1.3, None, 0.7)
@@ -67,8 +68,8 @@ def small_blocks(monkeypatch):
     """Several blocks, lanes and tiles in a vocabulary of a few hundred."""
     monkeypatch.setattr(lg, "FORWARD", lg.Launch(128, 4))
     monkeypatch.setattr(lg, "BACKWARD", lg.Launch(128, 4))
-    monkeypatch.setattr(lg, "_FORWARD_ROWS", 4)
-    monkeypatch.setattr(lg, "_BACKWARD_COLUMNS", 128)
+    monkeypatch.setattr(tiles, "_FORWARD_ROWS", 4)
+    monkeypatch.setattr(tiles, "_BACKWARD_COLUMNS", 128)
 
 
 def statistics(x, y, transform):
@@ -113,7 +114,7 @@ def check_gather(x, y, transform, outputs=5):
     wanted, total = expected(exact, y, transform, full)
     total.backward()
     leaf = x.detach().clone().requires_grad_()
-    stats = lg.token_stats(leaf, y, transform, IGNORED, outputs=outputs)
+    stats = tiles.token_stats(leaf, y, transform, IGNORED, outputs=outputs)
     assert stats.dtype == torch.float32
     torch.testing.assert_close(stats.double(), wanted[:outputs], rtol=3e-6, atol=3e-6)
     (stats * weights).sum().backward()
@@ -170,7 +171,7 @@ class TestGather:
         x[2, y[2]] = -torch.inf
         for transform in (PLAIN, CAPPED):
             leaf = x.clone().requires_grad_()
-            logps = lg.token_logps(leaf, y, transform, IGNORED)
+            logps = tiles.token_logps(leaf, y, transform, IGNORED)
             assert logps[2] == -torch.inf
             assert logps.isfinite().sum() == 5
             logps.backward(torch.ones(6))
@@ -184,7 +185,7 @@ class TestGather:
         x[2] = -torch.inf
         x[3, 200] = float("nan")
         x[4, 7] = torch.inf
-        logps = lg.token_logps(x, y, PLAIN, IGNORED)
+        logps = tiles.token_logps(x, y, PLAIN, IGNORED)
         assert logps.isnan().tolist() == [False, False, True, True, True, False]
 
     def test_target_of_another_shard(self):
@@ -192,7 +193,7 @@ class TestGather:
         x, y = logits_and_targets(ignored=0)
         y[2] = 301
         leaf = x.requires_grad_()
-        stats = lg.token_stats(leaf, y, PLAIN, IGNORED, outputs=5)
+        stats = tiles.token_stats(leaf, y, PLAIN, IGNORED, outputs=5)
         assert stats[0, 2] == -torch.inf
         stats[1, 2].backward()
         torch.testing.assert_close(leaf.grad[2], x.detach()[2].softmax(-1))
@@ -201,17 +202,17 @@ class TestGather:
         x, y = logits_and_targets(ignored=0)
         whole, leaf = (x.clone().requires_grad_() for _ in range(2))
         weights = torch.rand(6)
-        (lg.token_logps(whole, y, SCALED, IGNORED) * weights).sum().backward()
+        (tiles.token_logps(whole, y, SCALED, IGNORED) * weights).sum().backward()
         picked, sums = [], []
         for first, last in ((0, 140), (140, 301)):
             mine = (y >= first) & (y < last)
-            stats = lg.token_stats(
+            stats = tiles.token_stats(
                 leaf[:, first:last], torch.where(mine, y - first, last - first), SCALED, IGNORED, outputs=5
             )
             picked.append(torch.where(mine, stats[0] + stats[1], 0))
             sums.append(stats[1])
         logps = sum(picked) - torch.stack(sums).logsumexp(0)
-        torch.testing.assert_close(logps, lg.token_logps(x, y, SCALED, IGNORED))
+        torch.testing.assert_close(logps, tiles.token_logps(x, y, SCALED, IGNORED))
         (logps * weights).sum().backward()
         torch.testing.assert_close(leaf.grad, whole.grad)
 
@@ -219,21 +220,21 @@ class TestGather:
         # a difference of 0.25 in 10,000 survives, as it would not in z - logsumexp
         x = torch.full((1, 300), -1e4)
         x[0, 7], x[0, 290] = 1e4, 1e4 - 0.25
-        logps = lg.token_logps(x, torch.tensor([290]), PLAIN, IGNORED)
+        logps = tiles.token_logps(x, torch.tensor([290]), PLAIN, IGNORED)
         torch.testing.assert_close(logps.double(), -torch.tensor([0.25]).double().exp().add(1).log())
 
     def test_likely_target_keeps_its_gradient(self):
         x = torch.zeros(1, 300)
         x[0, 5] = 14.0
         x.requires_grad_()
-        lg.token_logps(x, torch.tensor([5]), PLAIN, IGNORED).backward(torch.ones(1))
+        tiles.token_logps(x, torch.tensor([5]), PLAIN, IGNORED).backward(torch.ones(1))
         rest = 299 * torch.exp(torch.tensor(-14.0).double())
         torch.testing.assert_close(x.grad[0, 5].double(), rest / (1 + rest), rtol=1e-3, atol=0)
 
     def test_ties_are_hits(self):
         x = torch.zeros(3, 200)
         x[:, 150] = x[:, 20] = 2.0
-        assert lg.token_stats(x, torch.tensor([20, 150, 3]), PLAIN, IGNORED, outputs=5)[4].tolist() == [
+        assert tiles.token_stats(x, torch.tensor([20, 150, 3]), PLAIN, IGNORED, outputs=5)[4].tolist() == [
             1,
             1,
             0,
@@ -241,7 +242,7 @@ class TestGather:
 
     def test_empty(self):
         x = torch.zeros(0, 5, requires_grad=True)
-        lg.token_logps(x, torch.zeros(0, dtype=torch.long), PLAIN, IGNORED).sum().backward()
+        tiles.token_logps(x, torch.zeros(0, dtype=torch.long), PLAIN, IGNORED).sum().backward()
         assert x.grad.shape == (0, 5)
 
     @pytest.mark.parametrize("inplace", [False, True])
@@ -262,7 +263,7 @@ class TestGather:
             total.backward()
             before = view.clone()
             x = view.detach().requires_grad_()
-            out = lg.token_stats(x, y, PLAIN, IGNORED, inplace_backward=inplace)
+            out = tiles.token_stats(x, y, PLAIN, IGNORED, inplace_backward=inplace)
             torch.testing.assert_close(out[0].double(), wanted[0].reshape(2, 3), rtol=1e-6, atol=1e-6)
             out.sum().backward()
             torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-6, atol=1e-7)
@@ -273,14 +274,14 @@ class TestGather:
         x = torch.randn(2, 3, 2, 20)[:, 1:].transpose(0, 1).requires_grad_()
         y = torch.randint(20, (2, 2, 2))
         torch.testing.assert_close(
-            lg.token_logps(x, y, PLAIN, IGNORED), x.log_softmax(-1).gather(-1, y[..., None])[..., 0]
+            tiles.token_logps(x, y, PLAIN, IGNORED), x.log_softmax(-1).gather(-1, y[..., None])[..., 0]
         )
 
     def test_inplace_leaves_the_gaps(self):
         base = torch.randn(4, 50)
         before = base.clone()
         x = base[:, 3:33].requires_grad_()
-        lg.token_stats(
+        tiles.token_stats(
             x, torch.tensor([1, 29, IGNORED, 0]), CAPPED, IGNORED, inplace_backward=True
         ).sum().backward()
         assert torch.equal(base[:, 3:33], x.grad)
@@ -290,7 +291,7 @@ class TestGather:
     def test_inplace_is_refused_a_second_time(self):
         x, y = logits_and_targets()
         leaf = x.requires_grad_()
-        total = lg.token_stats(leaf * 1, y, PLAIN, IGNORED, inplace_backward=True).sum()
+        total = tiles.token_stats(leaf * 1, y, PLAIN, IGNORED, inplace_backward=True).sum()
         total.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             total.backward()
@@ -298,7 +299,7 @@ class TestGather:
     def test_second_derivative_is_refused(self):
         x = torch.randn(2, 9, requires_grad=True)
         (grad,) = torch.autograd.grad(
-            lg.token_logps(x, torch.tensor([1, 2]), PLAIN, IGNORED).sum(), x, create_graph=True
+            tiles.token_logps(x, torch.tensor([1, 2]), PLAIN, IGNORED).sum(), x, create_graph=True
         )
         with pytest.raises(RuntimeError, match="differentiated once"):
             grad.sum().backward()
@@ -355,7 +356,7 @@ def check_linear(problem, path, transform, outputs=1, most=3e-5):
     logits = exact[0][keep] @ exact[1].T + (0 if exact[2] is None else exact[2])
     wanted = statistics(logits, targets[keep], transform)[:outputs]
     (wanted * weights[:, keep].double()).sum().backward()
-    out = lg.linear_token_stats(hidden, weight, bias, targets, transform, IGNORED, lambda n: path, outputs)
+    out = tiles.linear_token_stats(hidden, weight, bias, targets, transform, IGNORED, lambda n: path, outputs)
     torch.testing.assert_close(out[:, keep].double(), wanted.detach(), rtol=3e-6, atol=3e-6)
     assert not out[:, ~keep].any()
     (out * weights).sum().backward()
@@ -432,7 +433,9 @@ class TestLinear:
 
         exact = gradients(hidden.double()[keep] @ weight.double().T)
         autograd = gradients((hidden[keep] @ weight.T).float())
-        logps = lg.linear_token_stats(hidden, weight, None, targets, PLAIN, IGNORED, lambda n: path)[0, keep]
+        logps = tiles.linear_token_stats(hidden, weight, None, targets, PLAIN, IGNORED, lambda n: path)[
+            0, keep
+        ]
         ours = torch.autograd.grad((logps * weights).sum(), leaves)
         for mine, theirs, wanted in zip(ours, autograd, exact, strict=True):
             errors = [(x.double() - wanted).nan_to_num().norm() for x in (mine, theirs)]
@@ -444,7 +447,7 @@ class TestLinear:
     def test_score_keeps_nothing(self):
         hidden, weight, bias, targets = linear_problem()
         with torch.no_grad(), Matmuls() as watch:
-            out = lg.linear_token_logps(hidden, weight, bias, targets, PLAIN, IGNORED, 2, "score")
+            out = tiles.linear_token_logps(hidden, weight, bias, targets, PLAIN, IGNORED, 2, "score")
         logits = (hidden @ weight.T + bias).detach()
         wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
         torch.testing.assert_close(out, -wanted.nan_to_num())
@@ -454,7 +457,7 @@ class TestLinear:
         for (_, path, frozen), most in zip(SCHEMES, (4, 3, 3, 3 + 2 / 5, 2), strict=True):
             hidden, weight, _, targets = linear_problem(vocabulary=150, frozen=frozen)
             with Matmuls() as watch:
-                out = lg.linear_token_stats(
+                out = tiles.linear_token_stats(
                     hidden, weight, None, targets, PLAIN, IGNORED, lambda n, path=path: path
                 )
                 out.sum().backward()
@@ -464,7 +467,7 @@ class TestLinear:
         hidden, weight, bias, targets = linear_problem(n=24, width=3)
         for path in (Path("recompute", 2), Path("unscaled", 2)):
             with Matmuls() as watch:
-                lg.linear_token_stats(
+                tiles.linear_token_stats(
                     hidden, weight, bias, targets, PLAIN, IGNORED, lambda n, path=path: path
                 )
             # a tile of 128 columns is the narrowest, 4 rows of it are more than the 2 whole rows asked for
@@ -487,7 +490,7 @@ class TestLinear:
         targets[2] = 301
         for path in (Path("recompute", 2), Path("keep", 2, 3), Path("unscaled", 2)):
             hidden.grad = None
-            out = lg.linear_token_stats(
+            out = tiles.linear_token_stats(
                 hidden, weight, None, targets, PLAIN, IGNORED, lambda n, path=path: path, 1
             )
             assert out[0, 2] == -torch.inf
@@ -501,13 +504,13 @@ class TestLinear:
         hidden, weight, _, targets = linear_problem(dtype=torch.float16, bias=False)
         grads = []
         for factor in (1.0, 1e-4):
-            out = lg.linear_token_logps(hidden, weight, None, targets, PLAIN, IGNORED, 2)
+            out = tiles.linear_token_logps(hidden, weight, None, targets, PLAIN, IGNORED, 2)
             x = hidden.detach()[targets != IGNORED]
             y, kept = targets[targets != IGNORED], torch.full((1, 5), factor)
-            stats, _ = lg.linear_forward(x, weight.detach(), None, y, PLAIN, Path("recompute", 2), 1)
+            stats, _ = tiles.linear_forward(x, weight.detach(), None, y, PLAIN, Path("recompute", 2), 1)
             assert torch.equal(out[targets != IGNORED], stats[0])
             grads.append(
-                lg.linear_backward(
+                tiles.linear_backward(
                     kept,
                     x,
                     weight.detach(),
@@ -525,7 +528,7 @@ class TestLinear:
 
     def test_second_backward_computes_again(self):
         hidden, weight, bias, targets = linear_problem()
-        out = lg.linear_token_logps(hidden, weight, bias, targets, PLAIN, IGNORED, 2, "keep", 100)
+        out = tiles.linear_token_logps(hidden, weight, bias, targets, PLAIN, IGNORED, 2, "keep", 100)
         first = torch.autograd.grad(out.sum(), (hidden, weight, bias), retain_graph=True)
         second = torch.autograd.grad(out.sum(), (hidden, weight, bias))
         for a, b in zip(first, second, strict=True):
@@ -538,11 +541,11 @@ class TestLinear:
         x, y = hidden.detach()[targets != IGNORED], targets[targets != IGNORED]
         path, grad = Path("keep", 2, kept), torch.randn(1, 5)
         room = torch.empty(kept, 301, dtype=torch.int16)
-        stats, saved = lg.linear_forward(x, weight.detach(), None, y, PLAIN, path, 1, room)
+        stats, saved = tiles.linear_forward(x, weight.detach(), None, y, PLAIN, path, 1, room)
         assert saved.data_ptr() == room.data_ptr()
         before = room.clone()
         results = [
-            lg.linear_backward(
+            tiles.linear_backward(
                 grad, x, weight.detach(), None, y, stats, room, PLAIN, path, (True, True, False), overwrite
             )
             for overwrite in (False, True)
@@ -555,7 +558,9 @@ class TestLinear:
         for _, path, frozen in SCHEMES:
             hidden, weight, bias, _ = linear_problem(frozen=frozen)
             none = torch.full((6,), IGNORED)
-            out = lg.linear_token_stats(hidden, weight, bias, none, PLAIN, IGNORED, lambda n, path=path: path)
+            out = tiles.linear_token_stats(
+                hidden, weight, bias, none, PLAIN, IGNORED, lambda n, path=path: path
+            )
             out.sum().backward()
             assert not out.any()
             assert not hidden.grad.any()
@@ -565,11 +570,11 @@ class TestLinear:
         # kept softmax, rows far apart
         x, weight, y = torch.randn(4, 5).half(), torch.randn(40, 5).half(), torch.tensor([3, 39, 0, 17])
         room, path = far_apart(4, 40), Path("keep", 4, 4)
-        stats, _ = lg.linear_forward(x, weight, None, y, PLAIN, path, 1, room.view(torch.int16))
+        stats, _ = tiles.linear_forward(x, weight, None, y, PLAIN, path, 1, room.view(torch.int16))
         p = (x.double() @ weight.double().T).softmax(-1)
         others = torch.ones_like(p).scatter_(1, y[:, None], 0)
         torch.testing.assert_close(room.double() / 2**15, p * others, rtol=1e-3, atol=1e-6)
-        d_x, _, _ = lg.linear_backward(
+        d_x, _, _ = tiles.linear_backward(
             torch.ones(1, 4),
             x,
             weight,

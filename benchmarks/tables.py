@@ -1,0 +1,84 @@
+"""The tables of the README from `results/`: ``python -m benchmarks.tables`` writes them between their two markers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.measure import RESULTS, rows_of
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+COLUMNS = (("32k", "float32"), ("32k", "bfloat16"), ("128k", "float32"), ("128k", "bfloat16"))
+HEADING = (
+    "| | " + " | ".join(f"V {shape}, {dtype}" for shape, dtype in COLUMNS) + " |\n|---" + "|---" * 4 + "|"
+)
+
+Row = dict[str, str]
+
+
+def render(folder: Path = RESULTS) -> str:
+    """What stands between the markers, for each machine there are results of."""
+    parts = [part for path in sorted(folder.glob("*.csv")) if (part := of_machine(path))]
+    return "\n\n".join(parts)
+
+
+def of_machine(path: Path) -> str:
+    """The tables of one file, those that it has rows for."""
+    rows = rows_of(path)
+    if not any(row["bench"] in ("linear", "logits") for row in rows):
+        return ""
+    first = rows[0]
+    loads = sorted({float(row["load"]) for row in rows if row["bench"] in ("linear", "logits")})
+    parts = [
+        f"Measured on {path.stem.replace('-', ' ')} ({first['threads']} threads; {first['versions']}), in turns in one "
+        f"process, medians; load average {loads[0]:g} to {loads[-1]:g}, the benchmark's own threads included. All "
+        f"rows, with spread and commit: [{path.name}](benchmarks/results/{path.name})."
+    ]
+    for frozen, head in (("False", "trainable"), ("True", "frozen")):
+        products = "two" if frozen == "True" else "three"
+        parts += table(
+            f"Hidden states to DPO loss to gradient, {head} head: time over that of the {products} matrix products "
+            "alone, and peak extra memory in MiB, gradients included",
+            [row for row in rows if row["bench"] == "linear" and row["frozen"] == frozen],
+            lambda row: f"{float(row['ratio']):.2f} · {mib(row)}",
+        )
+    for what in ("forward", "forward and backward"):
+        parts += table(
+            f"Logits to log-probs, {what}: time over that of `torch.compile`, peak extra memory in MiB, and the "
+            "largest error of a log-prob against float64",
+            [row for row in rows if row["bench"] == "logits" and row["what"] == what],
+            lambda row: f"{float(row['ratio']):.2f} · {mib(row)} · {float(row['logp_error']):.0e}",
+        )
+    return "\n\n".join(parts)
+
+
+def table(title: str, rows: list[Row], cell: Callable[[Row], str]) -> list[str]:
+    """A title and a table of ways and sizes, ours first; nothing without rows."""
+    ways = dict.fromkeys(row["way"] for row in rows if row["way"] != "matmuls alone")
+    cells = {(row["way"], row["shape"], row["dtype"]): row for row in rows}
+    lines = []
+    for way in sorted(ways, key=lambda way: not way.startswith("prefloss")):
+        found = [cells.get((way, *column)) for column in COLUMNS]
+        # a speed counts only with right numbers
+        texts = ["" if row is None else cell(row) if row["ok"] == "True" else "wrong" for row in found]
+        name = f"**{way}**" if way.startswith("prefloss") else way
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return [f"{title}:", "\n".join([HEADING, *lines])] if lines else []
+
+
+def mib(row: Row) -> str:
+    """Peak extra memory, or a dash where it is unknown."""
+    extra = row["peak_extra_bytes"]
+    return f"{int(extra) / 2**20:.0f}" if extra else "–"
+
+
+def replaced(readme: str, text: str) -> str:
+    """The README with other text between its markers."""
+    before, _, rest = readme.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"README.md: wanted the markers {BEGIN} and {END}, in this order")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(replaced(README.read_text(), render()))
