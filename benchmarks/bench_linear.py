@@ -126,7 +126,8 @@ def run(
         steps = {way: step for way, step in steps.items() if way in only}
     errors = _errors(problem, {**calls, **ours}, steps)
     steps[FLOOR] = problem.matmuls()
-    records = in_turns(steps, rounds, device)
+    steps[FLOOR]()
+    records = in_turns(steps, rounds, device, warm=False)
     for way, record in records.items():
         record.logp_error, record.gradient_error = errors.get(way, (float("nan"),) * 2)
         wrong = record.logp_error > LOGP_LIMIT or record.gradient_error > GRADIENT_LIMITS[dtype]

@@ -43,17 +43,29 @@ class Record:
         return statistics.median(self.milliseconds)
 
 
-def in_turns(ways: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, Record]:
-    """Each way once to warm up, once for its memory, then all of them in every round, in an order that rotates."""
+def in_turns(
+    ways: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", warm: bool = True
+) -> dict[str, Record]:
+    """Each way once to warm up, once for its memory, then all of them in every round, in an order that rotates.
+
+    Without `warm`, the caller has called each way already.
+    """
     records = {name: Record(name) for name in ways}
-    for name, way in ways.items():
-        way()
-        records[name].peak_mib = peak_mib(way, device)
-    names = list(ways)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            gc.collect()
-            records[name].milliseconds.append(milliseconds(ways[name], device))
+    # what lives already need not be searched again before every call
+    gc.collect()
+    gc.freeze()
+    try:
+        for name, way in ways.items():
+            if warm:
+                way()
+            records[name].peak_mib = peak_mib(way, device)
+        names = list(ways)
+        for turn in range(rounds):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                gc.collect()
+                records[name].milliseconds.append(milliseconds(ways[name], device))
+    finally:
+        gc.unfreeze()
     return records
 
 
