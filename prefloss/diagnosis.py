@@ -163,7 +163,12 @@ class Diagnosis:
         return cls(loss, diagnose)
 
     def figures(
-        self, feedback: Feedback, seen: Feedback | None = None, evaluated: Evaluation | None = None
+        self,
+        feedback: Feedback,
+        seen: Feedback | None = None,
+        evaluated: Evaluation | None = None,
+        *,
+        copies: int = 1,
     ) -> dict[str, Stat]:
         """Sums and counts of a training batch, to be added up over batches and ranks.
 
@@ -171,13 +176,15 @@ class Diagnosis:
             feedback: What the batch says.
             seen: The same as the loss took it, if it took another kind.
             evaluated: What `loss.evaluate(seen)` gave, before its backward pass.
+            copies: How many processes give the same `seen`: all of them, where it was gathered from all.
 
         Raises:
             FloatingPointError: If a gradient is not finite; example and term are named.
         """
         found = _of_ratios(feedback, self.thresholds)
         if evaluated is not None:
-            found |= self._of_gradients(feedback if seen is None else seen, evaluated)
+            stats = self._of_gradients(feedback if seen is None else seen, evaluated)
+            found |= {name: Stat(stat.sum / copies, stat.count / copies) for name, stat in stats.items()}
         return found
 
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:

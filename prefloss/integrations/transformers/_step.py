@@ -99,7 +99,8 @@ def compute(
     feedback = own.feedback(ratios, apart)
     seen = as_wanted(feedback, loss, pairs)
     own_counts = counts(loss, seen)
-    if looks_across(loss):
+    across = looks_across(loss)
+    if across:
         # Then every process holds all examples, and states need not be summed over them.
         seen = gathered(seen)
         loss.reduce_over(torch.clone)
@@ -125,7 +126,7 @@ def compute(
         **_metrics.losses(evaluated.means, here, aux_loss if router else None),
     }
     if diagnosis is not None and model.training:
-        figures |= diagnosis.figures(feedback, seen, evaluated)
+        figures |= diagnosis.figures(feedback, seen, evaluated, copies=_world.size() if across else 1)
     outputs = {"loss": total, "logps": structure.per_example(ratios.policy.detach())}
     if ratios.reference is not None:
         outputs["ref_logps"] = structure.per_example(ratios.reference)

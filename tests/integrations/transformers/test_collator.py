@@ -195,3 +195,34 @@ def test_the_trainer_says_why_columns_are_gone(tmp_path):
     )
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         trainer.train()
+
+
+VOTES = [
+    {"prompt_ids": [5, 6], "completion_ids": [7, 1], "label": True},
+    {"prompt_ids": [8], "completion_ids": [9, 10, 1], "label": False},
+    {"prompt_ids": [11, 12, 13], "completion_ids": [14], "label": True},
+]
+
+
+def test_mismatched_completions_are_those_of_the_next_example():
+    batch = PreferenceCollator(mismatched=True)(VOTES)
+    assert batch["kl_input_ids"].tolist() == [[5, 6, 9, 10, 1], [8, 14, 0, 0, 0], [11, 12, 13, 7, 1]]
+    assert batch["kl_completion_mask"].tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (
+            VOTES[:1],
+            "mismatched: got a batch of one example, wanted two or more; .* kl_baseline='running_mean'",
+        ),
+        (
+            [{"prompt_ids": [5], "chosen_ids": [7], "rejected_ids": [8]}] * 2,
+            "mismatched: got data of paired .*, wanted labelled completions",
+        ),
+    ],
+)
+def test_mismatched_completions_that_cannot_be_are_errors(examples, message):
+    with pytest.raises(ValueError, match=message):
+        PreferenceCollator(mismatched=True)(examples)
