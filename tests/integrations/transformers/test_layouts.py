@@ -269,3 +269,18 @@ def test_an_unknown_layout_is_refused():
         ValueError, match="layout: got 'flat', wanted one of 'padded', 'packed', 'shared_prefix'"
     ):
         PreferenceCollator(layout="flat")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "gemma3_window", "llama4_chunks"])
+def test_flex_attention_reads_the_same_sequences(name):
+    def logps(attention, layout):
+        model = built(name, attention).eval()
+        # Uncompiled, which is quicker here, and forward only: on a CPU it has no backward pass.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            batch = PreferenceCollator(layout=layout)(examples())
+            return PreferenceObjective("cpo", pairs="all")(model, batch).outputs["logps"]
+
+    wanted = logps("sdpa", "padded")
+    for layout in COMPACT:
+        torch.testing.assert_close(logps("flex_attention", layout), wanted, rtol=0, atol=1e-5)
