@@ -82,6 +82,8 @@ def readers_folder(tmp_path, monkeypatch):
 
 @pages_with("python", "pycon")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+# Lightning's advice for real trainings.
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_examples_run(page, readers_folder, monkeypatch):
     # A module that can be imported, as the reader's own file: torch.compile looks for the loss in it.
     module = types.ModuleType("docs_example")

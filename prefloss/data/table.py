@@ -123,7 +123,6 @@ class ReferenceTable:
     ) -> None:
         self.path = path
         self.header = header
-        self.keys = keys
         self.logps = logps
         self.tokens = tokens
         # Apart from one another, so that the binary search runs over neighbouring numbers.
@@ -171,7 +170,9 @@ class ReferenceTable:
 
     def hashes(self) -> list[bytes]:
         """The keys as bytes, in order."""
-        held = self.keys.astype(">u8").tobytes()
+        import numpy as np
+
+        held = np.stack([self._first, self._second], axis=1).astype(">u8").tobytes()
         return [held[i : i + _KEY_BYTES] for i in range(0, len(held), _KEY_BYTES)]
 
     def _check(self) -> None:

@@ -13,9 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from prefloss.integrations.transformers._build_table import ReferenceBuilder
-from prefloss.integrations.transformers._score_rows import score
-from prefloss.integrations.transformers._table import header_of
+from prefloss.integrations.transformers import write_reference_table
 from tests.integrations.transformers import plain
 from tests.integrations.trl import tiny
 
@@ -94,10 +92,7 @@ def test_it_goes_on_after_the_last_epoch():
 
 
 def test_from_a_table():
-    model = tiny.model()
-    scored = lambda rows: score(model, rows, batch_size=8)  # noqa: E731
-    builder = ReferenceBuilder(Path("t.parquet"), header_of(model), scored, tokenizer=tiny.tokenizer())
-    builder.build({"pairs": tiny.pairs(24)})
+    write_reference_table("t.parquet", tiny.model(), tiny.pairs(24), tiny.tokenizer())
     assert run("one", table="t.parquet")["loss"] == pytest.approx(run("two")["loss"], abs=1e-5)
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
+from prefloss.diagnosis import Thresholds
 from prefloss.integrations.lightning._loader import StepLoader
 from prefloss.integrations.transformers import PreferenceObjective, _batch, _world
 from prefloss.integrations.transformers._reference import Reference
@@ -30,6 +31,8 @@ class PreferenceLossCallback(Callback):
         reference: A `Reference`, or a model of its own (`Reference.model`). None only for a loss that needs none.
         check_step_zero: Stop if policy and reference differ at the first training batch.
         pairs: How rankings become pairs for a pair loss: "all", "adjacent" or "best_worst".
+        diagnose: Whether to watch the training and say what goes wrong, see `prefloss.diagnosis`: `Thresholds`, True
+            for the default ones, or False.
         **hyperparameters: Of the loss, if given by name.
 
     Raises:
@@ -44,10 +47,16 @@ class PreferenceLossCallback(Callback):
         reference: Any = None,
         check_step_zero: bool = True,
         pairs: str | None = None,
+        diagnose: Thresholds | Mapping[str, Any] | bool | None = True,
         **hyperparameters: Any,
     ) -> None:
         self.objective = PreferenceObjective(
-            loss, reference=reference, check_step_zero=check_step_zero, pairs=pairs, **hyperparameters
+            loss,
+            reference=reference,
+            check_step_zero=check_step_zero,
+            pairs=pairs,
+            diagnose=diagnose,
+            **hyperparameters,
         )
         self._trainer: Trainer | None = None
         self._steps = 0
@@ -97,10 +106,12 @@ class PreferenceLossCallback(Callback):
         return self.objective(model, batch, examples=self._unrepeated(batch, batch_idx)).loss
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the training batches counted."""
+        """Set the model to training mode, and have the training batches counted."""
         self._trainer = trainer
         if stage != "fit":
             return
+        # from_pretrained leaves a model in evaluation mode, and Lightning leaves it as it is.
+        pl_module.train()
         own = trainer.strategy.process_dataloader
 
         def process(loader: Any) -> Any:
@@ -112,10 +123,11 @@ class PreferenceLossCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the trainer as it was."""
-        trainer.strategy.__dict__.pop("process_dataloader", None)
+        vars(trainer.strategy).pop("process_dataloader", None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the model to training mode: from_pretrained leaves it in evaluation mode, and Lightning as it is."""
+        """Begin, or go on from a checkpoint."""
+        # Again, for a model that configure_model has made since.
         pl_module.train()
         self._steps = trainer.global_step
         # A resumed policy has left its reference, and so has one that trains a second time.
@@ -138,7 +150,7 @@ class PreferenceLossCallback(Callback):
             )
         self._steps = trainer.global_step
         self.objective.step()
-        if self._steps % trainer.log_every_n_steps == 0:
+        if self._steps % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             found = self.objective.metrics()
             pl_module.log("loss", found.pop("loss", float("nan")), prog_bar=True, batch_size=1)
             pl_module.log_dict(found, batch_size=1)

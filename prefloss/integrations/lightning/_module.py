@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
+from prefloss.diagnosis import Thresholds
 from prefloss.integrations.lightning._callback import PreferenceLossCallback
 from prefloss.losses import Loss
 
@@ -29,6 +30,8 @@ class PreferenceModule(LightningModule):
         scheduler: Makes a learning-rate scheduler from the optimizer; it moves on at each optimizer step.
         check_step_zero: Stop if policy and reference differ at the first training batch.
         pairs: How rankings become pairs for a pair loss: "all", "adjacent" or "best_worst".
+        diagnose: Whether to watch the training and say what goes wrong, see `prefloss.diagnosis`: `Thresholds`, True
+            for the default ones, or False.
         **hyperparameters: Of the loss, if given by name.
 
     Raises:
@@ -47,13 +50,19 @@ class PreferenceModule(LightningModule):
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         check_step_zero: bool = True,
         pairs: str | None = None,
+        diagnose: Thresholds | Mapping[str, Any] | bool | None = True,
         **hyperparameters: Any,
     ) -> None:
         super().__init__()
         self.model = model
         # A callback is no module: a reference model in it is neither trained nor saved with this one.
         self.preference = PreferenceLossCallback(
-            loss, reference=reference, check_step_zero=check_step_zero, pairs=pairs, **hyperparameters
+            loss,
+            reference=reference,
+            check_step_zero=check_step_zero,
+            pairs=pairs,
+            diagnose=diagnose,
+            **hyperparameters,
         )
         self._optimizer = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate))
         self._scheduler = scheduler

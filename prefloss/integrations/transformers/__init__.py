@@ -3,6 +3,7 @@
 - `PreferenceLossCallback("dpo", reference=...)` among a trainer's callbacks: it trains with that loss.
 - `PreferenceCollator(tokenizer)`: batches of pairs, labelled completions or rankings.
 - `Reference`: a frozen model, adapters off, another adapter, a table, cached sums, or none.
+- `write_reference_table`: what `prefloss reference` does.
 - `with_reference_logps`, `reads_table`: a table of `prefloss reference` for other trainers, as columns or in TRL's own.
 - `PreferenceObjective`: the same for a loop of your own, under accelerate or without.
 - `model_logps`: completion log-probs of a model without its logits, for loops of your own.
@@ -19,6 +20,7 @@ except ModuleNotFoundError as error:
         name="transformers",
     ) from error
 
+from prefloss.integrations.transformers._build_table import write_reference_table as write_reference_table
 from prefloss.integrations.transformers._callback import PreferenceLossCallback as PreferenceLossCallback
 from prefloss.integrations.transformers._collator import PreferenceCollator as PreferenceCollator
 from prefloss.integrations.transformers._forward import ModelLogps as ModelLogps

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import itertools
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,12 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from prefloss.data._errors import shown
 from prefloss.data._tokens import Encoded
 from prefloss.data.table import Header, ReferenceTable, TableError, as_scored, completion_key, write_table
 from prefloss.integrations.transformers import _world
 from prefloss.integrations.transformers._examples import read_example
-from prefloss.integrations.transformers._score_rows import Score
+from prefloss.integrations.transformers._score_rows import Score, score
+from prefloss.integrations.transformers._table import header_of
 
 CHUNK = 256
 """Rows of the data that are scored before they are written: what a killed run loses, in each process."""
@@ -177,6 +181,44 @@ class ReferenceBuilder:
         for stale in self.output.parent.glob(f".{glob.escape(self.output.name)}.*.unfinished"):
             stale.unlink()
         shutil.rmtree(self.folder)
+
+
+def write_reference_table(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    data: Sequence[Any],
+    tokenizer: Any = None,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 8,
+) -> ReferenceTable:
+    """What `prefloss reference` does, from Python: score a data set, or what the table does not have of it.
+
+    Under torch.distributed the processes share the work, and each must call this.
+
+    Args:
+        path: Table to write or to add to.
+        model: The reference: a model of transformers where it shall compute, with the adapters that are on.
+        data: Rows with the columns that `PreferenceCollator` reads.
+        tokenizer: For text and messages.
+        max_length: Tokens of prompt and completion together, at most, as in training.
+        batch_size: Completions per forward pass.
+
+    Returns:
+        The table.
+
+    Raises:
+        DataError: If a row is malformed.
+        TableError: If the table was scored otherwise, cannot be read, or another run is writing it.
+        FloatingPointError: If a log-prob is not finite.
+    """
+    builder = ReferenceBuilder(
+        Path(path),
+        header_of(model, tokenizer, max_length=max_length),
+        lambda rows: score(model, rows, batch_size=batch_size),
+        tokenizer=tokenizer,
+    )
+    return builder.build({"data": data}).table
 
 
 def parts_folder(output: Path) -> Path:

@@ -7,29 +7,21 @@ from trl import DPOTrainer, KTOTrainer
 
 from prefloss.data.table import ReferenceTable, TableError, write_table
 from prefloss.integrations.transformers import (
+    PreferenceCollator,
     PreferenceLossCallback,
     Reference,
     reads_table,
     with_reference_logps,
+    write_reference_table,
 )
-from prefloss.integrations.transformers._build_table import ReferenceBuilder
 from prefloss.integrations.transformers._fingerprint import tokenizer_fingerprint, weights_fingerprint
-from prefloss.integrations.transformers._score_rows import score
 from prefloss.integrations.transformers._table import header_of
 from tests.integrations.transformers import plain
 from tests.integrations.trl import tiny
 
 
-def write(path, model, *data, max_length=None):
-    """A table of these data sets, scored by the model."""
-    tokenizer = tiny.tokenizer()
-    builder = ReferenceBuilder(
-        path,
-        header_of(model, tokenizer, max_length=max_length),
-        lambda rows: score(model, rows, batch_size=3),
-        tokenizer=tokenizer,
-    )
-    builder.build({f"data {i}": rows for i, rows in enumerate(data)})
+def write(path, model, data, max_length=None):
+    write_reference_table(path, model, data, tiny.tokenizer(), max_length=max_length, batch_size=3)
     return path
 
 
@@ -50,6 +42,17 @@ def test_a_table_trains_as_the_model_does(tmp_path, loss, max_length):
     live = plain.train(tmp_path, loss, **options)
     assert plain.losses(table) == pytest.approx(plain.losses(live), abs=1e-6)
     torch.testing.assert_close(plain.weights(table.model), plain.weights(live.model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+def test_a_table_serves_every_layout(tmp_path, layout):
+    data = plain.rankings(12)
+    path = write(tmp_path / "t.parquet", tiny.model(), data, max_length=7)
+    collator = PreferenceCollator(tiny.tokenizer(), max_length=7, layout=layout)
+    options = {"data": data, "collator": collator}
+    table = plain.train(tmp_path, "dpo_pl", own={"reference": Reference.table(path)}, **options)
+    live = plain.train(tmp_path, "dpo_pl", **options)
+    assert plain.losses(table) == pytest.approx(plain.losses(live), abs=1e-5)
 
 
 def test_a_table_holds_what_the_model_says(tmp_path):
