@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from trl import DPOTrainer, KTOTrainer
 
 from prefloss.data.table import ReferenceTable, TableError, write_table
+from prefloss.integrations import trl
 from prefloss.integrations.transformers import (
     PreferenceCollator,
     PreferenceLossCallback,
@@ -94,6 +95,17 @@ def test_trl_reads_the_table(tmp_path, max_length):
     assert trainer.ref_model is None
     trainer.train()
     assert [entry["loss"] for entry in recorder.logs] == pytest.approx(live.losses, abs=1e-5)
+
+
+def test_trl_reads_the_table_beside_our_callback(tmp_path):
+    data = tiny.pairs(16)
+    path = write(tmp_path / "t.parquet", tiny.model(), data)
+    options = {"data": data, "max_steps": 3}
+    live = tiny.train("dpo", tmp_path, [trl.PreferenceLossCallback("ipo", tau=0.1)], **options)
+    recorder = tiny.Losses()
+    own = [recorder, trl.PreferenceLossCallback("ipo", tau=0.1)]
+    with_table(DPOTrainer, path, tmp_path, own, **options).train()
+    assert [entry["loss"] for entry in recorder.logs] == pytest.approx(live.losses, abs=1e-4)
 
 
 def with_table(kind, path, folder, callbacks=(), *, data, **options):
