@@ -3,13 +3,14 @@
 import inspect
 import json
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 import prefloss
-from prefloss.integrations.trl import PreferenceLossCallback, _options, disable, enable
+from prefloss.integrations.trl import PreferenceLossCallback, _kernel, _options, disable, enable
 from prefloss.integrations.trl.__main__ import main
 from prefloss.integrations.trl._callback import attached
 from tests.integrations.trl import tiny
@@ -135,10 +136,13 @@ def test_trls_command_line(tmp_path, monkeypatch, command, loss_type, data):
     }
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     monkeypatch.setattr(sys, "path", [*sys.path])
+    stats = _kernel.linear_token_stats
     try:
-        main(["--import", "command_line_losses", command, *flags])
+        with mock.patch.object(_kernel, "linear_token_stats", wraps=stats) as scored:
+            main(["--import", "command_line_losses", "--kernel", "prefloss", command, *flags])
     finally:
         disable()
         prefloss.losses.unregister("command_line_loss")
         del sys.modules["command_line_losses"]
     assert (tmp_path / "out" / "model.safetensors").exists()
+    assert scored.called
