@@ -14,21 +14,19 @@ from prefloss._finite import check_finite
 from prefloss.diagnosis import Diagnosis
 from prefloss.diagnostics import Stat
 from prefloss.feedback import Feedback
-from prefloss.integrations.transformers import _guard, _metrics, _step_zero, _world
+from prefloss.integrations.transformers import _across, _guard, _metrics, _step_zero, _world
+from prefloss.integrations.transformers._across import Seen, share
 from prefloss.integrations.transformers._batch import (
     COUNTS,
     Structure,
     as_wanted,
     counts,
-    looks_across,
-    terms_of,
 )
 from prefloss.integrations.transformers._forward import unwrapped
-from prefloss.integrations.transformers._gather import gathered
 from prefloss.integrations.transformers._reference import Reference
 from prefloss.integrations.transformers._score import score
 from prefloss.logratios import LogRatios
-from prefloss.losses import Evaluation, Loss
+from prefloss.losses import Loss
 
 
 class Setting(NamedTuple):
@@ -97,15 +95,7 @@ def compute(
     ratios = _ratios(loss, structure, policy, known)
     own = structure if examples is None else structure.first(examples)
     feedback = own.feedback(ratios, apart)
-    seen = as_wanted(feedback, loss, pairs)
-    own_counts = counts(loss, seen)
-    across = looks_across(loss)
-    if across:
-        # Then every process holds all examples, and states need not be summed over them.
-        seen = gathered(seen)
-        loss.reduce_over(torch.clone)
-    else:
-        loss.reduce_over(_world.all_sum)
+    wanted = as_wanted(feedback, loss, pairs)
     judged = False
     if check_step_zero and known is not None:
         found = _world.all_sum(_step_zero.distance(policy, known, structure.targets >= 0))
@@ -113,20 +103,19 @@ def compute(
             half = torch.is_autocast_enabled(policy.device.type)
         given = _given(loss, structure, ratios, apart, pairs)
         judged = _step_zero.check(unwrapped(model), half, loss, reference, found, given)
-    evaluated = loss.train(model.training).evaluate(seen)
-    check_finite(loss, evaluated.terms, seen)
-    here = counts(loss, seen)
+    seen = _across.evaluate(loss, wanted, model.training)
+    check_finite(loss, seen.evaluated.terms, seen.feedback)
     whole = structure.items.get(COUNTS)
     if whole is None and model.training:
-        whole = _world.all_sum(_with_one(own_counts))
+        whole = _world.all_sum(_with_one(seen.own))
     router = router_weight(unwrapped(model))
-    total = _share(loss, evaluated, here, whole, router, aux_loss)
+    total = _total(loss, seen, whole, aux_loss if router else None, router)
     figures = {
         **diagnostics.metrics(feedback, beta=loss.beta or 1.0),
-        **_metrics.losses(evaluated.means, here, aux_loss if router else None),
+        **_metrics.losses(seen.evaluated.means, seen.counted, aux_loss if router else None),
     }
     if diagnosis is not None and model.training:
-        figures |= diagnosis.figures(feedback, seen, evaluated, copies=_world.size() if across else 1)
+        figures |= diagnosis.figures(feedback, seen.feedback, seen.evaluated, copies=seen.copies)
     outputs = {"loss": total, "logps": structure.per_example(ratios.policy.detach())}
     if ratios.reference is not None:
         outputs["ref_logps"] = structure.per_example(ratios.reference)
@@ -213,23 +202,9 @@ def _at_zero(ratios: LogRatios) -> LogRatios:
     return LogRatios(ratios.reference, ratios.reference, ratios.tokens, rows)
 
 
-def _share(
-    loss: Loss,
-    evaluated: Evaluation,
-    here: Tensor,
-    whole: Tensor | None,
-    router: float,
-    aux_loss: Tensor | None,
-) -> Tensor:
+def _total(loss: Loss, seen: Seen, whole: Tensor | None, aux_loss: Tensor | None, router: float) -> Tensor:
     """The batch's share of the mean over the optimizer step, `whole`, or its own mean in evaluation."""
     if whole is None:
-        return evaluated.mean if aux_loss is None or not router else evaluated.mean + router * aux_loss
-    # Gradients are averaged over the ranks, so each gives its share as many times as there are ranks.
-    share = here.clamp(min=1) / whole[:-1].clamp(min=1) * _world.size()
-    weighted = [
-        weight * mean * part
-        for (weight, _), mean, part in zip(terms_of(loss), evaluated.means.values(), share, strict=True)
-    ]
-    if aux_loss is not None and router:
-        weighted.append(router * aux_loss * _world.size() / whole[-1])
-    return torch.stack(weighted).sum()
+        return seen.evaluated.mean if aux_loss is None else seen.evaluated.mean + router * aux_loss
+    total = share(loss, seen, whole[:-1])
+    return total if aux_loss is None else total + router * aux_loss * _world.size() / whole[-1]

@@ -35,13 +35,21 @@ def log_diagnostics(trainer: Any, found: Mapping[str, Stat], diagnosis: Diagnosi
             _logged(trainer)[f"prefloss/{name}"] = [value]
 
 
-def log_terms(trainer: Any, means: Mapping[str, Tensor]) -> None:
-    """Log each term of a sum of losses, before its weight, as the mean of the ranks' means."""
+def log_terms(trainer: Any, means: Mapping[str, Tensor], counts: Tensor) -> None:
+    """Log each term of a sum of losses, before its weight, as the mean over the examples of all ranks.
+
+    Args:
+        trainer: The trainer.
+        means: Mean of each term on this rank.
+        counts: Examples that each counts, [terms].
+    """
     if len(means) < 2:
         return
     mine = torch.stack([mean.detach().float() for mean in means.values()])
-    for name, mean in zip(means, trainer.accelerator.reduce(mine, reduction="mean").tolist(), strict=True):
-        _logged(trainer)[f"prefloss/loss/{name}"].append(mean)
+    summed = trainer.accelerator.reduce(torch.stack([mine * counts, counts.float()]), reduction="sum")
+    for name, total, count in zip(means, *summed.tolist(), strict=True):
+        if count:
+            _logged(trainer)[f"prefloss/loss/{name}"].append(total / count)
 
 
 def _logged(trainer: Any) -> dict[str, list[float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,8 @@ from prefloss import diagnostics
 from prefloss._finite import check_finite
 from prefloss.diagnosis import Diagnosis
 from prefloss.feedback import Labels, Pairs
+from prefloss.integrations.transformers import _across, _world
+from prefloss.integrations.transformers._across import share
 from prefloss.integrations.trl import _guard, _metrics, _options
 from prefloss.integrations.trl._collate import ITEMS
 from prefloss.integrations.trl._record import Pass, assign, log_ratios, masked_labels, recorded
@@ -55,16 +56,19 @@ def compute_loss(
     feedback = (
         _labels(trainer, batch, items, passes) if kind is Labels else _pairs(trainer, batch, items, passes)
     )
-    seen = feedback.to_labels() if isinstance(feedback, Pairs) and loss.spec.feedback is Labels else feedback
-    loss.reduce_over(functools.partial(trainer.accelerator.reduce, reduction="sum"))
-    evaluated = loss.train(trainer.model.training).evaluate(seen)
-    check_finite(loss, evaluated.terms, seen)
+    wanted = (
+        feedback.to_labels() if isinstance(feedback, Pairs) and loss.spec.feedback is Labels else feedback
+    )
+    training = trainer.model.training
+    seen = _across.evaluate(loss, wanted, training)
+    check_finite(loss, seen.evaluated.terms, seen.feedback)
     figures = dict(diagnostics.metrics(feedback, beta=loss.beta or 1.0))
-    if diagnosis is not None and trainer.model.training:
-        figures |= diagnosis.figures(feedback, seen, evaluated)
+    if diagnosis is not None and training:
+        figures |= diagnosis.figures(feedback, seen.feedback, seen.evaluated, copies=seen.copies)
     _metrics.log_diagnostics(trainer, figures, diagnosis)
-    _metrics.log_terms(trainer, evaluated.means)
-    total = evaluated.mean
+    _metrics.log_terms(trainer, seen.evaluated.means, seen.counted)
+    # TRL logs and averages over processes what is returned, so each gives its share of the mean over all.
+    total = share(loss, seen, _world.all_sum(seen.own))
     router_loss = passes["policy"].aux_loss
     if trainer.aux_loss_enabled and router_loss is not None:
         total = total + trainer.router_aux_loss_coef * router_loss
@@ -131,17 +135,10 @@ def _labels(
 
     mismatched = None
     if "mismatched policy" in passes:
-        own = against_reference("mismatched policy", "mismatched reference", "ref_KL_logps").detach()
-        mismatched = _gathered(trainer, own)
+        mismatched = against_reference("mismatched policy", "mismatched reference", "ref_KL_logps").detach()
     return Labels(
         completions=against_reference("policy", "reference", "ref_logps"),
         desirable=batch["label"].bool(),
         mismatched=mismatched,
         **items,
     )
-
-
-def _gathered(trainer: Any, ratios: LogRatios) -> LogRatios:
-    """The log-ratios of all ranks: KTO's baseline is a mean over the global batch."""
-    policy, reference, tokens = trainer.accelerator.gather((ratios.policy, ratios.reference, ratios.tokens))
-    return LogRatios(policy, reference, tokens)
