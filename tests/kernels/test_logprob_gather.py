@@ -27,16 +27,14 @@ if INTERPRETED:
 PLAIN = LogitTransform()
 SCALED = LogitTransform(1.3, None, 0.7)
 CAPPED = LogitTransform(1.3, 3.0, 0.7)
-TRANSFORMS = [PLAIN, SCALED, CAPPED]
 IGNORED = -100
 ROUNDING = {torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("part", ["TestGather", "TestLinear"])
-def test_in_the_interpreter(part, request):
+def test_in_the_interpreter(request):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{__file__}::{part}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(
         command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True, timeout=600
     )
@@ -132,9 +130,8 @@ def check_gather(x, y, transform, outputs=5):
 class TestGather:
     __test__ = INTERPRETED
 
-    @pytest.mark.parametrize("transform", TRANSFORMS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("outputs", [1, 5])
+    @pytest.mark.parametrize(("transform", "outputs"), [(PLAIN, 1), (SCALED, 5), (CAPPED, 1), (CAPPED, 5)])
     def test_equals_float64(self, dtype, transform, outputs):
         check_gather(*logits_and_targets(dtype=dtype), transform, outputs)
 
@@ -414,9 +411,9 @@ class TestLinear:
         check_linear(linear_problem(), path, transform, outputs=5)
 
     @pytest.mark.parametrize(("path", "frozen"), [case[1:] for case in SCHEMES[:1] + SCHEMES[2:]])
-    @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
+    @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3.5e-4), (torch.bfloat16, 3.5e-3)])
     def test_half_precision(self, path, frozen, dtype, most):
-        # of half-precision inputs float32 statistics, and gradients whose largest entry is rounded by eps / 2
+        # of half-precision inputs float32 statistics, and gradients of two roundings: of each logit's and the result
         check_linear(linear_problem(dtype=dtype, frozen=frozen), path, PLAIN, most=most)
 
     @pytest.mark.parametrize(("path", "frozen"), [case[1:] for case in SCHEMES[:1] + SCHEMES[2:]])
@@ -442,7 +439,7 @@ class TestLinear:
             assert errors[0] <= 1.05 * errors[1]
 
     def test_half_precision_with_everything(self):
-        check_linear(linear_problem(dtype=torch.float16), Path("keep", 2, 3), CAPPED, 5, most=1e-3)
+        check_linear(linear_problem(dtype=torch.float16), Path("keep", 2, 3), CAPPED, 5, most=5e-4)
 
     def test_score_keeps_nothing(self):
         hidden, weight, bias, targets = linear_problem()
@@ -464,7 +461,7 @@ class TestLinear:
             assert watch.operations == round(most * 2 * 5 * 150 * 5)
 
     def test_never_makes_all_logits(self):
-        hidden, weight, bias, targets = linear_problem(n=24, width=3)
+        hidden, weight, bias, targets = linear_problem(n=9, width=3)
         for path in (Path("recompute", 2), Path("unscaled", 2)):
             with Matmuls() as watch:
                 tiles.linear_token_stats(

@@ -60,7 +60,7 @@ def test_every_scheme_against_float64(dtype, trained, transform, row_passes):
     upstream = torch.randn(1, len(targets), dtype=torch.float64)
     want, wanted = run(naive.linear_token_stats, exact, targets, transform, upstream, outputs=1)
     # the sum is exact to float32; then the gradient of a logit and the result are rounded once each
-    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}[dtype]
+    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3.2e-3, torch.float16: 3.5e-4}[dtype]
     results = {}
     for name, path in PATHS.items():
         if name == "unscaled" and trained != "frozen":
@@ -120,7 +120,9 @@ def test_statistics_from_logits(transform, dtype, row_passes):
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=atol)
     (d_logits,) = torch.autograd.grad((got * upstream).sum(), logits)
     (wanted,) = torch.autograd.grad((want * upstream).sum(), exact)
-    assert relative(d_logits, wanted) < {8: 1e-12, 4: 2e-5, 2: 3e-3}[dtype.itemsize]
+    # one rounding, of 2^-8 or 2^-11 at most and half of that on average
+    limits = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+    assert relative(d_logits, wanted) < limits[dtype]
     assert (d_logits[0, :3] == 0).all()
 
 
@@ -149,6 +151,20 @@ def test_a_second_backward_pass_recomputes_what_the_first_wrote_over(row_passes)
         twice = torch.autograd.grad(out.sum(), inputs)
         for a, b in zip(once, twice, strict=True):
             assert relative(a, b.double()) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ignored", [0, 13])
+def test_backward_leaves_the_inputs_as_they_are(dtype, ignored, row_passes):
+    # gradients are written over what the op itself holds, and where no target is ignored that is the caller's
+    inputs, targets = problem(dtype, TRAINED["all"])
+    targets = torch.where(targets == -100, 5, targets)
+    targets[:ignored] = -100
+    before = [x.detach().clone() for x in inputs]
+    for name in ("keep", "keep some", "recompute"):
+        out = chunked.linear_token_stats(*inputs, targets, LogitTransform(), -100, lambda n, p=name: PATHS[p])
+        torch.autograd.grad(out.sum(), inputs)
+        assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
 
 
 def test_bfloat16_gradients_err_no_more_than_those_of_rounded_logit_gradients(row_passes):
@@ -271,7 +287,7 @@ def test_kl_against_float64(dtype, transform, trained, row_passes):
         results.append((out, torch.autograd.grad((out * upstream.to(out.dtype)).sum(), wanted)))
     (want, wanted), (got, grads) = results
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
-    limit = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 3e-3}[dtype]
+    limit = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2.6e-3}[dtype]
     for g, w in zip(grads, wanted, strict=True):
         assert relative(g, w) < limit
 

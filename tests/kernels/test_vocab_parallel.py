@@ -54,7 +54,7 @@ def compare(rank, dtype, as_dtensor):
     d_hidden, d_weight, d_bias = torch.autograd.grad((want * upstream).sum(), whole)
     assert (got - want).abs().max() < 1e-5
     # few terms, of both signs, each rounded: more than the 2e-3 of a long sum
-    limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    limit = 6e-3 if dtype == torch.bfloat16 else 1e-5
     for g, w in zip(grads, (d_hidden, d_weight[mine], d_bias[mine]), strict=True):
         assert (g.double() - w).norm() < limit * w.norm(), (dtype, as_dtensor)
 
