@@ -8,6 +8,7 @@ from benchmarks.measure import RESULTS, rows_of
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 COLUMNS = (("32k", "float32"), ("32k", "bfloat16"), ("128k", "float32"), ("128k", "bfloat16"))
+CLOCKS = {"wall": "wall time", "process": "processor time, for the machine had other work"}
 HEADING = (
     "| | " + " | ".join(f"V {shape}, {dtype}" for shape, dtype in COLUMNS) + " |\n|---" + "|---" * 4 + "|"
 )
@@ -26,18 +27,20 @@ def of_machine(path: Path) -> str:
     rows = rows_of(path)
     if not any(row["bench"] in ("linear", "logits") for row in rows):
         return ""
-    first = rows[0]
-    loads = sorted({float(row["load"]) for row in rows if row["bench"] in ("linear", "logits")})
+    shown = [row for row in rows if row["bench"] in ("linear", "logits")]
+    loads = sorted({float(row["load"]) for row in shown})
+    clocks = " and ".join(sorted({CLOCKS[row["clock"]] for row in shown}))
+    threads = " or ".join(sorted({row["threads"] for row in shown}))
     parts = [
-        f"Measured on {path.stem.replace('-', ' ')} ({first['threads']} threads; {first['versions']}), in turns in one "
-        f"process, medians; load average {loads[0]:g} to {loads[-1]:g}, the benchmark's own threads included. All "
-        f"rows, with spread and commit: [{path.name}](benchmarks/results/{path.name})."
+        f"Measured on {path.stem.replace('-', ' ')}, {threads} of them used ({shown[0]['versions']}), in turns in one "
+        f"process: medians of {clocks}; load average {loads[0]:g} to {loads[-1]:g}. All rows, with spread and commit: "
+        f"[{path.name}](benchmarks/results/{path.name})."
     ]
     for frozen, head in (("False", "trainable"), ("True", "frozen")):
         products = "two" if frozen == "True" else "three"
         parts += table(
-            f"Hidden states to DPO loss to gradient, {head} head: time over that of the {products} matrix products "
-            "alone, and peak extra memory in MiB, gradients included",
+            f"Hidden states to DPO or KTO loss to gradient, {head} head: time over that of the {products} matrix "
+            "products alone, peak extra memory in MiB, gradients included",
             [row for row in rows if row["bench"] == "linear" and row["frozen"] == frozen],
             lambda row: f"{float(row['ratio']):.2f} · {mib(row)}",
         )

@@ -1,8 +1,9 @@
 """Single-pass CPU forms of the row operations and the bfloat16 matmul: `native.c`, compiled when first needed.
 
-PyTorch has no CPU form of two things that the ops need: a softmax that reads a row of half precision once and
-keeps nothing in float32, and a product of bfloat16 matrices that is summed and returned in float32. A C compiler on
-the machine (the one that torch.compile uses: ``CXX``, ``CC`` or ``cc``) builds them within a second or two into
+PyTorch has no CPU form of three things that the ops need: a softmax that reads a row of half precision once and
+keeps nothing in float32; a product of bfloat16 matrices that is summed and returned in float32; and the two together,
+a projection whose logits are scored while they are in the cache and leave it in 16 bits, if at all. A C compiler on the
+machine (the one that torch.compile uses: ``CXX``, ``CC`` or ``cc``) builds them within a second or two into
 the user's cache folder. Without one, or with ``PREFLOSS_NATIVE=0``, plain torch does the same more slowly, to
 the same accuracy.
 """
