@@ -22,7 +22,7 @@ from prefloss.kernels.paths import Path
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from prefloss.kernels import logprob_gather as lg
-    from prefloss.kernels import tiles
+    from prefloss.kernels import ops, tiles
 
 PLAIN = LogitTransform()
 SCALED = LogitTransform(1.3, None, 0.7)
@@ -550,6 +550,12 @@ class TestLinear:
         assert not torch.equal(room, before)
         for a, b in zip(results[0][:2], results[1][:2], strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+
+    def test_as_a_custom_op(self):
+        hidden, weight, _, targets = linear_problem(vocabulary=140, bias=False)
+        hidden = hidden.detach().nan_to_num().requires_grad_()
+        options = (IGNORED, 1.0, None, 1.0, "keep", 2, 3, 1, "triton")
+        torch.library.opcheck(ops.linear_token_stats, (hidden, weight, None, targets, *options))
 
     def test_no_tokens(self):
         for _, path, frozen in SCHEMES:

@@ -28,6 +28,30 @@ def test_linear_op(scheme, kept, frozen, dtype):
     torch.library.opcheck(ops.linear_token_stats, arguments)
 
 
+def test_backward_op_from_logits():
+    logits, targets = torch.randn(2, 3, 9), torch.where(TARGETS == -100, -1, TARGETS)
+    options = (*OPTIONS, 4, 5, "chunked")
+    stats = ops.token_stats(logits, targets, *options)
+    torch.library.opcheck(ops.token_stats_backward, (torch.randn(5, 6), logits, targets, stats, *options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("scheme", "kept", "needs"),
+    [
+        ("recompute", 0, [True, True, True]),
+        ("keep", 3, [True, True, False]),
+        ("unscaled", 0, [True, False, False]),
+    ],
+)
+def test_linear_backward_op(scheme, kept, needs, dtype):
+    hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((6, 4), (9, 4), (9,)))
+    options = (-100, *OPTIONS, scheme, 2, kept, 1, "chunked")
+    stats, room = ops.linear_token_stats(hidden, weight, bias, TARGETS, *options)
+    arguments = (torch.randn(2, 6), hidden, weight, bias, TARGETS, stats, room, needs, *options)
+    torch.library.opcheck(ops.linear_token_stats_backward, arguments)
+
+
 def compiled_equals_eager(call, inputs):
     torch.compiler.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
