@@ -48,6 +48,7 @@ def main(model, data, output, loss="dpo", table=None, *, epochs=2, batch_size=4,
             objective.step()
         metrics = objective.metrics()
         accelerator.save_state(f"{output}/epoch-{epoch}")
+        accelerator.wait_for_everyone()
         Path(output, f"epoch-{epoch}", "saved").touch()
     weights, first = accelerator.get_state_dict(policy), accelerator.is_main_process
     accelerator.unwrap_model(policy).save_pretrained(output, state_dict=weights, is_main_process=first)

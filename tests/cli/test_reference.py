@@ -1,14 +1,15 @@
 """`prefloss reference`: the table it writes, in one process and two, killed and resumed; what it refuses."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
+import socket
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
@@ -17,8 +18,6 @@ from prefloss.data.table import ReferenceTable
 from prefloss.integrations.transformers import Reference
 from tests.integrations.transformers import plain
 from tests.integrations.trl import tiny
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -129,27 +128,66 @@ def test_damage_and_other_options_are_refused():
     run("--overwrite")
 
 
-@pytest.mark.slow
-def test_two_processes_killed_and_one_that_goes_on():
-    write("many.jsonl", tiny.pairs(1024))
-    options = ["--model", "model", "--data", "many.jsonl", "--batch-size", "1"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command = [*launch, "prefloss", "reference", *options, "--output", "t.parquet"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+@pytest.fixture
+def two(monkeypatch):
+    """Starts a run of two processes; they are ended when the test is."""
+    # A forked process may not use its parent's threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = []
+
+    def start(*options):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("fork")
+        started.extend(context.Process(target=process, args=(rank, port, options)) for rank in (0, 1))
+        for each in started:
+            each.start()
+        return started
+
+    yield start
+    for each in started:
+        each.kill()
+        each.join()
+    torch.set_num_threads(threads)
+
+
+def process(rank, port, options):
+    """What torchrun starts."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    app(["reference", "--model", "model", *options], standalone_mode=False)
+
+
+def test_two_processes_write_the_table_of_one(two):
+    write("many.jsonl", tiny.pairs(300))
+    for each in two("--data", "many.jsonl", "--output", "t.parquet"):
+        each.join()
+        assert each.exitcode == 0
+    run(data="many.jsonl", output="u.parquet")
+    assert Path("t.parquet").read_bytes() == Path("u.parquet").read_bytes()
+    assert not Path("t.parquet.parts").exists()
+
+
+def test_two_processes_killed_and_one_that_goes_on(two):
+    write("many.jsonl", tiny.pairs(640))
+    processes = two("--data", "many.jsonl", "--output", "t.parquet", "--batch-size", "1")
     parts = Path("t.parquet.parts")
-    try:
-        while process.poll() is None and len(list(parts.glob("*.parquet"))) < 1:
-            time.sleep(0.01)
-        assert process.poll() is None
-    finally:
-        # Workers first: they outlive a launcher that is killed.
-        for killed in [*process.children(recursive=True), process]:
-            killed.kill()
-        process.wait()
+    while not list(parts.glob("*.parquet")):
+        assert all(each.is_alive() for each in processes)
+        time.sleep(0.001)
+    for each in processes:
+        each.kill()
+        each.join()
+        assert each.exitcode == -signal.SIGKILL
+    assert 1 <= len(list(parts.glob("*.parquet"))) < 3
     assert not Path("t.parquet").exists()
-    kept = len(list(parts.glob("*.parquet")))
-    assert "resume" in run(*options[4:], data="many.jsonl")
-    run(*options[4:], data="many.jsonl", output="u.parquet")
-    assert 1 <= kept < 4
+    assert "resume" in run("--batch-size", 1, data="many.jsonl")
+    run("--batch-size", 1, data="many.jsonl", output="u.parquet")
     assert Path("t.parquet").read_bytes() == Path("u.parquet").read_bytes()

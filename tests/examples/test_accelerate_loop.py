@@ -48,6 +48,7 @@ def weights(output):
 
 def process(rank, port, output, options):
     os.environ |= {
+        "OMP_NUM_THREADS": "1",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -62,6 +63,9 @@ def run_on_two(output, **options):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    # A forked process may not use its parent's threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     started = [context.Process(target=process, args=(rank, port, output, options)) for rank in (0, 1)]
     for each in started:
@@ -69,6 +73,7 @@ def run_on_two(output, **options):
     for each in started:
         each.join()
         assert each.exitcode == 0
+    torch.set_num_threads(threads)
 
 
 CASES = [("pairs", "dpo"), ("votes", "kto(kl_baseline=running_mean)"), ("ranked", "dpo_pl")]

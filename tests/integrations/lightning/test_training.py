@@ -194,7 +194,10 @@ def test_logged_as_often_as_the_trainer_says(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_are_one_with_the_batch_of_both(tmp_path, accumulate):
+def test_two_processes_are_one_with_the_batch_of_both(tmp_path, accumulate, monkeypatch):
+    # A forked process may not use its parent's threads.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     data = tiny.labels(21, upvoted=0.2)
     options = {"max_length": 8, "max_steps": -1, "max_epochs": 1, "val": tiny.labels(7, seed=2)}
     loss = "kto(kl_baseline=running_mean)"
