@@ -21,7 +21,7 @@ from prefloss.kernels import chunked, heads
 from prefloss.logprobs import linear_token_logps
 
 LIMITS = {"skip nothing": 0.0, "skip below 2^-14": 2**-14, "2^-12": 2**-12, "2^-10": 2**-10}
-VOCABULARY, LENGTH, STEPS, BATCH = 8192, 128, 250, 16
+VOCABULARY, LENGTH, STEPS, BATCH = 8192, 128, 150, 16
 TOKENS = 1024
 
 Head = tuple[Tensor, Tensor, Tensor]

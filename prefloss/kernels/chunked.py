@@ -13,13 +13,15 @@ from torch import Tensor
 from prefloss.kernels import native
 from prefloss.kernels import rows as row_ops
 from prefloss.kernels.functions import Gradients, Implementation
-from prefloss.kernels.heads import Backward, gradient_dtype, likely_columns, project, times_head
+from prefloss.kernels.heads import Backward, HeadSums, gradient_dtype, likely_columns, project, times_head
 from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
 from prefloss.kernels.paths import MATMUL_ELEMENTS, Path, kept_columns, kept_dtype
 from prefloss.kernels.rows import on_cpu, place_over, rows_of, slices
 
 # Rows of hidden states that pass over the head together where no logits are stored: they stay in the cache.
 _FUSED_ROWS = 2048
+# Columns of a tile of the backward pass that goes by columns: enough for the matmuls.
+_LEAST_COLUMNS = 1024
 
 
 def token_forward(
@@ -128,31 +130,94 @@ def linear_backward(
     `rounded` to the dtype of x is the first, or left in float32 for the sum over processes; `over_x` lets it take the
     place of x.
     """
-    n = len(x)
-    kept_tokens = 0 if saved is None else len(saved)
+    n, kept_tokens = len(x), 0 if saved is None else len(saved)
     # gradients as wide as what was kept are written over it, all at once
     whole = overwrite and saved is not None and saved.element_size() == gradient_dtype(x).itemsize
+    fewer = 0 < n - kept_tokens < len(weight) and (whole or kept_tokens == 0)
+    if needs[1] and x.dtype.itemsize == 2 and fewer and path.skip_below == 0:
+        return _backward_by_columns(
+            grad, x, weight, bias, targets, stats, saved, transform, path, needs, rounded
+        )
     parts = list(_parts(n, kept_tokens, path.chunk_tokens, whole))
-    fused = row_ops.projects(x, weight, transform)
-    scratch = _scratch(n, weight, path.chunk_tokens, fused) if kept_tokens < n else None
-    again = torch.empty(2, path.chunk_tokens, dtype=stats.dtype, device=x.device)
+    scratch = None
+    if kept_tokens < n:
+        scratch = _scratch(n, weight, path.chunk_tokens, row_ops.projects(x, weight, transform))
     rates = row_ops.coefficients(grad, stats)
     backward = Backward(x, weight, needs, len(parts), path.skip_below > 0, rounded, over_x)
     with no_autocast(x.device):
         for rows in parts:
-            y, m = targets[rows], rows.stop - rows.start
+            y = targets[rows]
             if saved is not None and rows.start < kept_tokens:
                 z = saved[rows] if overwrite else saved[rows].clone()
             else:
                 assert scratch is not None
-                z = scratch[:m]
-                if fused:
-                    row_ops.project(x[rows], weight, bias, y, transform, again[:, :m], z)
-                else:
-                    project(x[rows], weight, bias, z)
+                z = _logits(x[rows], weight, bias, y, transform, scratch)
             dz = _differentiate(z, weight, y, transform, stats[:, rows], rates[rows], len(grad) == 1)
             backward.add(rows, dz, likely_columns(dz, path.skip_below, grad[0, rows]))
     return backward.gradients()
+
+
+def _backward_by_columns(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    stats: Tensor,
+    saved: Tensor | None,
+    transform: LogitTransform,
+    path: Path,
+    needs: tuple[bool, ...],
+    rounded: bool,
+) -> Gradients:
+    """`linear_backward` with columns outermost: no sum of the whole gradient of the head, [V, H], is in float32.
+
+    Where there are fewer tokens to compute again than rows of the head, their sum, [n, H], is the smaller one.
+    """
+    n, vocabulary = len(x), len(weight)
+    rates, plain = row_ops.coefficients(grad, stats), len(grad) == 1
+    kept = slice(0, 0 if saved is None else len(saved))
+    elements = path.chunk_tokens * vocabulary
+    height = max(1, min(n - kept.stop, elements // min(vocabulary, _LEAST_COLUMNS)))
+    rest, width = list(slices(n, height, kept.stop)), min(vocabulary, elements // height)
+    sums = HeadSums(x, weight, needs, rounded, len(rest) + (kept.stop > 0))
+    with no_autocast(x.device):
+        dz_kept = None
+        if saved is not None:
+            dz_kept = _differentiate(
+                saved, weight, targets[kept], transform, stats[:, kept], rates[kept], plain
+            )
+        scratch = _scratch(height, weight[:width], height, row_ops.projects(x, weight, transform))
+        for span in slices(vocabulary, width):
+            head = weight[span]
+            if dz_kept is not None:
+                sums.add(kept, span, dz_kept[:, span])
+            for rows in rest:
+                # what another span holds is beyond this one
+                here = targets[rows] - span.start
+                y = torch.where((here >= 0) & (here < len(head)), here, len(head))
+                z = _logits(x[rows], head, None if bias is None else bias[span], y, transform, scratch)
+                dz = _differentiate(z, head, y, transform, stats[:, rows], rates[rows], plain)
+                sums.add(rows, span, dz)
+            sums.finish(span)
+    return sums.gradients()
+
+
+def _logits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform,
+    scratch: Tensor,
+) -> Tensor:
+    """The logits of a slice computed again, raw or in codes, in the first rows and columns of `scratch`."""
+    if not row_ops.projects(x, weight, transform):
+        return project(x, weight, bias, scratch[: len(x), : len(weight)])
+    z = scratch[: len(x), : row_ops.code_columns(len(weight))]
+    # statistics that are known, and of a part of the vocabulary of no use
+    row_ops.project(x, weight, bias, targets, transform, x.new_empty(2, len(x), dtype=torch.float32), z)
+    return z
 
 
 def _score(

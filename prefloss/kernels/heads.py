@@ -127,6 +127,49 @@ class Backward:
         )
 
 
+class HeadSums:
+    """Gradients like those of `Backward`, of a tile of tokens and columns at a time; columns are outermost."""
+
+    def __init__(self, x: Tensor, weight: Tensor, needs: tuple[bool, ...], rounded: bool, parts: int) -> None:
+        """`parts`: how many tiles there are to a span of columns."""
+        need_x, _, need_bias = needs
+        dtype = compute_dtype(x.dtype)
+        self.hidden, self.weight, self.rounded, self.parts = x, weight, rounded, parts
+        self.d_x = torch.zeros(x.shape, dtype=dtype, device=x.device) if need_x else None
+        self.d_weight = native.empty(weight.shape, weight.dtype, weight.device)
+        self.d_bias = torch.zeros(len(weight), dtype=dtype, device=x.device) if need_bias else None
+        self.sum: Tensor | None = None
+
+    def add(self, rows: slice, span: slice, dz: Tensor) -> None:
+        """Take the gradient of the logits of some rows and a span of columns, [m, w]."""
+        x, head = self.hidden[rows], self.weight[span]
+        x = x if x.dtype == dz.dtype else x.to(dz.dtype)
+        if self.d_bias is not None:
+            self.d_bias[span] += dz.sum(0, dtype=self.d_bias.dtype)
+        if self.d_x is not None:
+            matmul(dz, head.to(dz.dtype), out=self.d_x[rows], add=True)
+        if self.parts == 1 and on_cpu(dz) and has_mixed_matmul(dz):
+            # a CPU's mixed matmul sums in float32 and rounds once
+            matmul(dz.T, x, out=self.d_weight[span])
+            return
+        first = self.sum is None
+        if self.sum is None:
+            self.sum = torch.empty(head.shape, dtype=compute_dtype(x.dtype), device=x.device)
+        matmul(dz.T, x, out=self.sum, add=not first)
+
+    def finish(self, span: slice) -> None:
+        """All of a span has been added."""
+        if self.sum is not None:
+            self.d_weight[span] = self.sum
+            self.sum = None
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden states, weight and bias; None where none was wanted."""
+        dtype = self.hidden.dtype
+        d_x = self.d_x.to(dtype) if self.rounded and self.d_x is not None else self.d_x
+        return d_x, self.d_weight, None if self.d_bias is None else self.d_bias.to(dtype)
+
+
 class _HeadGradient:
     """Sums dz.T @ x over slices in float32; where there is one slice, it never holds the sum in float32."""
 

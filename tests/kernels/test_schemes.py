@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 
-from prefloss.kernels import chunked, kl, naive, native, rows
+from prefloss.kernels import chunked, heads, kl, naive, native, rows
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.paths import Path
 
-TRANSFORMS = [LogitTransform(), LogitTransform(1.3, 3.0, 0.7), LogitTransform(0.5, None, 2.0)]
+CAPPED = LogitTransform(1.3, 3.0, 0.7)
+TRANSFORMS = [LogitTransform(), CAPPED, LogitTransform(0.5, None, 2.0)]
 # hidden, weight, bias: which of them get a gradient
 TRAINED = {"frozen": (True, False, False), "all": (True, True, True), "head": (False, True, False)}
 # kept tokens out of 27 that count
@@ -151,6 +152,30 @@ def test_a_second_backward_pass_recomputes_what_the_first_wrote_over(row_passes)
         twice = torch.autograd.grad(out.sum(), inputs)
         for a, b in zip(once, twice, strict=True):
             assert relative(a, b.double()) < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("scheme", ["keep some", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_head_is_never_summed_whole_in_float32(dtype, scheme, row_passes, monkeypatch):
+    if scheme == "keep some" and not (dtype == torch.bfloat16 and native.multiplies(dtype)):
+        pytest.skip("what was kept is no place for a gradient of the logits, which is in float32 here")
+    # by columns, tiles of 8 rows and 75 columns, in place of all 301
+    monkeypatch.setattr(chunked, "_LEAST_COLUMNS", 75)
+    inputs, targets = problem(dtype, TRAINED["all"])
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    upstream = torch.randn(1, len(targets), dtype=torch.float64)
+    _, wanted = run(naive.linear_token_stats, exact, targets, CAPPED, upstream, outputs=1)
+    sizes = []
+    monkeypatch.setattr(heads, "_HeadGradient", None)
+    matmul = heads.matmul
+    monkeypatch.setattr(
+        heads, "matmul", lambda a, b, out, add=False: sizes.append(b.shape) or matmul(a, b, out, add)
+    )
+    path = PATHS[scheme]._replace(chunk_tokens=2)
+    _, grads = run(chunked.linear_token_stats, inputs, targets, CAPPED, upstream, choose=lambda n: path)
+    for g, w in zip(grads, wanted, strict=True):
+        assert relative(g, w) < (3.2e-3 if dtype == torch.bfloat16 else 3.5e-4)
+    assert max(rows for rows, width in sizes if width == 24) <= 75
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
