@@ -84,6 +84,7 @@ class Structure:
         items = {name: value for name, value in inputs.items() if name in own and name not in apart}
         of_model = {name: value for name, value in inputs.items() if name not in own}
         found = cls._of_tokens(kind, inputs, items)
+        _check_whole(found)
         if apart:
             tokens = {name.removeprefix(MISMATCHED): value for name, value in apart.items()}
             other = cls._of_tokens(kind, tokens, {"completion_rows": items["completion_rows"]})
@@ -148,6 +149,25 @@ class Structure:
         """The same feedback with every log-prob 0: enough to know which examples count."""
         zeros = torch.zeros(len(self.targets), device=self.targets.device)
         return self.feedback(LogRatios(zeros, zeros, self.tokens))
+
+
+def _check_whole(structure: Structure) -> None:
+    """Refuse a batch of which something made another, by slicing or joining its tensors.
+
+    Raises:
+        ValueError: If its rows are not as many as its examples speak of.
+    """
+    if structure.kind is Rankings:
+        # How many completions a group has is on the device; this much is known.
+        fits = structure.items["group_rows"].shape == structure.items["scores"].shape
+    else:
+        fits = len(structure.targets) == len(ROWS[structure.kind]) * structure.examples
+    if not fits:
+        raise ValueError(
+            f"batch: got {len(structure.targets)} rows for {structure.examples} examples; the tensors of a "
+            "PreferenceCollator's batch belong together and cannot be sliced or joined; accelerate does so with "
+            "streamed data: set accelerator_config={'dispatch_batches': False}"
+        )
 
 
 def as_wanted(feedback: Feedback, loss: Loss, pairs: str | None) -> Feedback:

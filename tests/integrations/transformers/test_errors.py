@@ -5,7 +5,8 @@ import torch
 from transformers import TrainerCallback
 
 import prefloss
-from prefloss.integrations.transformers import PreferenceLossCallback, Reference
+from prefloss.integrations.transformers import PreferenceCollator, PreferenceLossCallback, Reference
+from prefloss.integrations.transformers._batch import Structure
 from prefloss.integrations.trl import PreferenceLossCallback as TrlCallback
 from tests.integrations.transformers import plain
 from tests.integrations.trl import tiny
@@ -151,3 +152,11 @@ def test_another_callback_sees_the_figures(tmp_path):
     item = Sees()
     plain.train(tmp_path, "dpo", tiny.pairs(8), callbacks=[item], max_steps=1)
     assert item.seen["rewards/accuracies"] == 0.0
+
+
+def test_a_batch_that_was_sliced_is_refused():
+    batch = PreferenceCollator()([{"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 1]}] * 4)
+    # As accelerate's dispatcher does: the first half of all tensors.
+    half = {name: value[: len(batch["input_ids"]) // 2] for name, value in batch.items()}
+    with pytest.raises(ValueError, match=r"batch: got 4 rows for 4 examples; .*'dispatch_batches': False"):
+        Structure.split(half)
