@@ -52,6 +52,23 @@ class ReferenceSettings:
             raise CliError(f"--output: expected a name that ends in .parquet, got {self.output}")
 
 
+@dataclass(frozen=True)
+class ReferenceData:
+    """What is scored.
+
+    Attributes:
+        sets: Data sets by name.
+        messages: Name of a set whose texts are messages, or None.
+        facts: What to tell the user.
+        warnings: The same for what was dropped or rewritten.
+    """
+
+    sets: dict[str, Any]
+    messages: str | None
+    facts: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
 def reference(settings: ReferenceSettings) -> None:
     """Score the data, write the table, say what is in it.
 
@@ -62,22 +79,21 @@ def reference(settings: ReferenceSettings) -> None:
     rank = int(os.environ.get("RANK", "0"))
     # One process speaks for all.
     console = Console(highlight=False, quiet=rank != 0)
-    data, facts, warnings = _read(settings.data)
+    data = _read(settings.data)
     with _processes():
         # Loads transformers, which takes seconds.
         from prefloss.cli._quiet import quiet
         from prefloss.cli._reference_run import run
 
         with quiet() as heard:
-            run(settings, data, facts, warnings, console)
+            run(settings, data, console)
     for message in heard:
         console.print(Text(message, style="yellow"))
 
 
-def _read(paths: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
-    """Data sets by name, and what to say of them."""
+def _read(paths: tuple[Path, ...]) -> ReferenceData:
     data: dict[str, Any] = {}
-    facts, warnings = [], []
+    facts, warnings, messages = [], [], None
     try:
         for path in paths:
             name, found = (path.name if path.name not in data else str(path)), _token_ids(path)
@@ -86,12 +102,13 @@ def _read(paths: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[str, ...], tup
                 found, form = read.rows, "messages" if read.conversational else "plain text"
                 facts.append(f"{name}: {len(found)} {read.kind.value} rows, {form}")
                 warnings += read.notes
+                messages = name if read.conversational else messages
             else:
                 facts.append(f"{name}: {len(found)} rows of token ids")
             data[name] = found
     except (pdata.DataError, OSError) as error:
         raise CliError(str(error)) from error
-    return data, tuple(facts), tuple(warnings)
+    return ReferenceData(data, messages, tuple(facts), tuple(warnings))
 
 
 def _token_ids(path: Path) -> Any:

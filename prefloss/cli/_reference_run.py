@@ -14,7 +14,7 @@ from rich.text import Text
 from prefloss import data as pdata
 from prefloss.cli._errors import CliError
 from prefloss.cli._facts import tell
-from prefloss.cli._reference import ReferenceSettings, progress, start_anew
+from prefloss.cli._reference import ReferenceData, ReferenceSettings, progress, start_anew
 from prefloss.data.table import TableError
 from prefloss.integrations.transformers import _world
 from prefloss.integrations.transformers._build_table import Built, ReferenceBuilder, parts_folder
@@ -22,22 +22,21 @@ from prefloss.integrations.transformers._score_rows import score
 from prefloss.integrations.transformers._table import header_of
 
 
-def run(
-    settings: ReferenceSettings,
-    data: dict[str, Any],
-    facts: tuple[str, ...],
-    warnings: tuple[str, ...],
-    console: Console,
-) -> None:
+def run(settings: ReferenceSettings, data: ReferenceData, console: Console) -> None:
     """Score the data and write the table.
 
     Raises:
         CliError: If model, data and table do not go together.
     """
-    tell(console, "data", facts, warnings)
-    ids = all("prompt_ids" in rows.column_names for rows in data.values())
+    tell(console, "data", data.facts, data.warnings)
+    ids = all("prompt_ids" in rows.column_names for rows in data.sets.values())
     model = _model(settings)
     tokenizer = None if ids else _tokenizer(settings)
+    if data.messages is not None and not tokenizer.chat_template:
+        raise CliError(
+            f"--model: {data.messages} holds messages, and the tokenizer of {settings.tokenizer or settings.model} has no "
+            "chat template; expected the tokenizer of the training, with its template (--tokenizer)"
+        )
     header = header_of(
         model,
         tokenizer,
@@ -61,9 +60,9 @@ def run(
     began = time.perf_counter()
     try:
         builder = ReferenceBuilder(settings.output, header, scored, tokenizer=tokenizer)
-        own = -(-sum(map(len, data.values())) // _world.size())
+        own = -(-sum(map(len, data.sets.values())) // _world.size())
         with progress(console, own) as advance:
-            built = builder.build(data, advance)
+            built = builder.build(data.sets, advance)
     except (TableError, FloatingPointError, pdata.DataError, TypeError) as error:
         raise CliError(str(error)) from error
     except torch.OutOfMemoryError as error:

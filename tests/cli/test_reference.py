@@ -119,6 +119,19 @@ def test_what_it_refuses(arguments, options, message):
     assert not Path("t.parquet").exists()
 
 
+def test_messages_need_a_chat_template():
+    said = [{"role": "user", "content": "w1 w2"}], [{"role": "assistant", "content": "w3"}]
+    write("chat.jsonl", [{"prompt": said[0], "completion": said[1], "label": True}])
+    assert "chat.jsonl holds messages, and the tokenizer of model has no chat template" in refused(
+        data="chat.jsonl"
+    )
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+    tokenizer.save_pretrained("chat")
+    run("--tokenizer", "chat", data="chat.jsonl")
+    assert ReferenceTable.read("t.parquet").header.chat_template is not None
+
+
 def test_damage_and_other_options_are_refused():
     run()
     assert "dtype float32 and bfloat16; write to another file" in refused("--dtype", "bfloat16")

@@ -214,6 +214,16 @@ def test_a_table_survives_a_checkpoint(tmp_path):
     assert repr(again) == f"Reference.table({str(tmp_path / 't.parquet')!r})"
 
 
+def test_tables_that_fit_pass_the_check_of_step_0(tmp_path):
+    data = tiny.pairs(8)
+    path = write(tmp_path / "half.parquet", tiny.model().bfloat16(), data)
+    plain.train(tmp_path, "dpo", data, tiny.model().bfloat16(), own={"reference": Reference.table(path)})
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    policy = get_peft_model(tiny.model(), lora)
+    path = write(tmp_path / "adapted.parquet", policy, data)
+    plain.train(tmp_path, "dpo", data, policy, own={"reference": Reference.table(path)})
+
+
 def test_a_new_adapter_starts_at_the_table(tmp_path):
     data = tiny.pairs(8)
     path = write(tmp_path / "t.parquet", tiny.model(), data)
