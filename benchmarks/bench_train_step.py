@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -131,7 +131,7 @@ def trl_with(kernel: str) -> Callable[[Problem], DPOTrainer]:
     return lambda problem: trl_trainer(problem, trl.PreferenceLossCallback("dpo", kernel=kernel))
 
 
-def plain(layout: str = "padded") -> Callable[[Problem], Trainer]:
+def plain(layout: Literal["padded", "packed", "shared_prefix"] = "padded") -> Callable[[Problem], Trainer]:
     """`transformers.Trainer` with our collator and callback."""
 
     def make(problem: Problem) -> Trainer:
@@ -182,9 +182,14 @@ class Step:
     def gradient(self) -> torch.Tensor:
         """The first step's, all parameters in one row."""
         self.backward()
-        found = torch.cat([parameter.grad.flatten() for parameter in self.model.parameters()])
+        found = gradients_of(self.model)
         self.model.zero_grad(set_to_none=True)
         return found
+
+
+def gradients_of(model: torch.nn.Module) -> torch.Tensor:
+    found = [parameter.grad for parameter in model.parameters()]
+    return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
 
 
 def exact_gradient(problem: Problem) -> torch.Tensor:
@@ -200,7 +205,7 @@ def exact_gradient(problem: Problem) -> torch.Tensor:
         sides.append(policy - policy.detach())
     # Policy and reference coincide at the first step.
     (-F.logsigmoid(BETA * (sides[0] - sides[1]))).mean().backward()
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return gradients_of(model)
 
 
 def run(name: str, shape: TrainStep, rounds: int, save: bool, only: tuple[str, ...] = ()) -> None:

@@ -19,6 +19,7 @@ import trl
 from torch import Tensor
 from trl.trainer import utils
 
+from prefloss.integrations.trl._replaced import replaced
 from prefloss.logprobs import linear_token_logps, linear_token_stats
 
 KERNELS = ("trl", "prefloss")
@@ -70,14 +71,8 @@ def scoring(kernel: str) -> Iterator[None]:
     ours: dict[str, Any] = {}
     if kernel == "prefloss":
         ours = {"_ChunkedLogProbFunction": _Scores, "_use_triton": _completions_alone}
-    before = {name: getattr(utils, name) for name in ours}
-    try:
-        for name, value in ours.items():
-            setattr(utils, name, value)
+    with replaced(utils, ours):
         yield
-    finally:
-        for name, value in before.items():
-            setattr(utils, name, value)
 
 
 def references_by(own: Callable[..., Any], kernel_of: Callable[[Any], str]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from prefloss.integrations.transformers._across import share
 from prefloss.integrations.trl import _guard, _metrics, _options
 from prefloss.integrations.trl._collate import ITEMS
 from prefloss.integrations.trl._record import Pass, assign, log_ratios, masked_labels, recorded
+from prefloss.integrations.trl._replaced import replaced
 from prefloss.logratios import LogRatios
 from prefloss.losses import Loss
 
@@ -92,14 +93,8 @@ def _as_trl_expects(trainer: Any, loss: Loss) -> Iterator[None]:
         settings["calculate_KL"] = trainer.calculate_KL and _options.wants_mismatched(loss)
     else:
         settings |= {"loss_types": ["sigmoid"], "loss_weights": [1.0]}
-    before = {name: getattr(trainer, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            setattr(trainer, name, value)
+    with replaced(trainer, settings):
         yield
-    finally:
-        for name, value in before.items():
-            setattr(trainer, name, value)
 
 
 def _expected_passes(trainer: Any, kind: type, batch: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
