@@ -29,14 +29,8 @@ def run(settings: ReferenceSettings, data: ReferenceData, console: Console) -> N
         CliError: If model, data and table do not go together.
     """
     tell(console, "data", data.facts, data.warnings)
-    ids = all("prompt_ids" in rows.column_names for rows in data.sets.values())
     model = _model(settings)
-    tokenizer = None if ids else _tokenizer(settings)
-    if data.messages is not None and not tokenizer.chat_template:
-        raise CliError(
-            f"--model: {data.messages} holds messages, and the tokenizer of {settings.tokenizer or settings.model} has no "
-            "chat template; expected the tokenizer of the training, with its template (--tokenizer)"
-        )
+    tokenizer = _tokenizer(settings, data)
     header = header_of(
         model,
         tokenizer,
@@ -128,17 +122,28 @@ def _adapted(model: Any, adapter: str) -> Any:
         raise CliError(f"--adapter: {adapter} cannot be loaded: {_first_line(error)}") from error
 
 
-def _tokenizer(settings: ReferenceSettings) -> Any:
+def _tokenizer(settings: ReferenceSettings, data: ReferenceData) -> Any:
+    """The tokenizer, or None if all data are token ids."""
     from transformers import AutoTokenizer
 
+    if all("prompt_ids" in rows.column_names for rows in data.sets.values()):
+        return None
     name = settings.tokenizer or settings.model
     option = "--tokenizer" if settings.tokenizer else "--model"
     try:
-        return AutoTokenizer.from_pretrained(name, revision=None if settings.tokenizer else settings.revision)
+        found = AutoTokenizer.from_pretrained(
+            name, revision=None if settings.tokenizer else settings.revision
+        )
     except (OSError, ValueError) as error:
         raise CliError(
             f"{option}: {name} has no tokenizer that can be loaded: {_first_line(error)}"
         ) from error
+    if data.messages is not None and not found.chat_template:
+        raise CliError(
+            f"{option}: {data.messages} holds messages, and the tokenizer of {name} has no chat template; expected the "
+            "tokenizer of the training, with its template (--tokenizer)"
+        )
+    return found
 
 
 def _device(settings: ReferenceSettings) -> torch.device:
