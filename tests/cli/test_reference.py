@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
+from prefloss.cli import _reference_run
 from prefloss.cli._app import app
 from prefloss.data.table import ReferenceTable
 from prefloss.integrations.transformers import Reference
@@ -149,12 +150,12 @@ def two(monkeypatch):
     torch.set_num_threads(1)
     started = []
 
-    def start(*options):
+    def start(*options, stall=False):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("fork")
-        started.extend(context.Process(target=process, args=(rank, port, options)) for rank in (0, 1))
+        started.extend(context.Process(target=process, args=(rank, port, options, stall)) for rank in (0, 1))
         for each in started:
             each.start()
         return started
@@ -166,8 +167,8 @@ def two(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def process(rank, port, options):
-    """What torchrun starts."""
+def process(rank, port, options, stall):
+    """What torchrun starts; `stall` makes it hang in its second chunk, at the latest."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -175,6 +176,15 @@ def process(rank, port, options):
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
+    own, calls = _reference_run.score, []
+
+    def once(*args, **kwargs):
+        calls.append(1)
+        while stall and len(calls) > 1:
+            time.sleep(1)
+        return own(*args, **kwargs)
+
+    _reference_run.score = once
     app(["reference", "--model", "model", *options], standalone_mode=False)
 
 
@@ -190,17 +200,18 @@ def test_two_processes_write_the_table_of_one(two):
 
 def test_two_processes_killed_and_one_that_goes_on(two):
     write("many.jsonl", tiny.pairs(640))
-    processes = two("--data", "many.jsonl", "--output", "t.parquet", "--batch-size", "1")
+    processes = two("--data", "many.jsonl", "--output", "t.parquet", stall=True)
     parts = Path("t.parquet.parts")
-    while not list(parts.glob("*.parquet")):
+    while len(list(parts.glob("*.parquet"))) < 2:
         assert all(each.is_alive() for each in processes)
-        time.sleep(0.001)
+        time.sleep(0.01)
     for each in processes:
         each.kill()
         each.join()
         assert each.exitcode == -signal.SIGKILL
-    assert 1 <= len(list(parts.glob("*.parquet"))) < 3
     assert not Path("t.parquet").exists()
-    assert "resume" in run("--batch-size", 1, data="many.jsonl")
-    run("--batch-size", 1, data="many.jsonl", output="u.parquet")
+    said = run(data="many.jsonl")
+    assert "what an earlier run scored is kept, in t.parquet.parts" in said
+    assert "256 of them scored in this run" in said
+    run(data="many.jsonl", output="u.parquet")
     assert Path("t.parquet").read_bytes() == Path("u.parquet").read_bytes()
