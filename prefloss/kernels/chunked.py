@@ -249,7 +249,8 @@ def _room_to_keep(x: Tensor, weight: Tensor, unscaled: bool, kept_tokens: int) -
         return torch.empty(x.shape, dtype=compute_dtype(x.dtype), device=x.device)
     if kept_tokens == 0:
         return None
-    return native.empty((kept_tokens, kept_columns(x.dtype, len(weight))), kept_dtype(x.dtype), x.device)
+    columns = kept_columns(x.dtype, len(weight))
+    return torch.empty(kept_tokens, columns, dtype=kept_dtype(x.dtype), device=x.device)
 
 
 def _differentiate(
@@ -277,8 +278,9 @@ def _scratch(tokens: int, weight: Tensor, chunk_tokens: int, coded: bool = False
     """A slice of logits, or of their codes, to fill again and again: fresh memory costs more than passing over it."""
     rows, vocabulary = min(tokens, chunk_tokens), len(weight)
     if coded:
-        return native.empty((rows, row_ops.code_columns(vocabulary)), torch.int16, weight.device)
-    return native.empty((rows, vocabulary), compute_dtype(weight.dtype), weight.device)
+        columns = row_ops.code_columns(vocabulary)
+        return torch.empty(rows, columns, dtype=torch.int16, device=weight.device)
+    return torch.empty(rows, vocabulary, dtype=compute_dtype(weight.dtype), device=weight.device)
 
 
 def _known_to_be_ignored(targets: Tensor) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefloss.kernels import native
 from prefloss.kernels.naive import compute_dtype
 from prefloss.kernels.rows import has_mixed_matmul, matmul, on_cpu, rows_of, slices
 
@@ -136,7 +135,7 @@ class HeadSums:
         dtype = compute_dtype(x.dtype)
         self.hidden, self.weight, self.rounded, self.parts = x, weight, rounded, parts
         self.d_x = torch.zeros(x.shape, dtype=dtype, device=x.device) if need_x else None
-        self.d_weight = native.empty(weight.shape, weight.dtype, weight.device)
+        self.d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         self.d_bias = torch.zeros(len(weight), dtype=dtype, device=x.device) if need_bias else None
         self.sum: Tensor | None = None
 
@@ -177,7 +176,9 @@ class _HeadGradient:
         self.dtype = compute_dtype(weight.dtype)
         self.weight_dtype = weight.dtype
         self.straight = parts == 1
-        self.sum = native.empty(weight.shape, weight.dtype if self.straight else self.dtype, weight.device)
+        self.sum = torch.empty(
+            weight.shape, dtype=weight.dtype if self.straight else self.dtype, device=weight.device
+        )
         if skips or not self.straight:
             self.sum.zero_()
 
@@ -188,7 +189,7 @@ class _HeadGradient:
         rounds = self.straight and on_cpu(dz) and has_mixed_matmul(dz)
         direct = self.sum.dtype == dz.dtype and (dz.dtype == self.dtype or rounds)
         rows = 0 if direct else min(len(self.sum), rows_of(self.sum, _HEAD_ELEMENTS))
-        room = native.empty((rows, self.sum.shape[1]), self.dtype, dz.device)
+        room = torch.empty((rows, self.sum.shape[1]), dtype=self.dtype, device=dz.device)
         for run in [slice(0, len(self.sum))] if columns is None else columns:
             if direct:
                 matmul(dz[:, run].T, x, out=self.sum[run], add=not self.straight)

@@ -75,7 +75,11 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty, on a CPU in large pages where the system has some: handing out small ones takes most of the time."""
+    """torch.empty, on a CPU in large pages where the system has some: handing out small ones takes most of the time.
+
+    For what is passed over once. Around matmuls small pages are no slower, and in a virtual machine large ones may
+    come from memory that its host has yet to provide, which takes longer than all that they save.
+    """
     x = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and type(x) is Tensor and x.nbytes >= _LARGE_BYTES:
         lib = _library()
