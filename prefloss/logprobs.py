@@ -208,7 +208,9 @@ def linear_token_logps(
             logit exceeds this times the largest gradient of a log-prob in the slice, G, 0 <= skip_below < 1. With S
             what is left out, the gradient of a hidden state is then off by at most skip_below * G * the sum of
             abs(W_v) over
-            S, that of a row of W by skip_below * G * the sum of abs(h_t). 0 leaves nothing out. Without effect under
+            S, that of a row of W by skip_below * G * the sum of abs(h_t). 0 leaves nothing out. A block is 256 rows of
+            the head, judged over all tokens of a slice: it pays where whole runs of the vocabulary are out of use, and
+            left nothing out of a small model trained on text (benchmarks/bench_skip.py). Without effect under
             torch.compile.
         strict: Refuse a slower way than this op has for such inputs, see `prefloss.explain`.
 
