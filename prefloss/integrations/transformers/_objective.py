@@ -145,7 +145,7 @@ class PreferenceObjective:
             training: Of the batches in training mode, or of the others.
         """
         sums = self._totals[training].take(_world.all_sum)
-        watched = {name: sums.pop(name) for name in NAMES & sums.keys()}
+        watched = {name: sums.pop(name) for name in [*sums] if name in NAMES}
         means = _metrics.means(sums)
         terms = {
             name: weight

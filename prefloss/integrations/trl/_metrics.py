@@ -24,12 +24,12 @@ def log_diagnostics(trainer: Any, found: Mapping[str, Stat], diagnosis: Diagnosi
     mine = torch.stack([torch.stack([stat.sum.float(), stat.count.float()]) for stat in own.values()])
     summed = trainer.accelerator.reduce(mine, reduction="sum")
     sums = {name: (total, count) for name, (total, count) in zip(own, summed.tolist(), strict=True)}
-    for name in sums.keys() - NAMES:
-        total, count = sums[name]
-        if count:
+    # In their order, so that logs look alike from run to run.
+    for name, (total, count) in sums.items():
+        if count and name not in NAMES:
             _logged(trainer)[f"prefloss/{name}"].append(total / count)
     if diagnosis is not None and trainer.model.training:
-        diagnosis.add({name: sums[name] for name in NAMES & sums.keys()})
+        diagnosis.add({name: stat for name, stat in sums.items() if name in NAMES})
         for name, value in diagnosis.shown().items():
             # One value, over the batches that the diagnosis remembers.
             _logged(trainer)[f"prefloss/{name}"] = [value]
