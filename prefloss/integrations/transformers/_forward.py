@@ -72,7 +72,7 @@ def model_logps(
 
     def score(hidden: Any) -> Any:
         whole = hidden.full_tensor() if hasattr(hidden, "full_tensor") else hidden
-        at_targets, wanted = _at_targets(whole, targets, positions)
+        at_targets, wanted = _at_targets(_real(whole, inputs), targets, positions)
         logps = _head_logps(spec, at_targets, wanted, temperature, impl)
         found.append(logps if positions is None else _spread(logps, targets))
         probe = torch.tensor(_PROBE, dtype=_dtype(spec), device=whole.device)
@@ -145,16 +145,20 @@ def _like(hidden: Any, probe: Tensor) -> Any:
     return DTensor.from_local(probe, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def _real(hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Hidden states of the inputs' own positions: adapters of the prompt-learning kind put some before them."""
+    ids = inputs.get("input_ids")
+    return hidden if ids is None or hidden.ndim < 3 else hidden[:, -ids.shape[1] :]
+
+
 def _at_targets(hidden: Tensor, targets: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """Hidden states and the targets that they predict, [..., H] and [...]."""
     if positions is None:
-        # Adapters of the prompt-learning kind prepend positions; the last ones are the real ones.
-        at_targets = hidden[:, -targets.shape[1] :] if hidden.ndim == 3 else hidden
-        if at_targets.shape[:-1] != targets.shape:
+        if hidden.shape[:-1] != targets.shape:
             raise ValueError(
                 f"targets: got shape {list(targets.shape)}, wanted {list(hidden.shape[:-1])} as the hidden states have"
             )
-        return at_targets, targets
+        return hidden, targets
     if positions.shape != targets.shape:
         raise ValueError(
             f"positions: got shape {list(positions.shape)}, wanted {list(targets.shape)} as targets have"

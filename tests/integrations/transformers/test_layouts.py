@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from prefloss.integrations.transformers import PreferenceCollator, PreferenceObjective, Reference
 from tests.integrations.transformers import plain
@@ -242,6 +242,21 @@ def test_lora_with_its_base_as_the_reference_shares_prompts(tmp_path):
     (losses, weights), found = trained("padded"), trained("shared_prefix")
     assert found[0] == pytest.approx(losses, abs=1e-5)
     torch.testing.assert_close(found[1], weights, rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_an_adapter_that_puts_tokens_before_each_row_gets_padded_rows():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    )
+    wanted, gradient, _ = computed(model, "padded", examples())
+    for layout in COMPACT:
+        logps, found, notes = computed(model, layout, examples())
+        torch.testing.assert_close(logps, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
+        assert "its adapter puts tokens of its own before every row" in notes[0]
 
 
 def test_evaluation_and_prediction_are_those_of_padded_rows(tmp_path):
