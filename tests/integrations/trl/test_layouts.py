@@ -58,3 +58,12 @@ def test_a_kto_trainer_keeps_its_own_collator(tmp_path):
         TypeError, match="data_collator: got PreferenceCollator in a KTOTrainer, wanted TRL's own"
     ):
         trainer.train()
+
+
+@pytest.mark.parametrize("diagnose", [True, False])
+def test_the_diagnosis_is_switched_for_these_batches_too(tmp_path, diagnose):
+    callback = PreferenceLossCallback("dpo", diagnose=diagnose)
+    run = tiny.train(
+        "dpo", tmp_path, [callback], data_collator=PreferenceCollator(layout="packed"), max_steps=2
+    )
+    assert ("prefloss/kl_per_token" in run.logs[-1]) is diagnose
