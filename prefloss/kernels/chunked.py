@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prefloss.kernels import native
 from prefloss.kernels import rows as row_ops
 from prefloss.kernels.functions import Gradients, Implementation
 from prefloss.kernels.heads import Backward, HeadSums, gradient_dtype, likely_columns, project, times_head
@@ -50,7 +49,7 @@ def token_backward(
 ) -> Tensor:
     """Gradient of logits [..., V], written over them if that is wanted and their rows allow it."""
     over_logits = over_logits and logits.is_contiguous()
-    d_logits = logits if over_logits else native.empty(logits.shape, logits.dtype, logits.device)
+    d_logits = logits if over_logits else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     d_rows = d_logits.view(-1, logits.shape[-1])
     rates = row_ops.coefficients(grad, stats)
     with no_autocast(logits.device):

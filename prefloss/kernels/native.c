@@ -4,14 +4,10 @@
  * A target < 0 marks a row to leave out: it is not read. One beyond the vocabulary, as in another shard of it, has
  * probability 0 and no gradient of its own. Products of bfloat16 are summed in float32.
  */
-#define _GNU_SOURCE
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -131,17 +127,6 @@ static inline void transform_block(float *restrict x, int m, transform_t t) {
 
 static const char *row_of(const void *base, int kind, int64_t row, int64_t stride) {
     return (const char *)base + row * stride * (kind == F32 ? 4 : 2);
-}
-
-/* Ask for fresh memory in pages of 2 MiB: with those of 4 KiB, handing it out takes longer than filling it. */
-void prefloss_use_large_pages(void *start, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 1 << 21;
-    uintptr_t first = ((uintptr_t)start + page - 1) / page * page, last = ((uintptr_t)start + bytes) / page * page;
-    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
-#endif
 }
 
 int prefloss_has_float16(void) {

@@ -34,7 +34,6 @@ _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _CODE = 3
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: _CODE}
-_LARGE_BYTES = 2**22
 
 # no subclass that computes elsewhere or not at all (a DTensor, a FakeTensor)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -72,20 +71,6 @@ def multiplies(dtype: torch.dtype) -> bool:
     """Whether `multiply` can take `dtype`: bfloat16, and a processor that multiplies it."""
     lib = _library() if dtype == torch.bfloat16 else None
     return lib is not None and bool(lib.prefloss_multiplies())
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty, on a CPU in large pages where the system has some: handing out small ones takes most of the time.
-
-    For what is passed over once. Around matmuls small pages are no slower, and in a virtual machine large ones may
-    come from memory that its host has yet to provide, which takes longer than all that they save.
-    """
-    x = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and type(x) is Tensor and x.nbytes >= _LARGE_BYTES:
-        lib = _library()
-        if lib is not None:
-            lib.prefloss_use_large_pages(x.data_ptr(), x.nbytes)
-    return x
 
 
 def score(logits: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor) -> None:
@@ -249,7 +234,6 @@ def _declared(lib: Any) -> Any:
             size, size, size, pointer, size, pointer, size, pointer, pointer, _Transform, _Stats, pointer, size,
             pointer, size, number,
         ),
-        "use_large_pages": (pointer, size),
     }
     # fmt: on
     for name, types in arguments.items():
