@@ -113,8 +113,12 @@ def _allowed(found: Arranged, within: Callable[[Tensor, Tensor], Tensor] | None)
     return allowed[:, None]
 
 
-def _boolean(policy: Any, found: Arranged, within: Any) -> Tensor:
-    return _allowed(found, within)
+def _for_sdpa(policy: Any, found: Arranged, within: Any) -> Tensor:
+    allowed = _allowed(found, within)
+    if allowed.device.type != "cpu" or policy.dtype != torch.float32:
+        return allowed
+    # On a CPU every layer would make this of a boolean mask.
+    return torch.zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
 
 
 def _additive(policy: Any, found: Arranged, within: Any) -> Tensor:
@@ -141,4 +145,4 @@ def _blocks(policy: Any, found: Arranged, within: Any) -> Any:
     return create_block_mask(allowed, count, None, width, width, device=str(sequences.device))
 
 
-_MAKERS: dict[str, Callable[..., Any]] = {"sdpa": _boolean, "eager": _additive, "flex_attention": _blocks}
+_MAKERS: dict[str, Callable[..., Any]] = {"sdpa": _for_sdpa, "eager": _additive, "flex_attention": _blocks}
