@@ -12,7 +12,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 SIZES = (("32k", "float32"), ("32k", "bfloat16"), ("128k", "float32"), ("128k", "bfloat16"))
 STEPS = (("1:1", "float32"), ("4:1", "float32"))
 LAYOUTS = tuple((shape, "float32") for shape in shapes.LAYOUTS if shape != "tiny")
-CLOCKS = {"wall": "wall time", "process": "processor time, for the machine had other work"}
+CLOCKS = {"wall": "wall time", "process": "processor time (where the machine had other work)"}
 Row = dict[str, str]
 
 

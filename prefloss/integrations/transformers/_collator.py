@@ -94,7 +94,7 @@ class PreferenceCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `completion_mask`, right-padded rows [rows, T] (the other layouts: one row
-            [1, N] with `position_ids`, `sequence_ids`, `row_ids`, `targets` and `sources`); `chosen_rows` and
+            [1, N] with `position_ids`, `sequence_ids`, `row_ids`, `targets`, `sources`, `shared`); `chosen_rows` and
             `rejected_rows` [pairs] (chosen rows come first), `completion_rows` and `label` [n], or `group_rows` and
             `scores` [groups, K] (-1 and 0 where a group has fewer); the optional feedback under its column's name
             (`scores` for `score`); `ref_logps` [rows]; and `labels` [examples], 1 or -100, as transformers' trainer

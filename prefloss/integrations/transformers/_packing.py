@@ -1,6 +1,6 @@
 """Batches without padding: token after token in one row, each prompt once where completions share it.
 
-The collator writes `SEQUENCES` beside the token ids; `Packed` reads them and arranges the tokens as a model takes them.
+The collator writes `NAMES` beside the token ids; `Packed` reads them and arranges the tokens as a model takes them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch import Tensor
 from prefloss.data._tokens import Encoded
 from prefloss.logratios import IGNORE_INDEX
 
-SEQUENCES, ROWS, TARGETS, SOURCES = "sequence_ids", "row_ids", "targets", "sources"
-NAMES = (SEQUENCES, ROWS, TARGETS, SOURCES)
+SEQUENCES, ROWS, TARGETS, SOURCES, SHARED = "sequence_ids", "row_ids", "targets", "sources", "shared"
+NAMES = (SEQUENCES, ROWS, TARGETS, SOURCES, SHARED)
 """What a packed batch has beside `input_ids` and `position_ids`, [1, N]:
 
 - `sequence_ids`, [1, N]: tokens of other sequences are never attended to.
 - `row_ids`, [1, N]: the completion's row that a token belongs to, -1 in what the rows of a sequence share.
 - `targets`, [rows, C]: tokens to score, the first C of each row, `IGNORE_INDEX` where there is none.
 - `sources`, [rows, C]: place in 0..N of the token that predicts each target, 0 where there is none.
+- `shared`, [1]: whether rows of one prompt share it. Said by the layout and not by the batch, some of which have no two
+  rows of a prompt: processes must not go different ways.
 """
 
 
@@ -52,7 +54,7 @@ def pack(
         ends.append(ids[start:])
         scored.append(max(0, len(prompt) - start))
         sequences.setdefault(tuple(ids[:start]) if share and start else row, []).append(row)
-    return _flat(list(sequences.values()), starts, ends, scored)
+    return {**_flat(list(sequences.values()), starts, ends, scored), SHARED: torch.tensor([share])}
 
 
 def _common(prompts: list[list[int]]) -> int:
@@ -112,13 +114,18 @@ class Arranged(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """The tokens of a packed batch, [N] each, and the places of those that predict its targets, [rows, C]."""
+    """The tokens of a packed batch, [N] each, and the places of those that predict its targets, [rows, C].
+
+    Attributes:
+        shares: Whether a sequence may hold several rows.
+    """
 
     ids: Tensor
     positions: Tensor
     sequences: Tensor
     rows: Tensor
     sources: Tensor
+    shares: bool
 
     @classmethod
     def read(cls, batch: Mapping[str, Any]) -> Packed:
@@ -126,12 +133,7 @@ class Packed:
         ids, positions, sequences, rows = (
             batch[name].reshape(-1) for name in ("input_ids", "position_ids", SEQUENCES, ROWS)
         )
-        return cls(ids, positions, sequences, rows, batch[SOURCES])
-
-    @property
-    def shares(self) -> bool:
-        """Whether some sequence holds several rows."""
-        return len(self.rows[self.rows >= 0].unique()) > int(self.sequences.max()) + 1
+        return cls(ids, positions, sequences, rows, batch[SOURCES], bool(batch[SHARED]))
 
     def arranged(self, one_row: bool) -> Arranged:
         """The sequences side by side in one row, or in as few rows of the longest one's length as they fit in.
@@ -197,7 +199,12 @@ class Packed:
         renumbered = torch.where(own >= 0, (chosen.cumsum(0) - 1)[own.clamp(min=0)], -1)
         # Sequences lie one after another, so places stay what they were.
         part = Packed(
-            self.ids[kept], self.positions[kept], self.sequences[kept], renumbered, self.sources[chosen]
+            self.ids[kept],
+            self.positions[kept],
+            self.sequences[kept],
+            renumbered,
+            self.sources[chosen],
+            self.shares,
         )
         return part, chosen
 

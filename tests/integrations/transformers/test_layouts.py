@@ -9,6 +9,7 @@ import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from prefloss.integrations.transformers import PreferenceCollator, PreferenceObjective, Reference
+from prefloss.integrations.transformers._batch import Structure
 from tests.integrations.transformers import plain
 from tests.integrations.transformers.test_model_logps import CONFIGS, HEADS, SMALL, V
 from tests.integrations.trl import tiny
@@ -161,6 +162,20 @@ def test_examples_with_the_same_prompt_share_it():
     ]
     batch = PreferenceCollator(layout="shared_prefix")(data)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 4, 8]]
+
+
+def test_the_layout_says_whether_prompts_are_shared_whatever_the_batch():
+    # A process whose batch has no two rows of a prompt must make the same forward passes as the others.
+    apart = [
+        {"prompt_ids": [5, 6], "completion_ids": [7, 1], "label": True},
+        {"prompt_ids": [4], "completion_ids": [8, 1], "label": False},
+    ]
+    together = [apart[0], {**apart[1], "prompt_ids": [5, 6]}]
+    for layout, shares in (("packed", False), ("shared_prefix", True)):
+        for data in (apart, together):
+            packed = Structure.split(PreferenceCollator(layout=layout)(data))[0].packed
+            assert packed is not None
+            assert packed.shares is shares
 
 
 EDGES = {
