@@ -42,16 +42,23 @@ def why_not(policy: nn.Module, shares: bool) -> str | None:
     return None
 
 
-def arranged(policy: nn.Module, packed: Packed) -> Arranged:
+def arranged(policy: nn.Module, packed: Packed, one_row: bool = False) -> Arranged:
     """The tokens of a batch with everything that the model's attention needs to keep its sequences apart.
 
     Without a shared prompt that is the position ids: transformers tells from them where a sequence begins.
+
+    Args:
+        policy: The model, unwrapped.
+        packed: The batch.
+        one_row: Whether all sequences must lie in one row, whatever that costs.
     """
     config: Any = policy.config
     config = config.get_text_config()
     attention = _attention(config)
     # Padding would go into the figures of a router; flash and flex attention skip what lies between sequences.
-    one_row = attention not in ("sdpa", "eager") or bool(getattr(config, "output_router_logits", False))
+    one_row = (
+        one_row or attention not in ("sdpa", "eager") or bool(getattr(config, "output_router_logits", False))
+    )
     found = packed.arranged(one_row)
     if packed.shares:
         found.inputs["attention_mask"] = _masks(policy, config, attention, found)

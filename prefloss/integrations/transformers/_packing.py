@@ -190,24 +190,6 @@ class Packed:
             found.append(places if len(places) else places.new_zeros(1))
         return found
 
-    def first_sequences(self, count: int) -> tuple[Packed, Tensor]:
-        """The tokens of the first sequences alone, and which of the rows lie there, [rows]."""
-        kept = self.sequences < count
-        own = self.rows[kept]
-        chosen = torch.zeros(len(self.sources), dtype=torch.bool, device=own.device)
-        chosen[own[own >= 0]] = True
-        renumbered = torch.where(own >= 0, (chosen.cumsum(0) - 1)[own.clamp(min=0)], -1)
-        # Sequences lie one after another, so places stay what they were.
-        part = Packed(
-            self.ids[kept],
-            self.positions[kept],
-            self.sequences[kept],
-            renumbered,
-            self.sources[chosen],
-            self.shares,
-        )
-        return part, chosen
-
 
 def _bins(lengths: list[int], width: int) -> tuple[int, list[int]]:
     """How many rows of that width are needed, and where each sequence begins in all of them, longest first."""

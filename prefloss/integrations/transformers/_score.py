@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from prefloss.integrations.transformers import _attention, _world
 from prefloss.integrations.transformers._batch import Structure
 from prefloss.integrations.transformers._forward import ModelLogps, model_logps, unwrapped
-from prefloss.integrations.transformers._packing import Arranged, Packed
+from prefloss.integrations.transformers._packing import TARGETS, Arranged, Packed, pack
 
 # Log-probs of the probe may differ by rounding alone, nats: in half precision, and in float32 for each square root of
 # layers times width, by which rounding grows. The effect of a wrong mask grows much faster.
@@ -26,7 +27,7 @@ def score(model: nn.Module, structure: Structure, inputs: Mapping[str, Any]) -> 
     """Log-prob of each target of a batch, [rows, T] as `structure.targets`.
 
     A packed batch is given to the model as it is if the model computes the same log-probs from it as from padded rows.
-    That is tried once for each model, on the first two sequences; where it fails, batches are laid out as padded
+    That is tried once for each model, on the first two rows; where it fails, batches are laid out as padded
     rows, and a warning says why.
 
     Args:
@@ -40,7 +41,7 @@ def score(model: nn.Module, structure: Structure, inputs: Mapping[str, Any]) -> 
     shares = packed.shares
     known = _verdicts.setdefault(policy, {})
     if shares not in known:
-        reason = _attention.why_not(policy, shares) or _tried(model, packed, structure.targets)
+        reason = _attention.why_not(policy, shares) or _tried(model, structure, shares)
         known[shares] = reason is None
         if reason is not None:
             what = "share a prompt" if shares else "train on packed batches"
@@ -57,20 +58,19 @@ def _scored(model: nn.Module, found: Arranged, targets: Tensor) -> ModelLogps:
     return model_logps(model, found.inputs, targets, positions=found.positions)
 
 
-def _tried(model: nn.Module, packed: Packed, targets: Tensor) -> str | None:
-    """What is wrong with the model's log-probs of the first sequences, packed, against padded rows; None if nothing.
+def _tried(model: nn.Module, structure: Structure, shares: bool) -> str | None:
+    """What is wrong with the model's log-probs of the first rows, packed, against padded rows; None if nothing.
 
     All processes make the same forward passes and come to the same verdict.
     """
-    part, rows = packed.first_sequences(2)
-    targets = targets[rows]
+    part, targets = _probe(structure, shares)
     policy, training = unwrapped(model), model.training
     model.eval()
     problem = None
     with torch.no_grad():
         padded = _scored(model, part.duplicated(), targets).logps
         try:
-            ours = _scored(model, _attention.arranged(policy, part), targets).logps
+            ours = _scored(model, _attention.arranged(policy, part, one_row=True), targets).logps
             apart = float((ours - padded).abs().max())
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             problem, apart = f"its forward refuses ({type(error).__name__}: {error})", float("inf")
@@ -80,6 +80,19 @@ def _tried(model: nn.Module, packed: Packed, targets: Tensor) -> str | None:
     if not bool(_world.all_sum(torch.tensor(int(fails), device=targets.device))):
         return None
     return problem or f"its log-probs differ from those of padded rows by {apart:.2g} nats"
+
+
+def _probe(structure: Structure, shares: bool) -> tuple[Packed, Tensor]:
+    """Two sequences of the first two rows with their targets: the first prompt with both completions, and the second.
+
+    So that a prompt is shared whatever the batch has, where its layout shares any.
+    """
+    rows = list(itertools.islice(structure.completions({}), 2))
+    (prompt, _), (_, other) = rows[0], rows[-1]
+    examples = [[rows[0], (prompt, other)], [rows[-1]]]
+    batch = pack(examples, [(0, 0), (0, 1), (1, 0)], shares, None)
+    batch = {name: value.to(structure.targets.device) for name, value in batch.items()}
+    return Packed.read(batch), batch[TARGETS]
 
 
 def _tolerance(policy: nn.Module, device: torch.device) -> float:

@@ -28,20 +28,21 @@ ARCHITECTURES = {
     ),
     "mixtral_unrouted": lambda: hf.MixtralConfig(**SMALL, num_local_experts=4),
 }  # fmt: skip
-# Why each of these gets padded rows; all others share prompts.
+# Why each of these gets padded rows in each layout; all others take both.
+STATE = {"packed": "carries a state", "shared_prefix": "carries a state"}
+ROUTER = {"shared_prefix": "router loss"}
 REFUSED = {
-    "falcon_h1": "carries a state",
-    "recurrent_gemma": "carries a state",
-    "mamba": "carries a state",
-    "mamba2": "carries a state",
-    "rwkv": "carries a state",
-}
-# These take packed batches, and cannot share a prompt.
-KEEP_APART = {
-    "mixtral": "router loss",
-    "qwen3_moe": "router loss",
-    # Its positions are counted from a mask of two dimensions.
-    "bloom": "forward refuses",
+    "falcon_h1": STATE,
+    "recurrent_gemma": STATE,
+    "mamba": STATE,
+    "mamba2": STATE,
+    "rwkv": STATE,
+    "mixtral": ROUTER,
+    "qwen3_moe": ROUTER,
+    # Its mask is made without the position ids, so sequences of one row see each other unless a mask keeps them apart.
+    "opt": {"packed": "log-probs differ"},
+    # Likewise, and its positions are counted from a mask of two dimensions alone.
+    "bloom": {"packed": "log-probs differ", "shared_prefix": "forward refuses"},
 }
 # Its recurrence writes in place over what its own backward needs.
 NO_BACKWARD = ("rwkv",)
@@ -98,7 +99,7 @@ def test_every_architecture_gives_the_numbers_of_padded_rows(name, attention):
         logps, found, notes = computed(model, layout, examples())
         torch.testing.assert_close(logps, wanted, rtol=0, atol=1e-5)
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
-        refused = REFUSED.get(name) or (KEEP_APART.get(name) if layout == "shared_prefix" else None)
+        refused = REFUSED.get(name, {}).get(layout)
         assert [refused in note for note in notes] == [True] if refused else not notes
 
 
@@ -122,6 +123,19 @@ def test_a_model_that_ignores_the_mask_is_found_out_and_gets_padded_rows():
     torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
     # Said once.
     assert computed(model, "shared_prefix", examples(seed=1))[2] == []
+
+
+def test_a_model_is_tried_on_a_shared_prompt_though_its_first_batch_has_none():
+    torch.manual_seed(0)
+    model = Blind(hf.LlamaConfig(**SMALL, initializer_range=0.3))
+    votes = [
+        {"prompt_ids": [5, 6, 7], "completion_ids": [8, 9, 10], "label": True},
+        {"prompt_ids": [11, 12, 13], "completion_ids": [14, 15, 16], "label": False},
+    ]
+    _, _, notes = computed(
+        model, "shared_prefix", votes, "kto_zero", reference=tiny.model(), check_step_zero=False
+    )
+    assert "Blind cannot share a prompt: its log-probs differ" in notes[0]
 
 
 class Refuses(hf.LlamaForCausalLM):
