@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.measure import in_turns, report
 from benchmarks.peers import naive_logits
-from prefloss.kernels import chunked, heads
+from prefloss.kernels import heads
 from prefloss.logprobs import linear_token_logps
 
 LIMITS = {"skip nothing": 0.0, "skip below 2^-14": 2**-14, "2^-12": 2**-12, "2^-10": 2**-10}
@@ -95,7 +95,7 @@ def run(name: str, head: Head, dtype: torch.dtype, rounds: int, save: bool) -> N
 
         return call
 
-    shares = {way: share_left_out(step(limit), len(weight)) for way, limit in LIMITS.items()}
+    shares = {way: share_left_out(step(limit)) for way, limit in LIMITS.items()}
     steps = {f"{way}: {shares[way]:.0%} left out": step(limit) for way, limit in LIMITS.items()}
     records = in_turns(steps, rounds)
     for way, record in records.items():
@@ -113,18 +113,21 @@ def run(name: str, head: Head, dtype: torch.dtype, rounds: int, save: bool) -> N
     report(f"{name}, {row['shape']} {row['dtype']}", records, next(iter(steps)), row, "cpu", save)
 
 
-def share_left_out(step: Callable[[], object], vocabulary: int) -> float:
-    """Of the columns of all slices, those that the backward matmuls leave out."""
-    runs: list[list[slice] | None] = []
+def share_left_out(step: Callable[[], object]) -> float:
+    """Of the columns of all tiles, those that the backward matmuls leave out."""
+    kept, total = 0, 0
+    likely_columns = heads.likely_columns
 
-    def watched(*arguments: object) -> list[slice] | None:
-        runs.append(heads.likely_columns(*arguments))  # type: ignore[arg-type]
-        return runs[-1]
+    def watched(dz: Tensor, limit: Tensor | float) -> Tensor | None:
+        nonlocal kept, total
+        found = likely_columns(dz, limit)
+        kept += dz.shape[1] if found is None else len(found)
+        total += dz.shape[1]
+        return found
 
-    with mock.patch.object(chunked, "likely_columns", watched):
+    with mock.patch.object(heads, "likely_columns", watched):
         step()
-    kept = [vocabulary if run is None else sum(part.stop - part.start for part in run) for run in runs]
-    return 1 - sum(kept) / (len(kept) * vocabulary)
+    return 1 - kept / total if total else 0.0
 
 
 def main() -> None:

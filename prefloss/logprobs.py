@@ -201,17 +201,15 @@ def linear_token_logps(
         softcap: Bounds the scaled logits, > 0; None leaves them.
         ignore_index: Target of the positions to leave out, whatever their hidden states are (inf and NaN too).
         impl: "naive", "chunked", "triton" or "auto", as in `token_logps`; "naive" computes the logits of all positions.
-        chunk_tokens: Tokens per slice of "chunked", >= 1; None chooses by memory.
-        budget_bytes: Memory that "chunked" may use between forward and backward and for its slices, >= 0, gradients
-            left out; None for 1 GiB. One slice is used whatever the budget is.
-        skip_below: Lets "chunked" leave blocks of the vocabulary out of the backward matmuls where no gradient of a
-            logit exceeds this times the largest gradient of a log-prob in the slice, G, 0 <= skip_below < 1. With S
-            what is left out, the gradient of a hidden state is then off by at most skip_below * G * the sum of
-            abs(W_v) over
-            S, that of a row of W by skip_below * G * the sum of abs(h_t). 0 leaves nothing out. A block is 256 rows of
-            the head, judged over all tokens of a slice: it pays where whole runs of the vocabulary are out of use, and
-            left nothing out of a small model trained on text (benchmarks/bench_skip.py). Without effect under
-            torch.compile.
+        chunk_tokens: Size of a tile of logits of "chunked", as many as so many tokens have, >= 1; None chooses by
+            device.
+        budget_bytes: Memory that "chunked" may use between forward and backward and for its tiles, >= 0, gradients
+            left out; None for 1 GiB. One tile is used whatever the budget is.
+        skip_below: Lets "chunked" leave tokens of the vocabulary out of the backward matmuls of a tile where none of
+            their gradients of a logit exceeds this times the largest gradient of a log-prob in the tile, G,
+            0 <= skip_below < 1. With S what is left out, the gradient of a hidden state is then off by at most
+            skip_below * G * the sum of abs(W_v) over S, that of a row of W by skip_below * G * the sum of abs(h_t).
+            0 leaves nothing out. For what it saves see benchmarks/bench_skip.py. Without effect under torch.compile.
         strict: Refuse a slower way than this op has for such inputs, see `prefloss.explain`.
 
     Returns:

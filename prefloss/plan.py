@@ -12,6 +12,7 @@ from torch import Tensor
 from prefloss import kernels
 from prefloss.kernels import native, rows
 from prefloss.kernels.constant import constant_when_compiled
+from prefloss.kernels.heads import gradient_dtype
 from prefloss.kernels.naive import compute_dtype
 from prefloss.kernels.paths import Path, Scheme, default_chunk, kept_columns, kept_dtype
 
@@ -23,7 +24,7 @@ _logged: set[tuple[object, ...]] = set()
 # takes longer than computing the logits twice.
 NAIVE_ELEMENTS = 2**20
 
-# Memory for logits kept between forward and backward and for slices of them, besides the gradients: 1 GiB, that is
+# Memory for logits kept between forward and backward and for tiles of them, besides the gradients: 1 GiB, that is
 # 2048 tokens of a vocabulary of 128k in float32 and twice as many in bfloat16.
 BUDGET_BYTES = 2**30
 
@@ -42,10 +43,11 @@ class Plan:
             matmul), "upcast" (a copy of the head in float32, some rows at a time) or "same" (not half precision).
         matmuls: Products of 2 n V H operations in forward and backward together, n the tokens that count.
         tokens: n, or an upper bound of it where a graph is compiled.
-        chunk_tokens: Tokens per slice of logits.
+        chunk_tokens: Size of a tile of logits: as many as so many tokens have.
         kept_tokens: Tokens whose logits are kept for the backward pass.
-        bytes_kept: Memory held between forward and backward, gradients and statistics left out.
-        bytes_scratch: Memory of one slice, held during forward and again during backward.
+        bytes_kept: Memory held between forward and backward, gradients and statistics left out. "chunked" writes the
+            gradient of the head over what is kept of the first tokens, about H of them.
+        bytes_scratch: Memory of tiles, held during forward and again during backward.
         why: Why this scheme.
         fallback: Why a better way is closed, or None.
     """
@@ -154,7 +156,7 @@ def plan_linear(
     passes, slow_rows = _row_passes(like, impl)
     sums, slow_head = _head_sums(like)
     need = _needs(like, vocabulary, width, chunk, low_softcap)
-    short = None
+    short: str | None = None
     scheme, kept, why = _scheme(tokens, need, budget, hidden_only, head, stats_gradient)
     if scheme == "keep" and low_softcap and kept_dtype(like.dtype) == torch.int16:
         scheme, kept, why = "recompute", 0, "16 bits of a logit are too few under a softcap so low"
@@ -166,33 +168,40 @@ def plan_linear(
     if hidden_only and scheme in ("keep", "recompute"):
         matmuls -= 1
     bytes_kept = tokens * need.unscaled if scheme == "unscaled" else kept * need.kept
-    without = scheme == "keep" and kept == tokens and need.directly
+    tiles_of: Scheme = "recompute" if scheme == "keep" and kept < tokens else scheme
     return Plan(
         "linear", _impl(passes), scheme, passes, sums, matmuls, tokens, chunk, kept, bytes_kept,
-        0 if without or (scheme == "score" and need.fused) else need.slice, why,
+        need.tiles[tiles_of], why,
         "; ".join(filter(None, (short, slow_rows, slow_head))) or None,
     )  # fmt: skip
 
 
 class _Needs(NamedTuple):
-    """Bytes of a token whose logits are kept, or whose gradient is saved unscaled, and of a slice of logits.
+    """Bytes of a token whose logits are kept, or whose gradient is saved unscaled, and of the tiles of each scheme.
 
-    `directly`: logits are kept as they are computed, without a slice between; `fused`: scored so, too.
+    Of "keep" if all tokens are kept.
     """
 
     kept: int
     unscaled: int
-    slice: int
-    directly: bool
-    fused: bool
+    tiles: dict[Scheme, int]
 
 
 def _needs(like: Tensor, vocabulary: int, width: int, chunk: int, low_softcap: bool) -> _Needs:
     size = compute_dtype(like.dtype).itemsize
     kept = kept_columns(like.dtype, vocabulary) * kept_dtype(like.dtype).itemsize
     fused = rows.on_cpu(like) and native.multiplies(like.dtype) and width % 2 == 0 and not low_softcap
-    directly = fused or kept_dtype(like.dtype).itemsize == size
-    return _Needs(kept, width * size, chunk * (kept if fused else vocabulary * size), directly, fused)
+    gradient = chunk * vocabulary * gradient_dtype(like).itemsize
+    logits = chunk * (kept if fused else vocabulary * size)
+    # the gradient is written over logits of its own precision, or over codes
+    both = max(logits, gradient) if fused or gradient == logits else logits + gradient
+    tiles: dict[Scheme, int] = {
+        "score": 0 if fused else logits,
+        "unscaled": both,
+        "keep": gradient if fused or kept_dtype(like.dtype).itemsize == size else max(logits, gradient),
+        "recompute": logits + gradient if fused else both,
+    }
+    return _Needs(kept, width * size, tiles)
 
 
 def _scheme(
@@ -201,15 +210,15 @@ def _scheme(
     """The scheme with the fewest matmuls that the budget allows, how many tokens it keeps, and why."""
     if not hidden_only and not head:
         return "score", 0, "no gradient is wanted"
-    if hidden_only and not stats_gradient and tokens * need.unscaled + need.slice <= budget:
+    if hidden_only and not stats_gradient and tokens * need.unscaled + need.tiles["unscaled"] <= budget:
         return (
             "unscaled",
             0,
             "the head is frozen: the gradient of each log-prob in its hidden state is saved unscaled",
         )
-    if tokens * need.kept + (0 if need.directly else need.slice) <= budget:
+    if tokens * need.kept + need.tiles["keep"] <= budget:
         return "keep", tokens, "the logits of all tokens fit the budget"
-    kept = max(0, (budget - need.slice) // need.kept)
+    kept = max(0, (budget - need.tiles["recompute"]) // need.kept)
     return "keep", min(tokens, kept), "the logits of all tokens do not fit the budget"
 
 
@@ -289,7 +298,7 @@ def note(plan: Plan, strict: bool) -> Plan:
     if kind not in _logged:
         _logged.add(kind)
         _log.info(
-            "prefloss: %s log-probs of %d tokens by %s/%s, %.3g matmuls, %.0f MiB kept, slices of %d tokens (%s)%s",
+            "prefloss: %s log-probs of %d tokens by %s/%s, %.3g matmuls, %.0f MiB kept, tiles of %d tokens (%s)%s",
             plan.op, plan.tokens, plan.impl, plan.scheme, plan.matmuls, plan.bytes_kept / 2**20, plan.chunk_tokens,
             plan.why, "" if plan.fallback is None else f"; fallback: {plan.fallback}",
         )  # fmt: skip

@@ -73,8 +73,8 @@ def test_one_log_line_for_each_kind_of_plan(caplog, monkeypatch):
             token_logps(logits, targets, impl="chunked")
             linear_token_logps(logits, logits, targets, impl="chunked")
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
-        "prefloss: token log-probs of 6 tokens by chunked/recompute, 0 matmuls, 0 MiB kept, slices of 6 tokens",
-        "prefloss: linear log-probs of 6 tokens by chunked/score, 1 matmuls, 0 MiB kept, slices of 6 tokens",
+        "prefloss: token log-probs of 6 tokens by chunked/recompute, 0 matmuls, 0 MiB kept, tiles of 6 tokens",
+        "prefloss: linear log-probs of 6 tokens by chunked/score, 1 matmuls, 0 MiB kept, tiles of 6 tokens",
     ]
 
 

@@ -1,26 +1,32 @@
-"""The ops of `naive` a slice of tokens at a time: no float32 [N, V] is ever stored, unless it is asked for.
+"""The ops of `naive` a tile of logits at a time: no float32 [N, V] is ever stored, unless it is asked for.
 
-Forward keeps a few numbers per token, and of the linear op what its scheme says (`paths`).
+Forward keeps a few numbers per token, and of the linear op what its scheme says (`paths`). A tile is so many tokens
+by a span of the vocabulary, and stays in a CPU's cache from one matmul to the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prefloss.kernels import functions, heads
 from prefloss.kernels import rows as row_ops
-from prefloss.kernels.functions import Gradients, Implementation
-from prefloss.kernels.heads import Backward, HeadSums, gradient_dtype, likely_columns, project, times_head
+from prefloss.kernels.functions import Implementation
+from prefloss.kernels.kept import Kept, kept_in, room_to_keep
+from prefloss.kernels.memory import fresh
 from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
-from prefloss.kernels.paths import MATMUL_ELEMENTS, Path, kept_columns, kept_dtype
+from prefloss.kernels.paths import MATMUL_ELEMENTS, Path
 from prefloss.kernels.rows import on_cpu, place_over, rows_of, slices
 
-# Rows of hidden states that pass over the head together where no logits are stored: they stay in the cache.
-_FUSED_ROWS = 2048
-# Columns of a tile of the backward pass that goes by columns: enough for the matmuls.
-_LEAST_COLUMNS = 1024
+# Tokens of a tile at most, and columns at least where the vocabulary has them: enough for the matmuls.
+_MOST_ROWS, _LEAST_COLUMNS = 2048, 1024
+# Columns of a tile are a multiple of this, as `rows.code_columns` wants.
+_COLUMN_STEP = 64
+# Elements of the rows of the head of targets that are looked up at a time.
+_TARGET_ELEMENTS = 2**20
 
 
 def token_forward(
@@ -49,7 +55,7 @@ def token_backward(
 ) -> Tensor:
     """Gradient of logits [..., V], written over them if that is wanted and their rows allow it."""
     over_logits = over_logits and logits.is_contiguous()
-    d_logits = logits if over_logits else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    d_logits = logits if over_logits else fresh(logits.shape, logits.dtype, logits.device)
     d_rows = d_logits.view(-1, logits.shape[-1])
     rates = row_ops.coefficients(grad, stats)
     with no_autocast(logits.device):
@@ -59,13 +65,43 @@ def token_backward(
                 out.zero_()
                 continue
             row_ops.differentiate(
-                part, out, targets[rows], transform, stats[:, rows], rates[rows], len(grad) == 1
+                part, out, targets[rows], 0, transform, stats[:, rows], rates[rows], len(grad) == 1
             )
     if not over_logits:
         return d_logits
     # whoever saved the logits for its own backward pass is told that they are gone
     torch.autograd.graph.increment_version(logits)
     return logits.detach()
+
+
+class _Tiling(NamedTuple):
+    """How [n, V] is cut: rows of a tile at most, and the spans of the vocabulary."""
+
+    height: int
+    spans: list[slice]
+
+    @property
+    def columns(self) -> int:
+        """Of the widest span."""
+        return self.spans[0].stop
+
+    def rows(self, n: int) -> list[slice]:
+        """The slices of n tokens."""
+        return list(slices(n, self.height))
+
+
+def _tiling(n: int, weight: Tensor, path: Path) -> _Tiling:
+    """The fewest tiles of as many logits as `path.chunk_tokens` tokens have, all of about one size."""
+    vocabulary, width = weight.shape
+    elements, least = path.chunk_tokens * vocabulary, min(vocabulary, _LEAST_COLUMNS)
+    height = max(1, min(n, _MOST_ROWS, elements // least))
+    height = -(-n // max(1, -(-n // height)))
+    # a span of the head, or of its gradient, is no larger
+    most = min(elements // max(1, height), max(least, elements // max(1, width)))
+    parts = -(-vocabulary // max(most, _COLUMN_STEP))
+    columns = -(-vocabulary // parts)
+    columns += -columns % _COLUMN_STEP
+    return _Tiling(max(1, height), list(slices(vocabulary, columns)))
 
 
 def linear_forward(
@@ -77,36 +113,39 @@ def linear_forward(
     path: Path,
     outputs: int,
     room: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | Kept | None]:
     """Hidden states [n, H] -> statistics [2 or 5, n], and what the scheme keeps for the backward pass, in `room`."""
     n, dtype = len(x), compute_dtype(x.dtype)
-    unscaled = path.scheme == "unscaled"
-    kept_tokens = min(n, path.kept_tokens) if path.scheme == "keep" else 0
-    stats = torch.zeros(max(2, outputs), n, dtype=dtype, device=x.device)
-    saved = _room_to_keep(x, weight, unscaled, kept_tokens) if room is None or not len(room) else room
-    fused = row_ops.projects(x, weight, transform)
-    # whether logits are kept as they are computed, and so all at once
-    directly = fused or kept_dtype(x.dtype) == dtype
-    chunk_tokens = max(path.chunk_tokens, _FUSED_ROWS) if fused and not unscaled else path.chunk_tokens
-    scratch = None
-    if unscaled or (not fused and not (directly and kept_tokens == n)):
-        scratch = _scratch(n, weight, chunk_tokens, fused)
+    tiling, head = _tiling(n, weight, path), _Head(weight, bias, transform)
+    kept, product = Kept(), None
+    if path.scheme == "keep":
+        tokens = min(n, path.kept_tokens)
+        if room is None or not len(room):
+            kept = room_to_keep(x, weight, tokens, tiling.spans)
+        else:
+            kept = kept_in(room, tokens, tiling.spans, x.dtype)
+    elif path.scheme == "unscaled":
+        product = torch.zeros(x.shape, dtype=dtype, device=x.device) if room is None else room[:n].zero_()
+    stats = torch.empty(max(2, outputs), n, dtype=dtype, device=x.device)
+    scratch = _Scratch(x, head, tiling)
     with torch.no_grad(), no_autocast(x.device):
-        for rows in _parts(n, kept_tokens, chunk_tokens, whole=directly and on_cpu(x)):
-            keep = rows.start < kept_tokens
-            z = None if scratch is None else scratch[: rows.stop - rows.start]
-            if keep and directly and saved is not None:
-                z = saved[rows]
-            y, part = targets[rows], stats[:, rows]
-            _score(x[rows], weight, bias, y, transform, part, z, overwrite=not (keep or unscaled))
-            if saved is None or z is None:
-                continue
-            if unscaled:
-                dz = _differentiate(z, weight, y, transform, part)
-                times_head(dz, weight, saved[rows], likely_columns(dz, path.skip_below))
-            elif keep and not directly:
-                row_ops.encode(z, transform, part[1], saved[rows])
-    return stats, saved
+        for rows in tiling.rows(n):
+            sums = row_ops.new_sums(rows.stop - rows.start, x)
+            for index, span in enumerate(tiling.spans):
+                for part, tile in kept.tiles(rows, index):
+                    own = sums[part.start - rows.start : part.stop - rows.start]
+                    before = own[:, 0].clone()
+                    z = head.fold(
+                        x[part], targets[part], span, own, len(stats) > 2, tile, scratch, product is not None
+                    )
+                    if product is not None and z is not None:
+                        _add_numerators(
+                            z, head, targets[part], span, before, own, product[part], path.skip_below
+                        )
+            row_ops.finish(sums, targets[rows], stats[:, rows])
+            if product is not None:
+                _finish_product(product[rows], head, targets[rows], sums, stats[0, rows])
+    return stats, kept if product is None else product
 
 
 def linear_backward(
@@ -116,170 +155,165 @@ def linear_backward(
     bias: Tensor | None,
     targets: Tensor,
     stats: Tensor,
-    saved: Tensor | None,
+    saved: Tensor | Kept | None,
     transform: LogitTransform,
     path: Path,
     needs: tuple[bool, ...],
     overwrite: bool = True,
     rounded: bool = True,
-    over_x: bool = False,
-) -> Gradients:
-    """Gradients of hidden states [n, H], weight and bias; the scheme "keep" may write over `saved`.
+) -> functions.Gradients:
+    """Gradients of hidden states [n, H], weight and bias; the last may be written over what was kept.
 
-    `rounded` to the dtype of x is the first, or left in float32 for the sum over processes; `over_x` lets it take the
-    place of x.
+    `rounded` to the dtype of x is the first, or left in float32 for the sum over processes.
     """
-    n, kept_tokens = len(x), 0 if saved is None else len(saved)
-    # gradients as wide as what was kept are written over it, all at once
-    whole = overwrite and saved is not None and saved.element_size() == gradient_dtype(x).itemsize
-    fewer = 0 < n - kept_tokens < len(weight) and (whole or kept_tokens == 0)
-    if needs[1] and x.dtype.itemsize == 2 and fewer and path.skip_below == 0:
-        return _backward_by_columns(
-            grad, x, weight, bias, targets, stats, saved, transform, path, needs, rounded
+    n = len(x)
+    tiling, head = _tiling(n, weight, path), _Head(weight, bias, transform)
+    if isinstance(saved, Tensor):
+        saved = kept_in(saved, min(n, path.kept_tokens), tiling.spans, x.dtype)
+    kept = Kept() if saved is None else saved
+    home = kept.home.view(weight.dtype) if overwrite and kept.home is not None else None
+    rates, slabs = row_ops.coefficients(grad, stats), tiling.rows(n)
+    out = heads.Gradients(x, weight, needs, tiling.columns, len(slabs), home, rounded)
+    scratch = _Scratch(x, head, tiling) if kept.tokens < n else None
+    room = fresh((tiling.height * tiling.columns,), heads.gradient_dtype(x), x.device)
+    with no_autocast(x.device):
+        for index, span in enumerate(tiling.spans):
+            for rows in slabs:
+                dz = room[: (rows.stop - rows.start) * (span.stop - span.start)].view(
+                    rows.stop - rows.start, -1
+                )
+                for part, tile in kept.tiles(rows, index):
+                    here = dz[part.start - rows.start : part.stop - rows.start]
+                    if tile is None:
+                        assert scratch is not None
+                        tile = head.logits(x[part], targets[part], span, scratch, here)
+                    row_ops.differentiate(
+                        tile, here, targets[part], span.start, transform, stats[:, part], rates[part],
+                        len(grad) == 1,
+                    )  # fmt: skip
+                limit = path.skip_below * grad[0, rows].abs().max() if path.skip_below else None
+                out.add(rows, span, dz, limit)
+            out.finish(span)
+    return out.gradients()
+
+
+class _Head(NamedTuple):
+    """A head and what happens to its logits."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+
+    def fused(self, x: Tensor) -> bool:
+        """Whether a projection is scored while it is in the cache, and leaves it in codes if at all."""
+        return row_ops.projects(x, self.weight, self.transform)
+
+    def fold(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        span: slice,
+        sums: Tensor,
+        more: bool,
+        tile: Tensor | None,
+        scratch: _Scratch,
+        needed: bool,
+    ) -> Tensor | None:
+        """The logits of a tile into the sums of its rows, and into `tile` to be kept, or into scratch.
+
+        Returns:
+            Them or their codes if they are `needed`, [m, columns].
+        """
+        weight, bias = self.weight[span], None if self.bias is None else self.bias[span]
+        if self.fused(x):
+            if tile is None and needed:
+                tile = scratch.tile(len(x), row_ops.code_columns(len(weight)))
+            row_ops.project(x, weight, bias, targets, span.start, self.transform, sums, more, tile)
+            return tile
+        as_it_is = tile is not None and tile.dtype == compute_dtype(x.dtype)
+        z = tile if tile is not None and as_it_is else scratch.tile(len(x), len(weight))
+        heads.project(x, weight, bias, z)
+        row_ops.fold(
+            z, targets, span.start, self.transform, sums, more, overwrite=tile is None and not needed
         )
-    parts = list(_parts(n, kept_tokens, path.chunk_tokens, whole))
-    scratch = None
-    if kept_tokens < n:
-        scratch = _scratch(n, weight, path.chunk_tokens, row_ops.projects(x, weight, transform))
-    rates = row_ops.coefficients(grad, stats)
-    backward = Backward(x, weight, needs, len(parts), path.skip_below > 0, rounded, over_x)
-    with no_autocast(x.device):
-        for rows in parts:
-            y = targets[rows]
-            if saved is not None and rows.start < kept_tokens:
-                z = saved[rows] if overwrite else saved[rows].clone()
-            else:
-                assert scratch is not None
-                z = _logits(x[rows], weight, bias, y, transform, scratch)
-            dz = _differentiate(z, weight, y, transform, stats[:, rows], rates[rows], len(grad) == 1)
-            backward.add(rows, dz, likely_columns(dz, path.skip_below, grad[0, rows]))
-    return backward.gradients()
+        if tile is not None and not as_it_is:
+            row_ops.encode(z, self.transform, _finite(sums[:, 0]).to(z.dtype), tile)
+        return z
+
+    def logits(self, x: Tensor, targets: Tensor, span: slice, scratch: _Scratch, out: Tensor) -> Tensor:
+        """The logits of a tile computed again, raw or in codes, in `out` if they have its precision."""
+        weight, bias = self.weight[span], None if self.bias is None else self.bias[span]
+        if not self.fused(x):
+            z = out if out.dtype == compute_dtype(x.dtype) else scratch.tile(len(x), len(weight))
+            return heads.project(x, weight, bias, z)
+        z = scratch.tile(len(x), row_ops.code_columns(len(weight)))
+        # statistics that are known
+        sums = row_ops.new_sums(len(x), x)
+        row_ops.project(x, weight, bias, targets, span.start, self.transform, sums, False, z)
+        return z
 
 
-def _backward_by_columns(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    stats: Tensor,
-    saved: Tensor | None,
-    transform: LogitTransform,
-    path: Path,
-    needs: tuple[bool, ...],
-    rounded: bool,
-) -> Gradients:
-    """`linear_backward` with columns outermost: no sum of the whole gradient of the head, [V, H], is in float32.
+class _Scratch:
+    """A tile of logits or codes to fill again and again, made when first asked for."""
 
-    Where there are fewer tokens to compute again than rows of the head, their sum, [n, H], is the smaller one.
-    """
-    n, vocabulary = len(x), len(weight)
-    rates, plain = row_ops.coefficients(grad, stats), len(grad) == 1
-    kept = slice(0, 0 if saved is None else len(saved))
-    elements = path.chunk_tokens * vocabulary
-    height = max(1, min(n - kept.stop, elements // min(vocabulary, _LEAST_COLUMNS)))
-    rest, width = list(slices(n, height, kept.stop)), min(vocabulary, elements // height)
-    sums = HeadSums(x, weight, needs, rounded, len(rest) + (kept.stop > 0))
-    with no_autocast(x.device):
-        dz_kept = None
-        if saved is not None:
-            dz_kept = _differentiate(
-                saved, weight, targets[kept], transform, stats[:, kept], rates[kept], plain
-            )
-        scratch = _scratch(height, weight[:width], height, row_ops.projects(x, weight, transform))
-        for span in slices(vocabulary, width):
-            head = weight[span]
-            if dz_kept is not None:
-                sums.add(kept, span, dz_kept[:, span])
-            for rows in rest:
-                # what another span holds is beyond this one
-                here = targets[rows] - span.start
-                y = torch.where((here >= 0) & (here < len(head)), here, len(head))
-                z = _logits(x[rows], head, None if bias is None else bias[span], y, transform, scratch)
-                dz = _differentiate(z, head, y, transform, stats[:, rows], rates[rows], plain)
-                sums.add(rows, span, dz)
-            sums.finish(span)
-    return sums.gradients()
+    def __init__(self, x: Tensor, head: _Head, tiling: _Tiling) -> None:
+        fused = head.fused(x)
+        columns = row_ops.code_columns(tiling.columns) if fused else tiling.columns
+        self.size, self.device = tiling.height * columns, x.device
+        self.dtype = torch.int16 if fused else compute_dtype(x.dtype)
+        self.memory: Tensor | None = None
+
+    def tile(self, rows: int, columns: int) -> Tensor:
+        """Its first elements, [rows, columns]."""
+        if self.memory is None:
+            self.memory = fresh((self.size,), self.dtype, self.device)
+        return self.memory[: rows * columns].view(rows, columns)
 
 
-def _logits(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    scratch: Tensor,
-) -> Tensor:
-    """The logits of a slice computed again, raw or in codes, in the first rows and columns of `scratch`."""
-    if not row_ops.projects(x, weight, transform):
-        return project(x, weight, bias, scratch[: len(x), : len(weight)])
-    z = scratch[: len(x), : row_ops.code_columns(len(weight))]
-    # statistics that are known, and of a part of the vocabulary of no use
-    row_ops.project(x, weight, bias, targets, transform, x.new_empty(2, len(x), dtype=torch.float32), z)
-    return z
-
-
-def _score(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    stats: Tensor,
-    z: Tensor | None,
-    overwrite: bool,
-) -> None:
-    """Statistics [2 or 5, m] of the logits of a slice, which go to z: raw, or in codes, which may be left out."""
-    if row_ops.projects(x, weight, transform):
-        row_ops.project(x, weight, bias, targets, transform, stats, z)
-        return
-    assert z is not None
-    row_ops.score(project(x, weight, bias, z), targets, transform, stats, overwrite)
-
-
-def _parts(n: int, kept_tokens: int, chunk_tokens: int, whole: bool) -> Iterator[slice]:
-    """Slices of the tokens, none of which lies on both sides of `kept_tokens`."""
-    yield from slices(kept_tokens, max(1, kept_tokens) if whole else chunk_tokens)
-    yield from slices(n, chunk_tokens, kept_tokens)
-
-
-def _room_to_keep(x: Tensor, weight: Tensor, unscaled: bool, kept_tokens: int) -> Tensor | None:
-    if unscaled:
-        return torch.empty(x.shape, dtype=compute_dtype(x.dtype), device=x.device)
-    if kept_tokens == 0:
-        return None
-    columns = kept_columns(x.dtype, len(weight))
-    return torch.empty(kept_tokens, columns, dtype=kept_dtype(x.dtype), device=x.device)
-
-
-def _differentiate(
+def _add_numerators(
     z: Tensor,
-    weight: Tensor,
+    head: _Head,
     targets: Tensor,
-    transform: LogitTransform,
-    stats: Tensor,
-    rates: Tensor | None = None,
-    plain: bool = True,
-) -> Tensor:
-    """Gradient of the logits or codes in z, over them where it fits; of each log-prob itself without `rates`."""
-    if rates is None:
-        rates = row_ops.coefficients(torch.ones_like(stats[:1]), stats)
-    wanted = gradient_dtype(weight)
-    out = place_over(z, wanted, len(weight))
-    if z.dtype == torch.float32 and out.data_ptr() != z.data_ptr():
-        # plain torch: in place first, or it would need a second float32 block
-        row_ops.differentiate(z, z, targets, transform, stats, rates, plain)
-        return out.copy_(z)
-    return row_ops.differentiate(z, out, targets, transform, stats, rates, plain)
+    span: slice,
+    before: Tensor,
+    sums: Tensor,
+    product: Tensor,
+    skip_below: float,
+) -> None:
+    """Add exp(z - peak) @ weight, without the target's, to the product [m, H], which was against the peaks `before`."""
+    peak = _finite(sums[:, 0])
+    moved = torch.nonzero((sums[:, 0] != before) & (before != -torch.inf)).squeeze(-1)
+    if len(moved):
+        rescale = (before[moved] - peak[moved]).exp().to(product.dtype)
+        product.index_copy_(0, moved, product[moved].mul_(rescale[:, None]))
+    # of each row 1 for p, and for the target -expm1(0)
+    rates = torch.tensor((-1, 1, 0, 0), dtype=product.dtype, device=z.device).expand(len(z), 4)
+    stats = torch.stack((torch.zeros_like(peak), peak)).to(product.dtype)
+    dz = place_over(z, heads.gradient_dtype(head.weight), span.stop - span.start)
+    row_ops.differentiate(z, dz, targets, span.start, head.transform, stats, rates, True)
+    weight = head.weight[span]
+    if skip_below:
+        # of the probability, which is no larger than by the sum so far
+        limit = (skip_below * sums[:, 1]).to(product.dtype)
+        likely = heads.likely_columns(dz / limit[:, None], 1.0)
+        if likely is not None:
+            dz, weight = dz.index_select(1, likely), weight.index_select(0, likely)
+    heads.add_product(dz, weight, product)
 
 
-def _scratch(tokens: int, weight: Tensor, chunk_tokens: int, coded: bool = False) -> Tensor:
-    """A slice of logits, or of their codes, to fill again and again: fresh memory costs more than passing over it."""
-    rows, vocabulary = min(tokens, chunk_tokens), len(weight)
-    if coded:
-        columns = row_ops.code_columns(vocabulary)
-        return torch.empty(rows, columns, dtype=torch.int16, device=weight.device)
-    return torch.empty(rows, vocabulary, dtype=compute_dtype(weight.dtype), device=weight.device)
+def _finish_product(product: Tensor, head: _Head, targets: Tensor, sums: Tensor, logps: Tensor) -> None:
+    """The sum of all numerators @ weight, [m, H] -> d logp / d hidden, in its place."""
+    slope = head.transform.slope(sums[:, 4].to(product.dtype))
+    product.mul_((-1 / sums[:, 1]).to(product.dtype)[:, None])
+    # 1 - p of the target from its log-prob: where p is near 1, 1 - exp(z - lse) lacks the digits
+    d_y = -torch.expm1(logps) * slope
+    for part in slices(len(product), rows_of(product, _TARGET_ELEMENTS)):
+        product[part].addcmul_(head.weight[targets[part]].to(product.dtype), d_y[part, None])
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """0 for a row so far of -inf only: -inf - -inf is NaN."""
+    return torch.where(peak == -torch.inf, 0, peak)
 
 
 def _known_to_be_ignored(targets: Tensor) -> bool:

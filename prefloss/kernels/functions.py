@@ -24,7 +24,7 @@ class Implementation(NamedTuple):
 
     token_forward: Callable[..., Tensor]
     token_backward: Callable[..., Tensor]
-    linear_forward: Callable[..., tuple[Tensor, Tensor | None]]
+    linear_forward: Callable[..., tuple[Tensor, Any]]
     linear_backward: Callable[..., Gradients]
 
     def token_stats(
@@ -191,9 +191,8 @@ class _LinearTokenStats(torch.autograd.Function):
             ctx.saved = None
             x = _selected(hidden, kept)
             d_x, d_weight, d_bias = ctx.backward_pass(
-                grad, x, weight, bias, targets, stats, saved, ctx.transform, path, ctx.needs_input_grad[1:4],
-                over_x=x is not hidden,
-            )  # fmt: skip
+                grad, x, weight, bias, targets, stats, saved, ctx.transform, path, ctx.needs_input_grad[1:4]
+            )
         # what was kept is the largest of all, and done with
         del saved
         if d_x is not None and len(kept) < len(hidden):

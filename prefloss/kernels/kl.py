@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefloss.kernels import heads
 from prefloss.kernels.functions import Gradients, differentiable_once
-from prefloss.kernels.heads import Backward, gradient_dtype, project, times_head
 from prefloss.kernels.naive import LogitTransform, compute_dtype, divergences, no_autocast
-from prefloss.kernels.paths import default_chunk
+from prefloss.kernels.paths import MATMUL_ELEMENTS
 from prefloss.kernels.rows import on_cpu, slices
 
 
@@ -38,14 +38,18 @@ def linear_token_kl(
     """KL(reference || policy), KL(policy || reference), entropy of the reference over log V -> [3, ...]."""
     kept = torch.nonzero(targets.reshape(-1) != ignore_index).squeeze(-1)
     if chunk_tokens is None:
-        # logits of both models and one more block of that size
-        chunk_tokens = max(1, default_chunk(len(kept), len(weight), on_cpu(hidden)) // 2)
+        chunk_tokens = _rows_at_a_time(len(weight), on_cpu(hidden))
     x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
     reference = reference_hidden.reshape(-1, reference_hidden.shape[-1]).index_select(0, kept)
     out = _LinearTokenKL.apply(
         x, weight, bias, reference, reference_weight, reference_bias, transform, chunk_tokens
     )
     return out.new_zeros(3, targets.numel()).index_copy(1, kept, out).reshape(3, *targets.shape)
+
+
+def _rows_at_a_time(vocabulary: int, cpu: bool) -> int:
+    """Tokens of a slice: there are the logits of both models and one more block of that size."""
+    return max(128, 2**22 // vocabulary) if cpu else max(1, MATMUL_ELEMENTS // 2 // vocabulary)
 
 
 class _LinearTokenKL(torch.autograd.Function):
@@ -68,17 +72,17 @@ class _LinearTokenKL(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         frozen = need_x and not need_weight and not need_bias
         saved = torch.zeros(2, len(x), x.shape[1], dtype=dtype, device=x.device) if frozen else None
-        heads = ((x, weight, bias), (reference, reference_weight, reference_bias))
+        models = ((x, weight, bias), (reference, reference_weight, reference_bias))
         with no_autocast(x.device):
             for rows in slices(len(x), chunk_tokens):
-                p, q, slope = _log_softmaxes(heads, rows, transform)
+                p, q, slope = _log_softmaxes(models, rows, transform)
                 out[:, rows] = divergences(p, q)
                 if saved is not None:
                     for which in (0, 1):
                         rate = out.new_zeros(2, len(p))
                         rate[which] = 1
                         dz = _differentiate(p, q, out[1, rows], rate) * slope
-                        times_head(dz.to(gradient_dtype(x)), weight, saved[which, rows])
+                        heads.add_product(dz.to(heads.gradient_dtype(x)), weight, saved[which, rows])
         ctx.save_for_backward(x, weight, bias, reference, reference_weight, reference_bias, out)
         ctx.saved, ctx.transform, ctx.chunk_tokens = saved, transform, chunk_tokens
         return out.clone()
@@ -89,28 +93,29 @@ class _LinearTokenKL(torch.autograd.Function):
         x, weight, bias, reference, reference_weight, reference_bias, out = ctx.saved_tensors
         if ctx.saved is not None:
             return ((ctx.saved * grad[:2].unsqueeze(-1)).sum(0).to(x.dtype), *(None,) * 7)
-        parts = list(slices(len(x), ctx.chunk_tokens))
-        backward = Backward(x, weight, ctx.needs_input_grad[:3], len(parts))
-        heads = ((x, weight, bias), (reference, reference_weight, reference_bias))
+        parts, whole = list(slices(len(x), ctx.chunk_tokens)), slice(0, len(weight))
+        sums = heads.Gradients(x, weight, ctx.needs_input_grad[:3], len(weight), len(parts))
+        models = ((x, weight, bias), (reference, reference_weight, reference_bias))
         with no_autocast(x.device):
             for rows in parts:
-                p, q, slope = _log_softmaxes(heads, rows, ctx.transform)
+                p, q, slope = _log_softmaxes(models, rows, ctx.transform)
                 dz = _differentiate(p, q, out[1, rows], grad[:2, rows]) * slope
-                backward.add(rows, dz.to(gradient_dtype(x)))
-        return *backward.gradients(), *(None,) * 5
+                sums.add(rows, whole, dz.to(heads.gradient_dtype(x)))
+        sums.finish(whole)
+        return *sums.gradients(), *(None,) * 5
 
 
-_Heads = tuple[tuple[Tensor, Tensor, Tensor | None], ...]
+_Models = tuple[tuple[Tensor, Tensor, Tensor | None], ...]
 
 
 def _log_softmaxes(
-    heads: _Heads, rows: slice, transform: LogitTransform
+    models: _Models, rows: slice, transform: LogitTransform
 ) -> tuple[Tensor, Tensor, Tensor | float]:
     """Log-probs of policy and reference over the vocabulary, [m, V] each, and the slope of the policy's logits."""
     logps, slope = [], 1.0
-    for which, (x, weight, bias) in enumerate(heads):
+    for which, (x, weight, bias) in enumerate(models):
         z = torch.empty(rows.stop - rows.start, len(weight), dtype=compute_dtype(x.dtype), device=x.device)
-        z = transform.apply_(project(x[rows], weight, bias, z))
+        z = transform.apply_(heads.project(x[rows], weight, bias, z))
         if which == 0:
             slope = transform.slope(z)
         logps.append(z.sub_(z.logsumexp(-1, keepdim=True)))

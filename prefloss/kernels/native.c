@@ -137,19 +137,18 @@ int prefloss_has_float16(void) {
 #endif
 }
 
-/* Sums over the logits of a row so far, with e = exp(z - peak): of e, of e (z - peak), of e * e */
+/* Sums over the logits of a row so far, with e = exp(z - peak): of e, of e (z - peak), of e * e; and the target's logit */
 typedef struct {
-    float peak;
-    double sum, weighted, squares;
+    double peak, sum, weighted, squares, picked;
 } sums_t;
 
-static const sums_t NOTHING = {-INFINITY, 0, 0, 0};
+static const sums_t NOTHING = {-INFINITY, 0, 0, 0, -INFINITY};
 
 /* Measure from a maximum that is no lower */
-static inline void raise_peak(sums_t *s, float high) {
+static inline void raise_peak(sums_t *s, double high) {
     /* a row so far of -inf only has no sums to rescale, and -inf - -inf is NaN */
     if (high > s->peak && s->peak != -INFINITY) {
-        double moved = (double)s->peak - high, rescale = exp(moved);
+        double moved = s->peak - high, rescale = exp(moved);
         s->weighted = rescale * (s->weighted + moved * s->sum);
         s->sum *= rescale;
         s->squares *= rescale * rescale;
@@ -158,7 +157,7 @@ static inline void raise_peak(sums_t *s, float high) {
 }
 
 static inline __attribute__((always_inline)) void add_block(sums_t *s, const float *restrict x, const int m, int stats) {
-    float high = s->peak;
+    float high = (float)s->peak;
 #pragma omp simd reduction(max : high)
     for (int i = 0; i < m; i++) high = x[i] > high ? x[i] : high;
     raise_peak(s, high);
@@ -180,67 +179,42 @@ static inline __attribute__((always_inline)) void add_block(sums_t *s, const flo
     s->squares += squares;
 }
 
-/* Where the statistics go, NULL for those that nobody asked for */
-typedef struct {
-    float *logps, *lses, *entropies, *log_sum_sqs, *top1;
-} stats_t;
-
-static void store_stats(stats_t to, int64_t row, const sums_t *s, float picked) {
-    double log_sum = log(s->sum);
-    /* in this order: of two large logits the difference is exact */
-    to.logps[row] = (float)(((double)picked - s->peak) - log_sum);
-    to.lses[row] = (float)(s->peak + log_sum);
-    if (to.entropies) to.entropies[row] = (float)(log_sum - s->weighted / s->sum);
-    if (to.log_sum_sqs) to.log_sum_sqs[row] = (float)(log(s->squares) - 2 * log_sum);
-    if (to.top1) to.top1[row] = picked == s->peak ? 1.0f : 0.0f;
-}
-
-static void store_nothing(stats_t to, int64_t row) {
-    to.logps[row] = to.lses[row] = 0;
-    if (to.entropies) to.entropies[row] = 0;
-    if (to.log_sum_sqs) to.log_sum_sqs[row] = 0;
-    if (to.top1) to.top1[row] = 0;
-}
-
-void prefloss_score(const void *logits, int kind, int64_t rows, int64_t vocabulary, int64_t stride,
-                    const int64_t *targets, transform_t t, stats_t to, int threads) {
+/* Columns first, first + 1, ... of the logits into the sums of their rows; `stats` asks for more than the sum of e */
+void prefloss_fold(const void *logits, int kind, int64_t rows, int64_t columns, int64_t stride, const int64_t *targets,
+                   int64_t first, transform_t t, sums_t *sums, int stats, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t row = 0; row < rows; row++) {
         const char *in = row_of(logits, kind, row, stride);
-        float x[BLOCK], picked = -INFINITY;
-        sums_t sums = NOTHING;
-        if (targets[row] < 0) {
-            store_nothing(to, row);
-            continue;
-        }
-        for (int64_t start = 0; start < vocabulary; start += BLOCK) {
-            int m = vocabulary - start < BLOCK ? (int)(vocabulary - start) : BLOCK;
+        int64_t y = targets[row] - first;
+        float x[BLOCK], picked;
+        if (targets[row] < 0) continue;
+        for (int64_t start = 0; start < columns; start += BLOCK) {
+            int m = columns - start < BLOCK ? (int)(columns - start) : BLOCK;
             load_block(in, kind, start, m, x);
             transform_block(x, m, t);
-            add_block(&sums, x, m, to.entropies != NULL);
+            add_block(sums + row, x, m, stats);
         }
-        if (targets[row] < vocabulary) {
-            load_block(in, kind, targets[row], 1, &picked);
-            picked = apply(picked, t);
+        if (y >= 0 && y < columns) {
+            load_block(in, kind, y, 1, &picked);
+            sums[row].picked = apply(picked, t);
         }
-        store_stats(to, row, &sums, picked);
     }
 }
 
-/* Logits less their logsumexp, which is the reference of every panel */
-void prefloss_encode(const float *logits, int64_t rows, int64_t vocabulary, int64_t stride, transform_t t,
-                     const float *lses, int16_t *codes, int64_t codes_stride, float *references,
+/* Logits less one number a row, which is the reference of all its panels */
+void prefloss_encode(const float *logits, int64_t rows, int64_t columns, int64_t stride, transform_t t,
+                     const float *above, int16_t *codes, int64_t codes_stride, float *references,
                      int64_t references_stride, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t row = 0; row < rows; row++) {
         float x[BLOCK];
-        for (int64_t panel = 0; panel * PANEL < vocabulary; panel++)
-            references[row * references_stride + panel] = lses[row];
-        for (int64_t start = 0; start < vocabulary; start += BLOCK) {
-            int m = vocabulary - start < BLOCK ? (int)(vocabulary - start) : BLOCK;
+        for (int64_t panel = 0; panel * PANEL < columns; panel++)
+            references[row * references_stride + panel] = above[row];
+        for (int64_t start = 0; start < columns; start += BLOCK) {
+            int m = columns - start < BLOCK ? (int)(columns - start) : BLOCK;
             load_block(logits + row * stride, F32, start, m, x);
             transform_block(x, m, t);
-            for (int i = 0; i < m; i++) x[i] -= lses[row];
+            for (int i = 0; i < m; i++) x[i] -= above[row];
             store_block(codes + row * codes_stride, CODE, start, m, x);
         }
     }
@@ -248,8 +222,8 @@ void prefloss_encode(const float *logits, int64_t rows, int64_t vocabulary, int6
 
 /* `out` may be `in`: element i of a row is written after it is read, and no later one is touched */
 void prefloss_differentiate(const void *in, int in_kind, int64_t in_stride, void *out, int out_kind,
-                            int64_t out_stride, int64_t rows, int64_t vocabulary, const int64_t *targets,
-                            transform_t t, const float *logps, const float *lses,
+                            int64_t out_stride, int64_t rows, int64_t columns, const int64_t *targets,
+                            int64_t first, transform_t t, const float *logps, const float *lses,
                             const coefficients_t *coefficients, int plain, const float *references,
                             int64_t references_stride, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -259,18 +233,18 @@ void prefloss_differentiate(const void *in, int in_kind, int64_t in_stride, void
         coefficients_t w = coefficients[row];
         float lse = lses[row], x[BLOCK], slopes[BLOCK];
         if (targets[row] < 0) {
-            memset(to, 0, vocabulary * (out_kind == F32 ? 4 : 2));
+            memset(to, 0, columns * (out_kind == F32 ? 4 : 2));
             continue;
         }
-        for (int64_t start = 0; start < vocabulary; start += BLOCK) {
-            int m = vocabulary - start < BLOCK ? (int)(vocabulary - start) : BLOCK;
-            int64_t y = targets[row] - start;
+        for (int64_t start = 0; start < columns; start += BLOCK) {
+            int m = columns - start < BLOCK ? (int)(columns - start) : BLOCK;
+            int64_t y = targets[row] - first - start;
             load_block(from, in_kind, start, m, x);
             if (in_kind == CODE) {
-                for (int first = 0; first < m; first += PANEL) {
-                    float above = references[row * references_stride + (start + first) / PANEL] - lse;
-                    int last = m - first < PANEL ? m : first + PANEL;
-                    for (int i = first; i < last; i++) x[i] += above;
+                for (int panel = 0; panel < m; panel += PANEL) {
+                    float above = references[row * references_stride + (start + panel) / PANEL] - lse;
+                    int last = m - panel < PANEL ? m : panel + PANEL;
+                    for (int i = panel; i < last; i++) x[i] += above;
                 }
                 if (t.cap_out != 0.0f)
                     for (int i = 0; i < m; i++) {
@@ -538,21 +512,20 @@ static void fold_panel(float *restrict x, int width, const float *bias, transfor
     store_block(codes, CODE, 0, width, y);
 }
 
-/* Statistics of the logits x w^T + bias of bfloat16 [rows, width] and [vocabulary, width], which never leave the cache;
- * codes and references of all but ignored rows, unless NULL. Panels are shared out in a fixed number of runs, whose sums
- * are joined in order: the result does not depend on the number of threads. 0 when done. */
-int prefloss_project(int64_t rows, int64_t vocabulary, int64_t width, const uint16_t *x, int64_t x_stride,
-                     const uint16_t *w, int64_t w_stride, const float *bias, const int64_t *targets, transform_t t,
-                     stats_t to, int16_t *codes, int64_t codes_stride, float *references, int64_t references_stride,
-                     int threads) {
+/* The logits x w^T + bias of bfloat16 [rows, width] and [columns, width], which never leave the cache, into the sums of
+ * their rows; codes and references of all but ignored rows, unless NULL. Panels are shared out in a fixed number of runs,
+ * whose sums are joined in order: the result does not depend on the number of threads. 0 when done. */
+int prefloss_project(int64_t rows, int64_t columns, int64_t width, const uint16_t *x, int64_t x_stride,
+                     const uint16_t *w, int64_t w_stride, const float *bias, const int64_t *targets, int64_t first,
+                     transform_t t, sums_t *sums, int stats, int16_t *codes, int64_t codes_stride, float *references,
+                     int64_t references_stride, int threads) {
     enum { ROWS = 32 * MR, RUNS = 32 };
     if (width % 2) return 2;
-    int64_t panels = (vocabulary + PANEL - 1) / PANEL, length = (panels + RUNS - 1) / RUNS;
+    int64_t panels = (columns + PANEL - 1) / PANEL, length = (panels + RUNS - 1) / RUNS;
     int64_t runs = (panels + length - 1) / length;
-    int stats = to.entropies != NULL, failed = 0;
-    sums_t *sums = malloc(sizeof(sums_t) * runs * rows);
-    float *picked = malloc(sizeof(float) * rows);
-    if (!sums || !picked) failed = 1;
+    int failed = 0;
+    sums_t *parts = malloc(sizeof(sums_t) * runs * rows);
+    if (!parts) failed = 1;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         uint32_t *packed = workspace(sizeof(uint32_t) * width / 2 * PANEL);
@@ -561,52 +534,45 @@ int prefloss_project(int64_t rows, int64_t vocabulary, int64_t width, const uint
 #pragma omp for schedule(dynamic, 1)
         for (int64_t run = 0; run < runs; run++) {
             if (failed) continue;
-            sums_t *mine = sums + run * rows;
+            sums_t *mine = parts + run * rows;
             for (int64_t row = 0; row < rows; row++) mine[row] = NOTHING;
             for (int64_t panel = run * length; panel < panels && panel < (run + 1) * length; panel++) {
-                int64_t first = panel * PANEL;
-                int columns = vocabulary - first < PANEL ? (int)(vocabulary - first) : PANEL;
-                pack(w + first * w_stride, 1, w_stride, width, columns, PANEL, packed, PANEL);
+                int64_t at = panel * PANEL;
+                int count = columns - at < PANEL ? (int)(columns - at) : PANEL;
+                pack(w + at * w_stride, 1, w_stride, width, count, PANEL, packed, PANEL);
                 for (int64_t start = 0; start < rows; start += ROWS) {
-                    int count = rows - start < ROWS ? (int)(rows - start) : ROWS;
+                    int height = rows - start < ROWS ? (int)(rows - start) : ROWS;
                     for (int64_t k = 0; k < width; k += KC) {
                         pairs_t pairs = {(const char *)(x + start * x_stride + k), x_stride * 2, 4};
-                        tiles(count, (width - k < KC ? width - k : KC) / 2, pairs, packed + k / 2 * PANEL, tile, PANEL,
-                              PANEL, k == 0);
+                        tiles(height, (width - k < KC ? width - k : KC) / 2, pairs, packed + k / 2 * PANEL, tile,
+                              PANEL, PANEL, k == 0);
                     }
-                    for (int64_t row = start; row < start + count; row++) {
-                        int64_t y = targets[row] - first;
+                    for (int64_t row = start; row < start + height; row++) {
+                        int64_t y = targets[row] - first - at;
                         float *z = tile + (row - start) * PANEL;
                         if (targets[row] < 0) continue;
-                        fold_panel(z, columns, bias ? bias + first : NULL, t, mine + row, stats,
-                                   codes ? codes + row * codes_stride + first : NULL,
+                        fold_panel(z, count, bias ? bias + at : NULL, t, mine + row, stats,
+                                   codes ? codes + row * codes_stride + at : NULL,
                                    codes ? references + row * references_stride + panel : NULL);
-                        if (y >= 0 && y < columns) picked[row] = z[y];
+                        if (y >= 0 && y < count) mine[row].picked = z[y];
                     }
                 }
             }
         }
         free(packed);
     }
-    for (int64_t row = 0; row < rows && !failed; row++) {
-        if (targets[row] < 0) {
-            store_nothing(to, row);
-            continue;
-        }
-        sums_t all = sums[row];
-        for (int64_t run = 1; run < runs; run++) {
-            sums_t part = sums[run * rows + row];
-            float high = part.peak > all.peak ? part.peak : all.peak;
-            raise_peak(&all, high);
+    for (int64_t row = 0; row < rows && !failed; row++)
+        for (int64_t run = 0; run < runs; run++) {
+            sums_t part = parts[run * rows + row], *all = sums + row;
+            double high = part.peak > all->peak ? part.peak : all->peak;
+            raise_peak(all, high);
             raise_peak(&part, high);
-            all.sum += part.sum;
-            all.weighted += part.weighted;
-            all.squares += part.squares;
+            all->sum += part.sum;
+            all->weighted += part.weighted;
+            all->squares += part.squares;
+            all->picked = part.picked > all->picked ? part.picked : all->picked;
         }
-        store_stats(to, row, &all, targets[row] < vocabulary ? picked[row] : -INFINITY);
-    }
-    free(sums);
-    free(picked);
+    free(parts);
     return failed;
 }
 #else
@@ -616,10 +582,10 @@ int prefloss_multiply(int64_t rows, int64_t columns, int64_t ks, const uint16_t 
     return 2;
 }
 
-int prefloss_project(int64_t rows, int64_t vocabulary, int64_t width, const uint16_t *x, int64_t x_stride,
-                     const uint16_t *w, int64_t w_stride, const float *bias, const int64_t *targets, transform_t t,
-                     stats_t to, int16_t *codes, int64_t codes_stride, float *references, int64_t references_stride,
-                     int threads) {
+int prefloss_project(int64_t rows, int64_t columns, int64_t width, const uint16_t *x, int64_t x_stride,
+                     const uint16_t *w, int64_t w_stride, const float *bias, const int64_t *targets, int64_t first,
+                     transform_t t, sums_t *sums, int stats, int16_t *codes, int64_t codes_stride, float *references,
+                     int64_t references_stride, int threads) {
     return 2;
 }
 #endif

@@ -47,12 +47,6 @@ class _Transform(ctypes.Structure):
     _fields_ = (("factor", ctypes.c_float), ("cap_in", ctypes.c_float), ("cap_out", ctypes.c_float))
 
 
-class _Stats(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("logps", "lses", "entropies", "log_sum_sqs", "top1")
-    )
-
-
 def available(x: Tensor) -> bool:
     """Whether the row operations here can take `x`: CPU, rows of adjacent elements, a dtype that C knows."""
     return x.device.type == "cpu" and x.stride(-1) == 1 and type(x) in _PLAIN and passes_over(x.dtype)
@@ -73,24 +67,29 @@ def multiplies(dtype: torch.dtype) -> bool:
     return lib is not None and bool(lib.prefloss_multiplies())
 
 
-def score(logits: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor) -> None:
-    """Raw logits [m, V] and targets [m], -1 to leave a row out -> `stats`, [2 or 5, m]; reads a row once."""
-    rows, vocabulary = logits.shape
+def fold(
+    logits: Tensor, targets: Tensor, first: int, transform: LogitTransform, sums: Tensor, more: bool
+) -> None:
+    """Raw logits [m, w], columns `first` and so on of all, into the sums of their rows, [m, 5]; reads a row once.
+
+    The sums are float64 and contiguous, see `rows.SUMS`; `more` than the logsumexp is what all of them are for.
+    """
+    rows, columns = logits.shape
     targets = targets.contiguous()
-    _call().prefloss_score(
-        _address(logits), _KINDS[logits.dtype], rows, vocabulary, logits.stride(0), _address(targets),
-        _struct(transform), _places(stats), _threads(rows * vocabulary),
+    _call().prefloss_fold(
+        _address(logits), _KINDS[logits.dtype], rows, columns, logits.stride(0), _address(targets), first,
+        _struct(transform), _address(sums), more, _threads(rows * columns),
     )  # fmt: skip
 
 
 def encode(
-    logits: Tensor, transform: LogitTransform, lses: Tensor, codes: Tensor, references: Tensor
+    logits: Tensor, transform: LogitTransform, above: Tensor, codes: Tensor, references: Tensor
 ) -> None:
-    """Raw float32 logits [m, V] -> int16 codes of them [m, V] and their references, see `rows.code_columns`."""
-    rows, vocabulary = logits.shape
+    """Raw float32 logits [m, w] -> int16 codes of them [m, w] and their references, see `rows.code_columns`."""
+    rows, columns = logits.shape
     _call().prefloss_encode(
-        _address(logits), rows, vocabulary, logits.stride(0), _struct(transform), _address(lses.contiguous()),
-        _address(codes), codes.stride(0), _address(references), references.stride(0), _threads(rows * vocabulary),
+        _address(logits), rows, columns, logits.stride(0), _struct(transform), _address(above.contiguous()),
+        _address(codes), codes.stride(0), _address(references), references.stride(0), _threads(rows * columns),
     )  # fmt: skip
 
 
@@ -98,22 +97,24 @@ def differentiate(
     x: Tensor,
     out: Tensor,
     targets: Tensor,
+    first: int,
     transform: LogitTransform,
     stats: Tensor,
     coefficients: Tensor,
     plain: bool,
     references: Tensor | None = None,
 ) -> None:
-    """Raw logits, or codes with their references, -> gradient of the logits, [m, V], to `out`, which may be over x.
+    """Raw logits, or codes with their references, -> gradient of the logits, [m, w], to `out`, which may be over x.
 
     `stats` begins with logps and logsumexps; `plain` says that the last two of the 4 coefficients are all 0.
     """
-    rows, vocabulary = x.shape
+    rows, columns = x.shape
     targets, coefficients = targets.contiguous(), coefficients.contiguous()
+    logps, lses = (row.contiguous() for row in stats[:2])
     _call().prefloss_differentiate(
-        _address(x), _KINDS[x.dtype], x.stride(0), _address(out), _KINDS[out.dtype], out.stride(0), rows, vocabulary,
-        _address(targets), _struct(transform), _address(stats[0]), _address(stats[1]), _address(coefficients), plain,
-        _address(references), 0 if references is None else references.stride(0), _threads(rows * vocabulary),
+        _address(x), _KINDS[x.dtype], x.stride(0), _address(out), _KINDS[out.dtype], out.stride(0), rows, columns,
+        _address(targets), first, _struct(transform), _address(logps), _address(lses), _address(coefficients), plain,
+        _address(references), 0 if references is None else references.stride(0), _threads(rows * columns),
     )  # fmt: skip
 
 
@@ -145,23 +146,24 @@ def project(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    first: int,
     transform: LogitTransform,
-    stats: Tensor,
+    sums: Tensor,
+    more: bool,
     codes: Tensor | None = None,
     references: Tensor | None = None,
 ) -> None:
-    """`score` of the logits x @ weight.T + bias, which are stored nowhere but as codes, if these are wanted.
+    """`fold` of the logits x @ weight.T + bias, which are stored nowhere but as codes, if these are wanted.
 
-    The statistics do not depend on how many rows come at once, nor on the number of threads.
+    The sums do not depend on how many rows come at once, nor on the number of threads.
     """
     if 0 in x.shape:
-        stats.zero_()
         return
     bias = None if bias is None else bias.float().contiguous()
     targets = targets.contiguous()
     status = _call().prefloss_project(
         len(x), len(weight), x.shape[1], _address(x), x.stride(0), _address(weight), weight.stride(0),
-        _address(bias), _address(targets), _struct(transform), _places(stats), _address(codes),
+        _address(bias), _address(targets), first, _struct(transform), _address(sums), more, _address(codes),
         0 if codes is None else codes.stride(0), _address(references),
         0 if references is None else references.stride(0), _threads(len(x) * len(weight) * x.shape[1] // 64),
     )  # fmt: skip
@@ -176,11 +178,6 @@ def _threads(elements: int) -> int:
 
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-def _places(stats: Tensor) -> _Stats:
-    """Where each of 2 or 5 statistics goes."""
-    return _Stats(*(_address(row) for row in stats))
 
 
 def _struct(transform: LogitTransform) -> _Transform:
@@ -221,18 +218,18 @@ def _declared(lib: Any) -> Any:
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     # fmt: off
     arguments = {
-        "score": (pointer, number, size, size, size, pointer, _Transform, _Stats, number),
+        "fold": (pointer, number, size, size, size, pointer, size, _Transform, pointer, number, number),
         "encode": (pointer, size, size, size, _Transform, pointer, pointer, size, pointer, size, number),
         "differentiate": (
-            pointer, number, size, pointer, number, size, size, size, pointer, _Transform, pointer, pointer, pointer,
-            number, pointer, size, number,
+            pointer, number, size, pointer, number, size, size, size, pointer, size, _Transform, pointer, pointer,
+            pointer, number, pointer, size, number,
         ),
         "multiply": (
             size, size, size, pointer, size, size, pointer, size, size, pointer, number, size, number, number,
         ),
         "project": (
-            size, size, size, pointer, size, pointer, size, pointer, pointer, _Transform, _Stats, pointer, size,
-            pointer, size, number,
+            size, size, size, pointer, size, pointer, size, pointer, pointer, size, _Transform, pointer, number,
+            pointer, size, pointer, size, number,
         ),
     }
     # fmt: on

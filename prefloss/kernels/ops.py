@@ -96,11 +96,12 @@ def linear_token_stats(
     path = Path(_scheme(scheme), chunk_tokens, kept_tokens)
     kept = torch.nonzero(targets != ignore_index).squeeze(-1)
     room = _room(hidden, weight, scheme, kept_tokens, impl)
+    if len(kept) < len(room):
+        # an output of an op is a function of its inputs, and not what the memory held before
+        room.zero_()
     stats, _ = _kernels(impl).linear_forward(
         hidden.index_select(0, kept), weight, bias, targets[kept], transform, path, outputs, room
     )
-    # an output of an op is a function of its inputs, and not what the memory held before
-    room[len(kept) :].zero_()
     return stats.new_zeros(len(stats), len(hidden)).index_copy_(1, kept, stats), room
 
 
@@ -139,11 +140,10 @@ def linear_token_stats_backward(
         d_x = scaled(room[: len(kept)], grad, hidden.dtype)
     else:
         transform = LogitTransform(logit_scale, softcap, temperature)
-        rows = min(len(kept), kept_tokens)
+        path = Path(_scheme(scheme), chunk_tokens, kept_tokens)
         d_x, d_weight, d_bias = _kernels(impl).linear_backward(
             grad, hidden.index_select(0, kept), weight, bias, targets[kept], stats[:, kept],
-            room[:rows] if rows else None, transform, Path(_scheme(scheme), chunk_tokens, kept_tokens), tuple(needs),
-            overwrite=False,
+            room if min(len(kept), kept_tokens) else None, transform, path, tuple(needs), overwrite=False,
         )  # fmt: skip
     d_hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
     if d_x is not None:

@@ -3,10 +3,10 @@
 Of n tokens that count, one product with a head of V rows is 2 n V H operations. The schemes:
 
 - "unscaled", for a frozen head: the gradient of each log-prob in its hidden state, [n, H]. It depends on that token
-  alone, so backward only scales it. Two products, one slice of memory, any loss.
+  alone, so backward only scales it. Two products, one tile of memory, any loss.
 - "keep": the logits of as many tokens as `kept_tokens` says, in float32, or for half precision in 16 bits each
-  (`rows.code_columns`). Backward writes the gradient over them. Three products, any loss.
-- "recompute": nothing; backward computes the logits of each slice again. Four products.
+  (`rows.code_columns`), where the gradient of the head will be (`kept`). Three products, any loss.
+- "recompute": nothing; backward computes the logits of each tile again. Four products.
 - "score": nothing, for there is no gradient. One product.
 """
 
@@ -20,15 +20,22 @@ from prefloss.kernels.rows import code_columns
 
 Scheme = Literal["score", "unscaled", "keep", "recompute"]
 
-# Elements of the slice of logits between two matmuls, which must be large to keep a device busy: 2**26 are
+# Elements of the tile of logits between two matmuls, which must be large to keep a device busy: 2**26 are
 # 256 MiB of float32, or 512 rows of a vocabulary of 128k.
 MATMUL_ELEMENTS = 2**26
-# A CPU is busy with fewer: 32 MiB, but not under 256 rows.
-_CPU_MATMUL_ELEMENTS, _CPU_MATMUL_ROWS = 2**23, 256
+# A CPU is busy with fewer, and finds them in its cache: 16 MiB.
+_CPU_MATMUL_ELEMENTS = 2**22
 
 
 class Path(NamedTuple):
-    """How the linear op goes about n tokens."""
+    """How the linear op goes about n tokens.
+
+    Attributes:
+        scheme: See above.
+        chunk_tokens: A tile of logits has as many elements as the logits of so many tokens.
+        kept_tokens: Tokens, from the first on, of which the scheme "keep" keeps the logits.
+        skip_below: See `prefloss.linear_token_logps`.
+    """
 
     scheme: Scheme = "recompute"
     chunk_tokens: int = 1
@@ -37,11 +44,8 @@ class Path(NamedTuple):
 
 
 def default_chunk(tokens: int, vocabulary: int, cpu: bool) -> int:
-    """Tokens per slice of the linear op: the fewest slices within the limits, all of about one size."""
-    if cpu:
-        most = max(_CPU_MATMUL_ROWS, _CPU_MATMUL_ELEMENTS // max(1, vocabulary))
-    else:
-        most = max(1, MATMUL_ELEMENTS // max(1, vocabulary))
+    """`Path.chunk_tokens` of the fewest tiles within the limits, all of about one size."""
+    most = max(1, (_CPU_MATMUL_ELEMENTS if cpu else MATMUL_ELEMENTS) // max(1, vocabulary))
     parts = max(1, -(-tokens // most))
     return max(1, -(-tokens // parts))
 

@@ -19,6 +19,10 @@ from prefloss.kernels.naive import LogitTransform, compute_dtype
 
 STATS = ("logps", "logsumexp", "entropy", "log_sum_sq", "top1")
 
+# What a row's statistics are made of, a tile of columns at a time: the largest logit, the sums of e, e (z - peak) and
+# e^2 with e = exp(z - peak), and the logit of the target.
+SUMS = ("peak", "sum", "weighted", "squares", "picked")
+
 # A kept logit is an int16 in steps of 1/2048 nat below the reference of its panel of columns, which is no less than any
 # in the panel and no more than the logsumexp of the row. So p is off by 2.4e-4 of itself at most, a tenth of what
 # rounding it to bfloat16 does, and 0 where the reference is e^32 times as likely, the lowest code.
@@ -34,39 +38,75 @@ _CACHE_ELEMENTS = 2**21
 _DEVICE_ELEMENTS = 2**26
 
 
-def score(
-    z: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor, overwrite: bool = False
-) -> None:
-    """Raw logits [m, V] and targets [m], negative at rows to leave out -> `stats`, [2 or 5, m], 0 in those rows.
+def new_sums(rows: int, like: Tensor) -> Tensor:
+    """The `SUMS` of rows of which no logit has come yet, [rows, 5], for logits like these."""
+    dtype = torch.float64 if on_cpu(like) else compute_dtype(like.dtype)
+    return torch.tensor((-torch.inf, 0, 0, 0, -torch.inf), dtype=dtype, device=like.device).repeat(rows, 1)
 
-    `overwrite` lets plain torch work in z, which then holds nothing of use.
+
+def score(z: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor) -> None:
+    """Raw logits [m, V] and targets [m], negative at rows to leave out -> `stats`, [2 or 5, m], 0 in those rows."""
+    sums = new_sums(len(z), z)
+    fold(z, targets, 0, transform, sums, len(stats) > 2)
+    finish(sums, targets, stats)
+
+
+def fold(
+    z: Tensor,
+    targets: Tensor,
+    first: int,
+    transform: LogitTransform,
+    sums: Tensor,
+    more: bool,
+    overwrite: bool = False,
+) -> None:
+    """Raw logits [m, w], columns `first` and so on of all, into the `SUMS` of their rows, [m, 5].
+
+    `more` than the logsumexp is what the sums "weighted" and "squares" are for. `overwrite` lets plain torch work in
+    z, which then holds nothing of use.
     """
     if native.available(z):
-        native.score(z, targets, transform, stats)
+        native.fold(z, targets, first, transform, sums, more)
         return
     for part, block in _blocks(z, overwrite):
         transform.apply_(block)
-        y = targets[part].clamp(0, block.shape[-1] - 1).unsqueeze(-1)
-        picked, peak = block.gather(-1, y), block.amax(-1, keepdim=True)
-        picked.masked_fill_(targets[part, None] >= block.shape[-1], -torch.inf)
-        block.sub_(peak)
-        if len(stats) > 2:
-            _statistics(block, picked == peak, stats[2:, part])
-        log_sum = block.exp_().sum(-1, keepdim=True).log_()
-        # in this order: of two large logits the difference is exact, and small against the logsumexp
-        stats[0, part] = (picked - peak).sub_(log_sum).squeeze(-1)
-        stats[1, part] = peak.add_(log_sum).squeeze(-1)
+        y, here = _within(targets[part], first, block)
+        peak, total, weighted, squares, picked = sums[part].unbind(-1)
+        picked.copy_(torch.where(here, block.gather(-1, y[:, None]).squeeze(-1), picked))
+        high = torch.maximum(peak, block.amax(-1))
+        # a row so far of -inf only has no sums to rescale, and -inf - -inf is NaN
+        moved = torch.where(peak == high, 0, peak - high)
+        rescale = torch.where(peak == -torch.inf, 0, moved.exp())
+        block.sub_(torch.where(high == -torch.inf, 0, high).to(block.dtype)[:, None])
+        if more:
+            exps = block.exp()
+            # 0 log 0 is 0
+            share = torch.where(exps == 0, 0, exps * block).sum(-1)
+            weighted.copy_(rescale * (weighted + torch.where(total == 0, 0, moved * total)) + share)
+            squares.copy_(rescale.square() * squares + exps.square_().sum(-1))
+        total.mul_(rescale).add_(block.exp_().sum(-1))
+        peak.copy_(high)
+
+
+def finish(sums: Tensor, targets: Tensor, stats: Tensor) -> None:
+    """The sums of whole rows, [m, 5] -> `stats`, [2 or 5, m]."""
+    peak, total, weighted, squares, picked = sums.unbind(-1)
+    log_sum = total.log()
+    # in this order: of two large logits the difference is exact, and small against the logsumexp
+    stats[0] = (picked - peak) - log_sum
+    stats[1] = peak + log_sum
+    if len(stats) > 2:
+        stats[2] = log_sum - weighted / total
+        stats[3] = squares.log() - 2 * log_sum
+        stats[4] = picked == peak
     stats.masked_fill_(targets < 0, 0)
 
 
-def _statistics(shifted: Tensor, top1: Tensor, stats: Tensor) -> None:
-    """Entropy, log sum p^2 and top-1 hit from logits with maximum 0."""
-    exps = shifted.exp()
-    total = exps.sum(-1)
-    # 0 log 0 is 0
-    stats[0] = total.log() - torch.where(exps == 0, 0, exps * shifted).sum(-1) / total
-    stats[1] = exps.square_().sum(-1).log_().sub_(2 * total.log())
-    stats[2] = top1.squeeze(-1)
+def _within(targets: Tensor, first: int, block: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of targets among those of a block, which begin at `first`, and whether they are among them."""
+    y = targets - first
+    here = (targets >= 0) & (y >= 0) & (y < block.shape[-1])
+    return torch.where(here, y, 0), here
 
 
 def coefficients(grads: Tensor, stats: Tensor) -> Tensor:
@@ -89,29 +129,27 @@ def differentiate(
     x: Tensor,
     out: Tensor,
     targets: Tensor,
+    first: int,
     transform: LogitTransform,
     stats: Tensor,
     rates: Tensor,
     plain: bool,
 ) -> Tensor:
-    """Gradient of raw logits [m, V], from those or their codes in x, by the `coefficients` in `rates`; 0 if left out.
+    """Gradient of raw logits [m, w], from those or their codes in x, by the `coefficients` in `rates`; 0 if left out.
 
-    Codes come with the columns of their references. Written to `out`, which may be `place_over(x)`, and returned.
-    `plain`: the last two coefficients are all 0.
+    Columns `first` and so on of all. Codes come with the columns of their references. Written to `out`, which may be
+    `place_over(x)`, and returned. `plain`: the last two coefficients are all 0.
     """
     coded = x.dtype == torch.int16
     references = references_of(x, out.shape[1]) if coded else None
     x = x[:, : out.shape[1]]
     if native.available(x) and native.available(out):
-        native.differentiate(x, out, targets, transform, stats, rates, plain, references)
+        native.differentiate(x, out, targets, first, transform, stats, rates, plain, references)
         return out
     for part, block in _blocks(x, x.data_ptr() == out.data_ptr()):
         g, a, b, c = (column.unsqueeze(-1) for column in rates[part].unbind(-1))
-        y, logp, lse = (
-            targets[part, None].clamp(0, block.shape[-1] - 1),
-            stats[0, part, None],
-            stats[1, part, None],
-        )
+        logp, lse = stats[0, part, None], stats[1, part, None]
+        y, here = (column.unsqueeze(-1) for column in _within(targets[part], first, block))
         if references is not None:
             _decode_(block, references[part])
         else:
@@ -121,8 +159,7 @@ def differentiate(
         # 1 - p of the target from its log-prob: where p is near 1, exp(z - lse) lacks the digits
         at_target = -g * torch.expm1(logp) + _rate(logp, a + g, b, c, plain)
         block.copy_(_rate(block, a, b, c, plain)) if not plain else block.exp_().mul_(a)
-        elsewhere = targets[part, None] >= block.shape[-1]
-        block.scatter_(-1, y, torch.where(elsewhere, block.gather(-1, y), at_target))
+        block.scatter_(-1, y, torch.where(here, at_target, block.gather(-1, y)))
         if not (isinstance(slope, float) and slope == 1):
             block.mul_(slope)
         _clear_(block, targets[part] < 0)
@@ -156,15 +193,18 @@ def _divided(codes: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     return references_of(codes, vocabulary), codes[:, :vocabulary]
 
 
-def encode(z: Tensor, transform: LogitTransform, lse: Tensor, codes: Tensor) -> None:
-    """Raw logits [m, V] and their logsumexps -> int16 [m, code_columns(V)]; z then holds nothing of use."""
+def encode(z: Tensor, transform: LogitTransform, above: Tensor, codes: Tensor) -> None:
+    """Raw logits [m, w], to int16 [m, code_columns(w)]; z then holds nothing of use.
+
+    `above` is for each row a number that none of its logits exceeds, and that its logsumexp is no less than.
+    """
     references, codes = _divided(codes, z.shape[1])
     if native.available(z):
-        native.encode(z, transform, lse, codes, references)
+        native.encode(z, transform, above, codes, references)
         return
-    references.copy_(lse.unsqueeze(-1).expand_as(references))
+    references.copy_(above.unsqueeze(-1).expand_as(references))
     for part, block in _blocks(z, overwrite=True):
-        transform.apply_(block).sub_(lse[part, None]).mul_(_CODE_STEPS).add_(_CODE_TOP).round_()
+        transform.apply_(block).sub_(above[part, None]).mul_(_CODE_STEPS).add_(_CODE_TOP).round_()
         codes[part] = block.clamp_(_CODE_ZERO, _CODE_TOP)
 
 
@@ -186,16 +226,18 @@ def project(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    first: int,
     transform: LogitTransform,
-    stats: Tensor,
+    sums: Tensor,
+    more: bool,
     codes: Tensor | None,
 ) -> None:
-    """`score` of x @ weight.T + bias, where `projects` says so; codes go to [m, code_columns(V)] if given."""
+    """`fold` of x @ weight.T + bias, where `projects` says so; codes go to [m, code_columns(w)] if given."""
     if codes is None:
-        native.project(x, weight, bias, targets, transform, stats)
+        native.project(x, weight, bias, targets, first, transform, sums, more)
         return
     references, codes = _divided(codes, len(weight))
-    native.project(x, weight, bias, targets, transform, stats, codes, references)
+    native.project(x, weight, bias, targets, first, transform, sums, more, codes, references)
 
 
 def place_over(x: Tensor, dtype: torch.dtype, vocabulary: int) -> Tensor:

@@ -101,15 +101,12 @@ def linear_backward(
     path: Path,
     needs: tuple[bool, ...],
     overwrite: bool = True,
-    over_x: bool = False,
 ) -> Gradients:
-    """Gradients of hidden states [n, H], weight and bias; the scheme "keep" may write over `saved`.
-
-    x stays as it is, `over_x` or not: columns are outermost, and it is needed to the end.
-    """
+    """Gradients of hidden states [n, H], weight and bias; the scheme "keep" may write over `saved`."""
     n, vocabulary, device, dtype = len(x), len(weight), x.device, weight.dtype
     need_x, need_weight, need_bias = needs
     d_x = torch.empty(x.shape, dtype=x.dtype, device=device) if need_x else None
+    saved = None if saved is None else saved[: min(n, path.kept_tokens)]
     kept_tokens = 0 if saved is None else len(saved)
     over_saved = overwrite and kept_tokens > 0
     elements = path.chunk_tokens * vocabulary

@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 
-from prefloss.kernels import chunked, heads, kl, naive, native, rows
+from prefloss.kernels import chunked, heads, kept, kl, naive, native, rows
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.paths import Path
 
+PLAIN = LogitTransform()
 CAPPED = LogitTransform(1.3, 3.0, 0.7)
 TRANSFORMS = [LogitTransform(), CAPPED, LogitTransform(0.5, None, 2.0)]
 # hidden, weight, bias: which of them get a gradient
@@ -154,28 +155,74 @@ def test_a_second_backward_pass_recomputes_what_the_first_wrote_over(row_passes)
             assert relative(a, b.double()) < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
-@pytest.mark.parametrize("scheme", ["keep some", "recompute"])
+@pytest.mark.parametrize("scheme", ["keep", "keep some", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_head_is_never_summed_whole_in_float32(dtype, scheme, row_passes, monkeypatch):
-    if scheme == "keep some" and not (dtype == torch.bfloat16 and native.multiplies(dtype)):
-        pytest.skip("what was kept is no place for a gradient of the logits, which is in float32 here")
-    # by columns, tiles of 8 rows and 75 columns, in place of all 301
-    monkeypatch.setattr(chunked, "_LEAST_COLUMNS", 75)
+    # tiles of 9 rows and 64 columns, in place of all 301
+    monkeypatch.setattr(chunked, "_LEAST_COLUMNS", 64)
     inputs, targets = problem(dtype, TRAINED["all"])
     exact = [x.detach().double().requires_grad_() for x in inputs]
     upstream = torch.randn(1, len(targets), dtype=torch.float64)
-    _, wanted = run(naive.linear_token_stats, exact, targets, CAPPED, upstream, outputs=1)
+    _, wanted = run(naive.linear_token_stats, exact, targets, PLAIN, upstream, outputs=1)
     sizes = []
-    monkeypatch.setattr(heads, "_HeadGradient", None)
     matmul = heads.matmul
     monkeypatch.setattr(
-        heads, "matmul", lambda a, b, out, add=False: sizes.append(b.shape) or matmul(a, b, out, add)
+        heads, "matmul", lambda a, b, out, add=False: sizes.append(out.shape) or matmul(a, b, out, add)
     )
     path = PATHS[scheme]._replace(chunk_tokens=2)
-    _, grads = run(chunked.linear_token_stats, inputs, targets, CAPPED, upstream, choose=lambda n: path)
+    _, grads = run(chunked.linear_token_stats, inputs, targets, PLAIN, upstream, choose=lambda n: path)
     for g, w in zip(grads, wanted, strict=True):
         assert relative(g, w) < (3.2e-3 if dtype == torch.bfloat16 else 3.5e-4)
-    assert max(rows for rows, width in sizes if width == 24) <= 75
+    # the products of width 24 are 9 tokens by the head, or rows of its gradient
+    assert {rows for rows, width in sizes if width == 24} - {9} == {64, 301 % 64}
+
+
+def test_kept_logits_lie_where_the_gradient_of_the_head_will():
+    weight = torch.randn(301, 24, requires_grad=True)
+    spans = list(rows.slices(301, 64))
+    for tokens, parts in ((5, [5]), (24, [24]), (30, [24, 6])):
+        found = kept.room_to_keep(torch.randn(30, 24), weight, tokens, spans)
+        assert [part.rows.stop - part.rows.start for part in found.parts] == parts
+        for span, tile in zip(spans, found.parts[0].tiles, strict=True):
+            assert tile.data_ptr() == found.home[span].data_ptr()
+            assert tile.numel() <= found.home[span].numel()
+    # no gradient is wanted that could give its memory
+    assert kept.room_to_keep(torch.randn(30, 24), weight.detach(), 30, spans).home is None
+    # of the codes of a half-precision head a few fewer fit, for their references
+    found = kept.room_to_keep(
+        torch.randn(30, 24).bfloat16(), weight.detach().bfloat16().requires_grad_(), 24, spans
+    )
+    assert [part.rows.stop - part.rows.start for part in found.parts] == [22, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("most_rows", [7, 2048])
+def test_many_tiles_give_the_numbers_of_one(most_rows, transform, dtype, row_passes, monkeypatch):
+    (hidden, weight, bias), targets = problem(dtype, TRAINED["all"], vocabulary=1000)
+    with torch.no_grad():
+        # the maximum of a row rises from span to span, and the first span is impossible
+        bias += torch.linspace(0, 8, 1000).to(dtype)
+        bias[:70] = -torch.inf
+    targets = torch.where(targets == -100, -100, 70 + targets % 930)
+    upstream = torch.randn(len(targets))
+    results = {}
+    for tiles in ("one", "many"):
+        monkeypatch.setattr(chunked, "_LEAST_COLUMNS", 64 if tiles == "many" else 1024)
+        monkeypatch.setattr(chunked, "_MOST_ROWS", most_rows if tiles == "many" else 2048)
+        for name, path in PATHS.items():
+            path = path._replace(chunk_tokens=2 if tiles == "many" else 64)
+            inputs = [hidden] if name == "unscaled" else [hidden, weight, bias]
+            out = chunked.linear_token_stats(
+                hidden, weight, bias, targets, transform, -100, lambda n, p=path: p
+            )
+            results[name, tiles] = out[0], torch.autograd.grad((out[0] * upstream).sum(), inputs)
+    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+    for name in PATHS:
+        (one, wanted), (many, grads) = results[name, "one"], results[name, "many"]
+        torch.testing.assert_close(many, one, rtol=1e-6, atol=1e-12 if dtype == torch.float64 else 1e-5)
+        for g, w in zip(grads, wanted, strict=True):
+            assert relative(g, w.double()) < limit, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -253,9 +300,10 @@ def test_projection_keeps_codes_and_statistics(n, width, vocabulary, transform):
     z = transform.apply((x.double() @ weight.double().T) + bias)
     want = naive.token_stats(z, targets.clamp(0, vocabulary - 1), LogitTransform(), -100)
     want[0, -1], want[4, -1], want[:, 0] = -torch.inf, 0, 0
-    stats = torch.full((5, n), torch.nan)
+    stats, sums = torch.full((5, n), torch.nan), rows.new_sums(n, x)
     codes = torch.empty(n, rows.code_columns(vocabulary), dtype=torch.int16)
-    rows.project(x, weight, bias, targets, transform, stats, codes)
+    rows.project(x, weight, bias, targets, 0, transform, sums, True, codes)
+    rows.finish(sums, targets, stats)
     torch.testing.assert_close(stats[:, 1:].double(), want[:, 1:], rtol=1e-6, atol=1e-5)
     assert not stats[:, 0].any()
     got, likely = decoded(codes, vocabulary), z - want[1, :, None] > -31
@@ -263,15 +311,15 @@ def test_projection_keeps_codes_and_statistics(n, width, vocabulary, transform):
     # besides half a step, float32 sums
     assert torch.where(likely, got - z, 0).abs().max() < 2.5e-4 + 1e-5
     # in any number of rows, on any number of threads, without codes: bit for bit the same
-    again = torch.empty(5, n)
+    again = rows.new_sums(n, x)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for part in rows.slices(n, 5):
-            rows.project(x[part], weight, bias, targets[part], transform, again[:, part], None)
+            rows.project(x[part], weight, bias, targets[part], 0, transform, again[part], True, None)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(again, stats)
+    assert torch.equal(again, sums)
 
 
 @pytest.mark.parametrize(
