@@ -16,7 +16,6 @@ from prefloss.kernels import functions, heads
 from prefloss.kernels import rows as row_ops
 from prefloss.kernels.functions import Implementation
 from prefloss.kernels.kept import Kept, kept_in, room_to_keep
-from prefloss.kernels.memory import fresh
 from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
 from prefloss.kernels.paths import MATMUL_ELEMENTS, Path
 from prefloss.kernels.rows import on_cpu, place_over, rows_of, slices
@@ -55,7 +54,7 @@ def token_backward(
 ) -> Tensor:
     """Gradient of logits [..., V], written over them if that is wanted and their rows allow it."""
     over_logits = over_logits and logits.is_contiguous()
-    d_logits = logits if over_logits else fresh(logits.shape, logits.dtype, logits.device)
+    d_logits = logits if over_logits else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     d_rows = d_logits.view(-1, logits.shape[-1])
     rates = row_ops.coefficients(grad, stats)
     with no_autocast(logits.device):
@@ -175,7 +174,7 @@ def linear_backward(
     rates, slabs = row_ops.coefficients(grad, stats), tiling.rows(n)
     out = heads.Gradients(x, weight, needs, tiling.columns, len(slabs), home, rounded)
     scratch = _Scratch(x, head, tiling) if kept.tokens < n else None
-    room = fresh((tiling.height * tiling.columns,), heads.gradient_dtype(x), x.device)
+    room = torch.empty(tiling.height * tiling.columns, dtype=heads.gradient_dtype(x), device=x.device)
     with no_autocast(x.device):
         for index, span in enumerate(tiling.spans):
             for rows in slabs:
@@ -266,7 +265,7 @@ class _Scratch:
     def tile(self, rows: int, columns: int) -> Tensor:
         """Its first elements, [rows, columns]."""
         if self.memory is None:
-            self.memory = fresh((self.size,), self.dtype, self.device)
+            self.memory = torch.empty(self.size, dtype=self.dtype, device=self.device)
         return self.memory[: rows * columns].view(rows, columns)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefloss.kernels.memory import fresh
 from prefloss.kernels.naive import compute_dtype
 from prefloss.kernels.rows import has_mixed_matmul, matmul, on_cpu, rows_of, slices
 
 # Elements of the head, or of its gradient, that are converted at a time, 16 MiB.
 _HEAD_ELEMENTS = 2**22
 # Columns of a tile that are likely enough, of all, above which all are taken: copying them costs, too.
-_WORTH_COPYING = 0.75
+_WORTH_COPYING = 0.5
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> Tensor:
@@ -78,14 +77,16 @@ class Gradients:
         self.d_x = torch.zeros(x.shape, dtype=dtype, device=x.device) if need_x else None
         self.d_bias = torch.zeros(len(weight), dtype=dtype, device=x.device) if need_bias else None
         self.d_weight = self.sum = None
+        self.first = True
         if not need_weight:
             return
-        self.d_weight = home if home is not None else fresh(weight.shape, weight.dtype, weight.device)
+        self.d_weight = (
+            torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if home is None else home
+        )
         # a CPU's mixed matmul sums in float32 and rounds once
         straight = tiles == 1 and (weight.dtype == dtype or (on_cpu(x) and gradient_dtype(x) == x.dtype))
         if not straight and (weight.dtype != dtype or home is not None):
-            self.sum = fresh((min(columns, len(weight)), weight.shape[1]), dtype, x.device)
-        self.fresh = True
+            self.sum = torch.empty(min(columns, len(weight)), weight.shape[1], dtype=dtype, device=x.device)
 
     def add(self, rows: slice, span: slice, dz: Tensor, limit: Tensor | float | None = None) -> None:
         """Take the gradient of the logits of some rows and a span of columns, [m, w], of dtype `gradient_dtype`.
@@ -106,20 +107,20 @@ class Gradients:
         x = x if x.dtype == dz.dtype else x.to(dz.dtype)
         sums = self.d_weight[span] if self.sum is None else self.sum[: span.stop - span.start]
         if likely is None:
-            matmul(dz.T, x, out=sums, add=not self.fresh)
+            matmul(dz.T, x, out=sums, add=not self.first)
         else:
-            sums = sums.zero_() if self.fresh else sums
+            sums = sums.zero_() if self.first else sums
             product = torch.empty(len(likely), x.shape[1], dtype=compute_dtype(x.dtype), device=x.device)
             sums.index_add_(0, likely, matmul(dz.T, x, out=product).to(sums.dtype))
-        self.fresh = False
+        self.first = False
 
     def finish(self, span: slice) -> None:
         """All of a span has been added."""
-        if self.d_weight is not None and self.fresh:
+        if self.d_weight is not None and self.first:
             self.d_weight[span] = 0
         elif self.d_weight is not None and self.sum is not None:
             self.d_weight[span] = self.sum[: span.stop - span.start]
-        self.fresh = True
+        self.first = True
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of hidden states, weight and bias; None where none was wanted."""

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefloss.kernels.memory import fresh
 from prefloss.kernels.paths import kept_columns, kept_dtype
 
 
@@ -54,14 +53,16 @@ def room_to_keep(x: Tensor, weight: Tensor, tokens: int, spans: list[slice]) -> 
         return Kept()
     dtype, columns = kept_dtype(x.dtype), _columns(x.dtype, spans)
     if not weight.requires_grad:
-        return kept_in(fresh((tokens, sum(columns)), dtype, x.device), tokens, spans, x.dtype)
-    home = fresh(weight.shape, dtype, x.device)
+        return kept_in(
+            torch.empty(tokens, sum(columns), dtype=dtype, device=x.device), tokens, spans, x.dtype
+        )
+    home = torch.empty(weight.shape, dtype=dtype, device=x.device)
     places = [home[span].view(-1) for span in spans]
     fit = min(tokens, *(len(place) // width for place, width in zip(places, columns, strict=True)))
     tiles = [place[: fit * width].view(fit, width) for place, width in zip(places, columns, strict=True)]
     parts = [_Part(slice(0, fit), tiles)]
     if fit < tokens:
-        rest = fresh((tokens - fit, sum(columns)), dtype, x.device)
+        rest = torch.empty(tokens - fit, sum(columns), dtype=dtype, device=x.device)
         parts.append(_Part(slice(fit, tokens), _cut(rest, tokens - fit, columns)))
     return Kept(tokens, tuple(parts), home)
 
