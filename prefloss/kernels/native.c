@@ -561,8 +561,9 @@ int prefloss_project(int64_t rows, int64_t columns, int64_t width, const uint16_
         }
         free(packed);
     }
-    for (int64_t row = 0; row < rows && !failed; row++)
-        for (int64_t run = 0; run < runs; run++) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t run = 0; run < runs && !failed; run++) {
             sums_t part = parts[run * rows + row], *all = sums + row;
             double high = part.peak > all->peak ? part.peak : all->peak;
             raise_peak(all, high);
