@@ -1,6 +1,6 @@
 """Fused ops on tokens and logits; they know nothing of preferences.
 
-``naive`` says what each op means, ``chunked`` computes the same a slice of tokens at a time.
+``naive`` says what each op means, ``chunked`` computes the same a tile of logits at a time, ``tiles`` in Triton.
 """
 
 import os

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefloss.kernels import chunked
+from prefloss.kernels import linear
 from prefloss.kernels.functions import Gradients, differentiable_once
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.paths import Path, default_chunk
@@ -110,7 +110,7 @@ class _VocabParallel(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         path = Path("recompute", chunk_tokens)
-        stats, _ = chunked.linear_forward(x, weight, bias, targets, transform, path, 1)
+        stats, _ = linear.linear_forward(x, weight, bias, targets, transform, path, 1)
         logps, lse = _joined(stats[0], stats[1], targets < len(weight), group)
         ctx.save_for_backward(x, weight, bias, targets, torch.stack((logps, lse)))
         ctx.transform, ctx.path, ctx.group = transform, path, group
@@ -120,7 +120,7 @@ class _VocabParallel(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         x, weight, bias, targets, stats = ctx.saved_tensors
-        d_x, d_weight, d_bias = chunked.linear_backward(
+        d_x, d_weight, d_bias = linear.linear_backward(
             grad[None], x, weight, bias, targets, stats, None, ctx.transform, ctx.path, ctx.needs_input_grad[:3],
             rounded=False,
         )  # fmt: skip

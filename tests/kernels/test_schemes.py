@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from prefloss.kernels import chunked, heads, kept, kl, naive, native, rows
+from prefloss.kernels import chunked, heads, kept, kl, linear, naive, native, rows
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.paths import Path
 
@@ -159,7 +159,7 @@ def test_a_second_backward_pass_recomputes_what_the_first_wrote_over(row_passes)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_head_is_never_summed_whole_in_float32(dtype, scheme, row_passes, monkeypatch):
     # tiles of 9 rows and 64 columns, in place of all 301
-    monkeypatch.setattr(chunked, "_LEAST_COLUMNS", 64)
+    monkeypatch.setattr(linear, "_LEAST_COLUMNS", 64)
     inputs, targets = problem(dtype, TRAINED["all"])
     exact = [x.detach().double().requires_grad_() for x in inputs]
     upstream = torch.randn(1, len(targets), dtype=torch.float64)
@@ -208,8 +208,8 @@ def test_many_tiles_give_the_numbers_of_one(most_rows, transform, dtype, row_pas
     upstream = torch.randn(len(targets))
     results = {}
     for tiles in ("one", "many"):
-        monkeypatch.setattr(chunked, "_LEAST_COLUMNS", 64 if tiles == "many" else 1024)
-        monkeypatch.setattr(chunked, "_MOST_ROWS", most_rows if tiles == "many" else 2048)
+        monkeypatch.setattr(linear, "_LEAST_COLUMNS", 64 if tiles == "many" else 1024)
+        monkeypatch.setattr(linear, "_MOST_ROWS", most_rows if tiles == "many" else 2048)
         for name, path in PATHS.items():
             path = path._replace(chunk_tokens=2 if tiles == "many" else 64)
             inputs = [hidden] if name == "unscaled" else [hidden, weight, bias]
