@@ -54,7 +54,15 @@ def token_backward(
                 out.zero_()
                 continue
             row_ops.differentiate(
-                part, out, targets[rows], 0, transform, stats[:, rows], rates[rows], len(grad) == 1
+                part,
+                out,
+                targets[rows],
+                0,
+                transform,
+                stats[:, rows],
+                rates[rows],
+                len(grad) == 1,
+                not over_logits,
             )
     if not over_logits:
         return d_logits

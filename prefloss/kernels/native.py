@@ -103,10 +103,12 @@ def differentiate(
     coefficients: Tensor,
     plain: bool,
     references: Tensor | None = None,
+    fresh: bool = False,
 ) -> None:
     """Raw logits, or codes with their references, -> gradient of the logits, [m, w], to `out`, which may be over x.
 
-    `stats` begins with logps and logsumexps; `plain` says that the last two of the 4 coefficients are all 0.
+    `stats` begins with logps and logsumexps; `plain` says that the last two of the 4 coefficients are all 0, `fresh`
+    that nobody has written to `out` before.
     """
     rows, columns = x.shape
     targets, coefficients = targets.contiguous(), coefficients.contiguous()
@@ -114,7 +116,7 @@ def differentiate(
     _call().prefloss_differentiate(
         _address(x), _KINDS[x.dtype], x.stride(0), _address(out), _KINDS[out.dtype], out.stride(0), rows, columns,
         _address(targets), first, _struct(transform), _address(logps), _address(lses), _address(coefficients), plain,
-        _address(references), 0 if references is None else references.stride(0), _threads(rows * columns),
+        _address(references), 0 if references is None else references.stride(0), fresh, _threads(rows * columns),
     )  # fmt: skip
 
 
@@ -222,7 +224,7 @@ def _declared(lib: Any) -> Any:
         "encode": (pointer, size, size, size, _Transform, pointer, pointer, size, pointer, size, number),
         "differentiate": (
             pointer, number, size, pointer, number, size, size, size, pointer, size, _Transform, pointer, pointer,
-            pointer, number, pointer, size, number,
+            pointer, number, pointer, size, number, number,
         ),
         "multiply": (
             size, size, size, pointer, size, size, pointer, size, size, pointer, number, size, number, number,

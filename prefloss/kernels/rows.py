@@ -134,17 +134,18 @@ def differentiate(
     stats: Tensor,
     rates: Tensor,
     plain: bool,
+    fresh: bool = False,
 ) -> Tensor:
     """Gradient of raw logits [m, w], from those or their codes in x, by the `coefficients` in `rates`; 0 if left out.
 
     Columns `first` and so on of all. Codes come with the columns of their references. Written to `out`, which may be
-    `place_over(x)`, and returned. `plain`: the last two coefficients are all 0.
+    `place_over(x)`, and returned. `plain`: the last two coefficients are all 0; `fresh`: nobody has written to `out`.
     """
     coded = x.dtype == torch.int16
     references = references_of(x, out.shape[1]) if coded else None
     x = x[:, : out.shape[1]]
     if native.available(x) and native.available(out):
-        native.differentiate(x, out, targets, first, transform, stats, rates, plain, references)
+        native.differentiate(x, out, targets, first, transform, stats, rates, plain, references, fresh)
         return out
     for part, block in _blocks(x, x.data_ptr() == out.data_ptr()):
         g, a, b, c = (column.unsqueeze(-1) for column in rates[part].unbind(-1))
