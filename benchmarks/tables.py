@@ -76,7 +76,7 @@ def table(
     ways = dict.fromkeys(row["way"] for row in rows if row["way"] != "matmuls alone")
     cells = {(row["way"], row["shape"], row["dtype"]): row for row in rows}
     lines = []
-    for way in sorted(ways, key=lambda way: not way.startswith("prefloss")):
+    for way in sorted(ways, key=lambda way: (not way.startswith("prefloss"), "KTO" in way)):
         found = [cells.get((way, *column)) for column in columns]
         # a speed counts only with right numbers
         texts = ["" if row is None else cell(row) if row["ok"] == "True" else "wrong" for row in found]
