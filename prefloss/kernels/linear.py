@@ -15,7 +15,7 @@ from prefloss.kernels import functions, heads, unscaled
 from prefloss.kernels import rows as row_ops
 from prefloss.kernels.kept import Kept, kept_in, room_to_keep
 from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
-from prefloss.kernels.paths import Path
+from prefloss.kernels.paths import Path, even
 from prefloss.kernels.rows import slices
 
 # Tokens of a tile at most, and columns at least where the vocabulary has them: enough for the matmuls.
@@ -44,14 +44,11 @@ def _tiling(n: int, weight: Tensor, path: Path) -> _Tiling:
     """The fewest tiles of as many logits as `path.chunk_tokens` tokens have, all of about one size."""
     vocabulary, width = weight.shape
     elements, least = path.chunk_tokens * vocabulary, min(vocabulary, _LEAST_COLUMNS)
-    height = max(1, min(n, _MOST_ROWS, elements // least))
-    height = -(-n // max(1, -(-n // height)))
-    # a span of the head, or of its gradient, is no larger
-    most = min(elements // max(1, height), max(least, elements // max(1, width)))
-    parts = -(-vocabulary // max(most, _COLUMN_STEP))
-    columns = -(-vocabulary // parts)
-    columns += -columns % _COLUMN_STEP
-    return _Tiling(max(1, height), list(slices(vocabulary, columns)))
+    height = even(n, min(_MOST_ROWS, elements // least))
+    # nor is a span of the head, or of its gradient, larger
+    most = min(elements // height, max(least, elements // max(1, width)))
+    columns = even(vocabulary, max(most, _COLUMN_STEP))
+    return _Tiling(height, list(slices(vocabulary, columns + -columns % _COLUMN_STEP)))
 
 
 def linear_forward(

@@ -43,11 +43,15 @@ class Path(NamedTuple):
     skip_below: float = 0.0
 
 
+def even(total: int, most: int) -> int:
+    """Size of the fewest parts of about one size that none exceeds `most`, at least 1."""
+    parts = -(-total // max(1, most))
+    return max(1, -(-total // max(1, parts)))
+
+
 def default_chunk(tokens: int, vocabulary: int, cpu: bool) -> int:
     """`Path.chunk_tokens` of the fewest tiles within the limits, all of about one size."""
-    most = max(1, (_CPU_MATMUL_ELEMENTS if cpu else MATMUL_ELEMENTS) // max(1, vocabulary))
-    parts = max(1, -(-tokens // most))
-    return max(1, -(-tokens // parts))
+    return even(tokens, (_CPU_MATMUL_ELEMENTS if cpu else MATMUL_ELEMENTS) // max(1, vocabulary))
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:

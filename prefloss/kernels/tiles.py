@@ -19,7 +19,7 @@ from prefloss.kernels.logprob_gather import (
     token_forward,
 )
 from prefloss.kernels.naive import LogitTransform, no_autocast
-from prefloss.kernels.paths import Path, Scheme, kept_dtype
+from prefloss.kernels.paths import Path, Scheme, even, kept_dtype
 from prefloss.kernels.rows import coefficients, matmul, slices
 
 # Rows of a tile in the forward pass: enough for the matmuls, few enough for long rows.
@@ -245,8 +245,7 @@ def _padded(columns: int) -> int:
 
 def _even(columns: int, most: int) -> int:
     """Width of the fewest equal tiles of about `most` columns, a multiple of 128 unless there is but one."""
-    tiles = -(-columns // max(most, 128))
-    width = -(-columns // tiles)
+    width = even(columns, max(most, 128))
     return min(columns, -(-width // 128) * 128)
 
 
