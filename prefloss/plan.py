@@ -156,7 +156,7 @@ def plan_linear(
     passes, slow_rows = _row_passes(like, impl)
     sums, slow_head = _head_sums(like)
     need = _needs(like, vocabulary, width, chunk, low_softcap)
-    short: str | None = None
+    short = None
     scheme, kept, why = _scheme(tokens, need, budget, hidden_only, head, stats_gradient)
     if scheme == "keep" and low_softcap and kept_dtype(like.dtype) == torch.int16:
         scheme, kept, why = "recompute", 0, "16 bits of a logit are too few under a softcap so low"

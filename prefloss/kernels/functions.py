@@ -20,7 +20,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Implementation(NamedTuple):
-    """The four passes, and the ops that they make; see `prefloss.kernels.chunked` for their arguments."""
+    """The four passes, and the ops that they make; see `chunked` and `linear` for their arguments."""
 
     token_forward: Callable[..., Tensor]
     token_backward: Callable[..., Tensor]

@@ -15,13 +15,12 @@ from prefloss.kernels import functions, heads, unscaled
 from prefloss.kernels import rows as row_ops
 from prefloss.kernels.kept import Kept, kept_in, room_to_keep
 from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
+from prefloss.kernels.native import PANEL
 from prefloss.kernels.paths import Path, even
 from prefloss.kernels.rows import slices
 
 # Tokens of a tile at most, and columns at least where the vocabulary has them: enough for the matmuls.
 _MOST_ROWS, _LEAST_COLUMNS = 2048, 1024
-# Columns of a tile are a multiple of this, as `rows.code_columns` wants.
-_COLUMN_STEP = 64
 
 
 class _Tiling(NamedTuple):
@@ -47,8 +46,9 @@ def _tiling(n: int, weight: Tensor, path: Path) -> _Tiling:
     height = even(n, min(_MOST_ROWS, elements // least))
     # nor is a span of the head, or of its gradient, larger
     most = min(elements // height, max(least, elements // max(1, width)))
-    columns = even(vocabulary, max(most, _COLUMN_STEP))
-    return _Tiling(height, list(slices(vocabulary, columns + -columns % _COLUMN_STEP)))
+    columns = even(vocabulary, max(most, PANEL))
+    # whole panels, as codes have them
+    return _Tiling(height, list(slices(vocabulary, columns + -columns % PANEL)))
 
 
 def linear_forward(
@@ -185,7 +185,7 @@ class _Head(NamedTuple):
             z, targets, span.start, self.transform, sums, more, overwrite=tile is None and not needed
         )
         if tile is not None and not as_it_is:
-            row_ops.encode(z, self.transform, unscaled.finite(sums[:, 0]).to(z.dtype), tile)
+            row_ops.encode(z, self.transform, row_ops.finite(sums[:, 0]).to(z.dtype), tile)
         return z
 
     def logits(self, x: Tensor, targets: Tensor, span: slice, scratch: _Scratch, out: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def fold(
         # a row so far of -inf only has no sums to rescale, and -inf - -inf is NaN
         moved = torch.where(peak == high, 0, peak - high)
         rescale = torch.where(peak == -torch.inf, 0, moved.exp())
-        block.sub_(torch.where(high == -torch.inf, 0, high).to(block.dtype)[:, None])
+        block.sub_(finite(high).to(block.dtype)[:, None])
         if more:
             exps = block.exp()
             # 0 log 0 is 0
@@ -86,6 +86,11 @@ def fold(
             squares.copy_(rescale.square() * squares + exps.square_().sum(-1))
         total.mul_(rescale).add_(block.exp_().sum(-1))
         peak.copy_(high)
+
+
+def finite(peak: Tensor) -> Tensor:
+    """The largest logits of rows, 0 where a row is of -inf only: -inf - -inf is NaN."""
+    return torch.where(peak == -torch.inf, 0, peak)
 
 
 def finish(sums: Tensor, targets: Tensor, stats: Tensor) -> None:

@@ -20,7 +20,7 @@ from prefloss.kernels.logprob_gather import (
 )
 from prefloss.kernels.naive import LogitTransform, no_autocast
 from prefloss.kernels.paths import Path, Scheme, even, kept_dtype
-from prefloss.kernels.rows import coefficients, matmul, slices
+from prefloss.kernels.rows import coefficients, finite, matmul, slices
 
 # Rows of a tile in the forward pass: enough for the matmuls, few enough for long rows.
 _FORWARD_ROWS = 2048
@@ -192,7 +192,7 @@ def _finish(sums: Tensor, stats: Tensor, transform: LogitTransform) -> None:
     """Sums of whole rows -> their statistics."""
     outer = factors(transform)[1]
     m, s, picked, a, q = sums
-    top, log_s = torch.where(m == -torch.inf, 0, m), s.log()
+    top, log_s = finite(m), s.log()
     # in this order, as in _store_stats
     stats[0] = (picked - top) * outer - log_s
     stats[1] = top * outer + log_s

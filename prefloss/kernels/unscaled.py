@@ -18,11 +18,6 @@ from prefloss.kernels.rows import on_cpu, place_over, rows_of, slices
 _TARGET_ELEMENTS = 2**20
 
 
-def finite(peak: Tensor) -> Tensor:
-    """0 for a row so far of -inf only: -inf - -inf is NaN."""
-    return torch.where(peak == -torch.inf, 0, peak)
-
-
 def add_numerators(
     z: Tensor,
     weight: Tensor,
@@ -47,7 +42,7 @@ def add_numerators(
         out: What it is added to.
         skip_below: Columns whose p does not exceed that are left out; 0 for none.
     """
-    peak = finite(sums[:, 0])
+    peak = row_ops.finite(sums[:, 0])
     # nothing so far, so nothing to rescale, and -inf - -inf is NaN
     factors = torch.where(before == -torch.inf, 0, (before - peak).exp())
     _rescale(out, factors.to(out.dtype), sums[:, 0] != before)

@@ -49,7 +49,7 @@ def linear_token_logps(
         logit_scale: Multiplies the logits first.
         softcap: Bounds the scaled logits; None leaves them.
         ignore_index: Target of the positions to leave out.
-        chunk_tokens: Tokens per slice, the same on every process; None chooses by memory.
+        chunk_tokens: Size of a tile of logits, as many as so many tokens have; None chooses by device.
 
     Returns:
         Log-probs, [...], the same on every process.

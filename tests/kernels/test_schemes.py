@@ -177,7 +177,7 @@ def test_a_half_precision_head_is_never_summed_whole_in_float32(dtype, scheme, r
     assert {rows for rows, width in sizes if width == 24} - {9} == {64, 301 % 64}
 
 
-def test_kept_logits_lie_where_the_gradient_of_the_head_will():
+def test_kept_logits_lie_where_the_gradient_of_the_head_will(monkeypatch):
     weight = torch.randn(301, 24, requires_grad=True)
     spans = list(rows.slices(301, 64))
     for tokens, parts in ((5, [5]), (24, [24]), (30, [24, 6])):
@@ -186,6 +186,16 @@ def test_kept_logits_lie_where_the_gradient_of_the_head_will():
         for span, tile in zip(spans, found.parts[0].tiles, strict=True):
             assert tile.data_ptr() == found.home[span].data_ptr()
             assert tile.numel() <= found.home[span].numel()
+    # ... and it is written there
+    hidden, targets = torch.randn(30, 24), torch.randint(301, (30,))
+    homes = []
+    make = kept.room_to_keep
+    monkeypatch.setattr(linear, "room_to_keep", lambda *a: homes.append(make(*a)) or homes[-1])
+    out = chunked.linear_token_stats(
+        hidden, weight, None, targets, PLAIN, -100, lambda n: Path("keep", 8, 30)
+    )
+    (gradient,) = torch.autograd.grad(out.sum(), weight)
+    assert gradient.data_ptr() == homes[0].home.data_ptr()
     # no gradient is wanted that could give its memory
     assert kept.room_to_keep(torch.randn(30, 24), weight.detach(), 30, spans).home is None
     # of the codes of a half-precision head a few fewer fit, for their references
@@ -367,7 +377,9 @@ def test_kl_against_float64(dtype, transform, trained, row_passes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", ["frozen", "all"])
-def test_skipped_blocks_of_the_vocabulary_keep_the_stated_bound(trained, dtype, row_passes):
+def test_skipped_blocks_of_the_vocabulary_keep_the_stated_bound(trained, dtype, row_passes, monkeypatch):
+    found, likely_columns = [], heads.likely_columns
+    monkeypatch.setattr(heads, "likely_columns", lambda *a: found.append(likely_columns(*a)) or found[-1])
     (hidden, weight, bias), targets = problem(dtype, TRAINED[trained], vocabulary=2000)
     with torch.no_grad():
         # all but some blocks of the vocabulary are unlikely, as after training
@@ -392,7 +404,9 @@ def test_skipped_blocks_of_the_vocabulary_keep_the_stated_bound(trained, dtype, 
             norms = (weight if name == "hidden" else hidden[kept]).float().norm(dim=-1).sum()
             rounding = torch.finfo(dtype).eps * exact.float().norm(dim=-1)
             assert (error <= limit * norms + rounding).all()
+        # of every tile
+        assert found
+        assert all(columns is not None for columns in found)
         if trained == "all":
-            # something was left out: 512..1536 are whole blocks
             assert (grads[1][1][512:1536] == 0).all()
             assert (grads[0][1][512:1536] != 0).any()

@@ -83,9 +83,9 @@ def _tried(model: nn.Module, structure: Structure, shares: bool) -> str | None:
 
 
 def _probe(structure: Structure, shares: bool) -> tuple[Packed, Tensor]:
-    """Two sequences of the first two rows with their targets: the first prompt with both completions, and the second.
+    """Of the first two rows, the first prompt with both completions, and the second row; with their targets.
 
-    So that a prompt is shared whatever the batch has, where its layout shares any.
+    So a prompt is shared, where the layout shares any, and sequences lie side by side, whatever the batch has.
     """
     rows = list(itertools.islice(structure.completions({}), 2))
     (prompt, _), (_, other) = rows[0], rows[-1]
