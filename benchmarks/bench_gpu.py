@@ -374,7 +374,7 @@ def report(
             wanted = 1 / WANTED[str(row["what"])]
             fraction = limit / record.median
             verdict = "reached" if fraction >= wanted else "missed"
-            print(f"{name}: {fraction:.3f} of the limit's speed, wanted {wanted:.3f}: {verdict}")
+            print(f"{name}: {fraction:.3f} of the limit's speed, expected {wanted:.3f}: {verdict}")
 
 
 def in_turns(steps: Mapping[str, Step], rounds: int) -> dict[str, Record]:

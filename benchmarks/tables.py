@@ -98,7 +98,7 @@ def replaced(readme: str, text: str) -> str:
     before, _, rest = readme.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
-        raise ValueError(f"README.md: wanted the markers {BEGIN} and {END}, in this order")
+        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}, in this order")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 

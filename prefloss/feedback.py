@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,10 +51,10 @@ class Pairs:
             _check_beside("gold", self.gold, self.chosen)
         if self.embedding is not None and self.embedding.shape[:-1] != self.chosen.shape:
             wanted = [*self.chosen.shape, "D"]
-            raise ValueError(f"embedding: got shape {list(self.embedding.shape)}, wanted {wanted}")
+            raise ValueError(f"embedding: got shape {list(self.embedding.shape)}, expected {wanted}")
         if (self.score_chosen is None) != (self.score_rejected is None):
             missing = "score_chosen" if self.score_chosen is None else "score_rejected"
-            raise ValueError(f"{missing}: got None, wanted scores for both sides or for neither")
+            raise ValueError(f"{missing}: got None, expected scores for both sides or for neither")
         for name in ("weight", "score_chosen", "score_rejected"):
             _convert_values(self, name, self.chosen)
 
@@ -137,7 +138,7 @@ class Pairs:
         )
         if self.score_chosen is not None and bool((better <= worse).any()):
             raise ValueError(
-                "score_chosen: got a score not above score_rejected, wanted the chosen one scored higher"
+                "score_chosen: got a score not above score_rejected, expected the chosen one scored higher"
             )
         count = len(chosen)
         order = torch.arange(2 * count, device=chosen.device).reshape(2, count).T
@@ -186,10 +187,12 @@ class Labels:
             self.desirable, device=None if _is_tensor(self.desirable) else self._device
         )
         if desirable.dtype != torch.bool:
-            raise TypeError(f"desirable: got dtype {desirable.dtype}, wanted torch.bool (True for an upvote)")
+            raise TypeError(
+                f"desirable: got dtype {desirable.dtype}, expected torch.bool (True for an upvote)"
+            )
         if desirable.shape != self.completions.shape:
             raise ValueError(
-                f"desirable: got shape {list(desirable.shape)}, wanted {list(self.completions.shape)} "
+                f"desirable: got shape {list(desirable.shape)}, expected {list(self.completions.shape)} "
                 "as completions has"
             )
         object.__setattr__(self, "desirable", desirable)
@@ -201,7 +204,7 @@ class Labels:
             kl = _as_values("kl", self.kl, self._device).detach()
             if kl.ndim != 0 and kl.shape != self.completions.shape:
                 raise ValueError(
-                    f"kl: got shape {list(kl.shape)}, wanted a scalar or {list(self.completions.shape)}"
+                    f"kl: got shape {list(kl.shape)}, expected a scalar or {list(self.completions.shape)}"
                 )
             object.__setattr__(self, "kl", kl)
 
@@ -255,7 +258,7 @@ class Rankings:
         _check_log_ratios("completions", self.completions)
         shape = self.completions.shape
         if len(shape) != 2:
-            raise ValueError(f"completions: got shape {list(shape)}, wanted [groups, K]")
+            raise ValueError(f"completions: got shape {list(shape)}, expected [groups, K]")
         _convert_values(self, "scores", self.completions)
         if self.mask is not None:
             mask = torch.as_tensor(
@@ -263,18 +266,18 @@ class Rankings:
             )
             if mask.dtype != torch.bool:
                 raise TypeError(
-                    f"mask: got dtype {mask.dtype}, wanted torch.bool (False where there is no completion)"
+                    f"mask: got dtype {mask.dtype}, expected torch.bool (False where there is no completion)"
                 )
             if mask.shape != shape:
                 raise ValueError(
-                    f"mask: got shape {list(mask.shape)}, wanted {list(shape)} as completions has"
+                    f"mask: got shape {list(mask.shape)}, expected {list(shape)} as completions has"
                 )
             object.__setattr__(self, "mask", mask)
         if self.weight is not None:
             weight = _as_values("weight", self.weight, self.completions.device).detach()
             if weight.shape != shape[:1]:
                 raise ValueError(
-                    f"weight: got shape {list(weight.shape)}, wanted {list(shape[:1])}: one per group"
+                    f"weight: got shape {list(weight.shape)}, expected {list(shape[:1])}: one per group"
                 )
             object.__setattr__(self, "weight", weight)
 
@@ -326,7 +329,7 @@ class Rankings:
         elif how == "all":
             picked = grid.triu(1).expand(len(order), -1, -1)
         else:
-            raise ValueError(f"how: got {how!r}, wanted 'best_worst', 'adjacent' or 'all'")
+            raise ValueError(f"how: got {how!r}, expected 'best_worst', 'adjacent' or 'all'")
         sorted_scores = self.scores.gather(-1, order)
         sorted_present = self.present.gather(-1, order)
         better = sorted_scores.unsqueeze(-1) > sorted_scores.unsqueeze(-2)
@@ -345,6 +348,85 @@ class Rankings:
 Feedback = Pairs | Labels | Rankings
 KINDS: tuple[type, ...] = (Pairs, Labels, Rankings)
 
+SIDES: Mapping[type, tuple[str, ...]] = {
+    Pairs: ("chosen", "rejected"),
+    Labels: ("completion",),
+    Rankings: ("completions",),
+}
+"""Columns that hold the completions of a row, by kind of feedback."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A value that comes with the completions: its name in feedback, in data sets and in the traits of losses.
+
+    Attributes:
+        kind: `Pairs`, `Labels` or `Rankings`.
+        name: Attribute of that class, and key of a batch.
+        column: Column of a data set; None if it is computed, never stored.
+        need: Entry of a loss's `needs` or `reads` that covers it; None if every loss of the kind uses it.
+        meaning: One line for documentation and errors.
+        required: True if every row must have it.
+        old_column: Former name of the column, still accepted with a warning.
+    """
+
+    kind: type
+    name: str
+    column: str | None
+    need: str | None
+    meaning: str
+    required: bool = False
+    old_column: str | None = None
+
+
+FIELDS: tuple[Field, ...] = (
+    Field(Pairs, "weight", "weight", None, "multiplies the loss of the pair"),
+    Field(Pairs, "score_chosen", "score_chosen", "scores", "score of the chosen completion"),
+    Field(Pairs, "score_rejected", "score_rejected", "scores", "score of the rejected completion"),
+    Field(Pairs, "gold", None, "gold", "log-ratios of a third completion of each prompt"),
+    Field(Pairs, "embedding", None, "embedding", "embedding of each prompt"),
+    Field(Labels, "desirable", "label", None, "true for an upvote, false for a downvote", required=True),
+    Field(Labels, "weight", "weight", None, "multiplies the loss of the completion"),
+    Field(Labels, "scores", "score", "scores", "score of the completion", old_column="scores"),
+    Field(Labels, "mismatched", None, "mismatched", "log-ratios of completions under other prompts"),
+    Field(Labels, "kl", "kl", "kl", "KL baseline computed elsewhere, nats"),
+    Field(Labels, "baseline", "baseline", "baseline", "value of the prompt"),
+    Field(Rankings, "scores", "scores", None, "a score of each completion, higher is better", required=True),
+    Field(Rankings, "weight", "weight", None, "multiplies the loss of the group"),
+)
+"""Every value beside the completions. Collators, readers, checks, the kit and the docs derive their tables from it."""
+
+
+def fields_of(kind: type) -> tuple[Field, ...]:
+    """The entries of `FIELDS` for one kind of feedback.
+
+    Example:
+        >>> [field.column for field in fields_of(Pairs) if field.column]
+        ['weight', 'score_chosen', 'score_rejected']
+    """
+    return tuple(field for field in FIELDS if field.kind is kind)
+
+
+def columns_of(kind: type) -> tuple[str, ...]:
+    """Columns that a data set of this kind must have, the prompt first.
+
+    Example:
+        >>> columns_of(Labels)
+        ('prompt', 'completion', 'label')
+    """
+    required = (field.column for field in fields_of(kind) if field.required and field.column)
+    return ("prompt", *SIDES[kind], *required)
+
+
+def optional_fields(kind: type) -> tuple[Field, ...]:
+    """Fields that a data set of this kind may have: one number a row.
+
+    Example:
+        >>> [field.name for field in optional_fields(Labels)]
+        ['weight', 'scores', 'kl', 'baseline']
+    """
+    return tuple(field for field in fields_of(kind) if field.column and not field.required)
+
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
@@ -352,24 +434,28 @@ def _is_tensor(value: Any) -> bool:
 
 def _check_log_ratios(name: str, value: Any) -> None:
     if not isinstance(value, LogRatios):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted LogRatios(policy=, reference=, tokens=)")
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, expected LogRatios(policy=, reference=, tokens=)"
+        )
 
 
 def _check_beside(name: str, value: Any, chosen: LogRatios) -> None:
     _check_log_ratios(name, value)
     if value.shape != chosen.shape:
-        raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {list(chosen.shape)} as chosen has")
+        raise ValueError(
+            f"{name}: got shape {list(value.shape)}, expected {list(chosen.shape)} as chosen has"
+        )
     if value.device != chosen.device:
-        raise ValueError(f"{name}: got device {value.device}, wanted {chosen.device} as chosen has")
+        raise ValueError(f"{name}: got device {value.device}, expected {chosen.device} as chosen has")
 
 
 def _as_values(name: str, value: Any, device: torch.device) -> Tensor:
     if not _is_tensor(value):
         value = torch.as_tensor(value, dtype=torch.get_default_dtype(), device=device)
     if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: got dtype {value.dtype}, wanted real numbers")
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers")
     if value.device != device:
-        raise ValueError(f"{name}: got device {value.device}, wanted {device} as the log-ratios have")
+        raise ValueError(f"{name}: got device {value.device}, expected {device} as the log-ratios have")
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
@@ -383,7 +469,7 @@ def _convert_values(feedback: Any, name: str, like: LogRatios) -> None:
     value = _as_values(name, value, like.device)
     if value.shape != like.shape:
         raise ValueError(
-            f"{name}: got shape {list(value.shape)}, wanted {list(like.shape)} as the log-ratios have"
+            f"{name}: got shape {list(value.shape)}, expected {list(like.shape)} as the log-ratios have"
         )
     object.__setattr__(feedback, name, value)
 

@@ -218,14 +218,14 @@ class LogRatios:
         if segments is not None:
             if keep_per_token:
                 raise ValueError(
-                    "keep_per_token: got True with segments, wanted False: packed rows have no [n, T] form"
+                    "keep_per_token: got True with segments, expected False: packed rows have no [n, T] form"
                 )
             _check_same_shape("segments", segments, "policy", policy)
             size = int(segments.max()) + 1 if num_segments is None else num_segments
             sums = {name: _sum_by_segment(value, segments, size) for name, value in masked.items()}
             return cls(**sums, tokens=_sum_by_segment(mask.long(), segments, size))  # type: ignore[arg-type]
         if num_segments is not None:
-            raise ValueError(f"num_segments: got {num_segments} without segments, wanted both or neither")
+            raise ValueError(f"num_segments: got {num_segments} without segments, expected both or neither")
         per_token = PerToken(masked["policy"], masked["reference"], mask) if keep_per_token else None  # type: ignore[arg-type]
         sums = {name: None if value is None else value.sum(-1) for name, value in masked.items()}
         return cls(**sums, tokens=mask.sum(-1), per_token=per_token)  # type: ignore[arg-type]
@@ -238,7 +238,7 @@ class LogRatios:
             ValueError: If there is no part, or if some parts lack a field that others have.
         """
         if not parts:
-            raise ValueError("parts: got no LogRatios, wanted at least one")
+            raise ValueError("parts: got no LogRatios, expected at least one")
         fields: dict[str, Any] = {}
         for name in ("policy", "reference", "tokens"):
             values = [getattr(part, name) for part in parts]
@@ -314,14 +314,14 @@ class LogRatios:
     def _needed_reference(self) -> Tensor:
         if self.reference is None:
             raise ValueError(
-                "reference: got None, wanted reference log-probs [...] in nats: a log-ratio needs them"
+                "reference: got None, expected reference log-probs [...] in nats: a log-ratio needs them"
             )
         return self.reference
 
     def _divisor(self) -> Tensor:
         if self.tokens is None:
             raise ValueError(
-                "tokens: got None, wanted completion token counts [...]: a per-token mean needs them"
+                "tokens: got None, expected completion token counts [...]: a per-token mean needs them"
             )
         # An empty completion has sum 0, so its mean is 0 and not 0/0.
         return self.tokens.clamp(min=1)
@@ -331,25 +331,27 @@ def _as_log_probs(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         value = torch.as_tensor(value, dtype=torch.get_default_dtype())
     if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}, wanted floating-point log-probs in nats")
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected floating-point log-probs in nats")
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _as_counts(name: str, value: Any) -> Tensor:
     value = torch.as_tensor(value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: got dtype {value.dtype}, wanted integer token counts")
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected integer token counts")
     return value
 
 
 def _check_same_shape(name: str, value: Tensor, other: str, wanted: Tensor) -> None:
     if value.shape != wanted.shape:
-        raise ValueError(f"{name}: got shape {list(value.shape)}, wanted {list(wanted.shape)} as {other} has")
+        raise ValueError(
+            f"{name}: got shape {list(value.shape)}, expected {list(wanted.shape)} as {other} has"
+        )
 
 
 def _check_same_device(name: str, value: Tensor, other: str, wanted: Tensor) -> None:
     if value.device != wanted.device:
-        raise ValueError(f"{name}: got device {value.device}, wanted {wanted.device} as {other} has")
+        raise ValueError(f"{name}: got device {value.device}, expected {wanted.device} as {other} has")
 
 
 def _sum_by_segment(value: Tensor | None, segments: Tensor, size: int) -> Tensor | None:
@@ -363,7 +365,9 @@ def _cat_or_none(name: str, values: list[Tensor | None]) -> Tensor | None:
     if not present:
         return None
     if len(present) != len(values):
-        raise ValueError(f"{name}: got it in {len(present)} of {len(values)} parts, wanted it in all or none")
+        raise ValueError(
+            f"{name}: got it in {len(present)} of {len(values)} parts, expected it in all or none"
+        )
     return torch.cat(present)
 
 
@@ -373,7 +377,7 @@ def _cat_per_token(rows: list[PerToken | None]) -> PerToken | None:
         return None
     if len(present) != len(rows):
         raise ValueError(
-            f"per_token: got it in {len(present)} of {len(rows)} parts, wanted it in all or none"
+            f"per_token: got it in {len(present)} of {len(rows)} parts, expected it in all or none"
         )
     width = max(row.mask.shape[-1] for row in present)
     padded = [row._map(lambda value: F.pad(value, (0, width - value.shape[-1]))) for row in present]

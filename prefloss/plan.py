@@ -291,7 +291,7 @@ def _naive(op: Literal["token", "linear"], like: Tensor, tokens: int, vocabulary
 def note(plan: Plan, strict: bool) -> Plan:
     """Log the plan once for each kind, and refuse a fallback where that was asked for."""
     if strict and plan.fallback is not None:
-        raise RuntimeError(f"strict: got a fallback, wanted none: {plan.fallback}")
+        raise RuntimeError(f"strict: got a fallback, expected none: {plan.fallback}")
     if torch.compiler.is_compiling():
         return plan
     kind = (plan.op, plan.impl, plan.scheme, plan.row_passes, plan.head_sums, plan.fallback is None)

@@ -8,7 +8,6 @@ import torch
 
 import prefloss
 from prefloss import Labels, LogRatios, Pairs, Rankings
-from prefloss._gradients import gradients, sizes_at_start
 from prefloss.diagnosis import (
     NAMES,
     Diagnosis,
@@ -18,6 +17,7 @@ from prefloss.diagnosis import (
     resisting,
     resists_falling,
 )
+from prefloss.diagnosis.gradients import gradients, sizes_at_start
 
 
 def side(h, tokens=None, reference=True):
@@ -288,9 +288,9 @@ def test_resistance_is_read_off_the_gradient():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"falling": 0}, ValueError, r"falling: got 0, wanted a number in \(0, 1\]"),
+        ({"falling": 0}, ValueError, r"falling: got 0, expected a number in \(0, 1\]"),
         ({"saturated": 1.5}, ValueError, "saturated: got 1.5"),
-        ({"gone": None}, TypeError, "gone: got None, wanted a number"),
+        ({"gone": None}, TypeError, "gone: got None, expected a number"),
         ({"kl": "far"}, TypeError, "kl: got 'far'"),
         ({"fall": -1.0}, ValueError, "fall: got -1.0"),
         ({"examples": 0}, ValueError, "examples: got 0"),
@@ -308,6 +308,6 @@ def test_what_a_trainer_is_given():
     own = Diagnosis.of(loss, Thresholds(kl=None))
     assert Diagnosis.of(loss, config_of(own)).thresholds == own.thresholds
     assert config_of(None) is False
-    with pytest.raises(TypeError, match="diagnose: got 'yes', wanted"):
+    with pytest.raises(TypeError, match="diagnose: got 'yes', expected"):
         Diagnosis.of(loss, "yes")
     assert math.isnan(own._correlation())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefloss import Labels, LogRatios, Pairs, Rankings
-from prefloss.diagnostics import Stat, implicit_rewards, metrics
+from prefloss.metrics import Stat, implicit_rewards, metrics
 
 
 def side(h, tokens):

@@ -19,12 +19,12 @@ def some(n=2, device=None):
         (
             lambda: Pairs(chosen=some(), rejected=some(3)),
             ValueError,
-            r"rejected: got shape \[3\], wanted \[2\]",
+            r"rejected: got shape \[3\], expected \[2\]",
         ),
         (
             lambda: Pairs(chosen=torch.zeros(2), rejected=some()),
             TypeError,
-            r"chosen: got Tensor, wanted LogRatios",
+            r"chosen: got Tensor, expected LogRatios",
         ),
         (lambda: Pairs(some(), some(), weight=torch.ones(3)), ValueError, r"weight: got shape \[3\]"),
         (lambda: Pairs(some(), some(), score_chosen=[1.0, 2.0]), ValueError, r"score_rejected: got None"),
@@ -35,28 +35,28 @@ def some(n=2, device=None):
             TypeError,
             r"desirable: got dtype torch.int64",
         ),
-        (lambda: Labels(some(), desirable=[True]), ValueError, r"desirable: got shape \[1\], wanted \[2\]"),
+        (lambda: Labels(some(), desirable=[True]), ValueError, r"desirable: got shape \[1\], expected \[2\]"),
         (
             lambda: Labels(some(), [True, False], kl=[0.1] * 3),
             ValueError,
-            r"kl: got shape \[3\], wanted a scalar or",
+            r"kl: got shape \[3\], expected a scalar or",
         ),
         (lambda: Labels(some(), [True, False], mismatched=1.0), TypeError, r"mismatched: got float"),
         (
             lambda: Rankings(some(), [1.0, 2.0]),
             ValueError,
-            r"completions: got shape \[2\], wanted \[groups, K\]",
+            r"completions: got shape \[2\], expected \[groups, K\]",
         ),
         (lambda: groups([[1.0, 2.0]], mask=[[1, 0]]), TypeError, r"mask: got dtype torch.int64"),
         (
             lambda: groups([[1.0, 2.0]], weight=[1.0, 2.0]),
             ValueError,
-            r"weight: got shape \[2\], wanted \[1\]",
+            r"weight: got shape \[2\], expected \[1\]",
         ),
         (
             lambda: groups([[1.0, 2.0]]).to_pairs("worst"),
             ValueError,
-            r"how: got 'worst', wanted 'best_worst'",
+            r"how: got 'worst', expected 'best_worst'",
         ),
     ],
 )

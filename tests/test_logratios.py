@@ -83,11 +83,11 @@ def test_detached():
         (
             lambda: ratios(tokens=torch.tensor([1.0, 2.0])),
             TypeError,
-            r"tokens: got dtype torch.float32, wanted integer",
+            r"tokens: got dtype torch.float32, expected integer",
         ),
         (lambda: ratios(tokens=torch.tensor([True, True])), TypeError, r"tokens: got dtype torch.bool"),
-        (lambda: ratios(reference=torch.zeros(3)), ValueError, r"reference: got shape \[3\], wanted \[2\]"),
-        (lambda: ratios(tokens=torch.tensor([1])), ValueError, r"tokens: got shape \[1\], wanted \[2\]"),
+        (lambda: ratios(reference=torch.zeros(3)), ValueError, r"reference: got shape \[3\], expected \[2\]"),
+        (lambda: ratios(tokens=torch.tensor([1])), ValueError, r"tokens: got shape \[1\], expected \[2\]"),
         (lambda: ratios(reference=torch.zeros(2, device="meta")), ValueError, r"reference: got device meta"),
         (lambda: ratios(reference=None).h, ValueError, r"reference: got None"),
         (lambda: ratios(tokens=None).h_mean, ValueError, r"tokens: got None"),
@@ -100,7 +100,7 @@ def test_detached():
         (
             lambda: LogRatios.from_token_logps(torch.zeros(2, 3), torch.ones(2, 4).bool()),
             ValueError,
-            r"mask: got shape \[2, 4\], wanted \[2, 3\]",
+            r"mask: got shape \[2, 4\], expected \[2, 3\]",
         ),
         (
             lambda: LogRatios.from_token_logps(torch.zeros(3), torch.ones(3).bool(), num_segments=2),

@@ -48,7 +48,7 @@ def test_strict_refuses_a_fallback():
     targets = torch.zeros(6, dtype=torch.int64)
     linear_token_logps(hidden, weight, targets, chunk_tokens=2, strict=native.passes_over(torch.float32))
     with pytest.raises(
-        RuntimeError, match="strict: got a fallback, wanted none: 0 of 6 tokens fit the budget of 0"
+        RuntimeError, match="strict: got a fallback, expected none: 0 of 6 tokens fit the budget of 0"
     ):
         linear_token_logps(hidden, weight, targets, chunk_tokens=2, budget_bytes=0, strict=True)
 
@@ -57,7 +57,7 @@ def test_strict_without_a_compiler(monkeypatch):
     monkeypatch.setattr(native, "_library", lambda: None)
     logits, targets = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
     with pytest.raises(
-        RuntimeError, match=r"strict: got a fallback, wanted none: native\.c could not be compiled"
+        RuntimeError, match=r"strict: got a fallback, expected none: native\.c could not be compiled"
     ):
         token_logps(logits, targets, impl="chunked", strict=True)
     plan = explain(**SIZES, dtype=torch.bfloat16)
@@ -81,7 +81,7 @@ def test_one_log_line_for_each_kind_of_plan(caplog, monkeypatch):
 @pytest.mark.parametrize("budget", [-1, 1.5])
 def test_a_bad_budget_is_named(budget):
     x = torch.randn(6, 4)
-    with pytest.raises(ValueError, match=r"budget_bytes: got .*, wanted an int >= 0"):
+    with pytest.raises(ValueError, match=r"budget_bytes: got .*, expected an int >= 0"):
         linear_token_logps(x, x, torch.zeros(6, dtype=torch.int64), budget_bytes=budget)
 
 

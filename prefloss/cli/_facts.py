@@ -10,7 +10,7 @@ from rich.text import Text
 
 from prefloss.cli._errors import CliError
 from prefloss.cli._task import Task
-from prefloss.data._tokens import encode, encode_prompt
+from prefloss.data.tokens import encode, encode_prompt
 
 
 def tell(console: Console, name: str, facts: tuple[str, ...], warnings: tuple[str, ...] = ()) -> None:

@@ -16,10 +16,10 @@ from prefloss.cli._errors import CliError
 from prefloss.cli._facts import tell
 from prefloss.cli._reference import ReferenceData, ReferenceSettings, progress, start_anew
 from prefloss.data.table import TableError
-from prefloss.integrations.transformers import _world
-from prefloss.integrations.transformers._build_table import Built, ReferenceBuilder, parts_folder
-from prefloss.integrations.transformers._score_rows import score
-from prefloss.integrations.transformers._table import header_of
+from prefloss.training import distributed
+from prefloss.training.build_table import Built, ReferenceBuilder, parts_folder
+from prefloss.training.score import score_rows
+from prefloss.training.table import header_of
 
 
 def run(settings: ReferenceSettings, data: ReferenceData, console: Console) -> None:
@@ -41,20 +41,20 @@ def run(settings: ReferenceSettings, data: ReferenceData, console: Console) -> N
     )
     tell(console, "model", _model_facts(settings, model, header))
     settings.output.parent.mkdir(parents=True, exist_ok=True)
-    if _world.rank() == 0:
+    if distributed.rank() == 0:
         _prepare(settings, console)
-    _world.barrier()
+    distributed.barrier()
     most = _positions(model)
 
     def scored(rows: list[Any]) -> Any:
         _check(rows, most, model)
         padding = 0 if tokenizer is None else tokenizer.pad_token_id or 0
-        return score(model, rows, batch_size=settings.batch_size, padding=padding)
+        return score_rows(model, rows, batch_size=settings.batch_size, padding=padding)
 
     began = time.perf_counter()
     try:
         builder = ReferenceBuilder(settings.output, header, scored, tokenizer=tokenizer)
-        own = -(-sum(map(len, data.sets.values())) // _world.size())
+        own = -(-sum(map(len, data.sets.values())) // distributed.size())
         with progress(console, own) as advance:
             built = builder.build(data.sets, advance)
     except (TableError, FloatingPointError, pdata.DataError, TypeError) as error:
@@ -177,7 +177,9 @@ def _check(rows: list[Any], positions: int | None, model: Any) -> None:
 
 def _model_facts(settings: ReferenceSettings, model: Any, header: Any) -> tuple[str, ...]:
     adapter = f" with the adapter {settings.adapter}" if settings.adapter else ""
-    where = f"{_world.size()} processes" if _world.size() > 1 else str(next(model.parameters()).device)
+    where = (
+        f"{distributed.size()} processes" if distributed.size() > 1 else str(next(model.parameters()).device)
+    )
     cut = "not cut" if settings.max_length is None else f"cut at {settings.max_length} tokens"
     return (
         f"{settings.model}{adapter}: {model.num_parameters() / 1e6:.1f} million parameters, {header.dtype}, on {where}",

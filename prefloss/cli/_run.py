@@ -22,7 +22,7 @@ from prefloss.cli._live import Screen
 from prefloss.cli._report import Result
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import Row, Task
-from prefloss.data._tokens import Encoded, encode, encode_prompt, pad_id
+from prefloss.data.tokens import Encoded, encode, encode_prompt, pad_id
 from prefloss.demo.measure import Measurement, Meter
 from prefloss.demo.warm_start import warm_start
 from prefloss.losses import Composite

@@ -20,7 +20,7 @@ from prefloss.cli._models import Start
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import Task
 from prefloss.data import Kind
-from prefloss.data._tokens import pad_id
+from prefloss.data.tokens import pad_id
 from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback, resolve, wants_mismatched
 from prefloss.losses import Composite
 

@@ -6,9 +6,9 @@ import json
 import random
 from typing import TYPE_CHECKING, Any
 
-from prefloss.data._read import Preferences
-from prefloss.data._rows import is_blank
 from prefloss.data.kinds import Kind
+from prefloss.data.read import Preferences
+from prefloss.data.rows import is_blank
 
 if TYPE_CHECKING:
     from datasets import Dataset

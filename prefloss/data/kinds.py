@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from prefloss.data._errors import DataError
+from prefloss.data.errors import DataError
 
 
 class Kind(enum.Enum):

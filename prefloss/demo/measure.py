@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prefloss import LogRatios, token_logps
-from prefloss.data._tokens import Encoded, pad, pad_id
+from prefloss.data.tokens import Encoded, pad, pad_id
 from prefloss.logratios import IGNORE_INDEX, completion_targets
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prefloss import token_logps
-from prefloss.data._tokens import Encoded, pad
+from prefloss.data.tokens import Encoded, pad
 from prefloss.logratios import completion_targets
 
 if TYPE_CHECKING:

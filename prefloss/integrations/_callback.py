@@ -71,5 +71,5 @@ def attached(trainer: Any, kind: type) -> Any:
     """
     found = [item for item in trainer.callback_handler.callbacks if isinstance(item, kind)]
     if len(found) > 1:
-        raise ValueError(f"callbacks: got {found!r}, wanted one PreferenceLossCallback")
+        raise ValueError(f"callbacks: got {found!r}, expected one PreferenceLossCallback")
     return found[0] if found else None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefloss import diagnostics
+from prefloss import metrics
 from prefloss.feedback import Pairs
 from prefloss.logratios import LogRatios
 from prefloss.losses import Loss, get
@@ -39,13 +39,15 @@ class FourTensorLoss:
     def __init__(self, loss: str | Loss, **parameters: Any) -> None:
         if isinstance(loss, Loss):
             if parameters:
-                raise TypeError(f"parameters: got {sorted(parameters)} with a Loss, wanted them in the Loss")
+                raise TypeError(
+                    f"parameters: got {sorted(parameters)} with a Loss, expected them in the Loss"
+                )
             self.loss = loss
         else:
             self.loss = get(loss, **parameters)
         if self.loss.spec.feedback is not Pairs:
             raise TypeError(
-                f"loss: got {self.loss.name!r}, which takes {self.loss.spec.feedback.__name__}, wanted a pair loss"
+                f"loss: got {self.loss.name!r}, which takes {self.loss.spec.feedback.__name__}, expected a pair loss"
             )
 
     def __call__(
@@ -92,7 +94,7 @@ class FourTensorLoss:
         beta = 1.0 if self.loss.beta is None else self.loss.beta
         if ratios.reference is None:
             return beta * ratios.policy.detach()
-        return diagnostics.implicit_rewards(ratios, beta)
+        return metrics.implicit_rewards(ratios, beta)
 
     def __repr__(self) -> str:
         """The loss and its hyperparameters."""
@@ -107,7 +109,7 @@ def _check_fed(loss: Loss, slot: str) -> None:
         loss.eval()(Pairs(side, side))
     except ValueError as error:
         raise ValueError(
-            f"loss: got {loss!r}, wanted one that sums of log-probs are enough for, which is all that {slot} is given "
+            f"loss: got {loss!r}, expected one that sums of log-probs are enough for, which is all that {slot} is given "
             f"({error})"
         ) from error
 

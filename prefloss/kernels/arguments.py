@@ -21,10 +21,10 @@ def check_logits(logits: Tensor, inplace_backward: bool) -> None:
     """Refuse what are no logits, [..., V], or none that the backward pass may write over if it is asked to."""
     check_tensor("logits", logits, floating=True)
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {list(logits.shape)}, wanted [..., V] with V >= 1")
+        raise ValueError(f"logits: got shape {list(logits.shape)}, expected [..., V] with V >= 1")
     if inplace_backward and logits.is_leaf and logits.requires_grad:
         raise ValueError(
-            "inplace_backward: got leaf logits, wanted the output of a model: a leaf outlives its gradient"
+            "inplace_backward: got leaf logits, expected the output of a model: a leaf outlives its gradient"
         )
 
 
@@ -32,11 +32,11 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: st
     """The vocabulary V, once hidden, weight and bias are known to fit together."""
     check_tensor(f"{prefix}hidden", hidden, floating=True)
     if hidden.dim() == 0:
-        raise ValueError(f"{prefix}hidden: got shape [], wanted [..., H]")
+        raise ValueError(f"{prefix}hidden: got shape [], expected [..., H]")
     _check_head(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
-            f"{prefix}weight: got shape {list(weight.shape)}, wanted [V, {hidden.shape[-1]}] with V >= 1 for "
+            f"{prefix}weight: got shape {list(weight.shape)}, expected [V, {hidden.shape[-1]}] with V >= 1 for "
             f"{prefix}hidden of shape {list(hidden.shape)}"
         )
     vocabulary = weight.shape[0]
@@ -44,7 +44,7 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: st
         _check_head(f"{prefix}bias", bias, f"{prefix}hidden", hidden)
         if bias.shape != (vocabulary,):
             raise ValueError(
-                f"{prefix}bias: got shape {list(bias.shape)}, wanted [{vocabulary}], one for each row of weight"
+                f"{prefix}bias: got shape {list(bias.shape)}, expected [{vocabulary}], one for each row of weight"
             )
     return vocabulary
 
@@ -59,11 +59,11 @@ def check_reference(
     """Refuse a reference whose vocabulary or positions are not those of the policy."""
     if check_linear(reference_hidden, reference_weight, reference_bias, "reference_") != vocabulary:
         raise ValueError(
-            f"reference_weight: got {len(reference_weight)} rows, wanted {vocabulary} (V) as weight has"
+            f"reference_weight: got {len(reference_weight)} rows, expected {vocabulary} (V) as weight has"
         )
     if reference_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
-            f"reference_hidden: got shape {list(reference_hidden.shape)}, wanted {list(hidden.shape[:-1])} and its "
+            f"reference_hidden: got shape {list(reference_hidden.shape)}, expected {list(hidden.shape[:-1])} and its "
             "own width, as hidden has"
         )
 
@@ -71,33 +71,33 @@ def check_reference(
 def check_limits(budget_bytes: int | None, skip_below: float) -> None:
     """Refuse what a memory budget and a limit of skipping cannot be."""
     if budget_bytes is not None and (not isinstance(budget_bytes, int) or budget_bytes < 0):
-        raise ValueError(f"budget_bytes: got {budget_bytes!r}, wanted an int >= 0")
+        raise ValueError(f"budget_bytes: got {budget_bytes!r}, expected an int >= 0")
     if not 0 <= skip_below < 1:
-        raise ValueError(f"skip_below: got {skip_below}, wanted 0 <= skip_below < 1")
+        raise ValueError(f"skip_below: got {skip_below}, expected 0 <= skip_below < 1")
 
 
 def check_choice(impl: Impl, chunk_tokens: int | None, dtype: torch.dtype) -> None:
     """Refuse what `impl` and `chunk_tokens` cannot be."""
     if impl not in _IMPLS:
-        raise ValueError(f"impl: got {impl!r}, wanted one of {', '.join(map(repr, _IMPLS))}")
+        raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(map(repr, _IMPLS))}")
     if impl == "triton" and dtype == torch.float64:
         raise ValueError(
-            "impl: got 'triton' for float64, wanted 'auto', 'naive' or 'chunked': it computes in float32"
+            "impl: got 'triton' for float64, expected 'auto', 'naive' or 'chunked': it computes in float32"
         )
     if impl == "triton" and not kernels.available():
         raise RuntimeError(
-            "impl: 'triton' needs Triton and a device that it compiles for; wanted 'auto' or 'chunked'"
+            "impl: 'triton' needs Triton and a device that it compiles for; expected 'auto' or 'chunked'"
         )
     if chunk_tokens is None:
         return
     if impl == "naive":
         raise ValueError(
-            f"chunk_tokens: got {chunk_tokens!r}, wanted None with impl='naive', which has no slices"
+            f"chunk_tokens: got {chunk_tokens!r}, expected None with impl='naive', which has no slices"
         )
     if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool):
-        raise TypeError(f"chunk_tokens: got {type(chunk_tokens).__name__}, wanted an int >= 1")
+        raise TypeError(f"chunk_tokens: got {type(chunk_tokens).__name__}, expected an int >= 1")
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: got {chunk_tokens}, wanted an int >= 1")
+        raise ValueError(f"chunk_tokens: got {chunk_tokens}, expected an int >= 1")
 
 
 def checked_transform(temperature: float, logit_scale: float, softcap: float | None) -> LogitTransform:
@@ -112,20 +112,20 @@ def checked_transform(temperature: float, logit_scale: float, softcap: float | N
 
 def _check_positive(name: str, value: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a float")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a float")
     if not 0 < value < inf:
-        raise ValueError(f"{name}: got {value}, wanted a finite number > 0")
+        raise ValueError(f"{name}: got {value}, expected a finite number > 0")
 
 
 def check_tensor(name: str, value: Tensor, *, floating: bool) -> None:
     """Refuse what is no tensor of floating-point or, without `floating`, of integer numbers."""
     wanted = "a floating-point tensor" if floating else "an integer tensor"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted {wanted}")
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {wanted}")
     # float8 is left out: it is a storage format that means nothing without its scale
     if floating != (value.dtype in _DTYPES) or (not floating and not _is_integer(value.dtype)):
         of = " of float16, bfloat16, float32 or float64" if floating else ""
-        raise TypeError(f"{name}: got {value.dtype}, wanted {wanted}{of}")
+        raise TypeError(f"{name}: got {value.dtype}, expected {wanted}{of}")
 
 
 def _is_integer(dtype: torch.dtype) -> bool:
@@ -137,14 +137,14 @@ def _check_head(name: str, value: Tensor, hidden_name: str, hidden: Tensor) -> N
     if value.dtype != hidden.dtype:
         # under autocast too: which of the two is meant to be rounded is not for a loss to guess
         raise TypeError(
-            f"{name}: got {value.dtype}, wanted {hidden.dtype} as {hidden_name} has; cast one of them"
+            f"{name}: got {value.dtype}, expected {hidden.dtype} as {hidden_name} has; cast one of them"
         )
     _check_device(name, value, hidden_name, hidden)
 
 
 def _check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     if value.device != like.device:
-        raise ValueError(f"{name}: got device {value.device}, wanted {like.device} as {like_name} has")
+        raise ValueError(f"{name}: got device {value.device}, expected {like.device} as {like_name} has")
 
 
 def checked_targets(
@@ -153,10 +153,10 @@ def checked_targets(
     """The targets as int64, once they are known to fit `like`, [..., V] or [..., H]."""
     check_tensor("targets", targets, floating=False)
     if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, wanted an int")
+        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected an int")
     if targets.shape != like.shape[:-1]:
         raise ValueError(
-            f"targets: got shape {list(targets.shape)}, wanted {list(like.shape[:-1])}, that of {like_name} "
+            f"targets: got shape {list(targets.shape)}, expected {list(like.shape[:-1])}, that of {like_name} "
             "without its last dimension"
         )
     _check_device("targets", targets, like_name, like)
@@ -167,7 +167,7 @@ def checked_targets(
         outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
         if outside.any():
             raise IndexError(
-                f"targets: got {targets[outside][0].item()}, wanted 0 <= target < {vocabulary} (V) or "
+                f"targets: got {targets[outside][0].item()}, expected 0 <= target < {vocabulary} (V) or "
                 f"ignore_index={ignore_index}"
             )
     return targets

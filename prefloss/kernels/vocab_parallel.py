@@ -82,7 +82,7 @@ def _local(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.Pro
         return x, group
     if x.placements != (Shard(0),):
         raise ValueError(
-            f"weight: got a DTensor placed {x.placements}, wanted (Shard(0),) on a mesh of one dimension"
+            f"weight: got a DTensor placed {x.placements}, expected (Shard(0),) on a mesh of one dimension"
         )
     return x.to_local(), x.device_mesh.get_group()
 

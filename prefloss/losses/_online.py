@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses import _math
-from prefloss.losses._pairwise import dpo
-from prefloss.losses._parameters import NonNegative, Positive
-from prefloss.losses._registry import register
+from prefloss.losses._core import maths
+from prefloss.losses._core.parameters import NonNegative, Positive
+from prefloss.losses._core.registry import register
+from prefloss.losses.pairwise import dpo
 
 
 @register(monotone=True, needs=("gold",))
@@ -39,4 +39,4 @@ def xpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 1e-5) -> Ten
 
     Reference: Xie et al. 2024, arXiv:2405.21046.
     """
-    return dpo(pairs, beta=beta) + alpha * _math.gold_of(pairs).policy
+    return dpo(pairs, beta=beta) + alpha * maths.gold_of(pairs).policy

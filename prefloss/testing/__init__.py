@@ -147,7 +147,9 @@ def _label(loss: Loss) -> str:
 def _checked(named: Mapping[str, str] | None) -> dict[str, str]:
     for name, reason in (named or {}).items():
         if name not in names():
-            raise ValueError(f"check: got {name!r}, wanted one of {', '.join(names())}")
+            raise ValueError(f"check: got {name!r}, expected one of {', '.join(names())}")
         if not isinstance(reason, str) or not reason.strip():
-            raise ValueError(f"{name}: got the reason {reason!r}, wanted why the check is left out, in words")
+            raise ValueError(
+                f"{name}: got the reason {reason!r}, expected why the check is left out, in words"
+            )
     return dict(named or {})

@@ -50,7 +50,7 @@ def check_torch_compile(subject: Subject) -> None:
         torch._dynamo.reset()
     if graphs > MOST_GRAPHS:
         raise subject.failed(
-            f"batches of {SIZES} examples made {graphs} graphs, wanted at most {MOST_GRAPHS}: take no Python number "
+            f"batches of {SIZES} examples made {graphs} graphs, expected at most {MOST_GRAPHS}: take no Python number "
             "from a shape or a value"
         )
 
@@ -69,7 +69,7 @@ def _check_compiled(subject: Subject, compiled: Callable[[Feedback], Tensor], fe
         )
         raise subject.failed(problem, feedback) from error
     if not close(found, wanted, 1e-5):
-        raise subject.failed(f"compiled it gave {told(found)}, wanted {told(wanted)}", feedback)
+        raise subject.failed(f"compiled it gave {told(found)}, expected {told(wanted)}", feedback)
 
 
 def _not_one_by_one(subject: Subject) -> str | None:
@@ -108,7 +108,7 @@ def _check_vmap(subject: Subject, feedback: Feedback, mapped: dict[str, Tensor])
     except Exception as error:
         raise subject.failed(_transform_problem("vmap", error), feedback) from error
     if not close(found, wanted):
-        raise subject.failed(f"torch.func.vmap gave {told(found)}, wanted {told(wanted)}", feedback)
+        raise subject.failed(f"torch.func.vmap gave {told(found)}, expected {told(wanted)}", feedback)
 
 
 def _check_functional_gradient(subject: Subject, feedback: Feedback, leaves: dict[str, Tensor]) -> None:
@@ -123,9 +123,7 @@ def _check_functional_gradient(subject: Subject, feedback: Feedback, leaves: dic
         raise subject.failed(_transform_problem("grad", error), feedback) from error
     for path, slope in wanted.items():
         if not close(found[path], slope):
-            problem = (
-                f"torch.func.grad gave {told(found[path])} for {path}, wanted {told(slope)} as autograd gives"
-            )
+            problem = f"torch.func.grad gave {told(found[path])} for {path}, expected {told(slope)} as autograd gives"
             raise subject.failed(problem, feedback)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from prefloss.feedback import Feedback
-from prefloss.losses import _registry
-from prefloss.losses._docstring import parse
-from prefloss.losses._loss import Loss
-from prefloss.losses._parameters import _plain_type
+from prefloss.losses._core import registry
+from prefloss.losses._core.docstring import parse
+from prefloss.losses._core.loss import Loss
+from prefloss.losses._core.parameters import _plain_type
 from prefloss.testing._run import check, for_all
 from prefloss.testing._settings import other_settings
 from prefloss.testing._subject import Subject
@@ -46,7 +46,7 @@ def _given(subject: Subject) -> bool:
 def _default_state(subject: Subject) -> set[str]:
     if not subject.parameters or any(parameter.required for parameter in subject.parameters.values()):
         return set()
-    return set(_registry.get(subject.name).state)
+    return set(registry.get(subject.name).state)
 
 
 def _check_stateless(subject: Subject, first: Feedback, second: Feedback) -> None:
@@ -61,7 +61,7 @@ def _check_stateless(subject: Subject, first: Feedback, second: Feedback) -> Non
     after = subject.detached(loss, first)
     if not torch.equal(before, after):
         problem = (
-            f"in training the same batch gave {told(before)} and, after another batch, {told(after)}, wanted the same "
+            f"in training the same batch gave {told(before)} and, after another batch, {told(after)}, expected the same "
             "from a loss that declares no state: keep what it remembers in an object derived from "
             "prefloss.losses.State that is a hyperparameter, and declare stateful=True"
         )
@@ -86,16 +86,16 @@ def _check_own_state(subject: Subject, first: Feedback, second: Feedback) -> Non
     found = subject.detached(subject.fresh(), first)
     if other.state_dict() != before or not torch.equal(found, wanted):
         problem = (
-            f"after another object of the same settings was trained, a fresh one gave {told(found)}, wanted "
+            f"after another object of the same settings was trained, a fresh one gave {told(found)}, expected "
             f"{told(wanted)} as before: make the state in the constructor (or in Coerce), never in the module or class"
         )
         raise subject.failed(problem, first)
     if subject.parameters and not _given(subject):
-        made = [_registry.get(subject.name, **required(subject)) for _ in range(2)]
+        made = [registry.get(subject.name, **required(subject)) for _ in range(2)]
         shared = [name for name, state in made[0].state.items() if made[1].state[name] is state]
         if shared:
             raise subject.failed(
-                f"get({subject.name!r}) gave the same {shared[0]} twice, wanted an object of its own for each loss: "
+                f"get({subject.name!r}) gave the same {shared[0]} twice, expected an object of its own for each loss: "
                 "let Coerce make it from a string"
             )
 
@@ -113,7 +113,7 @@ def _check_rests(subject: Subject, first: Feedback, second: Feedback) -> None:
     loss.step()
     if loss.state_dict() != before:
         problem = (
-            f"a batch in evaluation moved the state from {before} to {loss.state_dict()}, wanted it at rest: change "
+            f"a batch in evaluation moved the state from {before} to {loss.state_dict()}, expected it at rest: change "
             "it only where self.training is True"
         )
         raise subject.failed(problem, second)
@@ -133,7 +133,7 @@ def _check_restored(subject: Subject, first: Feedback, second: Feedback) -> None
         wanted, found = subject.detached(trained, feedback), subject.detached(restored, feedback)
         if not torch.equal(wanted, found):
             problem = (
-                f"a loss restored from state_dict gave {told(found)}, wanted {told(wanted)} as the one that was not "
+                f"a loss restored from state_dict gave {told(found)}, expected {told(wanted)} as the one that was not "
                 "interrupted: list every attribute that moves in `saved`"
             )
             raise subject.failed(problem, feedback)
@@ -142,7 +142,7 @@ def _check_restored(subject: Subject, first: Feedback, second: Feedback) -> None
 @check()
 def check_repr(subject: Subject) -> None:
     """`get(repr(loss))` gives a loss of the same values."""
-    _check_copies(subject, "get(repr(loss))", lambda loss: _registry.get(repr(loss)), state=False)
+    _check_copies(subject, "get(repr(loss))", lambda loss: registry.get(repr(loss)), state=False)
 
 
 @check()
@@ -164,11 +164,13 @@ def _check_copies(subject: Subject, how: str, copied: Callable[[Loss], Loss], st
             except Exception as error:
                 problem = f"{how} of {loss!r} raised {type(error).__name__}: {error}"
                 raise subject.failed(
-                    f"{problem}; wanted hyperparameters that are literals or objects with a repr"
+                    f"{problem}; expected hyperparameters that are literals or objects with a repr"
                 ) from error
             found, wanted = subject.detached(other.train(), feedback), subject.detached(loss, feedback)
             if not torch.equal(found, wanted):
-                raise subject.failed(f"{how} of {loss!r} gave {told(found)}, wanted {told(wanted)}", feedback)
+                raise subject.failed(
+                    f"{how} of {loss!r} gave {told(found)}, expected {told(wanted)}", feedback
+                )
 
     for_all(subject, body, size=3)
 

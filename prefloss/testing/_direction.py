@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
-from prefloss.losses._loss import Loss
+from prefloss.losses._core.loss import Loss
 from prefloss.testing import _fields
 from prefloss.testing._altered import NOTICED, altered, differs, from_to, mixed, narrowed
 from prefloss.testing._draws import Seeded

@@ -61,13 +61,13 @@ def _check_emptied(subject: Subject, whole: Feedback, given: Feedback, place: in
     for path, slope in gradients.items():
         if not bool(torch.isfinite(slope).all()):
             problem = (
-                f"with example {place} empty the gradient of {path} is {told(slope)}, wanted finite numbers: an "
+                f"with example {place} empty the gradient of {path} is {told(slope)}, expected finite numbers: an "
                 "empty completion has 0 tokens, so divide by tokens.clamp(min=1) and guard both branches of a where"
             )
             raise subject.failed(problem, given)
     if not bool(torch.isfinite(values).all()):
         raise subject.failed(
-            f"with example {place} empty the values are {told(values)}, wanted finite ones", given
+            f"with example {place} empty the values are {told(values)}, expected finite ones", given
         )
     if bool(counted[place]):
         return
@@ -82,11 +82,11 @@ def _check_emptied(subject: Subject, whole: Feedback, given: Feedback, place: in
 
 def _check_left_out(subject: Subject, given: Feedback, value: Tensor, gradients: dict[str, Tensor]) -> None:
     if bool(value != 0):
-        raise subject.failed(f"an empty example has value {told(value)}, wanted 0", given)
+        raise subject.failed(f"an empty example has value {told(value)}, expected 0", given)
     for path, slope in gradients.items():
         if bool((slope != 0).any()):
             raise subject.failed(
-                f"of an empty example {path} has gradient {told(slope)}, wanted zeros", given
+                f"of an empty example {path} has gradient {told(slope)}, expected zeros", given
             )
 
 
@@ -101,7 +101,7 @@ def _check_others(subject: Subject, whole: Feedback, given: Feedback, values: Te
     wanted = subject.detached(subject.settled, left)
     if not close(values[others], wanted):
         problem = (
-            f"with example {place} empty the others' values are {told(values[others])}, wanted {told(wanted)} as "
+            f"with example {place} empty the others' values are {told(values[others])}, expected {told(wanted)} as "
             "without it: leave examples that do not count (feedback.valid) out of every statistic of the batch"
         )
         raise subject.failed(problem, given)
@@ -116,10 +116,10 @@ def _check_nothing_left(subject: Subject, feedback: Feedback) -> None:
     for loss in (subject.fresh(), subject.settled):
         value, gradients = gradient(subject, loss, given)
         if not bool(value == 0):
-            raise subject.failed(f"with every example empty the mean is {told(value)}, wanted 0", given)
+            raise subject.failed(f"with every example empty the mean is {told(value)}, expected 0", given)
         for path, slope in gradients.items():
             if bool((slope != 0).any()) or not bool(torch.isfinite(slope).all()):
-                problem = f"with every example empty the gradient of {path} is {told(slope)}, wanted zeros"
+                problem = f"with every example empty the gradient of {path} is {told(slope)}, expected zeros"
                 raise subject.failed(problem, given)
 
 
@@ -132,12 +132,12 @@ def _check_absent(subject: Subject, feedback: Feedback) -> None:
     first, second = subject.detached(subject.settled, feedback), subject.detached(subject.settled, other)
     if not close(first, second):
         problem = (
-            f"the values are {told(second)} when absent completions have another log-prob and score, wanted "
+            f"the values are {told(second)} when absent completions have another log-prob and score, expected "
             f"{told(first)} as before: read completions only where feedback.present is True"
         )
         raise subject.failed(problem, other)
     _, gradients = gradient(subject, subject.settled, feedback)
     for path, slope in gradients.items():
         if bool((slope[absent] != 0).any()) or not bool(torch.isfinite(slope).all()):
-            problem = f"the gradient of {path} is {told(slope[absent])} at absent completions, wanted zeros"
+            problem = f"the gradient of {path} is {told(slope[absent])} at absent completions, expected zeros"
             raise subject.failed(problem, feedback)

@@ -37,7 +37,7 @@ def check_data_gradient(subject: Subject) -> None:
                 if bool((slope != 0).any()):
                     name = path.split(".")[-1]
                     problem = (
-                        f"{path} has gradient {told(slope)}, wanted none: it is data, so .detach() {name} where the "
+                        f"{path} has gradient {told(slope)}, expected none: it is data, so .detach() {name} where the "
                         "loss reads it"
                     )
                     raise subject.failed(problem, feedback)
@@ -212,7 +212,7 @@ def _check_finite(subject: Subject, feedback: Feedback) -> None:
     if not bool(torch.isfinite(values).all()):
         bad = ~torch.isfinite(values)
         problem = (
-            f"got {told(values[bad][:1])} in float32, wanted a finite value: write log(sigmoid(x)) as "
+            f"got {told(values[bad][:1])} in float32, expected a finite value: write log(sigmoid(x)) as "
             "F.logsigmoid(x), 1 - sigmoid(x) as sigmoid(-x), log(sum(exp(x))) as logsumexp, and clamp the argument "
             "of an exp that may overflow"
         )
@@ -225,7 +225,7 @@ def _check_finite_gradient(subject: Subject, loss: Any, feedback: Feedback) -> N
         bad = ~torch.isfinite(slope)
         if bool(bad.any()):
             problem = (
-                f"the gradient of {path} is {told(slope[bad][:1])} in float32, wanted a finite one: torch.where sends "
+                f"the gradient of {path} is {told(slope[bad][:1])} in float32, expected a finite one: torch.where sends "
                 "the gradient through the branch that it does not select too, so make the argument of both safe"
             )
             raise subject.failed(

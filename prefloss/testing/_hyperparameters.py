@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from prefloss.feedback import Feedback
-from prefloss.losses import _registry
-from prefloss.losses._parameters import Coerce, Interval, Parameter, _plain_type
+from prefloss.losses._core import registry
+from prefloss.losses._core.parameters import Coerce, Interval, Parameter, _plain_type
 from prefloss.testing import _fields
 from prefloss.testing._altered import differs
 from prefloss.testing._declared import required
@@ -33,7 +33,7 @@ def check_hyperparameters(subject: Subject) -> None:
             _check_refused(subject, name, value)
     _check_refused(subject, "no_such_hyperparameter", 1.0, "it has none of that name")
     for alias in subject.spec.aliases:
-        if _registry.specs.get(subject.name) is subject.spec:
+        if registry.specs.get(subject.name) is subject.spec:
             _check_alias(subject, alias)
 
 
@@ -73,7 +73,7 @@ def _check_refused(subject: Subject, name: str, value: Any, why: str = "") -> No
 
 def _check_alias(subject: Subject, alias: str) -> None:
     try:
-        loss = _registry.get(alias, **required(subject))
+        loss = registry.get(alias, **required(subject))
         subject.detached(loss.eval(), subject.seeded(1, size=2))
     except (TypeError, ValueError) as error:
         raise subject.failed(f"its alias {alias!r} cannot be built: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prefloss.feedback import Feedback, Rankings
-from prefloss.losses._loss import Loss
+from prefloss.losses._core.loss import Loss
 from prefloss.testing import _fields
 from prefloss.testing._altered import altered, differs, from_to, narrowed
 from prefloss.testing._run import check
@@ -41,7 +41,7 @@ def _check_missing(subject: Subject) -> None:
             if isinstance(error, ValueError | TypeError) and any(word in str(error) for word in words):
                 continue
             problem = f"without {name} it raised {type(error).__name__}: {error}"
-            raise subject.failed(f"{problem}, wanted a ValueError that names {name}", lacking) from error
+            raise subject.failed(f"{problem}, expected a ValueError that names {name}", lacking) from error
         raise subject.failed(
             f"declares needs={name!r}, but gave values without it: declare it in reads", lacking
         )

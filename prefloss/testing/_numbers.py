@@ -23,7 +23,7 @@ def check_padding(subject: Subject) -> None:
         values, other = (subject.detached(subject.settled, item) for item in (feedback, padded))
         if not close(values, other):
             problem = (
-                f"with other numbers outside the mask, and two more places, the values are {told(other)}, wanted "
+                f"with other numbers outside the mask, and two more places, the values are {told(other)}, expected "
                 f"{told(values)}: use PerToken.sum and PerToken.mean, which read what the mask holds"
             )
             raise subject.failed(problem, padded)
@@ -63,7 +63,7 @@ def check_precision(subject: Subject) -> None:
     for narrow, found, wanted, allowed in drawn:
         if not bool(((found - wanted).abs() <= allowed + rounding).all()):
             problem = (
-                f"got {told(found)} in float32 and {told(wanted)} in float64, wanted the same leading digits: a "
+                f"got {told(found)} in float32 and {told(wanted)} in float64, expected the same leading digits: a "
                 "difference of nearly equal numbers loses them, so write 1 - sigmoid(x) as sigmoid(-x), exp(x) - 1 as "
                 "expm1(x), log(1 + x) as log1p(x)"
             )
@@ -97,7 +97,7 @@ def check_ties(subject: Subject) -> None:
             if not bool(torch.isfinite(found).all()):
                 what = "the mean" if name == "value" else f"the gradient of {name}"
                 raise subject.failed(
-                    f"with equal scores {what} is {told(found)}, wanted finite numbers", given
+                    f"with equal scores {what} is {told(found)}, expected finite numbers", given
                 )
 
     for_all(subject, body, ties=True)
@@ -130,7 +130,7 @@ def check_nan(subject: Subject) -> None:
             values = subject.detached(subject.settled, given)
             if not bool(torch.isnan(values).any()):
                 problem = (
-                    f"with {path}{list(place)} NaN the values are {told(values)}, wanted NaN: hide no fault of the "
+                    f"with {path}{list(place)} NaN the values are {told(values)}, expected NaN: hide no fault of the "
                     "model with nan_to_num or with a comparison that is False for NaN"
                 )
                 raise subject.failed(problem, given)

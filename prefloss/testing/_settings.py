@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args, get_origin
 
-from prefloss.losses._parameters import Coerce, Interval, Parameter, _plain_type
+from prefloss.losses._core.parameters import Coerce, Interval, Parameter, _plain_type
 from prefloss.testing._subject import Subject
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from prefloss.feedback import Feedback
-from prefloss.losses import _loss, _registry
-from prefloss.losses._composite import Composite, _no_function
-from prefloss.losses._loss import Loss
-from prefloss.losses._parameters import Interval, Parameter
-from prefloss.losses._registry import LossSpec
-from prefloss.losses._state import Draws
+from prefloss.losses._core import loss as _loss
+from prefloss.losses._core import registry as _registry
+from prefloss.losses._core.loss import Loss
+from prefloss.losses._core.parameters import Interval, Parameter
+from prefloss.losses._core.registry import LossSpec
+from prefloss.losses._core.state import Draws
+from prefloss.losses._core.sum import Composite, _no_function
 from prefloss.testing import _fields
 from prefloss.testing._draws import Seeded, Wanted, draw
 
@@ -186,7 +187,7 @@ class Subject:
             problem = f"raised {type(error).__name__}: {error}\n  It takes {_taken(self)}."
             raise CannotRun(self.name, self.check, problem, feedback) from error
         if not isinstance(result, Tensor):
-            problem = f"returned {type(result).__name__}, wanted a tensor, one value per example"
+            problem = f"returned {type(result).__name__}, expected a tensor, one value per example"
             raise CannotRun(self.name, self.check, problem, feedback)
         return result
 
@@ -229,7 +230,7 @@ def as_loss(loss: Checkable, **traits: Any) -> Loss:
         loss = known
     if traits:
         raise TypeError(
-            f"loss: got traits {sorted(traits)} beside {loss!r}, wanted them only for a plain function"
+            f"loss: got traits {sorted(traits)} beside {loss!r}, expected them only for a plain function"
         )
     if isinstance(loss, Loss):
         return loss
@@ -237,7 +238,7 @@ def as_loss(loss: Checkable, **traits: Any) -> Loss:
         return _bound(loss)
     if isinstance(loss, str):
         return _bound(_registry.spec_of(loss)) if loss in _registry.specs else _registry.get(loss)
-    raise TypeError(f"loss: got {loss!r}, wanted a loss, its spec, its name or its function")
+    raise TypeError(f"loss: got {loss!r}, expected a loss, its spec, its name or its function")
 
 
 def _bound(spec: LossSpec) -> Loss:
@@ -263,7 +264,9 @@ def registered(spec: LossSpec) -> Iterator[None]:
         yield
         return
     if spec.name in _registry.specs:
-        raise ValueError(f"name: {spec.name!r} is taken by another loss, wanted a free one: pass name='...'")
+        raise ValueError(
+            f"name: {spec.name!r} is taken by another loss, expected a free one: pass name='...'"
+        )
     _registry._specs[spec.name] = spec
     try:
         yield

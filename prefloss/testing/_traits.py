@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
 from prefloss.logratios import LogRatios
-from prefloss.losses._loss import Loss
+from prefloss.losses._core.loss import Loss
 from prefloss.testing import _fields
 from prefloss.testing._altered import differs, from_to
 from prefloss.testing._draws import Seeded
@@ -134,7 +134,7 @@ def check_beta(subject: Subject) -> None:
     assert name is not None
     now = subject.loss.beta
     if isinstance(now, bool) or not isinstance(now, int | float):
-        raise subject.failed(f"declares beta={name!r}, which is {now!r}, wanted a number")
+        raise subject.failed(f"declares beta={name!r}, which is {now!r}, expected a number")
     for feedback in subject.searched():
         if differs(_with(subject, feedback), _with(subject, feedback, **{name: 2 * now or 1.0})):
             return

@@ -44,19 +44,19 @@ def check_shape_and_dtype(subject: Subject) -> None:
             values = subject.detached(subject.settled, given)
             if values.shape != given.shape:
                 problem = (
-                    f"got values of shape {list(values.shape)}, wanted {list(given.shape)}: do not reduce"
+                    f"got values of shape {list(values.shape)}, expected {list(given.shape)}: do not reduce"
                 )
                 raise subject.failed(problem, given)
             wanted = torch.float64 if dtype == torch.float64 else torch.float32
             if values.dtype != wanted:
                 problem = (
-                    f"got {values.dtype} from {dtype} log-probs, wanted {wanted}: make constants with "
+                    f"got {values.dtype} from {dtype} log-probs, expected {wanted}: make constants with "
                     "new_tensor or plain numbers, and do not cast"
                 )
                 raise subject.failed(problem, given)
             if dtype in (torch.float64, torch.float32) and not bool(torch.isfinite(values).all()):
                 raise subject.failed(
-                    f"got {told(values)} from ordinary log-probs, wanted finite values", given
+                    f"got {told(values)} from ordinary log-probs, expected finite values", given
                 )
 
     for_all(subject, body)
@@ -74,7 +74,7 @@ def check_no_mutation(subject: Subject) -> None:
             for path, value in _fields.tensors(feedback).items():
                 if not torch.equal(value, before[path]) or value._version != versions[path]:
                     problem = (
-                        f"{path} was {told(before[path])} before the call and is {told(value)} after it, wanted it "
+                        f"{path} was {told(before[path])} before the call and is {told(value)} after it, expected it "
                         "unchanged: use no in-place operation (x += y, x.clamp_(), x[i] = y) on what comes in"
                     )
                     raise subject.failed(problem, _fields.with_tensors(feedback, {path: before[path]}))
@@ -92,13 +92,13 @@ def check_determinism(subject: Subject) -> None:
         second = subject.detached(subject.settled, feedback)
         if not torch.equal(first, second):
             problem = (
-                f"the same call gave {told(first)} and then {told(second)}, wanted the same twice: draw random "
-                "numbers from a state such as prefloss.losses._state.Draws, and let no state move in evaluation"
+                f"the same call gave {told(first)} and then {told(second)}, expected the same twice: draw random "
+                "numbers from a state such as prefloss.losses._core.state.Draws, and let no state move in evaluation"
             )
             raise subject.failed(problem, feedback)
         others = [subject.detached(subject.fresh().eval(), feedback) for _ in range(2)]
         if not torch.equal(*others):
-            problem = f"two losses of the same settings gave {told(others[0])} and {told(others[1])}, wanted the same"
+            problem = f"two losses of the same settings gave {told(others[0])} and {told(others[1])}, expected the same"
             raise subject.failed(problem, feedback)
 
     for_all(subject, body)
@@ -120,7 +120,7 @@ def check_batch_permutation(subject: Subject) -> None:
             moved = subject.detached(subject.settled, _fields.select(feedback, order))
             if not close(moved, values[order]):
                 problem = (
-                    f"in the order {order.tolist()} the values are {told(moved)}, wanted {told(values[order])}: a "
+                    f"in the order {order.tolist()} the values are {told(moved)}, expected {told(values[order])}: a "
                     "value belongs to its example, so put sorted or gathered values back in their places"
                 )
                 raise subject.failed(problem, feedback)
@@ -152,7 +152,7 @@ def _check_candidates(subject: Subject, feedback: Feedback) -> None:
         if not close(moved, values):
             problem = (
                 f"with the completions of each group in the order {order.tolist()} the values are {told(moved)}, "
-                f"wanted {told(values)} as before: rank by the scores, not by place"
+                f"expected {told(values)} as before: rank by the scores, not by place"
             )
             raise subject.failed(problem, feedback)
 
@@ -167,7 +167,7 @@ def check_weights(subject: Subject) -> None:
         assert feedback.weight is not None
         if not close(weighted, values * feedback.weight):
             problem = (
-                f"with weights {told(feedback.weight)} the values are {told(weighted)}, wanted "
+                f"with weights {told(feedback.weight)} the values are {told(weighted)}, expected "
                 f"{told(values * feedback.weight)}: leave the weights to prefloss, which multiplies by them"
             )
             raise subject.failed(problem, feedback)
@@ -175,7 +175,7 @@ def check_weights(subject: Subject) -> None:
         wanted = weighted.sum() / subject.settled.counted(feedback).sum().clamp(min=1)
         # The terms of a sum may count different examples, so its mean is not the mean of its values.
         if not subject.is_sum and not close(mean, wanted):
-            raise subject.failed(f"the mean is {told(mean)}, wanted {told(wanted)}", feedback)
+            raise subject.failed(f"the mean is {told(mean)}, expected {told(wanted)}", feedback)
 
     for_all(subject, body, weight=True)
 
@@ -192,7 +192,7 @@ def check_single_example(subject: Subject) -> None:
                 if not bool(torch.isfinite(found).all()):
                     what = "the value" if name == "value" else f"the gradient of {name}"
                     problem = (
-                        f"in {mode}, {what} is {told(found)}, wanted finite numbers: a statistic of the batch needs "
+                        f"in {mode}, {what} is {told(found)}, expected finite numbers: a statistic of the batch needs "
                         "a meaning for one example (an unbiased standard deviation has none)"
                     )
                     raise subject.failed(problem, feedback)

@@ -167,6 +167,6 @@ def _wanted(kind: type, size: int | None, fields: Iterable[str], options: dict[s
     if unknown:
         listed = ", ".join(_fields.available(kind))
         raise ValueError(
-            f"fields: got {unknown[0]!r}, wanted some of {listed}: {kind.__name__} have no other"
+            f"fields: got {unknown[0]!r}, expected some of {listed}: {kind.__name__} have no other"
         )
     return replace(Wanted(size=size, fields=names, dtype=torch.float32), **options)

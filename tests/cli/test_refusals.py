@@ -45,8 +45,8 @@ def labelled(tmp_path):
     [
         (["--loss", "dpoo"], "unknown loss 'dpoo'; did you mean 'dpo'"),
         (["--param", "tau=1"], "dpo: unknown hyperparameter 'tau'"),
-        (["--param", "beta=-1"], "dpo: beta: got -1, wanted a number > 0"),
-        (["--loss", "ipo", "--param", "tau=big"], "ipo: tau: got 'big', wanted a number > 0"),
+        (["--param", "beta=-1"], "dpo: beta: got -1, expected a number > 0"),
+        (["--loss", "ipo", "--param", "tau=big"], "ipo: tau: got 'big', expected a number > 0"),
         (["--param", "beta"], "--param: expected NAME=VALUE, as tau=0.1, got 'beta'"),
         (["--loss", "dpo_pl"], "dpo_pl takes Rankings, and TRL has no trainer for ranked groups"),
         (["--loss", "dro"], "dro needs the value of each prompt"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from prefloss.data._tokens import encode, pad
+from prefloss.data.tokens import encode, pad
 from prefloss.demo.model import tiny_llama, train_tokenizer
 
 TEXTS = ["What is this?", "A bird, I think.", "No idea", "user assistant"] * 3

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from prefloss.data._tokens import encode, encode_prompt
+from prefloss.data.tokens import encode, encode_prompt
 from prefloss.demo.measure import Meter, accuracy, standard_error
 from prefloss.demo.model import tiny_llama, word_tokenizer
 from prefloss.demo.world import World, true_reward

@@ -49,9 +49,9 @@ def test_it_is_called_as_a_module_is():
 
 
 def test_what_it_refuses():
-    with pytest.raises(TypeError, match="'kto', which takes Labels, wanted a pair loss"):
+    with pytest.raises(TypeError, match="'kto', which takes Labels, expected a pair loss"):
         FourTensorLoss("kto")
-    with pytest.raises(TypeError, match="wanted them in the Loss"):
+    with pytest.raises(TypeError, match="expected them in the Loss"):
         FourTensorLoss(prefloss.get("dpo"), beta=0.1)
 
 

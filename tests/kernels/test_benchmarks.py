@@ -74,5 +74,5 @@ def test_readme_shows_the_results_that_are_kept():
 
 
 def test_a_readme_without_markers_is_refused():
-    with pytest.raises(ValueError, match="wanted the markers"):
+    with pytest.raises(ValueError, match="expected the markers"):
         tables.replaced("# prefloss", "")

@@ -9,7 +9,8 @@ import torch
 
 import prefloss
 from prefloss import LogRatios, Pairs, losses
-from prefloss.losses import RewardShift, _anchored, _shift
+from prefloss.losses import RewardShift, two_sided
+from prefloss.losses._core import shift
 from tests.losses.points import FAR, POINT, assert_empty_is_left_out, assert_finite, grid
 
 LOG_2 = math.log(2)
@@ -28,7 +29,7 @@ DEFAULTS = {
 
 
 def test_every_loss_of_the_file_is_here():
-    found = {name for name, spec in prefloss.specs.items() if spec.function.__module__ == _anchored.__name__}
+    found = {name for name, spec in prefloss.specs.items() if spec.function.__module__ == two_sided.__name__}
     assert found == set(DEFAULTS)
 
 
@@ -196,7 +197,7 @@ def test_a_loss_with_a_shift_is_copied_pickled_and_written():
 
 
 def test_the_plain_function_keeps_no_hidden_state():
-    with pytest.raises(ValueError, match=r"shift: got 'running', wanted RewardShift\(\) or a number"):
+    with pytest.raises(ValueError, match=r"shift: got 'running', expected RewardShift\(\) or a number"):
         losses.bco_pair(POINT)
     shift = RewardShift()
     losses.bco_pair(POINT, beta=1.0, shift=shift)
@@ -206,7 +207,7 @@ def test_the_plain_function_keeps_no_hidden_state():
 @pytest.mark.parametrize("value", ["walking", float("nan"), float("inf")])
 def test_shifts_that_are_none(value):
     with pytest.raises(
-        ValueError, match=r"bco_pair: shift: got .*, wanted 'running' or a finite number in nats"
+        ValueError, match=r"bco_pair: shift: got .*, expected 'running' or a finite number in nats"
     ):
         prefloss.get("bco_pair", shift=value)
 
@@ -219,9 +220,9 @@ def test_shifts_of_another_type(value):
 
 def test_a_shift_is_bound_by_name_number_or_object():
     own = RewardShift()
-    assert _shift.as_shift(own) is own
-    assert _shift.as_shift(2) == 2.0
-    assert _shift.as_shift("running") == _shift.as_shift({"name": "running_shift"}) == RewardShift()
+    assert shift.as_shift(own) is own
+    assert shift.as_shift(2) == 2.0
+    assert shift.as_shift("running") == shift.as_shift({"name": "running_shift"}) == RewardShift()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin
 import prefloss
 from prefloss import losses
 from prefloss.losses import MODIFIERS
-from prefloss.losses._parameters import Coerce
+from prefloss.losses._core.parameters import Coerce
 from prefloss.testing import parametrize_loss_checks
 
 EXAMPLES = 6

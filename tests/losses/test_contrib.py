@@ -365,7 +365,7 @@ def test_gamma_po_keeps_a_queue():
     twin = prefloss.get(repr(small))
     assert twin.params["queue"] == Recent(size=2)
     assert prefloss.get("gamma_po", queue=[1, 2]).params["queue"] == (1.0, 2.0)
-    with pytest.raises(ValueError, match="queue: got 'running', wanted the object itself"):
+    with pytest.raises(ValueError, match="queue: got 'running', expected the object itself"):
         losses.gamma_po(made([1.0]))
 
 

@@ -7,7 +7,7 @@ import torch
 
 import prefloss
 from prefloss import Pairs
-from prefloss.losses import _divergences
+from prefloss.losses import divergences
 from tests.losses.points import FAR, POINT, assert_empty_is_left_out, assert_finite, grid
 
 LOG_2 = math.log(2)
@@ -26,7 +26,7 @@ def softplus(x):
 
 def test_every_loss_of_the_file_is_here():
     found = {
-        name for name, spec in prefloss.specs.items() if spec.function.__module__ == _divergences.__name__
+        name for name, spec in prefloss.specs.items() if spec.function.__module__ == divergences.__name__
     }
     assert found == set(DEFAULTS)
 
@@ -126,5 +126,5 @@ def test_aliases(alias, name):
 
 @pytest.mark.parametrize("alpha", [0, 1, -0.5])
 def test_alpha_is_between_the_two_kls(alpha):
-    with pytest.raises(ValueError, match=r"alpha: got .*, wanted a number > 0 and < 1"):
+    with pytest.raises(ValueError, match=r"alpha: got .*, expected a number > 0 and < 1"):
         prefloss.get("f_dpo_alpha", alpha=alpha)

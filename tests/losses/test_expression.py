@@ -39,7 +39,7 @@ def test_a_term_twice_keeps_two_metrics():
 
 
 def test_each_term_keeps_its_own_divisor(monkeypatch):
-    monkeypatch.setattr(prefloss.losses._loss._Warned, "empty", True)
+    monkeypatch.setattr(prefloss.losses._core.loss._Warned, "empty", True)
     chosen = LogRatios([-2.0, -4.0], [-2.0, -4.0], [2, 2])
     rejected = LogRatios([-3.0, -3.0], [-3.0, -3.0], [3, 0])
     found = prefloss.get("dpo + nll").evaluate(Pairs(chosen, rejected))
@@ -78,7 +78,7 @@ def test_a_sum_keeps_its_terms_state():
         ("dpo(0.1) + ipo", ValueError, r"'dpo\(0.1\)' is no loss with keyword hyperparameters"),
         ("dpo + nonsense", ValueError, "unknown loss 'nonsense'"),
         ("dpo(**x) + ipo", ValueError, r"\*\* is not allowed"),
-        ("dpo + (", ValueError, "wanted a loss name"),
+        ("dpo + (", ValueError, "expected a loss name"),
         ("dpo + dpo_pl", TypeError, "losses of different feedback"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_loss_refuses_a_modifier_with_the_reason(name, given, message):
     ],
 )
 def test_modifiers_have_ranges(given):
-    with pytest.raises(ValueError, match="wanted"):
+    with pytest.raises(ValueError, match="expected"):
         prefloss.get("dpo", **given)
 
 
@@ -197,9 +197,9 @@ def test_a_schedule_moves_a_hyperparameter():
     assert other.beta == pytest.approx(0.3)
     other.load_state_dict({"beta": {"done": 0}})
     assert other.beta == 0.5
-    with pytest.raises(ValueError, match=r"beta: got -0.1, wanted a number > 0"):
+    with pytest.raises(ValueError, match=r"beta: got -0.1, expected a number > 0"):
         prefloss.get("dpo", beta=Linear(0.5, -0.1, steps=4))
-    with pytest.raises(TypeError, match="wanted"):
+    with pytest.raises(TypeError, match="expected"):
         prefloss.get("ipo", per_token=Linear(0.5, 0.1, steps=4))
 
 

@@ -7,7 +7,7 @@ import torch
 
 import prefloss
 from prefloss import LogRatios, Pairs
-from prefloss.losses import _graded
+from prefloss.losses import graded
 from tests.losses.points import FAR, POINT, assert_empty_is_left_out, assert_finite, grid, scored
 
 LOG_2 = math.log(2)
@@ -29,7 +29,7 @@ def softplus(x):
 
 
 def test_every_loss_of_the_file_is_here():
-    found = {name for name, spec in prefloss.specs.items() if spec.function.__module__ == _graded.__name__}
+    found = {name for name, spec in prefloss.specs.items() if spec.function.__module__ == graded.__name__}
     assert found == set(DEFAULTS)
 
 
@@ -147,7 +147,7 @@ def test_scores_get_no_gradient_and_keep_the_dtype(name):
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_scores_are_needed(name):
-    with pytest.raises(ValueError, match=f"{name}: scores: got none, wanted graded feedback"):
+    with pytest.raises(ValueError, match=f"{name}: scores: got none, expected graded feedback"):
         prefloss.get(name)(POINT)
     with pytest.raises(ValueError, match="score_chosen: got None"):
         prefloss.specs[name].function(POINT)
@@ -173,7 +173,7 @@ def test_odpo_marks_a_pair_without_a_log_where_it_cannot_raise():
 
 
 def test_odpo_knows_two_scales():
-    with pytest.raises(ValueError, match="odpo: scale: got 'ratio', wanted one of 'log', 'identity'"):
+    with pytest.raises(ValueError, match="odpo: scale: got 'ratio', expected one of 'log', 'identity'"):
         prefloss.get("odpo", scale="ratio")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefloss import LogRatios, Pairs
-from prefloss.losses import _math
+from prefloss.losses._core import maths
 
 LOG_2 = math.log(2)
 
@@ -25,7 +25,7 @@ LOG_2 = math.log(2)
 )
 def test_log1mexp_and_its_slope(x, value, slope):
     x = torch.tensor(x, requires_grad=True)
-    result = _math.log1mexp(x)
+    result = maths.log1mexp(x)
     (gradient,) = torch.autograd.grad(result, x)
     assert result.item() == pytest.approx(value, rel=1e-6)
     assert gradient.item() == pytest.approx(slope, rel=1e-6)
@@ -35,7 +35,7 @@ def test_log1mexp_and_its_slope(x, value, slope):
 @pytest.mark.parametrize("x", [0.0, -1e-45, 1e-6, 1e4])
 def test_a_certain_completion_has_finite_log1mexp_and_no_slope(x, dtype):
     x = torch.tensor(x, dtype=dtype, requires_grad=True)
-    result = _math.log1mexp(x)
+    result = maths.log1mexp(x)
     (gradient,) = torch.autograd.grad(result, x)
     assert result.isfinite()
     assert result < -87
@@ -55,11 +55,11 @@ def test_plain_forms_of_log1mexp_fail_there():
 )
 def test_log_odds_of_the_mean_probability(policy, odds):
     ratios = LogRatios(policy=torch.tensor([4 * policy], dtype=torch.float64), tokens=[4])
-    assert _math.log_odds(ratios).item() == pytest.approx(odds, rel=1e-6, abs=1e-12)
+    assert maths.log_odds(ratios).item() == pytest.approx(odds, rel=1e-6, abs=1e-12)
 
 
 def test_nll_is_per_token_and_zero_without_tokens():
-    assert _math.nll(LogRatios(policy=[-20.0, -3.0], tokens=[10, 0])).tolist() == [2.0, 0.0]
+    assert maths.nll(LogRatios(policy=[-20.0, -3.0], tokens=[10, 0])).tolist() == [2.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_nll_is_per_token_and_zero_without_tokens():
 )
 def test_bernoulli_kl(z, q, value):
     z = torch.tensor(z, requires_grad=True)
-    result = _math.bernoulli_kl(z, math.log(q), math.log(1 - q))
+    result = maths.bernoulli_kl(z, math.log(q), math.log(1 - q))
     (gradient,) = torch.autograd.grad(result, z)
     assert result.item() == pytest.approx(value, rel=1e-5, abs=1e-7)
     assert gradient.isfinite()
@@ -84,40 +84,40 @@ def test_bernoulli_kl(z, q, value):
 def test_bernoulli_kl_of_opposite_certainties():
     far = torch.tensor(1e4)
     certain = torch.nn.functional.logsigmoid(far), torch.nn.functional.logsigmoid(-far)
-    assert _math.bernoulli_kl(-far, *certain).item() == 1e4
-    assert _math.bernoulli_kl(far, *certain).item() == 0
+    assert maths.bernoulli_kl(-far, *certain).item() == 1e4
+    assert maths.bernoulli_kl(far, *certain).item() == 0
 
 
 def test_lengths_take_the_dtype_of_the_log_probs():
-    assert _math.lengths(LogRatios(torch.tensor([-1.0]).double(), tokens=[3])).dtype == torch.float64
-    with pytest.raises(ValueError, match="tokens: got None, wanted completion token counts"):
-        _math.lengths(LogRatios(policy=[-1.0]))
+    assert maths.lengths(LogRatios(torch.tensor([-1.0]).double(), tokens=[3])).dtype == torch.float64
+    with pytest.raises(ValueError, match="tokens: got None, expected completion token counts"):
+        maths.lengths(LogRatios(policy=[-1.0]))
 
 
 def test_what_a_loss_misses_is_named():
     pairs = Pairs.of([0.0], [0.0])
-    with pytest.raises(ValueError, match="gold: got None, wanted log-ratios of a third completion"):
-        _math.gold_of(pairs)
-    with pytest.raises(ValueError, match="score_chosen: got None, wanted a score of each completion"):
-        _math.score_gap(pairs)
+    with pytest.raises(ValueError, match="gold: got None, expected log-ratios of a third completion"):
+        maths.gold_of(pairs)
+    with pytest.raises(ValueError, match="score_chosen: got None, expected a score of each completion"):
+        maths.score_gap(pairs)
 
 
 def test_scores_have_the_dtype_of_the_log_ratios_and_no_gradient():
     score = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
     pairs = Pairs.of([0.0], [0.0], score_chosen=score, score_rejected=[0.5])
-    gap = _math.score_gap(pairs)
+    gap = maths.score_gap(pairs)
     assert gap.item() == 1.5
     assert gap.dtype == torch.float32
     assert not gap.requires_grad
 
 
 def test_refuse_raises_where_values_can_be_read():
-    _math.refuse(torch.tensor([False, False]), "never")
-    with pytest.raises(ValueError, match="x: got 1, wanted 2"):
-        _math.refuse(torch.tensor([False, True]), "x: got 1, wanted 2")
+    maths.refuse(torch.tensor([False, False]), "never")
+    with pytest.raises(ValueError, match="x: got 1, expected 2"):
+        maths.refuse(torch.tensor([False, True]), "x: got 1, expected 2")
 
     def mapped(x):
-        _math.refuse(x > 0, "never")
+        maths.refuse(x > 0, "never")
         return x
 
     assert torch.vmap(mapped)(torch.tensor([1.0, -1.0])).tolist() == [1.0, -1.0]

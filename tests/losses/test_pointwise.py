@@ -88,12 +88,12 @@ def test_each_loss_has_a_shift_of_its_own():
 
 @pytest.mark.parametrize("shift", ["always", True, float("nan"), [1.0]])
 def test_what_is_no_shift(shift):
-    with pytest.raises((TypeError, ValueError), match=r"bco: shift: got .* wanted 'running'"):
+    with pytest.raises((TypeError, ValueError), match=r"bco: shift: got .* expected 'running'"):
         prefloss.get("bco", shift=shift)
 
 
 def test_the_raw_function_keeps_no_state():
-    with pytest.raises(ValueError, match=r"shift: got 'running', wanted RewardShift\(\)"):
+    with pytest.raises(ValueError, match=r"shift: got 'running', expected RewardShift\(\)"):
         losses.bco(LABELS)
 
 
@@ -135,7 +135,7 @@ def test_a_missing_baseline_is_named():
     plain = Labels(BOTH, [True, False], scores=[1.0, 0.0])
     with pytest.raises(ValueError, match="a2po: baseline: got none"):
         prefloss.get("a2po")(plain)
-    with pytest.raises(ValueError, match="baseline: got None, wanted one for each completion"):
+    with pytest.raises(ValueError, match="baseline: got None, expected one for each completion"):
         losses.a2po(plain)
 
 

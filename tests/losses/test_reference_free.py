@@ -7,7 +7,7 @@ import torch
 
 import prefloss
 from prefloss import LogRatios, Pairs
-from prefloss.losses import _reference_free
+from prefloss.losses import reference_free
 from tests.losses.points import FAR, POINT, assert_empty_is_left_out, assert_finite, grid
 
 LOG_2 = math.log(2)
@@ -39,7 +39,7 @@ def pairs_of(mean_w, mean_l, n_w=4, n_l=2, gold=None):
 
 def test_every_loss_of_the_file_is_here():
     found = {
-        name for name, spec in prefloss.specs.items() if spec.function.__module__ == _reference_free.__name__
+        name for name, spec in prefloss.specs.items() if spec.function.__module__ == reference_free.__name__
     }
     assert found == set(DEFAULTS)
 
@@ -120,7 +120,7 @@ def test_gold_points_worked_by_hand(name, value):
 
 @pytest.mark.parametrize("name", ["tpo", "tpo_l"])
 def test_a_gold_completion_is_needed(name):
-    with pytest.raises(ValueError, match=f"{name}: gold: got none, wanted a third completion"):
+    with pytest.raises(ValueError, match=f"{name}: gold: got none, expected a third completion"):
         prefloss.get(name)(BARE)
     with pytest.raises(ValueError, match="gold: got None"):
         prefloss.specs[name].function(BARE)

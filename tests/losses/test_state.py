@@ -10,7 +10,8 @@ import torch
 
 import prefloss
 from prefloss import Pairs
-from prefloss.losses import Cosine, Draws, Linear, Moments, Recent, RewardShift, _state
+from prefloss.losses import Cosine, Draws, Linear, Moments, Recent, RewardShift
+from prefloss.losses._core import state
 
 ALL = torch.tensor([True, True, True])
 VALUES = torch.tensor([1.0, 3.0, 8.0])
@@ -102,7 +103,7 @@ def test_saved_and_restored(kind):
     else:
         assert restored(VALUES, ALL) == state(VALUES, ALL)
     assert restored.state_dict() == state.state_dict()
-    with pytest.raises(ValueError, match=r"state: got .* wanted"):
+    with pytest.raises(ValueError, match=r"state: got .* expected"):
         restored.load_state_dict({"other": 1})
 
 
@@ -162,7 +163,7 @@ def test_recent_keeps_the_last_values_and_fills_a_batch():
 
 @pytest.mark.parametrize("settings", [{"size": -1}, {"batch": 1.5}, {"size": True}])
 def test_what_is_no_size(settings):
-    with pytest.raises(ValueError, match="wanted a whole number"):
+    with pytest.raises(ValueError, match="expected a whole number"):
         Recent(**settings)
 
 
@@ -183,14 +184,14 @@ def test_written_as_configuration(state):
 
 
 def test_coercion():
-    assert _state.as_moments("running") == Moments()
-    assert _state.as_moments({"name": "moments", "decay": 0.5}) == Moments(decay=0.5)
-    assert _state.as_moments([1, 2]) == (1.0, 2.0)
-    assert _state.as_draws(3) == Draws(3) == _state.as_draws({"name": "draws", "seed": 3})
-    assert _state.as_recent([1, 2.5]) == (1.0, 2.5)
+    assert state.as_moments("running") == Moments()
+    assert state.as_moments({"name": "moments", "decay": 0.5}) == Moments(decay=0.5)
+    assert state.as_moments([1, 2]) == (1.0, 2.0)
+    assert state.as_draws(3) == Draws(3) == state.as_draws({"name": "draws", "seed": 3})
+    assert state.as_recent([1, 2.5]) == (1.0, 2.5)
     kept = Moments()
-    assert _state.as_moments(kept) is kept
-    assert _state.as_moments("running") is not _state.as_moments("running")
+    assert state.as_moments(kept) is kept
+    assert state.as_moments("running") is not state.as_moments("running")
     for wrong in (
         "always",
         1.0,
@@ -200,8 +201,8 @@ def test_coercion():
         Draws(),
         {"name": "moments", "decay": 2},
     ):
-        with pytest.raises(TypeError, match="wanted 'running', two numbers"):
-            _state.as_moments(wrong)
+        with pytest.raises(TypeError, match="expected 'running', two numbers"):
+            state.as_moments(wrong)
 
 
 def test_a_state_in_a_loss_survives_text_configuration_and_copies():

@@ -72,9 +72,9 @@ def test_report_is_a_table():
 
 
 def test_what_is_skipped_has_a_reason():
-    with pytest.raises(ValueError, match="wanted why the check is left out"):
+    with pytest.raises(ValueError, match="expected why the check is left out"):
         check_loss(logistic, skip={"torch_compile": " "})
-    with pytest.raises(ValueError, match="got 'no_such_check', wanted one of"):
+    with pytest.raises(ValueError, match="got 'no_such_check', expected one of"):
         check_loss(logistic, skip={"no_such_check": "because"})
 
 
@@ -125,9 +125,9 @@ def test_taken_name_and_traits_of_a_registered_loss_are_refused():
     with pytest.raises(ValueError, match="'dpo' is taken"):
         check_loss(dpo)
     assert check_loss(dpo, name="my_dpo", max_examples=2, **TRAITS).loss == "my_dpo(beta=0.1)"
-    with pytest.raises(TypeError, match="wanted them only for a plain function"):
+    with pytest.raises(TypeError, match="expected them only for a plain function"):
         check_loss("dpo", monotone=True)
-    with pytest.raises(TypeError, match="wanted a loss, its spec, its name or its function"):
+    with pytest.raises(TypeError, match="expected a loss, its spec, its name or its function"):
         check_loss(3)  # type: ignore[arg-type]
 
 
@@ -166,7 +166,7 @@ def test_decorator_shows_skips_and_expected_failures():
         assert all(mark.kwargs["strict"] for check in failing for mark in found[check])
     (skipped,) = marks(parametrize_loss_checks(["nll"]), "nll")["beta"]
     assert skipped.kwargs["reason"] == "nll: beta: declares no KL strength"
-    with pytest.raises(ValueError, match="wanted one of"):
+    with pytest.raises(ValueError, match="expected one of"):
         parametrize_loss_checks(["dpo"], expected_failures={"dpo:no_such_check": "because"})
 
 

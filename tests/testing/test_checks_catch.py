@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from prefloss import Labels, Pairs, Rankings, testing
 from prefloss.losses import NonNegative, Positive, State
-from prefloss.losses._parameters import Coerce
+from prefloss.losses._core.parameters import Coerce
 from prefloss.testing import CheckFailed, checks
 
 CASES = {}
@@ -32,7 +32,7 @@ def mean_over_the_batch(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(beta * pairs.margin()).mean()
 
 
-@broken("shape_and_dtype", "torch.float64 from torch.float32", "wanted torch.float32", **LIKE_DPO)
+@broken("shape_and_dtype", "torch.float64 from torch.float32", "expected torch.float32", **LIKE_DPO)
 def in_double(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(beta * pairs.margin().double())
 
@@ -403,7 +403,7 @@ def asks_for_a_number(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(beta * margin) if margin.abs().max().item() < 1e9 else -beta * margin
 
 
-@broken("torch_compile", "graphs, wanted at most", **LIKE_DPO)
+@broken("torch_compile", "graphs, expected at most", **LIKE_DPO)
 def compiles_for_every_size(pairs: Pairs, *, beta: Positive = 0.1):
     return torch.stack([-F.logsigmoid(beta * margin) for margin in pairs.margin()])
 
@@ -419,7 +419,7 @@ class Slope:
     __hash__ = None
 
 
-@broken("repr", "get(repr(loss))", "wanted hyperparameters that are literals", **LIKE_DPO)
+@broken("repr", "get(repr(loss))", "expected hyperparameters that are literals", **LIKE_DPO)
 def has_an_unreadable_setting(
     pairs: Pairs, *, slope: Annotated[object, Coerce(lambda value: _slope(value), "0.1")] = 0.1
 ):

@@ -109,7 +109,7 @@ def test_extreme_feedback_is_finite_and_wide(pairs):
 
 
 def test_a_field_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match=r"fields: got 'gold', wanted some of .*: Labels have no other"):
+    with pytest.raises(ValueError, match=r"fields: got 'gold', expected some of .*: Labels have no other"):
         strategies.labels(fields=("gold",))
 
 

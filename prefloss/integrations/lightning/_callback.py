@@ -11,9 +11,11 @@ from torch.utils.data import DistributedSampler
 
 from prefloss.diagnosis import Thresholds
 from prefloss.integrations.lightning._loader import StepLoader
-from prefloss.integrations.transformers import PreferenceObjective, _batch, _world
-from prefloss.integrations.transformers._reference import Reference
 from prefloss.losses import Loss
+from prefloss.training import batch as _batch
+from prefloss.training import distributed
+from prefloss.training.objective import PreferenceObjective
+from prefloss.training.reference import Reference
 
 
 class PreferenceLossCallback(Callback):
@@ -86,7 +88,7 @@ class PreferenceLossCallback(Callback):
         """
         counted = batch.get(_batch.COUNTS)
         if counted is not None:
-            batch = {**batch, _batch.COUNTS: _world.all_sum(counted)}
+            batch = {**batch, _batch.COUNTS: distributed.all_sum(counted)}
         result = self.objective(model, batch)
         self._used = True
         module = None if self._trainer is None else self._trainer.lightning_module

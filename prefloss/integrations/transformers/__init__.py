@@ -20,13 +20,13 @@ except ModuleNotFoundError as error:
         name="transformers",
     ) from error
 
-from prefloss.integrations.transformers._build_table import write_reference_table as write_reference_table
 from prefloss.integrations.transformers._callback import PreferenceLossCallback as PreferenceLossCallback
-from prefloss.integrations.transformers._collator import PreferenceCollator as PreferenceCollator
-from prefloss.integrations.transformers._forward import ModelLogps as ModelLogps
-from prefloss.integrations.transformers._forward import model_logps as model_logps
-from prefloss.integrations.transformers._head import HeadSpec as HeadSpec
-from prefloss.integrations.transformers._objective import PreferenceObjective as PreferenceObjective
-from prefloss.integrations.transformers._reference import Reference as Reference
-from prefloss.integrations.transformers._table import reads_table as reads_table
-from prefloss.integrations.transformers._table import with_reference_logps as with_reference_logps
+from prefloss.training.build_table import write_reference_table as write_reference_table
+from prefloss.training.collator import PreferenceCollator as PreferenceCollator
+from prefloss.training.forward import ModelLogps as ModelLogps
+from prefloss.training.forward import model_logps as model_logps
+from prefloss.training.head import HeadSpec as HeadSpec
+from prefloss.training.objective import PreferenceObjective as PreferenceObjective
+from prefloss.training.reference import Reference as Reference
+from prefloss.training.table import reads_table as reads_table
+from prefloss.training.table import with_reference_logps as with_reference_logps

@@ -11,10 +11,11 @@ from transformers.utils import logging
 
 from prefloss.diagnosis import Thresholds, config_of
 from prefloss.integrations._callback import LossCallback
-from prefloss.integrations.transformers import _batch, _binding, _guard
-from prefloss.integrations.transformers._objective import PreferenceObjective
-from prefloss.integrations.transformers._reference import Reference
+from prefloss.integrations.transformers import _binding
 from prefloss.losses import Loss
+from prefloss.training import batch, checks
+from prefloss.training.objective import PreferenceObjective
+from prefloss.training.reference import Reference
 
 logger = logging.get_logger(__name__)
 
@@ -135,10 +136,10 @@ class PreferenceLossCallback(LossCallback):
     def _take(self, args: Any) -> None:
         if not self._is_new(args):
             return
-        _guard.check_args(args)
+        checks.check_args(args)
         self._args = args
         logger.info(f"prefloss trains this model with {self!r}")
-        if args.gradient_accumulation_steps > 1 and _batch.looks_across(self.loss):
+        if args.gradient_accumulation_steps > 1 and batch.looks_across(self.loss):
             warnings.warn(
                 f"{self.loss.name}: an example's loss depends on its batch, one micro-batch of "
                 f"{args.per_device_train_batch_size} examples on each process; accumulation does not enlarge it",
@@ -154,10 +155,10 @@ class PreferenceLossCallback(LossCallback):
     def _compute(self, trainer: Any, model: Any, inputs: Any, num_items: Any) -> dict[str, Tensor]:
         self._take(trainer.args)
         if not self._bound:
-            _guard.check_trainer(trainer)
+            checks.check_trainer(trainer)
             self._objective.autocast = trainer.accelerator.autocast
             self._bound = True
-        counted = _batch.COUNTS in inputs
+        counted = batch.COUNTS in inputs
         result = self._objective(
             model, inputs, examples=None if model.training else unrepeated(trainer, inputs)
         )
@@ -199,7 +200,7 @@ def unrepeated(trainer: Any, inputs: Any) -> int | None:
     state = trainer.accelerator.gradient_state
     if trainer.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return None
-    count = _batch.Structure.split(inputs)[0].examples
+    count = batch.Structure.split(inputs)[0].examples
     return max(0, min(count, state.remainder - trainer.accelerator.process_index * count))
 
 

@@ -20,9 +20,9 @@ from trl import DPOTrainer, KTOTrainer
 from prefloss.diagnosis import Diagnosis, Thresholds, config_of
 from prefloss.integrations import _callback
 from prefloss.integrations._callback import LossCallback
-from prefloss.integrations.transformers import PreferenceObjective
 from prefloss.integrations.trl import _kernel, _options, _own, _step
 from prefloss.losses import Loss, get
+from prefloss.training.objective import PreferenceObjective
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +65,9 @@ class PreferenceLossCallback(LossCallback):
         _kernel.check_kernel(kernel)
         if isinstance(loss, Loss):
             if parameters:
-                raise TypeError(f"parameters: got {sorted(parameters)} with a Loss, wanted them in the Loss")
+                raise TypeError(
+                    f"parameters: got {sorted(parameters)} with a Loss, expected them in the Loss"
+                )
             # All of a Loss's hyperparameters count as stated.
             parameters = loss.config()
             loss = str(parameters.pop("name"))
@@ -197,7 +199,7 @@ def attach(
         )
     if attached(trainer) is not None:
         raise ValueError(
-            f"trainer: got one with {attached(trainer)!r}, wanted one without; detach(trainer) first"
+            f"trainer: got one with {attached(trainer)!r}, expected one without; detach(trainer) first"
         )
     callback._bind(trainer.args)
     trainer.add_callback(callback)
@@ -214,7 +216,7 @@ def detach(trainer: Any) -> None:
     """
     callback = attached(trainer)
     if callback is None:
-        raise ValueError("trainer: got one without a prefloss loss, wanted one with")
+        raise ValueError("trainer: got one without a prefloss loss, expected one with")
     trainer.remove_callback(callback)
     for name in _WRAPPED:
         trainer.__dict__.pop(name, None)

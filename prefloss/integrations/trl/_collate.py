@@ -51,7 +51,7 @@ class FeedbackCollator:
                 isinstance(value, bool) or not isinstance(value, int | float) for value in values
             ):
                 raise ValueError(
-                    f"{name}: got {values!r} for {len(examples)} examples, wanted a number for each"
+                    f"{name}: got {values!r} for {len(examples)} examples, expected a number for each"
                 )
             batch[name] = torch.tensor(values, dtype=torch.float32)
         return batch

@@ -39,7 +39,7 @@ def check_items(loss: Loss, kind: type, items: Mapping[str, Any]) -> None:
             )
     if "scores" in loss.needs and not items.keys() & {"score_chosen", "scores"}:
         columns = "score_chosen and score_rejected" if kind is Pairs else "scores"
-        raise ValueError(f"{loss.name}: got a batch without scores, wanted {columns}: {_HOW}")
+        raise ValueError(f"{loss.name}: got a batch without scores, expected {columns}: {_HOW}")
 
 
 def check_columns(loss: Loss, kind: type, columns: Iterable[str], items: Mapping[str, Any]) -> None:

@@ -48,7 +48,7 @@ def check_kernel(kernel: str) -> None:
         RuntimeError: If TRL scores completions in another way than prefloss knows.
     """
     if kernel not in KERNELS:
-        raise ValueError(f"kernel: got {kernel!r}, wanted 'trl' or 'prefloss'")
+        raise ValueError(f"kernel: got {kernel!r}, expected 'trl' or 'prefloss'")
     if kernel == "trl":
         return
     function = getattr(utils, _SEAM[0], None)

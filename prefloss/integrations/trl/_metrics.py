@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefloss.diagnosis import NAMES, Diagnosis
-from prefloss.diagnostics import Stat
+from prefloss.metrics import Stat
 
 
 def log_diagnostics(trainer: Any, found: Mapping[str, Stat], diagnosis: Diagnosis | None) -> None:

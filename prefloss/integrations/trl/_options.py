@@ -64,7 +64,7 @@ def config_class(args: Any) -> type:
         if isinstance(args, kind):
             return kind
     raise TypeError(
-        f"trainer: got one with {type(args).__name__}, wanted TRL's DPOTrainer (DPOConfig) or KTOTrainer (KTOConfig)"
+        f"trainer: got one with {type(args).__name__}, expected TRL's DPOTrainer (DPOConfig) or KTOTrainer (KTOConfig)"
     )
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from trl import KTOTrainer
 
 from prefloss.diagnosis import Diagnosis
-from prefloss.integrations.transformers import PreferenceObjective, Reference
-from prefloss.integrations.transformers._batch import ROWS, Structure
 from prefloss.integrations.transformers._callback import unrepeated
-from prefloss.integrations.transformers._score import score
 from prefloss.losses import Loss
+from prefloss.training.batch import ROWS, Structure
+from prefloss.training.layouts import score
+from prefloss.training.objective import PreferenceObjective, Reference
 
 
 def made(batch: Mapping[str, Any]) -> bool:
@@ -35,7 +35,7 @@ def objective(trainer: Any, loss: Loss, diagnosis: Diagnosis | None) -> Preferen
     """
     if isinstance(trainer, KTOTrainer):
         raise TypeError(
-            "data_collator: got PreferenceCollator in a KTOTrainer, wanted TRL's own, which builds the mismatched "
+            "data_collator: got PreferenceCollator in a KTOTrainer, expected TRL's own, which builds the mismatched "
             "completions; or train with transformers.Trainer and prefloss.integrations.transformers"
         )
     made = PreferenceObjective(

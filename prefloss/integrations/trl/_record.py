@@ -105,6 +105,6 @@ def log_ratios(policy: Pass, reference: Pass | Tensor) -> LogRatios:
 
 def _unknown_order(got: str, wanted: str) -> RuntimeError:
     return RuntimeError(
-        f"TRL {trl.__version__}: got {got}, wanted {wanted}; this version computes its loss in a way that prefloss "
+        f"TRL {trl.__version__}: got {got}, expected {wanted}; this version computes its loss in a way that prefloss "
         "does not know. Please report it, with the versions of both."
     )

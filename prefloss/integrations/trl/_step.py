@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from trl import KTOTrainer
 
-from prefloss import diagnostics
-from prefloss._finite import check_finite
+from prefloss import metrics
 from prefloss.diagnosis import Diagnosis
+from prefloss.diagnosis.finite import check_finite
 from prefloss.feedback import Labels, Pairs
-from prefloss.integrations.transformers import _across, _world
-from prefloss.integrations.transformers._across import share
 from prefloss.integrations.trl import _guard, _metrics, _options
 from prefloss.integrations.trl._collate import ITEMS
 from prefloss.integrations.trl._record import Pass, assign, log_ratios, masked_labels, recorded
 from prefloss.integrations.trl._replaced import replaced
 from prefloss.logratios import LogRatios
 from prefloss.losses import Loss
+from prefloss.training import across, distributed
+from prefloss.training.across import share
 
 
 def compute_loss(
@@ -31,7 +31,7 @@ def compute_loss(
     inputs: Mapping[str, Any],
     diagnosis: Diagnosis | None = None,
 ) -> tuple[Tensor, Any]:
-    """The loss of a batch, and whatever TRL's own `compute_loss` returned for it. Logs prefloss's diagnostics.
+    """The loss of a batch, and whatever TRL's own `compute_loss` returned for it. Logs prefloss's metrics.
 
     Args:
         trainer: A DPOTrainer or KTOTrainer.
@@ -61,15 +61,15 @@ def compute_loss(
         feedback.to_labels() if isinstance(feedback, Pairs) and loss.spec.feedback is Labels else feedback
     )
     training = trainer.model.training
-    seen = _across.evaluate(loss, wanted, training)
+    seen = across.evaluate(loss, wanted, training)
     check_finite(loss, seen.evaluated.terms, seen.feedback)
-    figures = dict(diagnostics.metrics(feedback, beta=loss.beta or 1.0))
+    figures = dict(metrics.metrics(feedback, beta=loss.beta or 1.0))
     if diagnosis is not None and training:
         figures |= diagnosis.figures(feedback, seen.feedback, seen.evaluated, copies=seen.copies)
     _metrics.log_diagnostics(trainer, figures, diagnosis)
     _metrics.log_terms(trainer, seen.evaluated.means, seen.counted)
     # TRL logs and averages over processes what is returned, so each gives its share of the mean over all.
-    total = share(loss, seen, _world.all_sum(seen.own))
+    total = share(loss, seen, distributed.all_sum(seen.own))
     router_loss = passes["policy"].aux_loss
     if trainer.aux_loss_enabled and router_loss is not None:
         total = total + trainer.router_aux_loss_coef * router_loss

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses import _state
-from prefloss.losses._listwise import log_softmax
-from prefloss.losses._parameters import Coerce, Interval, NonNegative, Positive
-from prefloss.losses._registry import register
+from prefloss.losses._core import state
+from prefloss.losses._core.parameters import Coerce, Interval, NonNegative, Positive
+from prefloss.losses._core.registry import register
+from prefloss.losses.listwise import log_softmax
 
-Queue = Annotated[str | tuple[float, ...] | _state.Recent, Coerce(_state.as_recent, _state.RECENT)]
+Queue = Annotated[str | tuple[float, ...] | state.Recent, Coerce(state.as_recent, state.RECENT)]
 
 
 @register(needs_reference=False, separable=False, monotone=True, stateful=True, needs=("tokens",))
@@ -67,7 +67,7 @@ def gamma_po(
     counted = pairs.valid
     gaps = beta * (pairs.margin() if reference else pairs.chosen.policy_mean - pairs.rejected.policy_mean)
     settled = gaps.detach()
-    earlier = _state.of_batch("queue", queue, settled, counted)
+    earlier = state.of_batch("queue", queue, settled, counted)
     margins = _target_margins(settled, counted, earlier, gamma, tau, steps)
     return -F.logsigmoid(gaps - (margins - gamma if reference else margins))
 
@@ -102,7 +102,7 @@ def rpo_relative(pairs: Pairs, *, beta: Positive = 0.1, temperature: Positive = 
     Reference: Yin et al. 2024, arXiv:2402.10958.
     """
     if pairs.embedding is None:
-        raise ValueError("embedding: got None, wanted an embedding of each prompt, [pairs, D]")
+        raise ValueError("embedding: got None, expected an embedding of each prompt, [pairs, D]")
     counted = pairs.valid.flatten()
     prompts = F.normalize(pairs.embedding.detach().to(pairs.chosen.policy.dtype), dim=-1)
     prompts = prompts.reshape(-1, prompts.shape[-1])

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._batch import batch_mean
-from prefloss.losses._pairwise import dpo, hinge
-from prefloss.losses._parameters import Positive
-from prefloss.losses._registry import register
-from prefloss.losses._transforms import MAX_EXPONENT
+from prefloss.losses._core.parameters import Positive
+from prefloss.losses._core.registry import register
+from prefloss.losses._core.transforms import MAX_EXPONENT
+from prefloss.losses.batch_coupled import batch_mean
+from prefloss.losses.pairwise import dpo, hinge
 
 # The temperature of the batch statistics, a constant in the authors' code.
 _TAU = 0.05

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Labels
-from prefloss.losses import _kl
-from prefloss.losses._parameters import NonNegative, Positive
-from prefloss.losses._pointwise import Baseline, graded
-from prefloss.losses._registry import register
+from prefloss.losses._core import baselines
+from prefloss.losses._core.parameters import NonNegative, Positive
+from prefloss.losses._core.registry import register
+from prefloss.losses.pointwise import Baseline, graded
 
 
 @register(beta="tau", needs=("scores", "baseline"))
@@ -78,7 +78,7 @@ def kto_logsigmoid(
 
     Reference: an ablation in the code of Ethayarajh et al. 2024, arXiv:2402.01306.
     """
-    gain = beta * (labels.completions.h - _kl.resolve(kl_baseline)(labels).detach())
+    gain = beta * (labels.completions.h - baselines.resolve(kl_baseline)(labels).detach())
     upvoted = -desirable_weight * F.logsigmoid(gain)
     downvoted = -undesirable_weight * F.logsigmoid(-gain)
     return torch.where(labels.desirable, upvoted, downvoted)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses import _math
-from prefloss.losses._pairwise import dpo
-from prefloss.losses._parameters import NonNegative, Positive
-from prefloss.losses._registry import register
-from prefloss.losses._transforms import MAX_EXPONENT
+from prefloss.losses._core import maths
+from prefloss.losses._core.parameters import NonNegative, Positive
+from prefloss.losses._core.registry import register
+from prefloss.losses._core.transforms import MAX_EXPONENT
+from prefloss.losses.pairwise import dpo
 
 
 @register(aliases={"DPOSigmoid": "HALOs (legacy branch)"}, difference_only=True, monotone=True)
@@ -283,7 +283,7 @@ def asft(pairs: Pairs, *, beta: NonNegative = 0.1) -> Tensor:
 
     Reference: ASFT 2024, arXiv:2409.10571.
     """
-    return (1 + beta) * _math.nll(pairs.chosen) - beta * _math.log1mexp(pairs.rejected.policy_mean)
+    return (1 + beta) * maths.nll(pairs.chosen) - beta * maths.log1mexp(pairs.rejected.policy_mean)
 
 
 @register(monotone=True, needs=("gold",))
@@ -312,4 +312,4 @@ def selm(pairs: Pairs, *, beta: Positive = 0.01, alpha: NonNegative = 0.001) -> 
 
     Reference: Zhang et al. 2024, arXiv:2405.19332.
     """
-    return dpo(pairs, beta=beta) + alpha * beta * _math.gold_of(pairs).h
+    return dpo(pairs, beta=beta) + alpha * beta * maths.gold_of(pairs).h

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from prefloss.feedback import Pairs
 from prefloss.logratios import LogRatios
-from prefloss.losses import _transforms
-from prefloss.losses._parameters import Interval, NonNegative, Positive
-from prefloss.losses._registry import register
-from prefloss.losses._token import column
+from prefloss.losses._core import transforms
+from prefloss.losses._core.parameters import Interval, NonNegative, Positive
+from prefloss.losses._core.registry import register
+from prefloss.losses.per_token import column
 
 
 @register(monotone=True, needs=("per_token.reference_entropy",))
@@ -142,7 +142,7 @@ def tis_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.0) -> 
 def _sharpness(pairs: Pairs, dispersion: float) -> Tensor:
     """Mallows' φ, [pairs], without gradient: large where the reference is sure."""
     entropy = sum(
-        _transforms.rows_of(side, name).mean(column(side, name, "reference_entropy"))
+        transforms.rows_of(side, name).mean(column(side, name, "reference_entropy"))
         for side, name in ((pairs.chosen, "chosen"), (pairs.rejected, "rejected"))
     )
     assert isinstance(entropy, Tensor)
@@ -151,15 +151,15 @@ def _sharpness(pairs: Pairs, dispersion: float) -> Tensor:
 
 def _weights(ratios: LogRatios, side: str) -> Tensor:
     # 0 outside the mask, where a weight may be anything and would reach the gradients.
-    rows = _transforms.rows_of(ratios, side)
+    rows = transforms.rows_of(ratios, side)
     return torch.where(rows.mask, column(ratios, side, "weight").detach(), 0.0)
 
 
 def _weighted(ratios: LogRatios, side: str) -> Tensor:
-    rows = _transforms.rows_of(ratios, side)
+    rows = transforms.rows_of(ratios, side)
     return rows.sum(_weights(ratios, side) * (rows.policy - column(ratios, side, "reference").detach()))
 
 
 def _weighted_kl(ratios: LogRatios, side: str) -> Tensor:
-    rows = _transforms.rows_of(ratios, side)
+    rows = transforms.rows_of(ratios, side)
     return rows.sum(_weights(ratios, side) * column(ratios, side, "reverse_kl"))

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from prefloss.data.table import Header, ReferenceTable, TableError
-from prefloss.integrations.transformers._build_table import ReferenceBuilder
-from prefloss.integrations.transformers._score_rows import Score
+from prefloss.training.build_table import ReferenceBuilder
+from prefloss.training.score import Score
 
 HEADER = Header("m", None, None, "w", "float32", None, None, None, None, "0.1")
 FORK = multiprocessing.get_context("fork")

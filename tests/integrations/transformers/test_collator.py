@@ -5,8 +5,8 @@ import torch
 
 from prefloss.feedback import Labels, Pairs, Rankings
 from prefloss.integrations.transformers import PreferenceCollator
-from prefloss.integrations.transformers._batch import Structure
 from prefloss.logratios import LogRatios
+from prefloss.training.batch import Structure
 from tests.integrations.transformers import plain
 from tests.integrations.trl import tiny
 
@@ -146,7 +146,7 @@ def test_tensors_and_arrays_are_read():
             [{"label": 1}],
             r"has only 'label'; the trainer took the others out because remove_unused_columns is True",
         ),
-        ([], r"examples: got none, wanted at least one"),
+        ([], r"examples: got none, expected at least one"),
     ],
 )
 def test_a_bad_example_is_named(examples, message):
@@ -160,7 +160,7 @@ def test_text_needs_a_tokenizer():
 
 
 def test_a_bad_length_is_refused():
-    with pytest.raises(ValueError, match="max_length: got 0, wanted a whole number >= 2"):
+    with pytest.raises(ValueError, match="max_length: got 0, expected a whole number >= 2"):
         PreferenceCollator(max_length=0)
 
 
@@ -215,11 +215,11 @@ def test_mismatched_completions_are_those_of_the_next_example():
     [
         (
             VOTES[:1],
-            "mismatched: got a batch of one example, wanted two or more; .* kl_baseline='running_mean'",
+            "mismatched: got a batch of one example, expected two or more; .* kl_baseline='running_mean'",
         ),
         (
             [{"prompt_ids": [5], "chosen_ids": [7], "rejected_ids": [8]}] * 2,
-            "mismatched: got data of paired .*, wanted labelled completions",
+            "mismatched: got data of paired .*, expected labelled completions",
         ),
     ],
 )

@@ -6,8 +6,8 @@ from transformers import TrainerCallback
 
 import prefloss
 from prefloss.integrations.transformers import PreferenceCollator, PreferenceLossCallback, Reference
-from prefloss.integrations.transformers._batch import Structure
 from prefloss.integrations.trl import PreferenceLossCallback as TrlCallback
+from prefloss.training.batch import Structure
 from tests.integrations.transformers import plain
 from tests.integrations.trl import tiny
 
@@ -18,7 +18,7 @@ def test_each_trainer_has_its_own_callback(tmp_path):
         TypeError, match=r"got DPOConfig.*PreferenceLossCallback of prefloss.integrations.trl"
     ):
         tiny.build("dpo", tmp_path, [plain.callback(policy, "dpo")])
-    with pytest.raises(TypeError, match="wanted TRL's DPOTrainer"):
+    with pytest.raises(TypeError, match="expected TRL's DPOTrainer"):
         plain.build(tmp_path, TrlCallback("dpo"), policy, data=tiny.pairs(4))
 
 
@@ -52,7 +52,7 @@ def test_columns_that_the_loss_does_not_read_are_refused(tmp_path):
 
 def test_scores_that_the_loss_needs_are_asked_for(tmp_path):
     with pytest.raises(
-        ValueError, match="odpo: got data without scores, wanted the column score_chosen and score_rejected"
+        ValueError, match="odpo: got data without scores, expected the column score_chosen and score_rejected"
     ):
         plain.train(tmp_path, "odpo", tiny.pairs(8))
 
@@ -67,14 +67,14 @@ def test_hyperparameters_belong_in_the_loss():
     with pytest.raises(TypeError, match=r"hyperparameters: got \['beta'\] with a Loss"):
         PreferenceLossCallback(prefloss.get("dpo"), reference=Reference.cached(), beta=0.2)
     with pytest.raises(
-        ValueError, match="pairs: got 'some', wanted one of 'all', 'adjacent', 'best_worst' or None"
+        ValueError, match="pairs: got 'some', expected one of 'all', 'adjacent', 'best_worst' or None"
     ):
         PreferenceLossCallback("dpo", reference=Reference.cached(), pairs="some")
 
 
 def test_settings_that_would_go_unused_are_refused(tmp_path):
     policy = tiny.model()
-    with pytest.raises(ValueError, match=r"label_smoothing_factor: got 0\.1, wanted 0"):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor: got 0\.1, expected 0"):
         plain.build(
             tmp_path, plain.callback(policy, "dpo"), policy, data=tiny.pairs(4), label_smoothing_factor=0.1
         )
@@ -91,7 +91,7 @@ def test_one_callback_serves_one_trainer(tmp_path):
     with pytest.raises(RuntimeError, match="is in another trainer already"):
         plain.build(tmp_path, item, policy, data=tiny.pairs(4))
     trainer.add_callback(plain.callback(policy, "ipo"))
-    with pytest.raises(ValueError, match="wanted one PreferenceLossCallback"):
+    with pytest.raises(ValueError, match="expected one PreferenceLossCallback"):
         trainer.train()
 
 
@@ -107,7 +107,7 @@ def test_a_trainer_that_goes_around_the_loss_is_stopped(tmp_path):
 
 
 def test_a_batch_of_another_collator_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"wanted what PreferenceCollator writes"):
+    with pytest.raises(ValueError, match=r"expected what PreferenceCollator writes"):
         plain.train(
             tmp_path,
             "dpo",

@@ -9,7 +9,7 @@ import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from prefloss.integrations.transformers import PreferenceCollator, PreferenceObjective, Reference
-from prefloss.integrations.transformers._batch import Structure
+from prefloss.training.batch import Structure
 from tests.integrations.transformers import plain
 from tests.integrations.transformers.test_model_logps import CONFIGS, HEADS, SMALL, V
 from tests.integrations.trl import tiny
@@ -215,7 +215,7 @@ def test_odd_rows_give_the_numbers_of_padded_rows(case, layout):
 
 
 def test_prompts_that_part_at_their_end_share_what_they_have_in_common():
-    from prefloss.integrations.transformers._packing import pack
+    from prefloss.training.packing import pack
 
     rows = [[([5, 6, 7], [8, 9]), ([5, 6], [10, 11])]]
     batch = pack(rows, [(0, 0), (0, 1)], share=True, max_length=None)
@@ -310,7 +310,7 @@ def test_evaluation_and_prediction_are_those_of_padded_rows(tmp_path):
 
 def test_an_unknown_layout_is_refused():
     with pytest.raises(
-        ValueError, match="layout: got 'flat', wanted one of 'padded', 'packed', 'shared_prefix'"
+        ValueError, match="layout: got 'flat', expected one of 'padded', 'packed', 'shared_prefix'"
     ):
         PreferenceCollator(layout="flat")
 

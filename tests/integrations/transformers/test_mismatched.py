@@ -73,7 +73,7 @@ def test_a_training_passes_the_check_of_step_0_and_reads_the_baseline(tmp_path):
 def test_a_loss_that_does_not_read_them_refuses_them():
     policy, reference = policy_and_reference()
     objective = PreferenceObjective("kto_zero", reference=Reference.model(reference), check_step_zero=False)
-    with pytest.raises(ValueError, match=r"mismatched: kto.* does not read mismatched completions; wanted"):
+    with pytest.raises(ValueError, match=r"mismatched: kto.* does not read mismatched completions; expected"):
         objective(policy.train(), PreferenceCollator(mismatched=True)(DATA))
 
 

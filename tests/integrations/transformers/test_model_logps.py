@@ -171,7 +171,7 @@ def test_a_head_without_an_exact_form_is_refused(batch):
     lora = LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.5)
     model = get_peft_model(built("llama"), lora).double().train()
     with pytest.raises(
-        TypeError, match=r"adapter 'default' .* on the output head, wanted plain LoRA without dropout"
+        TypeError, match=r"adapter 'default' .* on the output head, expected plain LoRA without dropout"
     ):
         model_logps(model, inputs, targets)
     quantised = built("llama")
@@ -235,9 +235,9 @@ def test_temperature_and_implementations(batch, impl):
 def test_bad_inputs_are_named(batch):
     inputs, targets = batch
     model = built("llama")
-    with pytest.raises(ValueError, match="inputs: got labels, wanted them as targets"):
+    with pytest.raises(ValueError, match="inputs: got labels, expected them as targets"):
         model_logps(model, {**inputs, "labels": inputs["input_ids"]}, targets)
-    with pytest.raises(ValueError, match=r"targets: got shape \[2, 10\], wanted \[2, 9\]"):
+    with pytest.raises(ValueError, match=r"targets: got shape \[2, 10\], expected \[2, 9\]"):
         model_logps(model, inputs, torch.cat([targets, targets[:, :1]], 1))
 
 

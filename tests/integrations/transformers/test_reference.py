@@ -8,8 +8,8 @@ from peft import LoraConfig
 
 from prefloss import Pairs
 from prefloss.integrations.transformers import PreferenceLossCallback, Reference, model_logps
-from prefloss.integrations.transformers._batch import Structure
 from prefloss.logratios import completion_targets
+from prefloss.training.batch import Structure
 from tests.integrations.transformers import plain
 from tests.integrations.transformers.test_models import adapted
 from tests.integrations.trl import tiny
@@ -165,7 +165,7 @@ def test_a_reference_that_cannot_be_is_refused(tmp_path, reference, error, messa
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("absent", r"wanted one of \['default', 'sft'\]"),
+        ("absent", r"expected one of \['default', 'sft'\]"),
         ("default", "the one in training"),
         ("sft", "is trainable"),
     ],
@@ -192,9 +192,9 @@ def test_a_loss_of_log_ratios_needs_a_reference():
         PreferenceLossCallback("dpo")
     with pytest.raises(ValueError, match="reads the log-prob of each token; a cache holds"):
         PreferenceLossCallback("ld_dpo", reference=Reference.cached())
-    with pytest.raises(TypeError, match=r"reference: got 'base', wanted Reference.model"):
+    with pytest.raises(TypeError, match=r"reference: got 'base', expected Reference.model"):
         PreferenceLossCallback("dpo", reference="base")
-    with pytest.raises(TypeError, match="model: got str, wanted a causal language model"):
+    with pytest.raises(TypeError, match="model: got str, expected a causal language model"):
         Reference.model("base")
 
 

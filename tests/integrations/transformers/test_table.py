@@ -15,8 +15,8 @@ from prefloss.integrations.transformers import (
     with_reference_logps,
     write_reference_table,
 )
-from prefloss.integrations.transformers._fingerprint import tokenizer_fingerprint, weights_fingerprint
-from prefloss.integrations.transformers._table import header_of
+from prefloss.training.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from prefloss.training.table import header_of
 from tests.integrations.transformers import plain
 from tests.integrations.trl import tiny
 
@@ -138,7 +138,7 @@ def test_trl_trains_votes_from_the_table(tmp_path):
         with_table(KTOTrainer, path, tmp_path, data=data)
     trainer = with_table(KTOTrainer, path, tmp_path, data=data, max_steps=1, loss_type="apo_zero_unpaired")
     trainer.train()
-    with pytest.raises(TypeError, match="wanted TRL's DPOTrainer or KTOTrainer"):
+    with pytest.raises(TypeError, match="expected TRL's DPOTrainer or KTOTrainer"):
         reads_table(type(plain.build(tmp_path, None, tiny.model(), data=data)), path)
 
 

@@ -75,7 +75,7 @@ def test_attach_twice_is_refused(trained):
 def test_two_callbacks_are_refused(trained):
     trained.add_callback(PreferenceLossCallback("ipo"))
     trained.add_callback(PreferenceLossCallback("hinge"))
-    with pytest.raises(ValueError, match="wanted one PreferenceLossCallback"):
+    with pytest.raises(ValueError, match="expected one PreferenceLossCallback"):
         batch_loss(trained)
 
 
@@ -89,7 +89,7 @@ def test_one_callback_serves_one_trainer(tmp_path):
 def test_a_loss_object_is_taken(trained):
     callback = attach(trained, prefloss.get("ipo", tau=0.2))
     assert callback.loss.params["tau"] == 0.2
-    with pytest.raises(TypeError, match="wanted them in the Loss"):
+    with pytest.raises(TypeError, match="expected them in the Loss"):
         PreferenceLossCallback(prefloss.get("ipo"), tau=0.2)
 
 
@@ -98,7 +98,7 @@ def test_hyperparameters_in_the_name(trained):
 
 
 def test_another_trainer_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"got one with TrainingArguments, wanted TRL's DPOTrainer"):
+    with pytest.raises(TypeError, match=r"got one with TrainingArguments, expected TRL's DPOTrainer"):
         Trainer(
             model=tiny.model(),
             args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),

@@ -219,7 +219,7 @@ def test_references_by_trl_in_half_precision_are_refused(tmp_path):
 
 
 def test_an_unknown_kernel_or_trl_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="kernel: got 'liger', wanted 'trl' or 'prefloss'"):
+    with pytest.raises(ValueError, match="kernel: got 'liger', expected 'trl' or 'prefloss'"):
         PreferenceLossCallback("dpo", kernel="liger")
 
     class Other(torch.autograd.Function):

@@ -55,7 +55,7 @@ def test_a_kto_trainer_keeps_its_own_collator(tmp_path):
         "kto", tmp_path, [PreferenceLossCallback("kto")], data_collator=PreferenceCollator(layout="packed")
     )
     with pytest.raises(
-        TypeError, match="data_collator: got PreferenceCollator in a KTOTrainer, wanted TRL's own"
+        TypeError, match="data_collator: got PreferenceCollator in a KTOTrainer, expected TRL's own"
     ):
         trainer.train()
 

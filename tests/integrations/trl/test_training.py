@@ -128,7 +128,7 @@ def test_a_truncated_completion_is_left_out(tmp_path, monkeypatch):
     trainer.model.eval()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     batch["completion_mask"][0] = 0
-    monkeypatch.setattr(prefloss.losses._loss._Warned, "empty", False)
+    monkeypatch.setattr(prefloss.losses._core.loss._Warned, "empty", False)
     with pytest.warns(UserWarning, match="1 of 4 examples have a completion without tokens"):
         loss = trainer.compute_loss(trainer.model, batch)
     assert loss.item() == pytest.approx(0.693147, abs=1e-5)

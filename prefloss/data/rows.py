@@ -1,0 +1,180 @@
+"""One row as it stands in a file -> one row as the trainers take it, or an error that names the column."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from prefloss.data.errors import DataError, shown
+from prefloss.data.kinds import Kind
+from prefloss.data.tokens import Text
+
+
+@dataclass(frozen=True)
+class Clean:
+    """A checked row.
+
+    Attributes:
+        row: The columns of its kind, and the optional ones that were asked for.
+        conversational: Whether its texts are messages.
+        converted: What was rewritten to get there, in words, or "".
+    """
+
+    row: dict[str, Any]
+    conversational: bool
+    converted: str = ""
+
+
+def clean(place: str, row: dict[str, Any], kind: Kind, optional: tuple[str, ...] = ()) -> Clean:
+    """Check the columns of one row.
+
+    Args:
+        place: Where it is.
+        row: What the file holds.
+        kind: What it should be.
+        optional: Further columns, of numbers, that it must have.
+
+    Raises:
+        DataError: If a value is not what its column needs.
+    """
+    sides = _sides(place, row, kind)
+    prompt, sides, converted = _with_prompt(place, row, kind, sides)
+    conversational = not isinstance(prompt, str)
+    if kind is Kind.PAIRED:
+        made = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+    elif kind is Kind.LABELLED:
+        made = {"prompt": prompt, "completion": sides[0], "label": _label(place, row["label"])}
+    else:
+        made = {"prompt": prompt, "completions": sides, "scores": _scores(place, row["scores"], len(sides))}
+    made |= {name: _number(place, name, row.get(name)) for name in optional}
+    return Clean(made, conversational, converted)
+
+
+def is_blank(text: Text) -> bool:
+    """Whether a text, or every message of it, holds nothing but white space."""
+    return all(
+        not part.strip() for part in ([text] if isinstance(text, str) else [m["content"] for m in text])
+    )
+
+
+def _sides(place: str, row: dict[str, Any], kind: Kind) -> list[Text]:
+    """The completions of a row: chosen and rejected, the one, or the ranked ones."""
+    if kind is Kind.RANKED:
+        many = row["completions"]
+        if not isinstance(many, list):
+            raise DataError(
+                f"{place}: column 'completions': expected a list of completions, got {shown(many)}"
+            )
+        return [_text(place, f"column 'completions'[{i}]", value) for i, value in enumerate(many)]
+    names = kind.columns[1:] if kind is Kind.PAIRED else kind.columns[1:2]
+    return [_text(place, f"column {name!r}", row[name]) for name in names]
+
+
+def _with_prompt(
+    place: str, row: dict[str, Any], kind: Kind, sides: list[Text]
+) -> tuple[Text, list[Text], str]:
+    """Prompt and sides, all plain or all messages."""
+    whole = [side for side in sides if not isinstance(side, str) and side and side[0]["role"] != "assistant"]
+    if "prompt" in row and not (whole and isinstance(row["prompt"], str)):
+        prompt = _text(place, "column 'prompt'", row["prompt"])
+        return _alike(prompt, sides)
+    if sides and len(whole) == len(sides):
+        # The sides are whole conversations, as in many published sets: what they share is the prompt.
+        shared = _shared(whole, kind)
+        if shared:
+            note = "rewritten: the messages that both sides start with became the prompt"
+            return whole[0][:shared], [side[shared:] for side in whole], note
+    has = ", ".join(map(repr, row))
+    raise DataError(f"{place}: missing column 'prompt' of {kind} rows; it has columns {has}")
+
+
+def _alike(prompt: Text, sides: list[Text]) -> tuple[Text, list[Text], str]:
+    """Wrap plain text in messages where a row has both forms."""
+    forms = {isinstance(text, str) for text in (prompt, *sides)}
+    if len(forms) == 1:
+        return prompt, sides, ""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    wrapped = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in sides]
+    return prompt, list(wrapped), "rewritten: plain text became messages, as other texts of the row are"
+
+
+def _shared(sides: list[list[dict[str, str]]], kind: Kind) -> int:
+    """How many messages the conversations start with before a side's own answer."""
+    if kind is Kind.LABELLED or len(sides) == 1:
+        last = max((i for i, m in enumerate(sides[0]) if m["role"] != "assistant"), default=-1)
+        return last + 1
+    shared = 0
+    for messages in zip(*sides, strict=False):
+        if any(message != messages[0] for message in messages):
+            break
+        shared += 1
+    # Identical conversations share everything; their last message is still the completion.
+    return min(shared, min(map(len, sides)) - 1)
+
+
+def _text(place: str, where: str, value: Any) -> Text:
+    if isinstance(value, str):
+        return _string(place, where, value)
+    if not isinstance(value, list):
+        raise DataError(f"{place}: {where}: expected a string or a list of messages, got {shown(value)}")
+    return [_message(place, f"{where}[{i}]", message) for i, message in enumerate(value)]
+
+
+def _message(place: str, where: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: {where}: expected a message, as {{role, content}}, got {shown(value)}")
+    for name in ("role", "content"):
+        if name not in value:
+            has = ", ".join(map(repr, value))
+            raise DataError(f"{place}: {where}: missing {name!r} of a message; it has {has}")
+    if value.get("tool_calls"):
+        raise DataError(f"{place}: {where}: expected role and content, got a message with tool_calls")
+    return {name: _string(place, f"{where}.{name}", value[name]) for name in ("role", "content")}
+
+
+def _string(place: str, where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {where}: expected a string, got {shown(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: {where}: expected text, got half of a surrogate pair at character {error.start + 1}"
+        ) from error
+    return value
+
+
+def _label(place: str, value: Any) -> bool:
+    # 1.0 == 1 in Python, and a float column is what a missing label leaves behind, so ask for the type.
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise DataError(f"{place}: column 'label': expected true or false (or 1 or 0), got {shown(value)}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(place: str, name: str, value: Any) -> float:
+    if not is_number(value) or (name == "weight" and value < 0):
+        wanted = "a number >= 0" if name == "weight" else "a finite number"
+        raise DataError(
+            f"{place}: column {name!r}: expected {wanted} as in the rows before, got {shown(value)}"
+        )
+    return float(value)
+
+
+def _scores(place: str, value: Any, count: int) -> list[float]:
+    if not isinstance(value, list):
+        raise DataError(f"{place}: column 'scores': expected a list of numbers, got {shown(value)}")
+    for i, score in enumerate(value):
+        if not is_number(score):
+            raise DataError(f"{place}: column 'scores'[{i}]: expected a finite number, got {shown(score)}")
+    if len(value) != count:
+        raise DataError(
+            f"{place}: column 'scores': expected one score for each of {count} completions, got {len(value)}"
+        )
+    return [float(score) for score in value]

@@ -1,0 +1,170 @@
+"""What each example pulls at: the gradient of its loss in the log-probs of its completions.
+
+Taken before the backward pass through the model, from log-probs to loss alone, which is a few operations on [n]. A hook
+in the backward pass itself would see gradients that gradient accumulation, mixed precision and the shares of the ranks
+have scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefloss.diagnosis.finite import SIDES, log_probs
+from prefloss.feedback import Feedback, Labels, Pairs
+from prefloss.logratios import LogRatios
+from prefloss.losses import Composite, Evaluation, Loss
+
+
+class Gradients(NamedTuple):
+    """Gradients of one batch.
+
+    Attributes:
+        sizes: Largest gradient that an example's loss has in a log-prob of its completions, [n], without sign.
+        finite: Whether all are finite; a bool tensor, scalar.
+    """
+
+    sizes: Tensor
+    finite: Tensor
+
+
+def gradients(loss: Loss, evaluated: Evaluation, feedback: Feedback) -> Gradients | None:
+    """Gradients of an evaluation in the log-probs that it read; None if none of them has one.
+
+    Args:
+        loss: The loss.
+        evaluated: What `loss.evaluate(feedback)` gave; its graph stays as it is.
+        feedback: What was evaluated.
+    """
+    total = sum(
+        weight * values.sum() for weight, values in zip(_weights(loss), evaluated.terms.values(), strict=True)
+    )
+    sides = _per_side(total, feedback) if isinstance(total, Tensor) and total.requires_grad else []
+    if not sides:
+        return None
+    sizes = torch.stack([_largest(side.abs(), len(feedback.shape)) for side in sides]).amax(0)
+    return Gradients(sizes, torch.isfinite(sizes).all())
+
+
+def check_gradients(loss: Loss, evaluated: Evaluation, feedback: Feedback) -> None:
+    """Name the example and the term of a gradient that is not finite.
+
+    Raises:
+        FloatingPointError: If there is one.
+    """
+    names = SIDES[type(feedback)]
+    terms = list(evaluated.terms.items())
+    # The last resort: finite terms whose sum is not.
+    whole = sum(values.sum() for _, values in terms)
+    for term, total in [*((name, values.sum()) for name, values in terms), ("the sum of its terms", whole)]:
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            continue
+        for side, gradient in zip(names, _per_side(total, feedback), strict=False):
+            rows = gradient.flatten(1) if gradient.ndim > 1 else gradient.unsqueeze(1)
+            bad = (~torch.isfinite(rows).all(-1)).nonzero().flatten().tolist()
+            if bad:
+                row = rows[bad[0]]
+                value = row[~torch.isfinite(row)][0].item()
+                raise FloatingPointError(
+                    f"{loss!r}: the gradient of {term} in the log-prob of the {side} of example {bad[0]} of this batch "
+                    f"is {value} ({len(bad)} of {len(rows)} are not finite); its log-probs in nats are "
+                    f"{log_probs(feedback, bad[0])}"
+                )
+
+
+def sizes_at_start(loss: Loss, feedback: Feedback) -> Tensor | None:
+    """Gradient sizes that the loss would have where policy and reference agree, [n].
+
+    Without a reference: where all tokens are equally likely. The loss's state stays as it is, and no rank is asked.
+    None if there is no such place: token counts are unknown.
+    """
+    there = _at_start(feedback)
+    if there is None:
+        return None
+    with standing_still(loss), torch.enable_grad():
+        found = gradients(loss, loss.evaluate(there), there)
+    return None if found is None else found.sizes
+
+
+def _weights(loss: Loss) -> list[float]:
+    return [weight for weight, _ in loss.terms] if isinstance(loss, Composite) else [1.0]
+
+
+def _per_side(total: Tensor, feedback: Feedback) -> list[Tensor]:
+    """Gradient of each side's log-probs, [n] or [n, ...], where it has one."""
+    parts = [part for part in feedback.parts if part.policy.requires_grad or _rows_of(part) is not None]
+    leaves = [(part.policy, _rows_of(part)) for part in parts]
+    inputs = [value for pair in leaves for value in pair if value is not None and value.requires_grad]
+    found = iter(torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True))
+    sides = []
+    for sums, rows in leaves:
+        of_sums = next(found) if sums.requires_grad else None
+        of_rows = next(found) if rows is not None else None
+        of_sums = torch.zeros_like(sums) if of_sums is None else of_sums
+        # A sum passes its gradient on to each of its tokens.
+        sides.append(of_sums if of_rows is None else of_rows + of_sums.unsqueeze(-1))
+    return sides
+
+
+def _largest(values: Tensor, leading: int) -> Tensor:
+    """Over all dimensions after the leading ones; there may be no example at all."""
+    return values.flatten(leading).amax(-1) if values.ndim > leading else values
+
+
+def _rows_of(part: LogRatios) -> Tensor | None:
+    rows = part.per_token
+    return rows.policy if rows is not None and rows.policy.requires_grad else None
+
+
+def _at_start(feedback: Feedback) -> Feedback | None:
+    level = None
+    own = feedback.completions if not isinstance(feedback, Pairs) else feedback.chosen
+    if own.reference is None:
+        if own.tokens is None:
+            return None
+        known = [part for part in feedback.parts if part.tokens is not None]
+        tokens = sum(part.tokens.sum() for part in known if part.tokens is not None)
+        level = sum(part.policy.detach().sum() for part in known) / torch.as_tensor(tokens).clamp(min=1)
+    if isinstance(feedback, Pairs):
+        gold = None if feedback.gold is None else _moved(feedback.gold, level)
+        chosen, rejected = _moved(feedback.chosen, level), _moved(feedback.rejected, level)
+        return replace(feedback, chosen=chosen, rejected=rejected, gold=gold)
+    moved: dict[str, Any] = {"completions": _moved(feedback.completions, level)}
+    if isinstance(feedback, Labels) and feedback.mismatched is not None:
+        moved["mismatched"] = _moved(feedback.mismatched, level).detach()
+    return replace(feedback, **moved)
+
+
+def _moved(ratios: LogRatios, level: Any) -> LogRatios:
+    """A policy like the reference, or `level` nats at every token."""
+    if ratios.reference is not None:
+        policy = ratios.reference.clone()
+    else:
+        assert ratios.tokens is not None
+        policy = ratios.tokens * level
+    rows = ratios.per_token
+    if rows is not None:
+        tokens = torch.full_like(rows.policy, 0.0) + level if rows.reference is None else rows.reference
+        rows = replace(rows, policy=tokens.detach().clone().requires_grad_())
+    return replace(ratios, policy=policy.detach().requires_grad_(), per_token=rows)
+
+
+@contextmanager
+def standing_still(loss: Loss) -> Iterator[None]:
+    """Inside, calls leave the loss's state as it is and ask no other rank."""
+    states = list(loss.state.values())
+    before = [(state.training, state.all_sum) for state in states]
+    try:
+        for state in states:
+            state.train(False)
+            state.all_sum = torch.clone
+        yield
+    finally:
+        for state, (training, all_sum) in zip(states, before, strict=True):
+            state.train(training)
+            state.all_sum = all_sum

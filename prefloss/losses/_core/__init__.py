@@ -1,0 +1,1 @@
+"""Machinery of the losses: specs, hyperparameters, expressions, modifiers, states, registry."""

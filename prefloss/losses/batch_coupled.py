@@ -1,0 +1,298 @@
+"""Losses of pairs that see the whole batch: sorted, filtered, or with a margin or strength set by the batch.
+
+The value of a pair depends on the others, so it changes with the micro-batch, with gradient accumulation and, where
+no state is shared, with the number of ranks. A pair with an empty side takes no part.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefloss.feedback import Pairs
+from prefloss.losses._core import state
+from prefloss.losses._core.parameters import Coerce, Interval, NonNegative, Positive
+from prefloss.losses._core.registry import register
+from prefloss.losses.listwise import log_sum_exp
+from prefloss.losses.pairwise import dpo
+
+MomentsParameter = Annotated[
+    str | tuple[float, float] | state.Moments, Coerce(state.as_moments, state.MOMENTS)
+]
+DrawsParameter = Annotated[int | state.Draws, Coerce(state.as_draws, state.DRAWS)]
+KeptShare = Annotated[float, Interval(gt=0, le=1)]
+
+
+@register(separable=False, monotone=True)
+def aot(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
+    r"""Logistic loss between the sorted margins of policy and reference (AOT, paired).
+
+    .. math::
+        \ell_i = -\log \sigma\left(\beta \left(\delta^\pi_{(i)} - \delta^\mathrm{ref}_{(i)}\right)\right),
+        \quad \delta^\pi = \log \frac{\pi(y_w)}{\pi(y_l)}, \; \delta^\mathrm{ref} =
+        \log \frac{\pi_\mathrm{ref}(y_w)}{\pi_\mathrm{ref}(y_l)}, \; (i) \text{ the } i\text{-th smallest of the batch}
+
+    Args:
+        pairs: Reads the log-probs of both sides under policy and reference, [pairs], nats.
+        beta: Strength of the pull towards the reference.
+
+    Returns:
+        Loss of each pair against the reference margin at its own place in the sorted batch, [pairs], nats; not reduced.
+
+    Example:
+        >>> chosen = LogRatios(policy=[-20.0, -10.0], reference=[-21.5, -12.0])
+        >>> rejected = LogRatios(policy=[-24.0, -11.0], reference=[-23.0, -13.0])
+        >>> aot(Pairs(chosen, rejected), beta=0.1)  # policy margins 4 and 1, reference margins 1.5 and 1
+        tensor([0.5759, 0.6931])
+
+    Note:
+        The mean over the batch is the loss; the reference margin that a pair meets is mostly another pair's. A batch of
+        one is `dpo`. TRL, ms-swift and Axolotl agree and sort on each device alone; so does
+        this. TRL adds label smoothing. When to use: to ask that the distribution of margins be better, not each one.
+
+    Reference: Melnyk et al. 2024, arXiv:2406.05882.
+    """
+    margin = pairs.chosen.policy - pairs.rejected.policy
+    return -F.logsigmoid(beta * (margin - _at_the_same_place(_reference_margin(pairs), margin, pairs.valid)))
+
+
+@register(
+    aliases={"aot_pair": "TRL up to 0.28", "oxrl:aot": "oxRL"},
+    separable=False,
+    monotone=True,
+)
+def aot_unpaired(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
+    r"""Logistic loss between the sorted log-ratios of chosen and of rejected completions (AOT, unpaired).
+
+    .. math::
+        \ell_i = -\log \sigma\left(\beta \left(h_{w(i)} - h_{l(i)}\right)\right),
+        \quad (i) \text{ the } i\text{-th smallest of its side}
+
+    Args:
+        pairs: Reads the log-ratios h of both sides, [pairs], nats; which goes with which does not matter.
+        beta: Strength of the pull towards the reference.
+
+    Returns:
+        Loss of each chosen completion against the rejected one at its place in the sorted batch, [pairs], nats; not
+        reduced.
+
+    Example:
+        >>> aot_unpaired(Pairs.of(chosen=[1.5, 0.0], rejected=[-1.0, 1.0]), beta=0.1)
+        tensor([0.6685, 0.6444])
+
+    Note:
+        The mean over the batch is the loss; the rejected completion that a chosen one meets is mostly another pair's. A
+        batch of one is `dpo`. TRL called it `aot_pair` first; oxRL's `aot` is this one. Of unequal
+        numbers of good and bad completions the paper interpolates quantiles; this takes equal numbers. When to use:
+        good and bad completions that answer different prompts.
+
+    Reference: Melnyk et al. 2024, arXiv:2406.05882.
+    """
+    chosen = pairs.chosen.h
+    return -F.logsigmoid(beta * (chosen - _at_the_same_place(pairs.rejected.h, chosen, pairs.valid)))
+
+
+@register(separable=False, monotone=True)
+def dr_dpo(pairs: Pairs, *, beta: Positive = 0.1, beta_prime: Positive = 1.0) -> Tensor:
+    r"""DPO with the worst pairs of the batch discounted (Dr. DPO, distributionally robustified).
+
+    .. math::
+        \ell = -\beta' \log \frac{1}{n} \sum_{i=1}^{n} e^{-\ell_i / \beta'},
+        \quad \ell_i = -\log \sigma(\beta (h_w - h_l)_i)
+
+    Args:
+        pairs: Reads the log-ratios h of both sides, [pairs], nats.
+        beta: Strength of the pull towards the reference.
+        beta_prime: Trust in the labels: the smaller, the less pairs with a high loss count; infinity is DPO.
+
+    Returns:
+        Loss of the batch, the same number for each pair, [pairs], nats; not reduced.
+
+    Example:
+        >>> dr_dpo(Pairs.of(chosen=[1.5, 0.0], rejected=[-1.0, 0.0]), beta=0.1)
+        tensor([0.6328, 0.6328])
+
+    Note:
+        One number per batch, so weights of pairs only scale it. The official code takes the batch of each rank alone,
+        and so does this: the mean over accumulated batches is another number than one large batch gives. The
+        gradient flows through the weighting. Not `dro`. When to use: labels of which some are flipped.
+
+    Reference: Wu et al. 2024, arXiv:2407.07880.
+    """
+    counted = pairs.valid.flatten()
+    scaled = -dpo(pairs, beta=beta).flatten() / beta_prime
+    total, some = log_sum_exp(scaled, counted)
+    log_mean = total - torch.log(counted.sum().clamp(min=1).to(scaled.dtype))
+    return torch.where(some, -beta_prime * log_mean, 0.0).expand(pairs.shape)
+
+
+@register(separable=False, monotone=True)
+def kto_pair(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
+    r"""Each side of a pair against the batch's mean log-ratio of the other (KTO for pairs, first version).
+
+    .. math::
+        \ell = 1 - \sigma(\beta (h_w - K_l)) + 1 - \sigma(\beta (K_w - h_l)),
+        \quad K_\bullet = \max(0, \operatorname{mean} h_\bullet)
+
+    Args:
+        pairs: Reads the log-ratios h of both sides, [pairs], nats.
+        beta: Strength of the pull towards the reference.
+
+    Returns:
+        Loss of each pair, [pairs], in [0, 2]; not reduced.
+
+    Example:
+        >>> kto_pair(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1)  # K_w = 1.5, K_l = 0
+        tensor([0.9004])
+
+    Note:
+        Withdrawn by its authors: use `kto`, or `apo_zero` on pairs. PaddleNLP, XTuner, turbo-alignment and old TRL have
+        it; they let the gradient into the means K, here they have none, as the paper says of its baseline. They
+        average over the two sides, which is half the sum here. When to use: to reproduce old runs.
+
+    Reference: Ethayarajh et al. 2024, arXiv:2402.01306.
+    """
+    counted = pairs.valid
+    chosen, rejected = pairs.chosen.h, pairs.rejected.h
+    k_chosen, k_rejected = (batch_mean(h.detach(), counted).clamp(min=0) for h in (chosen, rejected))
+    # 1 - sigmoid(x) loses every digit for large x; sigmoid(-x) does not.
+    return torch.sigmoid(-beta * (chosen - k_rejected)) + torch.sigmoid(-beta * (k_chosen - rejected))
+
+
+@register(separable=False, stateful=True)
+def beta_dpo(
+    pairs: Pairs,
+    *,
+    beta: Positive = 0.1,
+    alpha: NonNegative = 0.6,
+    keep: KeptShare = 0.8,
+    moments: MomentsParameter = "running",
+    draws: DrawsParameter = 0,
+) -> Tensor:
+    r"""DPO on pairs near the usual margin, at a strength set by the batch's margin (β-DPO).
+
+    .. math::
+        \ell_i = -\frac{n}{|S|} 1[i \in S] \log \sigma(\beta_b \Delta_i), \quad
+        \beta_b = \max\left(10^{-3}, \beta \left(1 + \alpha (\operatorname{mean}_S \Delta - M)\right)\right),
+        \quad \Delta = h_w - h_l
+
+    Args:
+        pairs: Reads the log-ratios h of both sides, [pairs], nats.
+        beta: Strength of the pull towards the reference at the usual margin.
+        alpha: How much the strength follows the margin, in 1/nats; 0 keeps it fixed.
+        keep: Share of the batch in S, drawn without replacement with weight exp(-((Δ - M) / std)^2 / 2).
+        moments: M and std of the margin: `"running"`, moving ones with decay 0.9, or two numbers.
+        draws: Seed of the drawing.
+
+    Returns:
+        Loss of each pair, [pairs], nats; 0 outside S; not reduced.
+
+    Example:
+        >>> pairs = Pairs.of(chosen=[1.5, 0.5], rejected=[-1.0, 0.0])
+        >>> beta_dpo(pairs, keep=1.0, moments=(0.5, 1.0))  # mean margin 1.5, so beta_b = 0.16
+        tensor([0.5130, 0.6539])
+
+    Note:
+        Form of the authors' code: Δ without beta in the schedule (the paper's gap has it, so its alpha differs), the
+        moments of the global batch moved before use, the unbiased std, no gradient into beta_b or the filter. Their
+        code also moves the moments in evaluation and once per micro-batch. While the std is 0 (first batches of one
+        pair) every pair is as likely to be kept; at least one is. The filter and its mean are those of the rank. The
+        raw function takes no `"running"`; `get` makes the state. oxRL's `beta_dpo` sets the strength per pair, with
+        gradient and no filter. When to use: noisy or uneven pairs, and batches of 16 or more.
+
+    Reference: Wu et al. 2024, arXiv:2407.08639.
+    """
+    counted, margin = pairs.valid, pairs.margin()
+    location, scale = state.of_batch("moments", moments, margin, counted)
+    settled = margin.detach()
+    kept = _drawn(-0.5 * ((settled - location) / (scale or torch.inf)) ** 2, counted, keep, draws)
+    strength = (beta * (1 + alpha * (batch_mean(settled, kept) - location))).clamp(min=1e-3)
+    values = -F.logsigmoid(strength * margin) * counted.sum() / kept.sum().clamp(min=1)
+    return torch.where(kept, values, 0.0)
+
+
+@register(separable=False, stateful=True, needs=("tokens",))
+def alpha_dpo(
+    pairs: Pairs,
+    *,
+    beta: Positive = 2.5,
+    gamma: NonNegative = 1.5,
+    alpha: NonNegative = 0.2,
+    moments: MomentsParameter = "running",
+) -> Tensor:
+    r"""SimPO with a margin that grows where policy and reference already differ (α-DPO, AlphaDPO).
+
+    .. math::
+        \ell = -\log \sigma\left(\beta (\bar\pi_w - \bar\pi_l) - \operatorname{sg}\left[\gamma + \alpha \beta
+        \frac{M - \mu}{s}\right]\right), \quad M = \bar h_w - \bar h_l, \; \bar x = \frac{x}{|y|},
+        \; \pi \text{ the log-prob}
+
+    Args:
+        pairs: Reads the log-probs of both sides under policy and reference, [pairs], nats, and the token counts.
+        beta: Slope, in tokens per nat.
+        gamma: Margin, in nats: the paper's ratio gamma/beta times beta.
+        alpha: How much the margin follows the standardised M.
+        moments: Mean μ and std s of M: `"running"`, moving ones with decay 0.9, or two numbers.
+
+    Returns:
+        Loss of each pair, [pairs], nats; not reduced.
+
+    Example:
+        >>> chosen = LogRatios(policy=[-20.0], reference=[-21.5], tokens=[10])
+        >>> rejected = LogRatios(policy=[-24.0], reference=[-23.0], tokens=[8])
+        >>> alpha_dpo(Pairs(chosen, rejected), moments=(0.0, 1.0))  # 2.5 * (3 - 2) - (1.5 + 0.5 * 0.275)
+        tensor([0.3521])
+
+    Note:
+        Form of the authors' code: all log-probs per token, moments of the global batch from 0, moved before use, the
+        unbiased std, no gradient into the bracket. Published (beta, gamma/beta, alpha): Llama-3 (2.5, 0.6, 0.2), the
+        default here, or (10, 0.4, 0.2); Mistral (2.5, 0.15, 0.05); Gemma-2 (10, 0.4, 0.05). While s is 0 (first batches
+        of one pair) the margin is gamma. The raw function takes no `"running"`; `get` makes the state. Not `alphapo`,
+        nor the alpha-divergence. When to use: as `simpo`, with a reference at hand.
+
+    Reference: Wu et al. 2024, arXiv:2410.10148.
+    """
+    counted = pairs.valid
+    moved = pairs.margin(per_token=True).detach()
+    location, scale = state.of_batch("moments", moments, moved, counted)
+    margin = gamma + alpha * beta * (moved - location) / (scale or torch.inf)
+    return -F.logsigmoid(beta * (pairs.chosen.policy_mean - pairs.rejected.policy_mean) - margin)
+
+
+def _at_the_same_place(values: Tensor, among: Tensor, keep: Tensor) -> Tensor:
+    """For each entry of `among` that counts, the value at its place when both are sorted; 0 elsewhere."""
+    # NaN sorts behind everything, so what does not count stands last and a NaN that does is not lost.
+    ordered = values.masked_fill(~keep, torch.nan).flatten().sort(stable=True).values
+    order = among.masked_fill(~keep, torch.nan).flatten().argsort(dim=0, stable=True)
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    return torch.where(keep, ordered[place].reshape(keep.shape), 0.0)
+
+
+def _reference_margin(pairs: Pairs) -> Tensor:
+    chosen, rejected = pairs.chosen.reference, pairs.rejected.reference
+    if chosen is None or rejected is None:
+        raise ValueError("reference: got None, expected reference log-probs of both sides, [pairs], nats")
+    return chosen - rejected
+
+
+def batch_mean(values: Tensor, keep: Tensor) -> Tensor:
+    """Mean of the values that count, a scalar; 0 if none does."""
+    return torch.where(keep, values, 0.0).sum() / keep.sum().clamp(min=1)
+
+
+def _drawn(log_weight: Tensor, counted: Tensor, share: float, draws: int | state.Draws) -> Tensor:
+    """True at a share of the pairs that count, rounded down but not to none, drawn without replacement."""
+    generator = state.as_draws(draws)()
+    uniform = torch.rand(counted.shape, generator=generator).to(log_weight.device)
+    # The largest of log-weight + Gumbel noise are a weighted draw without replacement; weights of 0 are no trouble.
+    noise = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(uniform.dtype).tiny)))
+    # A weight that underflows to 0 still comes before a pair that does not count.
+    key = (log_weight + noise).clamp(min=torch.finfo(log_weight.dtype).min)
+    order = key.masked_fill(~counted, -torch.inf).flatten().argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    # The tolerance: 0.29 * 100 is 28.999999999999996.
+    wanted = torch.floor(counted.sum() * share + 1e-6).clamp(min=1)
+    return counted & (rank.reshape(counted.shape) < wanted)

@@ -1,0 +1,254 @@
+"""Score a data set into a reference table, in one process or several, from nothing or from where it was killed.
+
+The rows of the data are cut into chunks. A chunk is scored whole and written as a small table of its own into a folder
+beside the output; its name is a hash of the completions in it, so that any later run, of any number of processes, knows
+what is there. When all are, one process merges them. Every file appears whole or not at all, and a chunk is scored in
+the same batches whoever does it, so that a run that was killed ends in the same file as one that was not.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prefloss.data.errors import shown
+from prefloss.data.examples import read_example
+from prefloss.data.table import Header, ReferenceTable, TableError, as_scored, completion_key, write_table
+from prefloss.data.tokens import Encoded
+from prefloss.training import distributed
+from prefloss.training.score import Score, score_rows
+from prefloss.training.table import header_of
+
+CHUNK = 256
+"""Rows of the data that are scored before they are written: what a killed run loses, in each process."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of it.
+
+    Attributes:
+        table: The table.
+        scored: Completions that this run scored, on all processes.
+        empty: Completions that the cut left no token of; they are in no table.
+    """
+
+    table: ReferenceTable
+    scored: int
+    empty: int
+
+
+class ReferenceBuilder:
+    """Writes a table.
+
+    Args:
+        output: The table.
+        header: What it is scored with.
+        score: Scores completions.
+        tokenizer: For text; None if the data holds token ids.
+        chunk: Rows of the data in a part.
+
+    Raises:
+        TableError: If the output, or what a killed run left beside it, was scored otherwise; or cannot be read.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        header: Header,
+        score: Callable[[list[Encoded]], list[Score]],
+        *,
+        tokenizer: Any = None,
+        chunk: int = CHUNK,
+    ) -> None:
+        self.output = output
+        self.header = header
+        self.score = score
+        self.tokenizer = tokenizer
+        self.chunk = chunk
+        self.folder = parts_folder(output)
+        self.known = ReferenceTable.read(output) if output.exists() else None
+        if self.known is not None:
+            _check_same(self.known, header)
+
+    def build(
+        self, data: Mapping[str, Sequence[Any]], on_chunk: Callable[[int], None] = lambda rows: None
+    ) -> Built:
+        """Score what is not yet scored, and write the table. Every process must call this.
+
+        Args:
+            data: Data sets by name, for messages: rows with the columns that `PreferenceCollator` reads.
+            on_chunk: Told how many rows each chunk of this process had.
+
+        Raises:
+            DataError: If a row is malformed.
+            TableError: If another run is at it, or a part cannot be read or is missing in the end.
+            FloatingPointError: If a log-prob is not finite.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _alone(self.folder) if distributed.rank() == 0 else nullcontext():
+            return self._build(data, on_chunk)
+
+    def _build(self, data: Mapping[str, Sequence[Any]], on_chunk: Callable[[int], None]) -> Built:
+        parts: list[str] = []
+        scored = empty = 0
+        for name, rows in itertools.islice(self._chunks(data), distributed.rank(), None, distributed.size()):
+            fresh, blank = self._fresh(name, data[name], rows)
+            empty += blank
+            if fresh:
+                path, new = self._part(f"{name}: rows {rows[0] + 1} to {rows[-1] + 1}", fresh)
+                parts.append(path)
+                scored += new
+            on_chunk(len(rows))
+        # Waits for the slowest process; only then are all parts there.
+        everyone = distributed.gather((parts, scored, empty))
+        if distributed.rank() == 0:
+            self._merge([name for names, _, _ in everyone for name in names])
+        distributed.barrier()
+        table = ReferenceTable.read(self.output)
+        return Built(table, sum(new for _, new, _ in everyone), sum(blank for _, _, blank in everyone))
+
+    def _chunks(self, data: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, range]]:
+        """Data set and rows of each chunk."""
+        for name, rows in data.items():
+            for start in range(0, len(rows), self.chunk):
+                yield name, range(start, min(start + self.chunk, len(rows)))
+
+    def _fresh(self, name: str, data: Sequence[Any], rows: range) -> tuple[dict[bytes, Encoded], int]:
+        """Completions of a chunk that the table does not have, and how many have no token to score."""
+        found: dict[bytes, Encoded] = {}
+        empty = 0
+        for i in rows:
+            for encoded in read_example(i, data[i], self.tokenizer, place=f"{name}: row {i + 1}").rows:
+                prompt, completion = as_scored(encoded, self.header.max_length)
+                if completion:
+                    found.setdefault(completion_key(prompt, completion), (prompt, completion))
+                else:
+                    empty += 1
+        if self.known is not None and found:
+            there = self.known.find(list(found))
+            found = {key: value for (key, value), row in zip(found.items(), there, strict=True) if row < 0}
+        return found, empty
+
+    def _part(self, place: str, rows: dict[bytes, Encoded]) -> tuple[str, int]:
+        """Score a chunk, unless that is done; its file, and how many completions were scored."""
+        path = self.folder / f"{hashlib.blake2b(b''.join(rows), digest_size=16).hexdigest()}.parquet"
+        if path.exists():
+            _check_same(ReferenceTable.read(path), self.header)
+            return path.name, 0
+        scores = self.score(list(rows.values()))
+        for (prompt, completion), (logp, _) in zip(rows.values(), scores, strict=True):
+            if not math.isfinite(logp):
+                raise FloatingPointError(
+                    f"{place}: the log-prob of the completion with token ids {shown(completion)} after "
+                    f"{shown(prompt[-8:])} is {logp}"
+                )
+        write_table(path, self.header, list(rows), *zip(*scores, strict=True))
+        return path.name, len(rows)
+
+    def _merge(self, names: list[str]) -> None:
+        """One table of what was known and all parts; then the parts go."""
+        lost = [name for name in names if not (self.folder / name).exists()]
+        if lost:
+            raise TableError(
+                f"{self.folder}: {len(lost)} of {len(names)} parts are not there; expected a folder that all "
+                "processes share"
+            )
+        # In one order whoever scored them: where two parts have a completion, rounding may tell them apart.
+        tables = [ReferenceTable.read(self.folder / name) for name in sorted(set(names))]
+        if self.known is not None:
+            tables.insert(0, self.known)
+        if names or self.known is None:
+            write_table(
+                self.output,
+                self.header,
+                [key for table in tables for key in table.hashes()],
+                [logp for table in tables for logp in table.logps.tolist()],
+                [count for table in tables for count in table.tokens.tolist()],
+            )
+        # What a run left that was killed while it merged.
+        for stale in self.output.parent.glob(f".{glob.escape(self.output.name)}.*.unfinished"):
+            stale.unlink()
+        shutil.rmtree(self.folder)
+
+
+def write_reference_table(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    data: Sequence[Any],
+    tokenizer: Any = None,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 8,
+) -> ReferenceTable:
+    """What `prefloss reference` does, from Python: score a data set, or what the table does not have of it.
+
+    Under torch.distributed the processes share the work, and each must call this.
+
+    Args:
+        path: Table to write or to add to.
+        model: The reference: a model of transformers where it shall compute, with the adapters that are on.
+        data: Rows with the columns that `PreferenceCollator` reads.
+        tokenizer: For text and messages.
+        max_length: Tokens of prompt and completion together, at most, as in training.
+        batch_size: Completions per forward pass.
+
+    Returns:
+        The table.
+
+    Raises:
+        DataError: If a row is malformed.
+        TableError: If the table was scored otherwise, cannot be read, or another run is writing it.
+        FloatingPointError: If a log-prob is not finite.
+    """
+    builder = ReferenceBuilder(
+        Path(path),
+        header_of(model, tokenizer, max_length=max_length),
+        lambda rows: score_rows(model, rows, batch_size=batch_size),
+        tokenizer=tokenizer,
+    )
+    return builder.build({"data": data}).table
+
+
+def parts_folder(output: Path) -> Path:
+    """Where the parts of an unfinished table are."""
+    return output.with_name(output.name + ".parts")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a second run on the same folder, such as one whose launcher was killed and whose workers live on."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        # Windows.
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            # Held as long as the process lives, whatever ends it.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TableError(f"{folder}: another run is writing there; wait for it, or end it") from error
+        yield
+
+
+def _check_same(table: ReferenceTable, header: Header) -> None:
+    """Refuse to add to a table that was scored otherwise."""
+    apart = table.header.differences(header)
+    if apart:
+        raise TableError(
+            f"{table.path}: was scored otherwise than this run would: {'; '.join(apart)}; write to another file, or "
+            "start anew with --overwrite"
+        )

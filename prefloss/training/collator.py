@@ -1,0 +1,228 @@
+"""Examples of any feedback -> one padded batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from prefloss.data.errors import DataError
+from prefloss.data.examples import Example, read_example
+from prefloss.data.kinds import Kind
+from prefloss.data.tokens import Encoded, pad
+from prefloss.feedback import Labels, Pairs, Rankings
+from prefloss.logratios import IGNORE_INDEX
+from prefloss.training.batch import MISMATCHED, REFERENCE, VALUES, Structure
+from prefloss.training.packing import pack
+
+_KINDS = {Kind.PAIRED: Pairs, Kind.LABELLED: Labels, Kind.RANKED: Rankings}
+Layout = Literal["padded", "packed", "shared_prefix"]
+_LAYOUTS = get_args(Layout)
+# So many votes of one kind, and none of the other, are no accident.
+_ONE_SIDED = 64
+
+
+class PreferenceCollator:
+    """Data collator for preferences: pairs, labelled completions or rankings, told apart by their columns.
+
+    - Pairs: `prompt`, `chosen`, `rejected`; optional `score_chosen` and `score_rejected`, `weight`.
+    - Labels: `prompt`, `completion`, `label`; optional `score`, `weight`, `kl`, `baseline`.
+    - Rankings: `prompt`, `completions`, `scores` (higher is better, any number of completions); optional `weight`.
+
+    Texts are strings (an end token is added) or messages (the chat template is applied), split into prompt and
+    completion where TRL splits them. Token ids go in as they are: `prompt_ids` with `chosen_ids` and `rejected_ids`,
+    `completion_ids` or `completions_ids`. Reference log-probs computed beforehand (sums over the completion, nats)
+    come as `ref_chosen_logps` and `ref_rejected_logps`, or `ref_logps`.
+
+    The trainer must be given `remove_unused_columns=False`.
+
+    Args:
+        tokenizer: For text and messages; not needed for token ids.
+        pad_token_id: What fills rows up; the tokenizer's, or 0. It is masked, so any id of the vocabulary will do.
+        max_length: Tokens of a row, prompt and completion, at most; longer rows lose their end. A completion cut
+            away whole has no tokens, and the losses leave it out.
+        layout: How tokens lie in a batch; the log-probs are the same. "padded": a row each, filled up to the longest.
+            "packed": no padding, sequence after sequence in one row. "shared_prefix": the same, and completions of the
+            same prompt follow it in one sequence, so that it is computed once; each attends to the prompt and itself.
+            A model that cannot do so (state-space layers, attention without masks) gets padded rows, with a warning.
+        mismatched: Whether to score each prompt of labelled data with the completion of the next example, too: KTO's
+            estimate of the KL. Costs two more forward passes; needs batches of two examples or more.
+
+    Attributes:
+        seen: Counts so far, in this process: `examples`, `identical` (two completions of a prompt are the same),
+            `double_end` (two end tokens), `truncated_away`, `upvotes`, `downvotes`.
+
+    Example:
+        >>> collate = PreferenceCollator()
+        >>> batch = collate([{"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 9, 1]}])
+        >>> batch["input_ids"].tolist(), batch["completion_mask"].tolist()
+        ([[5, 6, 7, 1, 0], [5, 6, 8, 9, 1]], [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
+        >>> batch["chosen_rows"], batch["rejected_rows"]
+        (tensor([0]), tensor([1]))
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        *,
+        pad_token_id: int | None = None,
+        max_length: int | None = None,
+        layout: Layout = "padded",
+        mismatched: bool = False,
+    ) -> None:
+        whole = isinstance(max_length, int) and not isinstance(max_length, bool)
+        if max_length is not None and (not whole or max_length < 2):
+            raise ValueError(f"max_length: got {max_length!r}, expected a whole number >= 2, or None")
+        if pad_token_id is None:
+            pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        self.tokenizer = tokenizer
+        self.pad_token_id = 0 if pad_token_id is None else pad_token_id
+        if layout not in _LAYOUTS:
+            raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, _LAYOUTS))}")
+        self.max_length = max_length
+        self.layout = layout
+        self.mismatched = mismatched
+        self.seen: Counter[str] = Counter()
+        self._warned: set[str] = set()
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch: tokens of its rows, and tensors that say which rows belong together.
+
+        Returns:
+            `input_ids`, `attention_mask`, `completion_mask`, right-padded rows [rows, T] (the other layouts: one row
+            [1, N] with `position_ids`, `sequence_ids`, `row_ids`, `targets`, `sources`, `shared`); `chosen_rows` and
+            `rejected_rows` [pairs] (chosen rows come first), `completion_rows` and `label` [n], or `group_rows` and
+            `scores` [groups, K] (-1 and 0 where a group has fewer); the optional feedback under its column's name
+            (`scores` for `score`); `ref_logps` [rows]; and `labels` [examples], 1 or -100, as transformers' trainer
+            counts examples that can be compared. With `mismatched`, the same tokens again under names that begin with
+            `kl_`.
+
+        Raises:
+            ValueError: If an example is not what its columns say, or unlike the others.
+            TypeError: If there is text and no tokenizer.
+        """
+        read = [read_example(index, example, self.tokenizer) for index, example in enumerate(examples)]
+        if not read:
+            raise ValueError("examples: got none, expected at least one")
+        _check_alike(read)
+        self._notice(read)
+        kind = _KINDS[read[0].kind]
+        order = _order(read)
+        batch = self._tokens([example.rows for example in read], order)
+        batch |= _structure(read, kind)
+        for name in VALUES[kind]:
+            if name in read[0].values:
+                batch[name] = torch.tensor([example.values[name] for example in read], dtype=torch.float32)
+        if read[0].reference is not None:
+            batch[REFERENCE] = torch.tensor(
+                [(read[i].reference or ())[j] for i, j in order], dtype=torch.float32
+            )
+        if self.mismatched:
+            batch |= self._next_completions(read, kind)
+        structure, _ = Structure.split(batch)
+        self.seen["truncated_away"] += int((structure.tokens == 0).sum())
+        batch["labels"] = torch.where(structure.blank().valid, 1, IGNORE_INDEX)
+        return batch
+
+    def _tokens(self, rows: list[list[Encoded]], order: list[tuple[int, int]]) -> dict[str, Tensor]:
+        if self.layout == "padded":
+            return pad([rows[i][j] for i, j in order], self.pad_token_id, self.max_length)
+        return pack(rows, order, self.layout == "shared_prefix", self.max_length)
+
+    def _next_completions(self, read: list[Example], kind: type) -> dict[str, Tensor]:
+        if kind is not Labels:
+            raise DataError(f"mismatched: got data of {read[0].kind}, expected labelled completions")
+        if len(read) < 2:
+            raise DataError(
+                "mismatched: got a batch of one example, expected two or more; or leave mismatched False and choose "
+                "kl_baseline='running_mean', which works at any batch size"
+            )
+        following = [*read[1:], read[0]]
+        rows = [[(one.rows[0][0], other.rows[0][1])] for one, other in zip(read, following, strict=True)]
+        tokens = self._tokens(rows, [(i, 0) for i in range(len(rows))])
+        return {MISMATCHED + name: value for name, value in tokens.items()}
+
+    def _notice(self, read: list[Example]) -> None:
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        self.seen["examples"] += len(read)
+        for example in read:
+            completions = [tuple(ids) for _, ids in example.rows]
+            if len(set(completions)) < len(completions):
+                self.seen["identical"] += 1
+                self._warn(
+                    "identical", f"{example.place}: completions of one prompt are identical and teach nothing"
+                )
+            if end is not None and any(ids[-2:] == (end, end) for ids in completions):
+                self.seen["double_end"] += 1
+                self._warn("double_end", f"{example.place}: a completion ends in two end-of-sequence tokens")
+            if example.kind is Kind.LABELLED:
+                self.seen["upvotes" if example.label else "downvotes"] += 1
+        votes = self.seen["upvotes"] + self.seen["downvotes"]
+        if votes >= _ONE_SIDED and votes in (self.seen["upvotes"], self.seen["downvotes"]):
+            side = "upvotes" if self.seen["upvotes"] else "downvotes"
+            self._warn(
+                "one_sided", f"the first {votes} labels are all {side}; is the column 'label' read rightly?"
+            )
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(
+                f"{message}. Shown once; PreferenceCollator.seen counts.", UserWarning, stacklevel=4
+            )
+
+
+def _check_alike(read: list[Example]) -> None:
+    first = read[0]
+    for example in read[1:]:
+        if example.kind is not first.kind:
+            raise DataError(
+                f"{example.place}: got a row of {example.kind}, but {first.place} is of {first.kind}"
+            )
+        if example.values.keys() != first.values.keys() or (example.reference is None) != (
+            first.reference is None
+        ):
+            raise DataError(
+                f"{example.place}: {_difference(first, example)}; expected it in every example or in none"
+            )
+    for one, other in (("score_chosen", "score_rejected"), ("score_rejected", "score_chosen")):
+        if one in first.values and other not in first.values:
+            raise DataError(f"{first.place}: missing column {other!r} beside {one!r}")
+
+
+def _difference(first: Example, example: Example) -> str:
+    names = sorted(first.values.keys() ^ example.values.keys()) or ["ref_logps"]
+    column = {"scores": "score"}.get(names[0], names[0])
+    has = names[0] in example.values or (names[0] == "ref_logps" and example.reference is not None)
+    return (
+        f"{'has' if has else 'lacks'} the column {column!r}, which {first.place} {'lacks' if has else 'has'}"
+    )
+
+
+def _order(read: list[Example]) -> list[tuple[int, int]]:
+    """Example and completion of each row: all chosen ones first, as TRL does; rankings group by group."""
+    if read[0].kind is Kind.PAIRED:
+        return [(i, side) for side in (0, 1) for i in range(len(read))]
+    return [(i, j) for i, example in enumerate(read) for j in range(len(example.rows))]
+
+
+def _structure(read: list[Example], kind: type) -> dict[str, Tensor]:
+    rows = torch.arange(len(read))
+    if kind is Pairs:
+        return {"chosen_rows": rows, "rejected_rows": rows + len(read)}
+    if kind is Labels:
+        return {"completion_rows": rows, "label": torch.tensor([example.label for example in read])}
+    width = max(len(example.rows) for example in read)
+    group_rows = torch.full((len(read), width), -1)
+    scores = torch.zeros(len(read), width)
+    start = 0
+    for i, example in enumerate(read):
+        count = len(example.rows)
+        group_rows[i, :count] = torch.arange(start, start + count)
+        scores[i, :count] = torch.tensor(example.scores)
+        start += count
+    return {"group_rows": group_rows, "scores": scores}

@@ -1,0 +1,250 @@
+"""The reference policy, said once and in words: a model, adapters off, another adapter, a table, cached sums, none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefloss.data.table import ReferenceTable
+from prefloss.training import table
+from prefloss.training.batch import REFERENCE, Structure
+from prefloss.training.forward import unwrapped
+from prefloss.training.layouts import score
+
+CHOICES = (
+    "Reference.model(copy.deepcopy(model)), Reference.adapter_off() for a PEFT model, Reference.adapter(name), "
+    "Reference.table(path), Reference.cached() for ref_*logps columns, or Reference.none() with a loss that needs none"
+)
+
+
+class Reference:
+    """Where reference log-probs come from. Made by one of its class methods.
+
+    Whatever it is, it is computed in evaluation mode (no dropout), without gradient, and in the precision that the
+    trainer computes the policy in.
+
+    Example:
+        >>> Reference.adapter("sft")
+        Reference.adapter('sft')
+    """
+
+    def __init__(self, kind: str, value: Any = None) -> None:
+        self.kind = kind
+        self.value = value
+
+    @classmethod
+    def model(cls, model: nn.Module) -> Reference:
+        """A model of its own, frozen when training begins: `copy.deepcopy(policy)`, or one loaded a second time.
+
+        It is moved to the device of the batches if it is elsewhere.
+
+        Raises:
+            TypeError: If it is no module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: got {type(model).__name__}, expected a causal language model of transformers"
+            )
+        return cls("model", model)
+
+    @classmethod
+    def adapter_off(cls) -> Reference:
+        """The policy with its PEFT adapters switched off: the base model."""
+        return cls("adapter_off")
+
+    @classmethod
+    def adapter(cls, name: str) -> Reference:
+        """Another, frozen adapter of the policy: a copy of the one in training, loaded under this name."""
+        return cls("adapter", name)
+
+    @classmethod
+    def cached(cls) -> Reference:
+        """Sums computed beforehand, which come with the data as `ref_*logps` columns, nats."""
+        return cls("cached")
+
+    @classmethod
+    def table(cls, path: str | os.PathLike[str]) -> Reference:
+        """Sums that `prefloss reference` computed beforehand, looked up by the token ids of each completion.
+
+        Raises:
+            TableError: If the file is absent, damaged or no such table.
+            ModuleNotFoundError: If pyarrow is missing.
+        """
+        return cls("table", ReferenceTable.read(path))
+
+    @classmethod
+    def none(cls) -> Reference:
+        """No reference, for a loss that needs none; reward metrics are then absent."""
+        return cls("none")
+
+    @classmethod
+    def of(cls, value: Any) -> Reference:
+        """What a user gave: a `Reference`, a module (a model of its own), or None (none).
+
+        Raises:
+            TypeError: If it is something else.
+        """
+        if isinstance(value, Reference):
+            return value
+        if isinstance(value, nn.Module):
+            return cls.model(value)
+        if value is None:
+            return cls.none()
+        if isinstance(value, Mapping) and value.get("kind") in ("adapter_off", "adapter", "cached", "none"):
+            return cls(value["kind"], value.get("value"))
+        if isinstance(value, Mapping) and value.get("kind") == "table":
+            return cls.table(value["value"])
+        if isinstance(value, Mapping) and value.get("kind") == "model":
+            raise TypeError(
+                "reference: got none from the checkpoint, which holds no reference model; leave "
+                "restore_callback_states_from_checkpoint False: the loss's state is restored without it"
+            )
+        raise TypeError(f"reference: got {value!r}, expected {CHOICES}")
+
+    def config(self) -> dict[str, Any]:
+        """As a checkpoint keeps it: a model is only named, a table by its path."""
+        value = str(self.value.path) if self.kind == "table" else self.value
+        return {"kind": self.kind, "value": value if self.kind in ("adapter", "table") else None}
+
+    def bind(self, policy: nn.Module) -> None:
+        """Check the reference against the unwrapped policy, and freeze a model of its own.
+
+        Raises:
+            ValueError: If it shares trainable weights with the policy, or is an adapter that is absent or in use.
+            TypeError: If it speaks of adapters and the policy has none.
+        """
+        if self.kind == "model":
+            _check_apart(self.value, policy)
+            self.value.requires_grad_(False).eval()
+        if self.kind in ("adapter_off", "adapter"):
+            _check_adapters(self, policy)
+
+    def logps(
+        self,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        structure: Structure,
+    ) -> Tensor | None:
+        """Reference log-probs of a batch, without gradient.
+
+        Args:
+            autocast: Makes the context that a model of its own computes in.
+            model: The policy, wrapped as it is trained.
+            inputs: The model's inputs.
+            structure: Of the batch.
+
+        Returns:
+            Log-prob of each target, [rows, T]; their sums, [rows], if cached or of a table; None without reference.
+
+        Raises:
+            ValueError: If cached sums are not in the batch, or a row is not in the table.
+        """
+        if self.kind == "none":
+            return None
+        if self.kind == "cached":
+            if REFERENCE not in structure.items:
+                raise ValueError(
+                    "reference: got Reference.cached() and data without ref_chosen_logps and ref_rejected_logps "
+                    "(pairs) or ref_logps; expected these columns, as sums of log-probs in nats"
+                )
+            return structure.items[REFERENCE]
+        if self.kind == "table":
+            return table.look_up(self.value, structure, inputs)
+        with torch.no_grad(), self._as_reference(autocast, model, structure.targets.device) as reference:
+            return score(reference, structure, inputs).logps
+
+    @contextmanager
+    def _as_reference(
+        self, autocast: Callable[[], AbstractContextManager[Any]], model: nn.Module, device: torch.device
+    ) -> Iterator[nn.Module]:
+        if self.kind == "model":
+            _move(self.value, device)
+            with autocast():
+                yield self.value
+            return
+        policy = unwrapped(model)
+        training = model.training
+        model.eval()
+        try:
+            # The value of adapter_off is None.
+            with _switched(policy, self.value):
+                yield model
+        finally:
+            model.train(training)
+
+    def __repr__(self) -> str:
+        """As it is written."""
+        shown = ""
+        if self.kind == "model":
+            shown = type(self.value).__name__
+        elif self.kind in ("adapter", "table"):
+            shown = repr(self.config()["value"])
+        return f"Reference.{self.kind}({shown})"
+
+
+def _check_apart(reference: nn.Module, policy: nn.Module) -> None:
+    own = {id(parameter) for parameter in policy.parameters()}
+    if any(id(parameter) in own for parameter in reference.parameters()):
+        # get_peft_model works in place: the model it was given is the policy's own.
+        raise ValueError(
+            "reference: got a model that shares its weights with the policy, so it would train along; expected "
+            "copy.deepcopy(model), made before training, or Reference.adapter_off() for a PEFT model"
+        )
+
+
+def _check_adapters(reference: Reference, policy: Any) -> None:
+    if not hasattr(policy, "disable_adapter") or not hasattr(policy, "peft_config"):
+        raise TypeError(
+            f"reference: got {reference!r}, but the policy is a {type(policy).__name__} without PEFT adapters; expected "
+            "a PeftModel, or Reference.model(copy.deepcopy(model))"
+        )
+    if reference.kind == "adapter":
+        name, there = reference.value, sorted(policy.peft_config)
+        if name not in there:
+            raise ValueError(f"reference: got the adapter {name!r}, expected one of {there}")
+        if name in policy.active_adapters:
+            raise ValueError(
+                f"reference: got the adapter {name!r}, which is the one in training; expected a copy of it"
+            )
+        trained = [
+            key for key, value in policy.named_parameters() if f".{name}." in key and value.requires_grad
+        ]
+        if trained:
+            raise ValueError(
+                f"reference: got the adapter {name!r}, whose {trained[0]} is trainable; expected it frozen"
+            )
+
+
+@contextmanager
+def _switched(policy: Any, name: str | None) -> Iterator[None]:
+    """Another adapter in place of the active one, or (None) no adapter.
+
+    PEFT makes the whole active adapter trainable when it switches back; what the user froze of it stays frozen here.
+    """
+    before = policy.active_adapter
+    trainable = {key: value.requires_grad for key, value in policy.named_parameters()}
+    try:
+        if name is None:
+            with policy.disable_adapter():
+                yield
+        else:
+            policy.set_adapter(name)
+            yield
+    finally:
+        if name is not None:
+            policy.set_adapter(before)
+        for key, value in policy.named_parameters():
+            value.requires_grad_(trainable[key])
+
+
+def _move(model: Any, device: torch.device) -> None:
+    """To the device of the batch, unless the model was spread over devices when it was loaded."""
+    first = next(model.parameters(), None)
+    if first is not None and first.device != device and not getattr(model, "hf_device_map", None):
+        model.to(device)
