@@ -19,7 +19,7 @@ from prefloss.data.table import TableError
 from prefloss.training import distributed
 from prefloss.training.build_table import Built, ReferenceBuilder, parts_folder
 from prefloss.training.score import score_rows
-from prefloss.training.table import header_of
+from prefloss.training.table_lookup import header_of
 
 
 def run(settings: ReferenceSettings, data: ReferenceData, console: Console) -> None:
