@@ -21,8 +21,8 @@ from prefloss.diagnosis.finite import log_probs
 from prefloss.diagnosis.gradients import check_gradients, gradients, sizes_at_start, standing_still
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
 from prefloss.logratios import LogRatios
-from prefloss.losses import Evaluation, Loss, get
 from prefloss.metrics import Stat
+from prefloss.registry import Evaluation, Loss, get
 
 _MOMENTS = "length/"
 _LENGTH = tuple(_MOMENTS + name for name in ("x", "y", "xx", "yy", "xy"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 
 SIDES = {Pairs: ("chosen", "rejected"), Labels: ("completion",), Rankings: ("completions",)}
 """What each kind of feedback calls its completions, in the order of its `parts`."""

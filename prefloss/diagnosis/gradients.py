@@ -18,7 +18,8 @@ from torch import Tensor
 from prefloss.diagnosis.finite import SIDES, log_probs
 from prefloss.feedback import Feedback, Labels, Pairs
 from prefloss.logratios import LogRatios
-from prefloss.losses import Composite, Evaluation, Loss
+from prefloss.registry import Evaluation, Loss
+from prefloss.registry import WeightedSum as Composite
 
 
 class Gradients(NamedTuple):

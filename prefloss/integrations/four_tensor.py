@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prefloss import metrics
 from prefloss.feedback import Pairs
 from prefloss.logratios import LogRatios
-from prefloss.losses import Loss, get
+from prefloss.registry import Loss, get
 
 
 class FourTensorLoss:

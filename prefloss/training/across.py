@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefloss.feedback import Feedback
-from prefloss.losses import Evaluation, Loss
+from prefloss.registry import Evaluation, Loss
 from prefloss.training import distributed
 from prefloss.training.batch import counts, looks_across, terms_of
 from prefloss.training.gather import gathered
@@ -45,9 +45,9 @@ def evaluate(loss: Loss, feedback: Feedback, training: bool) -> Seen:
     if across:
         # Then every process holds all examples, and states need not be summed over them.
         feedback = gathered(feedback)
-        loss.reduce_over(torch.clone)
+        loss.sync_with(torch.clone)
     else:
-        loss.reduce_over(distributed.all_sum)
+        loss.sync_with(distributed.all_sum)
     evaluated = loss.train(training).evaluate(feedback)
     return Seen(feedback, evaluated, counts(loss, feedback), own, distributed.size() if across else 1)
 

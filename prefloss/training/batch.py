@@ -16,7 +16,8 @@ from torch import Tensor
 
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
 from prefloss.logratios import IGNORE_INDEX, LogRatios, completion_targets
-from prefloss.losses import Composite, Loss
+from prefloss.registry import Loss
+from prefloss.registry import WeightedSum as Composite
 from prefloss.training import packing
 from prefloss.training.packing import Packed
 

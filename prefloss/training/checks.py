@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefloss.feedback import Labels, Pairs, Rankings
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 from prefloss.training.batch import REFERENCE, Structure, terms_of
 
 _FED = {

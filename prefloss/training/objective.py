@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from prefloss.diagnosis import NAMES, Diagnosis, Thresholds
-from prefloss.losses import Loss, get
+from prefloss.registry import Loss, get
 from prefloss.training import batch as _batch
 from prefloss.training import checks, distributed, step, totals
 from prefloss.training.forward import unwrapped

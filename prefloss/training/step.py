@@ -14,8 +14,8 @@ from prefloss.diagnosis import Diagnosis
 from prefloss.diagnosis.finite import check_finite
 from prefloss.feedback import Feedback
 from prefloss.logratios import LogRatios
-from prefloss.losses import Loss
 from prefloss.metrics import Stat
+from prefloss.registry import Loss
 from prefloss.training import across, checks, distributed, step_zero, totals
 from prefloss.training.across import Seen, share
 from prefloss.training.batch import (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prefloss.data.table import Header
 from prefloss.feedback import Feedback
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 from prefloss.training.fingerprint import dtype_of, weights_fingerprint
 from prefloss.training.reference import Reference
 

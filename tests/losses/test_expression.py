@@ -8,8 +8,9 @@ import torch
 
 import prefloss
 from prefloss import LogRatios, Pairs, Rankings
+from prefloss.hyperparameters import Linear
 from prefloss.logratios import PerToken
-from prefloss.losses import Composite, Linear
+from prefloss.registry import WeightedSum as Composite
 
 PAIRS = Pairs(
     chosen=LogRatios([-20.0, -3.0], [-21.5, -3.5], [10, 4]),
@@ -71,11 +72,11 @@ def test_a_sum_keeps_its_terms_state():
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("0*dpo", ValueError, r"weight 0 is no number > 0"),
-        ("-1*dpo", ValueError, r"weight -1 is no number > 0"),
-        ("True*dpo", ValueError, r"weight True"),
-        ("dpo*2", ValueError, r"'dpo' is no literal"),
-        ("dpo(0.1) + ipo", ValueError, r"'dpo\(0.1\)' is no loss with keyword hyperparameters"),
+        ("0*dpo", ValueError, r"weight: got 0, expected a number > 0"),
+        ("-1*dpo", ValueError, r"weight: got -1, expected a number > 0"),
+        ("True*dpo", ValueError, r"weight: got True"),
+        ("dpo*2", ValueError, r"'dpo' is not a literal"),
+        ("dpo(0.1) + ipo", ValueError, r"'dpo\(0.1\)' is not a loss with keyword hyperparameters"),
         ("dpo + nonsense", ValueError, "unknown loss 'nonsense'"),
         ("dpo(**x) + ipo", ValueError, r"\*\* is not allowed"),
         ("dpo + (", ValueError, "expected a loss name"),
@@ -150,7 +151,7 @@ def test_token_modifiers_by_hand():
         ("kto", {"label_smoothing": 0.1}, "does not depend on the difference of two scores alone"),
         ("apo_zero", {"divergence": "js"}, "does not depend on the difference"),
         ("ipo", {"score_margin": 0.1}, "does not scale a margin in nats by beta"),
-        ("robust_dpo", {"label_smoothing": 0.1}, r"has a noise level of its own \(epsilon\)"),
+        ("robust_dpo", {"label_smoothing": 0.1}, r"has its own noise level \(epsilon\)"),
         ("simpo", {"divergence": "js"}, "has no reference to diverge from"),
         ("aot", {"wpo": True}, "mixes the pairs of a batch"),
         ("soft_label_dpo", {"score_margin": 1.0}, "reads scores itself"),

@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler
 
 from prefloss.diagnosis import Thresholds
 from prefloss.integrations.lightning._loader import StepLoader
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 from prefloss.training import batch as _batch
 from prefloss.training import distributed
 from prefloss.training.objective import PreferenceObjective

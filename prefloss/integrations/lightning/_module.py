@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prefloss.diagnosis import Thresholds
 from prefloss.integrations.lightning._callback import PreferenceLossCallback
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 
 
 class PreferenceModule(LightningModule):

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from prefloss.diagnosis import Thresholds, config_of
 from prefloss.integrations._callback import LossCallback
 from prefloss.integrations.transformers import _binding
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 from prefloss.training import batch, checks
 from prefloss.training.objective import PreferenceObjective
 from prefloss.training.reference import Reference

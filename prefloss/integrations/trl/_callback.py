@@ -21,7 +21,7 @@ from prefloss.diagnosis import Diagnosis, Thresholds, config_of
 from prefloss.integrations import _callback
 from prefloss.integrations._callback import LossCallback
 from prefloss.integrations.trl import _kernel, _options, _own, _step
-from prefloss.losses import Loss, get
+from prefloss.registry import Loss, get
 from prefloss.training.objective import PreferenceObjective
 
 logger = logging.get_logger(__name__)

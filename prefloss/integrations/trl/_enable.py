@@ -11,7 +11,7 @@ from trl import DPOTrainer, KTOConfig, KTOTrainer
 
 from prefloss.integrations.trl import _kernel, _options
 from prefloss.integrations.trl._callback import attach, attached
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 
 _originals: dict[type, Any] = {}
 _kto_metadata: list[Any] = []

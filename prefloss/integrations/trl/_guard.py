@@ -7,7 +7,7 @@ from typing import Any
 
 from prefloss.feedback import Labels, Pairs
 from prefloss.integrations.trl._collate import ITEMS
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 
 _FIELDS = {
     Pairs: {"weight", "score_chosen", "score_rejected"},

@@ -9,7 +9,9 @@ from typing import Any
 from trl import DPOConfig, KTOConfig
 
 from prefloss.feedback import Labels, Pairs
-from prefloss.losses import Composite, Loss, LossSpec, RunningMean, admitted, get, parse, spec_of
+from prefloss.hyperparameters import RunningMean
+from prefloss.registry import Loss, LossSpec, admitted, get, parse, spec_of
+from prefloss.registry import WeightedSum as Composite
 
 # Options of TRL's configurations that change its loss, and so must mean something to ours.
 _LOSS_OPTIONS = {

@@ -16,7 +16,7 @@ from trl import KTOTrainer
 
 from prefloss.diagnosis import Diagnosis
 from prefloss.integrations.transformers._callback import unrepeated
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 from prefloss.training.batch import ROWS, Structure
 from prefloss.training.layouts import score
 from prefloss.training.objective import PreferenceObjective, Reference

@@ -19,7 +19,7 @@ from prefloss.integrations.trl._collate import ITEMS
 from prefloss.integrations.trl._record import Pass, assign, log_ratios, masked_labels, recorded
 from prefloss.integrations.trl._replaced import replaced
 from prefloss.logratios import LogRatios
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 from prefloss.training import across, distributed
 from prefloss.training.across import share
 
