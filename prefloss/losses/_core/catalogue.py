@@ -144,7 +144,7 @@ def _check_free(name: str) -> None:
     if is_name(name):
         owner = _specs[_aliases.get(name, name)].function
         place = f"{getattr(owner, '__module__', '?')}.{getattr(owner, '__qualname__', '?')}"
-        raise ValueError(f"name: got {name!r}, which is taken by {place}; expected a free one")
+        raise ValueError(f"name: got {name!r}, which another loss has ({place}), expected a free one")
 
 
 def _load_entry_point(name: str) -> None:
