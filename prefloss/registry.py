@@ -1,6 +1,6 @@
 """Losses by name: look one up, register one, ask what it is and needs."""
 
-from prefloss._deprecated import moved
+from prefloss._deprecated import moved as _moved
 from prefloss.feedback import NEEDS as NEEDS
 from prefloss.losses._core.catalogue import register as register
 from prefloss.losses._core.catalogue import registered as registered
@@ -21,4 +21,4 @@ from prefloss.losses._core.spec import LossSpec as LossSpec
 from prefloss.losses._core.spec import spec_from as spec_from
 from prefloss.losses._core.weighted_sum import WeightedSum as WeightedSum
 
-__getattr__ = moved(__name__, {"Composite": "prefloss.registry:WeightedSum"})
+__getattr__ = _moved(__name__, {"Composite": "prefloss.registry:WeightedSum"})

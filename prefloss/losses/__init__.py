@@ -1,6 +1,6 @@
 """Preference losses: pure functions, feedback -> one value per example. `prefloss.get` finds each by its name."""
 
-from prefloss._deprecated import moved
+from prefloss._deprecated import moved as _moved
 from prefloss.losses.batch_coupled import alpha_dpo as alpha_dpo
 from prefloss.losses.batch_coupled import aot as aot
 from prefloss.losses.batch_coupled import aot_unpaired as aot_unpaired
@@ -96,16 +96,20 @@ from prefloss.losses.two_sided import dpop as dpop
 from prefloss.losses.two_sided import nca_pair as nca_pair
 from prefloss.losses.two_sided import sppo_hard as sppo_hard
 
-_MOVED = {
+_OLD_NAMES = {
     "registry": "Alias Evaluation Loss LossSpec MODIFIERS admitted capabilities get parse register spec_of specs "
     "unregister",
     "hyperparameters": "Cosine Draws FlipProbability Interval Linear Moments NonNegative Parameter Positive Recent "
     "RewardShift RunningMean State",
 }
-__getattr__ = moved(
+__getattr__ = _moved(
     __name__,
     {
         "Composite": "prefloss.registry:WeightedSum",
-        **{name: f"prefloss.{module}:{name}" for module, names in _MOVED.items() for name in names.split()},
+        **{
+            name: f"prefloss.{module}:{name}"
+            for module, names in _OLD_NAMES.items()
+            for name in names.split()
+        },
     },
 )

@@ -152,7 +152,9 @@ def test_register_refuses_a_taken_name(registered):
     for name in ("dpo", "sigmoid", "mine", "own"):
         with pytest.raises(ValueError, match=f"name: got '{name}', which another loss has"):
             prefloss.register(name=name)(exponential)
-    with pytest.raises(ValueError, match=r"'sigmoid', which another loss has \(prefloss\.losses\.pairwise\.dpo\)"):
+    with pytest.raises(
+        ValueError, match=r"'sigmoid', which another loss has \(prefloss\.losses\.pairwise\.dpo\)"
+    ):
         prefloss.register(name="new", aliases={"sigmoid": ""})(exponential)
     assert "new" not in prefloss.specs
 
