@@ -8,6 +8,7 @@ Losses are pure functions of log-ratios, chosen by name::
 Importing this package loads torch and nothing heavier; trainers and command line load where they are used.
 """
 
+from prefloss import metrics as metrics
 from prefloss.feedback import Labels as Labels
 from prefloss.feedback import Pairs as Pairs
 from prefloss.feedback import Rankings as Rankings
@@ -15,12 +16,13 @@ from prefloss.logprobs import linear_token_logps as linear_token_logps
 from prefloss.logprobs import token_logps as token_logps
 from prefloss.logratios import IGNORE_INDEX as IGNORE_INDEX
 from prefloss.logratios import LogRatios as LogRatios
+from prefloss.logratios import PerToken as PerToken
 from prefloss.logratios import completion_targets as completion_targets
-from prefloss.losses import Loss as Loss
-from prefloss.losses import LossSpec as LossSpec
-from prefloss.losses import get as get
-from prefloss.losses import register as register
-from prefloss.losses import specs as specs
 from prefloss.plan import explain as explain
+from prefloss.registry import Loss as Loss
+from prefloss.registry import LossSpec as LossSpec
+from prefloss.registry import get as get
+from prefloss.registry import register as register
+from prefloss.registry import specs as specs
 
 __version__ = "0.1.0"

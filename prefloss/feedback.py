@@ -1,4 +1,4 @@
-"""Feedback: completions and what people said of them, and how one kind of feedback gives another."""
+"""Feedback: completions with what people or models said of them, and how one kind of feedback becomes another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefloss.logratios import LogRatios
+from prefloss.logratios import LogRatios, PerToken
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,8 @@ class Pairs:
         if self.gold is not None:
             _check_beside("gold", self.gold, self.chosen)
         if self.embedding is not None and self.embedding.shape[:-1] != self.chosen.shape:
-            wanted = [*self.chosen.shape, "D"]
-            raise ValueError(f"embedding: got shape {list(self.embedding.shape)}, expected {wanted}")
+            expected = [*self.chosen.shape, "D"]
+            raise ValueError(f"embedding: got shape {list(self.embedding.shape)}, expected {expected}")
         if (self.score_chosen is None) != (self.score_rejected is None):
             missing = "score_chosen" if self.score_chosen is None else "score_rejected"
             raise ValueError(f"{missing}: got None, expected scores for both sides or for neither")
@@ -313,7 +313,7 @@ class Rankings:
             Pairs with scores, group by group; a group's weight goes to each of its pairs.
 
         Raises:
-            ValueError: If `how` is none of the three.
+            ValueError: If `how` is another word.
         """
         order = self.scores.masked_fill(~self.present, -torch.inf).argsort(
             dim=-1, descending=True, stable=True
@@ -329,7 +329,7 @@ class Rankings:
         elif how == "all":
             picked = grid.triu(1).expand(len(order), -1, -1)
         else:
-            raise ValueError(f"how: got {how!r}, expected 'best_worst', 'adjacent' or 'all'")
+            raise ValueError(f"how: got {how!r}, expected {', '.join(map(repr, _TO_PAIRS))}")
         sorted_scores = self.scores.gather(-1, order)
         sorted_present = self.present.gather(-1, order)
         better = sorted_scores.unsqueeze(-1) > sorted_scores.unsqueeze(-2)
@@ -361,7 +361,8 @@ class Field:
     """A value that comes with the completions: its name in feedback, in data sets and in the traits of losses.
 
     Attributes:
-        kind: `Pairs`, `Labels` or `Rankings`.
+        kind: Class that holds it: `Pairs`, `Labels` or `Rankings`; `LogRatios` or `PerToken` for what every completion
+            has.
         name: Attribute of that class, and key of a batch.
         column: Column of a data set; None if it is computed, never stored.
         need: Entry of a loss's `needs` or `reads` that covers it; None if every loss of the kind uses it.
@@ -393,8 +394,28 @@ FIELDS: tuple[Field, ...] = (
     Field(Labels, "baseline", "baseline", "baseline", "value of the prompt"),
     Field(Rankings, "scores", "scores", None, "a score of each completion, higher is better", required=True),
     Field(Rankings, "weight", "weight", None, "multiplies the loss of the group"),
+    Field(LogRatios, "tokens", None, "tokens", "token counts of the completions"),
+    Field(LogRatios, "per_token", None, "per_token", "log-probs of each token (keep_per_token=True)"),
+    Field(PerToken, "log_sum_sq", None, "per_token.log_sum_sq", "log of the sum of squared probabilities"),
+    Field(PerToken, "kl", None, "per_token.kl", "KL(reference || policy) over the vocabulary"),
+    Field(
+        PerToken, "reverse_kl", None, "per_token.reverse_kl", "KL(policy || reference) over the vocabulary"
+    ),
+    Field(
+        PerToken,
+        "reference_entropy",
+        None,
+        "per_token.reference_entropy",
+        "the reference's normalised entropy",
+    ),
+    Field(PerToken, "weight", None, "per_token.weight", "importance weight of each token"),
 )
-"""Every value beside the completions. Collators, readers, checks, the kit and the docs derive their tables from it."""
+"""Every value beside the log-probs. Collators, readers, checks, the kit and the docs derive their tables from it."""
+
+NEEDS: tuple[str, ...] = tuple(dict.fromkeys(field.need for field in FIELDS if field.need))
+"""Names that a loss may list in `needs` and `reads`."""
+
+_TO_PAIRS = ("best_worst", "adjacent", "all")
 
 
 def fields_of(kind: type) -> tuple[Field, ...]:
@@ -426,6 +447,96 @@ def optional_fields(kind: type) -> tuple[Field, ...]:
         ['weight', 'scores', 'kl', 'baseline']
     """
     return tuple(field for field in fields_of(kind) if field.column and not field.required)
+
+
+def meaning_of(need: str, kind: type) -> str:
+    """What an entry of `NEEDS` stands for in one kind of feedback, in words.
+
+    Example:
+        >>> meaning_of("gold", Pairs)
+        'log-ratios of a third completion of each prompt (Pairs.gold)'
+    """
+    return " and ".join(
+        f"{field.meaning} ({field.kind.__name__}.{field.name})" for field in _covered(need, kind)
+    )
+
+
+def has(feedback: Feedback, need: str) -> bool:
+    """Whether feedback carries what an entry of `NEEDS` names, for all its completions.
+
+    Example:
+        >>> has(Pairs.of([1.5], [-1.0]), "tokens")
+        False
+    """
+    fields = _covered(need, type(feedback))
+    rows = [part.per_token for part in feedback.parts]
+    owners = {type(feedback): (feedback,), LogRatios: feedback.parts, PerToken: rows}
+    return bool(fields) and all(
+        getattr(owner, field.name, None) is not None for field in fields for owner in owners[field.kind]
+    )
+
+
+def _covered(need: str, kind: type) -> list[Field]:
+    return [field for field in FIELDS if field.need == need and field.kind in (kind, LogRatios, PerToken)]
+
+
+def required(owner: Any, name: str) -> Any:
+    """A field of feedback, of log-ratios or of their per-token rows.
+
+    Raises:
+        ValueError: If it is None.
+
+    Example:
+        >>> required(LogRatios.of([1.5], tokens=[10]), "tokens")
+        tensor([10])
+    """
+    value = getattr(owner, name)
+    if value is None:
+        meanings = [field.meaning for field in FIELDS if isinstance(owner, field.kind) and field.name == name]
+        expected = meanings[0] if meanings else "log-probs, nats"
+        raise ValueError(f"{type(owner).__name__}.{name}: got None, expected {expected}")
+    return value
+
+
+def convert(feedback: Any, kind: type, rankings_as: str | None = None) -> Any:
+    """Feedback in the kind that a loss takes: pairs as labels or rankings, rankings as pairs.
+
+    Args:
+        feedback: `Pairs`, `Labels` or `Rankings`.
+        kind: One of these classes.
+        rankings_as: How rankings become pairs, as `Rankings.to_pairs` takes it: `"best_worst"`, `"adjacent"` or
+            `"all"`.
+
+    Returns:
+        The feedback itself if it is of that kind.
+
+    Raises:
+        TypeError: If the kind does not follow from the feedback, or rankings become pairs and `rankings_as` is None.
+        ValueError: If `rankings_as` is unknown, or pairs become rankings and a chosen completion is not scored above
+            the rejected one.
+
+    Example:
+        >>> convert(Pairs.of([1.5], [-1.0]), Labels).desirable
+        tensor([ True, False])
+    """
+    if isinstance(feedback, kind):
+        return feedback
+    mismatch = f"feedback: got {type(feedback).__name__}, expected {kind.__name__}"
+    if isinstance(feedback, Rankings):
+        if rankings_as is None:
+            raise TypeError(
+                f"{mismatch}; say which pairs to make of rankings with rankings_as="
+                f"{' | '.join(map(repr, _TO_PAIRS))}, or choose a loss that takes Rankings, such as 'dpo_pl'"
+            )
+        return convert(feedback.to_pairs(rankings_as), kind)
+    if isinstance(feedback, Pairs) and kind in (Labels, Rankings):
+        return feedback.to_labels() if kind is Labels else feedback.to_rankings()
+    if isinstance(feedback, Labels):
+        raise TypeError(
+            f"{mismatch}; single labels do not say what to compare a completion with: choose a loss that takes "
+            "Labels, such as 'kto'"
+        )
+    raise TypeError(mismatch)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -460,7 +571,7 @@ def _as_values(name: str, value: Any, device: torch.device) -> Tensor:
 
 
 def _convert_values(feedback: Any, name: str, like: LogRatios) -> None:
-    """Check a field of numbers; what people said is data and gets no gradient, a value baseline may be a model's."""
+    """Check a field of numbers. Scores and weights are data without gradient; a baseline may come from a model."""
     value = getattr(feedback, name)
     if value is None:
         return
@@ -478,24 +589,3 @@ def _cat_values(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None or second is None:
         return None
     return torch.cat([first.flatten(), second.flatten()])
-
-
-def convert(feedback: Feedback, kind: type, rankings_as: str | None = None) -> Feedback:
-    """The feedback as another kind, where that kind follows from it."""
-    if isinstance(feedback, kind):
-        return feedback
-    if isinstance(feedback, Labels):
-        raise TypeError(
-            f"feedback: got labelled completions, expected {kind.__name__}: single labels do not say what to compare "
-            "them with; choose a loss that takes Labels, such as 'kto'"
-        )
-    if isinstance(feedback, Rankings):
-        if rankings_as is None:
-            raise TypeError(
-                f"feedback: got rankings, expected {kind.__name__}; say which pairs to make of them with "
-                "rankings_as='all', 'adjacent' or 'best_worst', or choose a loss that takes Rankings, such as 'dpo_pl'"
-            )
-        feedback = feedback.to_pairs(rankings_as)
-    if kind is Pairs:
-        return feedback
-    return feedback.to_labels() if kind is Labels else feedback.to_rankings()

@@ -1,6 +1,6 @@
 """Log-ratios: token log-probs of policy and reference -> one record per completion.
 
-The one place that owns the shift of targets, the completion mask, the sum over tokens and their count.
+Targets are shifted, completions masked, tokens summed and counted here and nowhere else.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class PerToken:
     weight: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check the shapes; what the policy does not set carries no gradient."""
+        """Check the shapes; values that do not depend on the policy carry no gradient."""
         for name, value in self._present().items():
             _check_same_shape(f"per_token.{name}", value, "per_token.policy", self.policy)
             if name in ("reference", "log_sum_sq", "reference_entropy", "weight"):
@@ -85,7 +85,7 @@ class PerToken:
         return self._map(lambda value: value[index])
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the completion's tokens, [...]; what stands outside the mask is not read."""
+        """Sum over the completion's tokens, [...]; values outside the mask are not read."""
         return torch.where(self.mask, values, 0.0).sum(-1)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -178,28 +178,24 @@ class LogRatios:
         mask: Tensor,
         reference: Tensor | None = None,
         *,
-        segments: Tensor | None = None,
-        num_segments: int | None = None,
         keep_per_token: bool = False,
     ) -> LogRatios:
         """Sum per-token log-probs over each completion.
 
-        Values outside the mask are never read, not even NaN. Left padding, right padding and packing give the
-        same sums up to rounding.
+        Values outside the mask are never read, not even NaN. Left and right padding give the same sums up to rounding.
 
         Args:
             policy: Log-probs of the target tokens, [..., T], nats, aligned with `mask`.
             mask: True at completion tokens, [..., T]: `completion_targets(...) != IGNORE_INDEX`.
             reference: The same under the reference, [..., T].
-            segments: For packed rows: index in [0, num_segments) of the completion of each position, [..., T].
-            num_segments: Number of completions in the packed rows; read from `segments` if None.
-            keep_per_token: Keep the per-token values in `per_token`; not for packed rows.
+            keep_per_token: Keep the per-token values in `per_token`.
 
         Returns:
-            LogRatios of shape [...], or [num_segments] for packed rows.
+            LogRatios of shape [...].
 
         Raises:
-            ValueError: If shapes differ, or per-token values are asked of packed rows.
+            TypeError: If log-probs are not floating point.
+            ValueError: If shapes differ.
 
         Example:
             >>> logps = torch.tensor([[-1.0, -2.0, float("nan")]])
@@ -208,27 +204,19 @@ class LogRatios:
         """
         _check_same_shape("mask", mask, "policy", policy)
         mask = mask.bool()
-        tokens_of = {"policy": policy, "reference": reference}
-        masked: dict[str, Tensor | None] = {}
-        for name, value in tokens_of.items():
-            if value is not None:
-                _check_same_shape(name, value, "mask", mask)
-                value = torch.where(mask, _as_log_probs(name, value), 0.0)
-            masked[name] = value
-        if segments is not None:
-            if keep_per_token:
-                raise ValueError(
-                    "keep_per_token: got True with segments, expected False: packed rows have no [n, T] form"
-                )
-            _check_same_shape("segments", segments, "policy", policy)
-            size = int(segments.max()) + 1 if num_segments is None else num_segments
-            sums = {name: _sum_by_segment(value, segments, size) for name, value in masked.items()}
-            return cls(**sums, tokens=_sum_by_segment(mask.long(), segments, size))  # type: ignore[arg-type]
-        if num_segments is not None:
-            raise ValueError(f"num_segments: got {num_segments} without segments, expected both or neither")
-        per_token = PerToken(masked["policy"], masked["reference"], mask) if keep_per_token else None  # type: ignore[arg-type]
-        sums = {name: None if value is None else value.sum(-1) for name, value in masked.items()}
-        return cls(**sums, tokens=mask.sum(-1), per_token=per_token)  # type: ignore[arg-type]
+
+        def masked(name: str, value: Tensor) -> Tensor:
+            _check_same_shape(name, value, "mask", mask)
+            return torch.where(mask, _as_log_probs(name, value), 0.0)
+
+        policy = masked("policy", policy)
+        reference = None if reference is None else masked("reference", reference)
+        return cls(
+            policy=policy.sum(-1),
+            reference=None if reference is None else reference.sum(-1),
+            tokens=mask.sum(-1),
+            per_token=PerToken(policy, reference, mask) if keep_per_token else None,
+        )
 
     @classmethod
     def cat(cls, parts: Sequence[LogRatios]) -> LogRatios:
@@ -289,11 +277,8 @@ class LogRatios:
 
     def __getitem__(self, index: Any) -> LogRatios:
         """Some of the completions; `index` is anything that indexes a tensor of this shape."""
-
-        def pick(value: Any) -> Any:
-            return None if value is None else value[index]
-
-        return LogRatios(pick(self.policy), pick(self.reference), pick(self.tokens), pick(self.per_token))
+        values = (self.policy, self.reference, self.tokens, self.per_token)
+        return LogRatios(*(None if value is None else value[index] for value in values))  # type: ignore[arg-type]
 
     def flatten(self) -> LogRatios:
         """The same completions in one dimension, [n]; drops no field."""
@@ -342,22 +327,16 @@ def _as_counts(name: str, value: Any) -> Tensor:
     return value
 
 
-def _check_same_shape(name: str, value: Tensor, other: str, wanted: Tensor) -> None:
-    if value.shape != wanted.shape:
+def _check_same_shape(name: str, value: Tensor, other: str, expected: Tensor) -> None:
+    if value.shape != expected.shape:
         raise ValueError(
-            f"{name}: got shape {list(value.shape)}, expected {list(wanted.shape)} as {other} has"
+            f"{name}: got shape {list(value.shape)}, expected {list(expected.shape)} as {other} has"
         )
 
 
-def _check_same_device(name: str, value: Tensor, other: str, wanted: Tensor) -> None:
-    if value.device != wanted.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {wanted.device} as {other} has")
-
-
-def _sum_by_segment(value: Tensor | None, segments: Tensor, size: int) -> Tensor | None:
-    if value is None:
-        return None
-    return value.new_zeros(size).index_add(0, segments.reshape(-1), value.reshape(-1))
+def _check_same_device(name: str, value: Tensor, other: str, expected: Tensor) -> None:
+    if value.device != expected.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {expected.device} as {other} has")
 
 
 def _cat_or_none(name: str, values: list[Tensor | None]) -> Tensor | None:

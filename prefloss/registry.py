@@ -1,19 +1,24 @@
 """Losses by name: look one up, register one, ask what it is and needs."""
 
-from prefloss.losses._core.capabilities import capabilities as capabilities
+from prefloss._deprecated import moved as _moved
+from prefloss.feedback import NEEDS as NEEDS
+from prefloss.losses._core.catalogue import register as register
+from prefloss.losses._core.catalogue import registered as registered
+from prefloss.losses._core.catalogue import spec_of as spec_of
+from prefloss.losses._core.catalogue import specs as specs
+from prefloss.losses._core.catalogue import unregister as unregister
+from prefloss.losses._core.expression import get as get
 from prefloss.losses._core.expression import parse as parse
 from prefloss.losses._core.loss import Evaluation as Evaluation
 from prefloss.losses._core.loss import Loss as Loss
 from prefloss.losses._core.loss import Term as Term
+from prefloss.losses._core.loss import quiet as quiet
 from prefloss.losses._core.modifiers import MODIFIERS as MODIFIERS
 from prefloss.losses._core.modifiers import admitted as admitted
-from prefloss.losses._core.needs import NEEDS as NEEDS
-from prefloss.losses._core.registry import Alias as Alias
-from prefloss.losses._core.registry import LossSpec as LossSpec
-from prefloss.losses._core.registry import get as get
-from prefloss.losses._core.registry import register as register
-from prefloss.losses._core.registry import spec_of as spec_of
-from prefloss.losses._core.registry import specs as specs
-from prefloss.losses._core.registry import unregister as unregister
-from prefloss.losses._core.sum import Composite as Composite
-from prefloss.losses._core.sum import from_terms as from_terms
+from prefloss.losses._core.modifiers import capabilities as capabilities
+from prefloss.losses._core.spec import Alias as Alias
+from prefloss.losses._core.spec import LossSpec as LossSpec
+from prefloss.losses._core.spec import spec_from as spec_from
+from prefloss.losses._core.weighted_sum import WeightedSum as WeightedSum
+
+__getattr__ = _moved(__name__, {"Composite": "prefloss.registry:WeightedSum"})

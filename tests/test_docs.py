@@ -77,7 +77,7 @@ def readers_folder(tmp_path, monkeypatch):
     yield
     trl.disable()
     for name in set(prefloss.specs) - before:
-        prefloss.losses.unregister(name)
+        prefloss.registry.unregister(name)
 
 
 @pages_with("python", "pycon")

@@ -1,11 +1,14 @@
 """Feedback and its conversions."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 
-from prefloss import Labels, LogRatios, Pairs, Rankings
+from prefloss import Labels, LogRatios, Pairs, PerToken, Rankings
+from prefloss.feedback import FIELDS, KINDS, NEEDS, convert, has, meaning_of, required
 
 
 def some(n=2, device=None):
@@ -149,3 +152,75 @@ def test_a_pair_with_an_empty_side_does_not_count():
     pairs = Pairs(chosen, some())
     assert pairs.valid.tolist() == [True, False]
     assert pairs.margin()[1].isfinite()
+
+
+PAIRS = Pairs.of(chosen=[1.5, 2.0], rejected=[-1.0, 0.0])
+GROUPS = Rankings(LogRatios.of([[1.0, 3.0, 2.0]]), scores=[[0.0, 2.0, 1.0]])
+
+
+@pytest.mark.parametrize("feedback", [PAIRS, PAIRS.to_labels(), GROUPS])
+def test_feedback_of_the_kind_stays_what_it_is(feedback):
+    assert convert(feedback, type(feedback)) is feedback
+
+
+def test_pairs_become_labels_and_rankings():
+    assert convert(PAIRS, Labels).desirable.tolist() == [True, True, False, False]
+    assert convert(PAIRS, Rankings).scores.tolist() == [[1.0, 0.0], [1.0, 0.0]]
+
+
+@pytest.mark.parametrize(("how", "count"), [("best_worst", 1), ("adjacent", 2), ("all", 3)])
+def test_rankings_become_pairs_as_they_are_told(how, count):
+    assert len(convert(GROUPS, Pairs, how).margin()) == count
+    assert len(convert(GROUPS, Labels, how).desirable) == 2 * count
+
+
+@pytest.mark.parametrize(
+    ("feedback", "kind", "how", "error", "message"),
+    [
+        (
+            GROUPS,
+            Pairs,
+            None,
+            TypeError,
+            r"feedback: got Rankings, expected Pairs; say which pairs .* rankings.to_pairs",
+        ),
+        (GROUPS, Labels, None, TypeError, "feedback: got Rankings, expected Labels; say which pairs"),
+        (GROUPS, Pairs, "some", ValueError, "how: got 'some', expected 'best_worst', 'adjacent', 'all'"),
+        (PAIRS.to_labels(), Pairs, "all", TypeError, "got Labels, expected Pairs; single labels do not say"),
+        (torch.zeros(2), Pairs, None, TypeError, "feedback: got Tensor, expected Pairs"),
+    ],
+)
+def test_conversions_that_do_not_follow(feedback, kind, how, error, message):
+    with pytest.raises(error, match=message):
+        convert(feedback, kind, how)
+
+
+def test_every_field_stands_in_one_table():
+    for kind in (*KINDS, LogRatios, PerToken):
+        named = {field.name for field in FIELDS if field.kind is kind}
+        log_probs = {"chosen", "rejected", "completions", "policy", "reference", "mask"}
+        assert named | log_probs >= {field.name for field in dataclasses.fields(kind)}
+
+
+@pytest.mark.parametrize("need", NEEDS)
+def test_what_a_need_stands_for(need):
+    kinds = [kind for kind in KINDS if meaning_of(need, kind)]
+    assert kinds
+    for kind in kinds:
+        bare = {Pairs: PAIRS, Labels: PAIRS.to_labels(), Rankings: GROUPS}[kind]
+        assert not has(bare, need)
+
+
+def test_a_need_covers_all_completions():
+    counted, bare = LogRatios([-1.0], tokens=[3]), LogRatios([-1.0])
+    assert has(Pairs(counted, counted), "tokens")
+    assert not has(Pairs(counted, bare), "tokens")
+    assert not has(Pairs(counted, counted, gold=bare), "tokens")
+    rows = PerToken(torch.zeros(1, 2), None, torch.ones(1, 2).bool(), kl=torch.zeros(1, 2)).log_ratios()
+    assert has(Pairs(rows, rows), "per_token.kl")
+    assert not has(Pairs(rows, rows), "per_token.weight")
+
+
+def test_a_field_that_is_required():
+    with pytest.raises(ValueError, match=r"LogRatios\.tokens: got None, expected token counts"):
+        required(LogRatios([-1.0]), "tokens")

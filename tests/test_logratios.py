@@ -103,11 +103,6 @@ def test_detached():
             r"mask: got shape \[2, 4\], expected \[2, 3\]",
         ),
         (
-            lambda: LogRatios.from_token_logps(torch.zeros(3), torch.ones(3).bool(), num_segments=2),
-            ValueError,
-            "num_segments: got 2 without segments",
-        ),
-        (
             lambda: completion_targets(torch.zeros(2, 3).long(), torch.zeros(2, 2)),
             ValueError,
             r"completion_mask: got shape \[2, 2\]",
@@ -154,16 +149,16 @@ def batch(rows, left, extra):
     return ids, mask, positions
 
 
-def summed(ids, mask, positions, segments=None, **kwargs):
-    targets = completion_targets(ids, mask, segments)
+def summed(ids, mask, positions, **kwargs):
+    targets = completion_targets(ids, mask)
     logps = token_logps(scores_of(positions, ids), targets)
-    # What stands outside the mask must never be read.
+    # Values outside the mask must never be read.
     logps = torch.where(targets == IGNORE_INDEX, float("nan"), logps)
-    return LogRatios.from_token_logps(logps, targets != IGNORE_INDEX, logps, segments=segments, **kwargs)
+    return LogRatios.from_token_logps(logps, targets != IGNORE_INDEX, logps, **kwargs)
 
 
 @given(rows=completions(), extra=st.integers(0, 3))
-def test_padding_and_packing_do_not_change_the_numbers(rows, extra):
+def test_padding_does_not_change_the_numbers(rows, extra):
     wanted = summed(*batch(rows, left=False, extra=0))
     for left in (False, True):
         found = summed(*batch(rows, left=left, extra=extra), keep_per_token=True)
@@ -171,14 +166,6 @@ def test_padding_and_packing_do_not_change_the_numbers(rows, extra):
         assert torch.equal(found.tokens, wanted.tokens)
         torch.testing.assert_close(found.per_token.policy.sum(-1), wanted.policy)
         assert torch.equal(found.per_token.mask.sum(-1), wanted.tokens)
-    ids = torch.tensor([token for prompt, completion in rows for token in prompt + completion])
-    mask = torch.tensor([flag for p, c in rows for flag in [False] * len(p) + [True] * len(c)])
-    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    segments = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
-    packed = summed(ids, mask, positions, segments, num_segments=len(rows))
-    torch.testing.assert_close(packed.policy, wanted.policy)
-    assert torch.equal(packed.tokens, wanted.tokens)
     assert wanted.tokens.tolist() == [len(completion) for _, completion in rows]
 
 
@@ -188,8 +175,6 @@ def test_no_position_predicts_the_next_sequence_of_a_packed_row():
     assert completion_targets(ids, mask, segments).tolist() == [2, IGNORE_INDEX, 4, IGNORE_INDEX]
 
 
-def test_per_token_values_of_packed_rows_are_refused():
-    with pytest.raises(ValueError, match="keep_per_token"):
-        LogRatios.from_token_logps(
-            torch.zeros(3), torch.ones(3).bool(), segments=torch.zeros(3).long(), keep_per_token=True
-        )
+def test_segments_are_gone():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'segments'"):
+        LogRatios.from_token_logps(torch.zeros(3), torch.ones(3).bool(), segments=torch.zeros(3).long())

@@ -1,4 +1,4 @@
-"""Pictures of losses: value and gradient over the margin of a pair, the log-ratio of a vote, the best of a ranking."""
+"""Pictures of losses: value and gradient over the margin of a pair, the log-ratio of a label, the best of a ranking."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import prefloss
 from prefloss import Labels, LogRatios, Pairs, Rankings
 from prefloss.logratios import PerToken
-from prefloss.losses import LossSpec
+from prefloss.registry import LossSpec
 
 TOKENS = 10
 REFERENCE = -20.0
@@ -56,12 +56,12 @@ def draw(spec: LossSpec, path: Path) -> None:
 
 
 def _curve(spec: LossSpec, upvoted: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    # One point at a time, each with a fresh loss: losses of a batch and losses with a state see no neighbour.
+    # One point at a time, each with a fresh loss, so that batch-coupled and stateful losses see no other point.
     values, slopes = [], []
-    given = {"kl_baseline": "zero"} if "kl_baseline" in spec.parameters else {}
+    settings = {"kl_baseline": "zero"} if "kl_baseline" in spec.parameters else {}
     for point in POINTS:
         margin = point.clone().requires_grad_()
-        value = prefloss.get(spec.name, **given).eval()(_feedback(spec, margin, upvoted)).sum()
+        value = prefloss.get(spec.name, **settings).eval()(_feedback(spec, margin, upvoted)).sum()
         (slope,) = torch.autograd.grad(value, margin, allow_unused=True)
         values.append(value.detach())
         slopes.append(torch.zeros(()) if slope is None else slope)
@@ -71,8 +71,8 @@ def _curve(spec: LossSpec, upvoted: bool) -> tuple[torch.Tensor, torch.Tensor]:
 def _feedback(spec: LossSpec, margin: torch.Tensor, upvoted: bool) -> Pairs | Labels | Rankings:
     scored = "scores" in spec.needs
     if spec.feedback is Labels:
-        made = Labels(completions=_side(margin.reshape(1)), desirable=[upvoted])
-        return replace(made, scores=torch.ones(1), baseline=torch.zeros(1))
+        labels = Labels(completions=_side(margin.reshape(1)), desirable=[upvoted])
+        return replace(labels, scores=torch.ones(1), baseline=torch.zeros(1))
     if spec.feedback is Rankings:
         h = torch.stack([margin, torch.zeros(()), -torch.ones(())]).reshape(1, 3)
         return Rankings(completions=_side(h), scores=torch.tensor([[1.0, 0.5, 0.0]]))

@@ -1,6 +1,6 @@
 """Writes docs/losses/ from the registry: a page and a picture for each loss, an index, a capability table.
 
-Nothing about a loss is written here; it all stands in the loss's docstring and traits.
+All facts come from the losses' docstrings and traits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import loss_curves
 from sphinx.application import Sphinx
 
 import prefloss
-from prefloss.losses import MODIFIERS, LossSpec, capabilities
+from prefloss.registry import MODIFIERS, LossSpec, capabilities
 
 FOLDER = "losses"
 
@@ -24,7 +24,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 
 def generate(app: Sphinx) -> None:
-    """Write what changed; pages of losses that are gone disappear."""
+    """Write what changed; delete the pages of losses that no longer exist."""
     folder = Path(app.srcdir) / FOLDER
     folder.mkdir(exist_ok=True)
     pages = {f"{spec.name}.md": page(spec) for spec in prefloss.specs.values()}
@@ -41,13 +41,14 @@ def generate(app: Sphinx) -> None:
 
 
 def page(spec: LossSpec) -> str:
-    """Everything the registry knows of one loss."""
+    """Everything that the registry holds about one loss."""
     parts = [
         f"# {spec.name}\n\n{spec.summary}",
         f"$$\n{spec.formula}\n$$" if spec.formula else "",
         f"{loss_curves.caption(spec)}\n\n![{spec.name}: loss and gradient]({spec.name}.png)",
         f"```python\nloss = prefloss.get({spec.name!r})\n```",
         "## Hyperparameters\n\n" + parameters(spec),
+        f"## Values\n\n{spec.returns}",
         f"## Where papers and trainers differ\n\n{spec.note}" if spec.note else "",
         "## What it takes\n\n" + what_it_takes(spec),
         f"## Other names\n\n{other_names(spec)}" if spec.aliases else "",

@@ -13,7 +13,8 @@ from rich.text import Text
 
 import prefloss
 from prefloss.cli._errors import CliError
-from prefloss.losses import LossSpec, Parameter, admitted, spec_of
+from prefloss.hyperparameters import Parameter
+from prefloss.registry import LossSpec, admitted, spec_of
 
 _FEEDBACK = {
     "Pairs": "a chosen and a rejected completion of one prompt",

@@ -25,7 +25,7 @@ from prefloss.cli._task import Row, Task
 from prefloss.data.tokens import Encoded, encode, encode_prompt, pad_id
 from prefloss.demo.measure import Measurement, Meter
 from prefloss.demo.warm_start import warm_start
-from prefloss.losses import Composite
+from prefloss.registry import WeightedSum as Composite
 
 
 @dataclasses.dataclass(frozen=True)

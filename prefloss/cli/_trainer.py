@@ -22,7 +22,7 @@ from prefloss.cli._task import Task
 from prefloss.data.tokens import pad_id
 from prefloss.feedback import Pairs, columns_of
 from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback, resolve, wants_mismatched
-from prefloss.losses import Composite
+from prefloss.registry import WeightedSum as Composite
 
 BUILT_IN_RATE, WHOLE_RATE, LORA_RATE = 2e-4, 1e-6, 1e-5
 DEMO_STEPS, MEASUREMENTS = 400, 10

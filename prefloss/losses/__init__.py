@@ -1,33 +1,6 @@
-"""Preference losses: pure functions, feedback -> one value per example, in a registry by name."""
+"""Preference losses: pure functions, feedback -> one value per example. `prefloss.get` finds each by its name."""
 
-from prefloss.losses._core.baselines import RunningMean as RunningMean
-from prefloss.losses._core.capabilities import capabilities as capabilities
-from prefloss.losses._core.expression import parse as parse
-from prefloss.losses._core.loss import Evaluation as Evaluation
-from prefloss.losses._core.loss import Loss as Loss
-from prefloss.losses._core.modifiers import MODIFIERS as MODIFIERS
-from prefloss.losses._core.modifiers import admitted as admitted
-from prefloss.losses._core.parameters import FlipProbability as FlipProbability
-from prefloss.losses._core.parameters import Interval as Interval
-from prefloss.losses._core.parameters import NonNegative as NonNegative
-from prefloss.losses._core.parameters import Parameter as Parameter
-from prefloss.losses._core.parameters import Positive as Positive
-from prefloss.losses._core.registry import Alias as Alias
-from prefloss.losses._core.registry import LossSpec as LossSpec
-from prefloss.losses._core.registry import get as get
-from prefloss.losses._core.registry import register as register
-from prefloss.losses._core.registry import spec_of as spec_of
-from prefloss.losses._core.registry import specs as specs
-from prefloss.losses._core.registry import unregister as unregister
-from prefloss.losses._core.schedules import Cosine as Cosine
-from prefloss.losses._core.schedules import Linear as Linear
-from prefloss.losses._core.state import Draws as Draws
-from prefloss.losses._core.state import Moments as Moments
-from prefloss.losses._core.state import Recent as Recent
-from prefloss.losses._core.state import RewardShift as RewardShift
-from prefloss.losses._core.state import State as State
-from prefloss.losses._core.sum import Composite as Composite
-from prefloss.losses._online import xpo as xpo
+from prefloss._deprecated import moved as _moved
 from prefloss.losses.batch_coupled import alpha_dpo as alpha_dpo
 from prefloss.losses.batch_coupled import aot as aot
 from prefloss.losses.batch_coupled import aot_unpaired as aot_unpaired
@@ -90,6 +63,7 @@ from prefloss.losses.pairwise import hinge as hinge
 from prefloss.losses.pairwise import ipo as ipo
 from prefloss.losses.pairwise import ln_dpo as ln_dpo
 from prefloss.losses.pairwise import r_dpo as r_dpo
+from prefloss.losses.pairwise import xpo as xpo
 from prefloss.losses.per_token import humanline_dpo as humanline_dpo
 from prefloss.losses.per_token import ld_dpo as ld_dpo
 from prefloss.losses.per_token import sampo as sampo
@@ -121,3 +95,21 @@ from prefloss.losses.two_sided import dpo_shift as dpo_shift
 from prefloss.losses.two_sided import dpop as dpop
 from prefloss.losses.two_sided import nca_pair as nca_pair
 from prefloss.losses.two_sided import sppo_hard as sppo_hard
+
+_OLD_NAMES = {
+    "registry": "Alias Evaluation Loss LossSpec MODIFIERS admitted capabilities get parse register spec_of specs "
+    "unregister",
+    "hyperparameters": "Cosine Draws FlipProbability Interval Linear Moments NonNegative Parameter Positive Recent "
+    "RewardShift RunningMean State",
+}
+__getattr__ = _moved(
+    __name__,
+    {
+        "Composite": "prefloss.registry:WeightedSum",
+        **{
+            name: f"prefloss.{module}:{name}"
+            for module, names in _OLD_NAMES.items()
+            for name in names.split()
+        },
+    },
+)

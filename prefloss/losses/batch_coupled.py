@@ -1,7 +1,7 @@
-"""Losses of pairs that see the whole batch: sorted, filtered, or with a margin or strength set by the batch.
+"""Pair losses that depend on the whole batch: sorted, filtered, or with a margin or strength set by the batch.
 
 The value of a pair depends on the others, so it changes with the micro-batch, with gradient accumulation and, where
-no state is shared, with the number of ranks. A pair with an empty side takes no part.
+no state is shared, with the number of ranks. A pair with an empty side is left out.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefloss.feedback import Pairs
-from prefloss.losses._core import state
-from prefloss.losses._core.parameters import Coerce, Interval, NonNegative, Positive
-from prefloss.losses._core.registry import register
-from prefloss.losses.listwise import log_sum_exp
+from prefloss.feedback import Pairs, required
+from prefloss.losses._core import running
+from prefloss.losses._core.catalogue import register
+from prefloss.losses._core.maths import batch_mean, log_sum_exp
+from prefloss.losses._core.parameters import Interval, NonNegative, Positive
+from prefloss.losses._core.state import resolve
 from prefloss.losses.pairwise import dpo
 
-MomentsParameter = Annotated[
-    str | tuple[float, float] | state.Moments, Coerce(state.as_moments, state.MOMENTS)
-]
-DrawsParameter = Annotated[int | state.Draws, Coerce(state.as_draws, state.DRAWS)]
 KeptShare = Annotated[float, Interval(gt=0, le=1)]
 
 
@@ -37,7 +34,6 @@ def aot(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
 
     Args:
         pairs: Reads the log-probs of both sides under policy and reference, [pairs], nats.
-        beta: Strength of the pull towards the reference.
 
     Returns:
         Loss of each pair against the reference margin at its own place in the sorted batch, [pairs], nats; not reduced.
@@ -49,14 +45,15 @@ def aot(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
         tensor([0.5759, 0.6931])
 
     Note:
-        The mean over the batch is the loss; the reference margin that a pair meets is mostly another pair's. A batch of
-        one is `dpo`. TRL, ms-swift and Axolotl agree and sort on each device alone; so does
-        this. TRL adds label smoothing. When to use: to ask that the distribution of margins be better, not each one.
+        The loss is the mean over the batch; the reference margin at a pair's place usually belongs to another pair. A
+        batch of one is `dpo`. TRL, ms-swift and Axolotl agree and sort on each device alone; so does this. TRL adds
+        label smoothing. When to use: to improve the distribution of margins rather than each margin.
 
     Reference: Melnyk et al. 2024, arXiv:2406.05882.
     """
     margin = pairs.chosen.policy - pairs.rejected.policy
-    return -F.logsigmoid(beta * (margin - _at_the_same_place(_reference_margin(pairs), margin, pairs.valid)))
+    reference = required(pairs.chosen, "reference") - required(pairs.rejected, "reference")
+    return -F.logsigmoid(beta * (margin - _at_the_same_place(reference, margin, pairs.valid)))
 
 
 @register(
@@ -72,8 +69,7 @@ def aot_unpaired(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
         \quad (i) \text{ the } i\text{-th smallest of its side}
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats; which goes with which does not matter.
-        beta: Strength of the pull towards the reference.
+        pairs: Reads the log-ratios h of both sides, [pairs], nats; the pairing does not matter.
 
     Returns:
         Loss of each chosen completion against the rejected one at its place in the sorted batch, [pairs], nats; not
@@ -84,10 +80,10 @@ def aot_unpaired(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
         tensor([0.6685, 0.6444])
 
     Note:
-        The mean over the batch is the loss; the rejected completion that a chosen one meets is mostly another pair's. A
-        batch of one is `dpo`. TRL called it `aot_pair` first; oxRL's `aot` is this one. Of unequal
-        numbers of good and bad completions the paper interpolates quantiles; this takes equal numbers. When to use:
-        good and bad completions that answer different prompts.
+        The loss is the mean over the batch; the rejected completion at a chosen one's place usually belongs to another
+        pair. A batch of one is `dpo`. TRL called it `aot_pair` first; oxRL's `aot` is this one. For unequal numbers of
+        good and bad completions the paper interpolates quantiles; this loss takes equal numbers. When to use: good and
+        bad completions that answer different prompts.
 
     Reference: Melnyk et al. 2024, arXiv:2406.05882.
     """
@@ -104,9 +100,7 @@ def dr_dpo(pairs: Pairs, *, beta: Positive = 0.1, beta_prime: Positive = 1.0) ->
         \quad \ell_i = -\log \sigma(\beta (h_w - h_l)_i)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-        beta_prime: Trust in the labels: the smaller, the less pairs with a high loss count; infinity is DPO.
+        beta_prime: Trust in the labels: pairs with a high loss count less when it is small; infinity is DPO.
 
     Returns:
         Loss of the batch, the same number for each pair, [pairs], nats; not reduced.
@@ -117,8 +111,8 @@ def dr_dpo(pairs: Pairs, *, beta: Positive = 0.1, beta_prime: Positive = 1.0) ->
 
     Note:
         One number per batch, so weights of pairs only scale it. The official code takes the batch of each rank alone,
-        and so does this: the mean over accumulated batches is another number than one large batch gives. The
-        gradient flows through the weighting. Not `dro`. When to use: labels of which some are flipped.
+        and so does this: the mean over accumulated batches differs from the value of one large batch. The gradient
+        flows through the weighting. Not `dro`. When to use: partly flipped labels.
 
     Reference: Wu et al. 2024, arXiv:2407.07880.
     """
@@ -129,17 +123,13 @@ def dr_dpo(pairs: Pairs, *, beta: Positive = 0.1, beta_prime: Positive = 1.0) ->
     return torch.where(some, -beta_prime * log_mean, 0.0).expand(pairs.shape)
 
 
-@register(separable=False, monotone=True)
+@register(separable=False, monotone=True, holds_chosen=True)
 def kto_pair(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""Each side of a pair against the batch's mean log-ratio of the other (KTO for pairs, first version).
 
     .. math::
         \ell = 1 - \sigma(\beta (h_w - K_l)) + 1 - \sigma(\beta (K_w - h_l)),
         \quad K_\bullet = \max(0, \operatorname{mean} h_\bullet)
-
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
 
     Returns:
         Loss of each pair, [pairs], in [0, 2]; not reduced.
@@ -150,8 +140,8 @@ def kto_pair(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     Note:
         Withdrawn by its authors: use `kto`, or `apo_zero` on pairs. PaddleNLP, XTuner, turbo-alignment and old TRL have
-        it; they let the gradient into the means K, here they have none, as the paper says of its baseline. They
-        average over the two sides, which is half the sum here. When to use: to reproduce old runs.
+        it; they let the gradient into the means K, here the means have no gradient, as in the paper. They average over
+        the two sides, which gives half of this sum. When to use: to reproduce old runs.
 
     Reference: Ethayarajh et al. 2024, arXiv:2402.01306.
     """
@@ -169,8 +159,8 @@ def beta_dpo(
     beta: Positive = 0.1,
     alpha: NonNegative = 0.6,
     keep: KeptShare = 0.8,
-    moments: MomentsParameter = "running",
-    draws: DrawsParameter = 0,
+    moments: running.Spread = "running",
+    draws: running.Seed = 0,
 ) -> Tensor:
     r"""DPO on pairs near the usual margin, at a strength set by the batch's margin (β-DPO).
 
@@ -180,12 +170,11 @@ def beta_dpo(
         \quad \Delta = h_w - h_l
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
         beta: Strength of the pull towards the reference at the usual margin.
         alpha: How much the strength follows the margin, in 1/nats; 0 keeps it fixed.
         keep: Share of the batch in S, drawn without replacement with weight exp(-((Δ - M) / std)^2 / 2).
         moments: M and std of the margin: `"running"`, moving ones with decay 0.9, or two numbers.
-        draws: Seed of the drawing.
+        draws: Seed of the draws.
 
     Returns:
         Loss of each pair, [pairs], nats; 0 outside S; not reduced.
@@ -196,20 +185,25 @@ def beta_dpo(
         tensor([0.5130, 0.6539])
 
     Note:
-        Form of the authors' code: Δ without beta in the schedule (the paper's gap has it, so its alpha differs), the
-        moments of the global batch moved before use, the unbiased std, no gradient into beta_b or the filter. Their
-        code also moves the moments in evaluation and once per micro-batch. While the std is 0 (first batches of one
-        pair) every pair is as likely to be kept; at least one is. The filter and its mean are those of the rank. The
-        raw function takes no `"running"`; `get` makes the state. oxRL's `beta_dpo` sets the strength per pair, with
-        gradient and no filter. When to use: noisy or uneven pairs, and batches of 16 or more.
+        This is the form of the authors' code: Δ without beta in the schedule (the paper's gap has it, so its alpha
+        differs), moments of the global batch updated before use, the unbiased std, no gradient into beta_b or the
+        filter. Their code also updates the moments in evaluation and once per micro-batch. While the std is 0 (first
+        batches of one pair) all pairs are equally likely to be kept; at least one is. The filter and its mean are those
+        of the rank. The raw function takes no `"running"`; `get` makes the state. oxRL's `beta_dpo` sets the strength
+        per pair, with gradient and no filter. When to use: noisy or uneven pairs, and batches of 16 or more.
 
     Reference: Wu et al. 2024, arXiv:2407.08639.
     """
     counted, margin = pairs.valid, pairs.margin()
-    location, scale = state.of_batch("moments", moments, margin, counted)
-    settled = margin.detach()
-    kept = _drawn(-0.5 * ((settled - location) / (scale or torch.inf)) ** 2, counted, keep, draws)
-    strength = (beta * (1 + alpha * (batch_mean(settled, kept) - location))).clamp(min=1e-3)
+    location, scale = resolve("moments", moments, margin, counted)
+    fixed_margin = margin.detach()
+    kept = _drawn(
+        -0.5 * ((fixed_margin - location) / (scale or torch.inf)) ** 2,
+        counted,
+        keep,
+        running.generator(draws),
+    )
+    strength = (beta * (1 + alpha * (batch_mean(fixed_margin, kept) - location))).clamp(min=1e-3)
     values = -F.logsigmoid(strength * margin) * counted.sum() / kept.sum().clamp(min=1)
     return torch.where(kept, values, 0.0)
 
@@ -221,7 +215,7 @@ def alpha_dpo(
     beta: Positive = 2.5,
     gamma: NonNegative = 1.5,
     alpha: NonNegative = 0.2,
-    moments: MomentsParameter = "running",
+    moments: running.Spread = "running",
 ) -> Tensor:
     r"""SimPO with a margin that grows where policy and reference already differ (α-DPO, AlphaDPO).
 
@@ -237,9 +231,6 @@ def alpha_dpo(
         alpha: How much the margin follows the standardised M.
         moments: Mean μ and std s of M: `"running"`, moving ones with decay 0.9, or two numbers.
 
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
-
     Example:
         >>> chosen = LogRatios(policy=[-20.0], reference=[-21.5], tokens=[10])
         >>> rejected = LogRatios(policy=[-24.0], reference=[-23.0], tokens=[8])
@@ -247,52 +238,40 @@ def alpha_dpo(
         tensor([0.3521])
 
     Note:
-        Form of the authors' code: all log-probs per token, moments of the global batch from 0, moved before use, the
-        unbiased std, no gradient into the bracket. Published (beta, gamma/beta, alpha): Llama-3 (2.5, 0.6, 0.2), the
-        default here, or (10, 0.4, 0.2); Mistral (2.5, 0.15, 0.05); Gemma-2 (10, 0.4, 0.05). While s is 0 (first batches
-        of one pair) the margin is gamma. The raw function takes no `"running"`; `get` makes the state. Not `alphapo`,
-        nor the alpha-divergence. When to use: as `simpo`, with a reference at hand.
+        This is the form of the authors' code: all log-probs per token, moments of the global batch that start at 0 and
+        are updated before use, the unbiased std, no gradient into the bracket. Published (beta, gamma/beta, alpha):
+        Llama-3 (2.5, 0.6, 0.2), the default here, or (10, 0.4, 0.2); Mistral (2.5, 0.15, 0.05); Gemma-2 (10, 0.4,
+        0.05). While s is 0 (first batches of one pair) the margin is gamma. The plain function does not take
+        `"running"`; `get` makes the state. Not `alphapo`, nor the alpha-divergence. When to use: as `simpo`, with a
+        reference.
 
     Reference: Wu et al. 2024, arXiv:2410.10148.
     """
     counted = pairs.valid
-    moved = pairs.margin(per_token=True).detach()
-    location, scale = state.of_batch("moments", moments, moved, counted)
-    margin = gamma + alpha * beta * (moved - location) / (scale or torch.inf)
+    gap = pairs.margin(per_token=True).detach()
+    location, scale = resolve("moments", moments, gap, counted)
+    margin = gamma + alpha * beta * (gap - location) / (scale or torch.inf)
     return -F.logsigmoid(beta * (pairs.chosen.policy_mean - pairs.rejected.policy_mean) - margin)
 
 
 def _at_the_same_place(values: Tensor, among: Tensor, keep: Tensor) -> Tensor:
     """For each entry of `among` that counts, the value at its place when both are sorted; 0 elsewhere."""
-    # NaN sorts behind everything, so what does not count stands last and a NaN that does is not lost.
+    # NaN sorts last: entries that do not count go to the end, and a NaN that counts is not lost.
     ordered = values.masked_fill(~keep, torch.nan).flatten().sort(stable=True).values
     order = among.masked_fill(~keep, torch.nan).flatten().argsort(dim=0, stable=True)
     place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
     return torch.where(keep, ordered[place].reshape(keep.shape), 0.0)
 
 
-def _reference_margin(pairs: Pairs) -> Tensor:
-    chosen, rejected = pairs.chosen.reference, pairs.rejected.reference
-    if chosen is None or rejected is None:
-        raise ValueError("reference: got None, expected reference log-probs of both sides, [pairs], nats")
-    return chosen - rejected
-
-
-def batch_mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Mean of the values that count, a scalar; 0 if none does."""
-    return torch.where(keep, values, 0.0).sum() / keep.sum().clamp(min=1)
-
-
-def _drawn(log_weight: Tensor, counted: Tensor, share: float, draws: int | state.Draws) -> Tensor:
+def _drawn(log_weight: Tensor, counted: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """True at a share of the pairs that count, rounded down but not to none, drawn without replacement."""
-    generator = state.as_draws(draws)()
     uniform = torch.rand(counted.shape, generator=generator).to(log_weight.device)
-    # The largest of log-weight + Gumbel noise are a weighted draw without replacement; weights of 0 are no trouble.
+    # The largest of log-weight + Gumbel noise are a weighted draw without replacement, also with weights of 0.
     noise = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(uniform.dtype).tiny)))
-    # A weight that underflows to 0 still comes before a pair that does not count.
+    # A pair whose weight underflows to 0 still comes before a pair that does not count.
     key = (log_weight + noise).clamp(min=torch.finfo(log_weight.dtype).min)
     order = key.masked_fill(~counted, -torch.inf).flatten().argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
     # The tolerance: 0.29 * 100 is 28.999999999999996.
-    wanted = torch.floor(counted.sum() * share + 1e-6).clamp(min=1)
-    return counted & (rank.reshape(counted.shape) < wanted)
+    size = torch.floor(counted.sum() * share + 1e-6).clamp(min=1)
+    return counted & (rank.reshape(counted.shape) < size)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._core import transforms
+from prefloss.losses._core import maths, transforms
+from prefloss.losses._core.catalogue import register
 from prefloss.losses._core.parameters import Interval, Positive
-from prefloss.losses._core.registry import register
 from prefloss.losses.pairwise import dpo
 
 
@@ -21,13 +21,6 @@ def f_dpo_forward_kl(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     .. math::
         \ell = -\log \sigma(\beta (s_w - s_l)), \quad s = -e^{-h}
 
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
-
     Example:
         >>> f_dpo_forward_kl(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1)
         tensor([0.5762])
@@ -36,11 +29,11 @@ def f_dpo_forward_kl(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
         The same as `dpo` with the modifier `divergence="forward_kl"`, which other margin losses take too. TRL adds a
         constant that cancels; ms-swift reaches it at alpha = 1; oxRL omits beta on one path. Below h = -80 the
         exponential is clamped: float32 would overflow and the pair give inf - inf; the gradient is 0 there. When to
-        use: to cover all of the reference's answers.
+        use: the policy should cover all of the reference's answers.
 
     Reference: Wang et al. 2023, arXiv:2309.16240.
     """
-    return dpo(transforms.scored(pairs, transforms.forward_kl), beta=beta)
+    return dpo(transforms.scored(pairs, maths.forward_kl), beta=beta)
 
 
 @register(aliases={"js_divergence": "TRL, ms-swift"}, monotone=True)
@@ -49,13 +42,6 @@ def f_dpo_js(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     .. math::
         \ell = -\log \sigma(\beta (s_w - s_l)), \quad s = \log 2 + \log \sigma(h)
-
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> f_dpo_js(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1)
@@ -68,7 +54,7 @@ def f_dpo_js(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     Reference: Wang et al. 2023, arXiv:2309.16240.
     """
-    return dpo(transforms.scored(pairs, transforms.jensen_shannon), beta=beta)
+    return dpo(transforms.scored(pairs, maths.jensen_shannon), beta=beta)
 
 
 @register(aliases={"ms-swift:alpha_divergence": "ms-swift"}, monotone=True)
@@ -81,12 +67,7 @@ def f_dpo_alpha(
         \ell = -\log \sigma(\beta (s_w - s_l)), \quad s = \frac{1 - e^{-\alpha h}}{\alpha}
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         alpha: Towards 0 the reverse KL (DPO), towards 1 the forward KL.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> f_dpo_alpha(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1, alpha=0.5)
@@ -95,12 +76,12 @@ def f_dpo_alpha(
     Note:
         Alpha as in the paper, the authors' code, ms-swift and TRL up to 0.28. TRL since 0.29 turns it round: its
         `f_alpha_divergence_coef` is 1 - alpha, equal only at its default of 0.5. The same as `dpo` with the modifier
-        `divergence="alpha(0.5)"`. Below alpha h = -80 the exponential is clamped, with gradient 0. When to use: to
-        move between the two KLs.
+        `divergence="alpha(0.5)"`. Below alpha h = -80 the exponential is clamped, with gradient 0. When to use: to move
+        between the two KLs.
 
     Reference: Wang et al. 2023, arXiv:2309.16240.
     """
-    return dpo(transforms.scored(pairs, lambda h: transforms.alpha_divergence(h, alpha)), beta=beta)
+    return dpo(transforms.scored(pairs, lambda h: maths.alpha_divergence(h, alpha)), beta=beta)
 
 
 @register(monotone=True)
@@ -111,23 +92,18 @@ def chipo(pairs: Pairs, *, beta: Positive = 0.1, r_max: Positive = 1.0) -> Tenso
         \ell = -\log \sigma(\mathrm{clip}_{2 R_\mathrm{max}}[\beta (s_w - s_l)]), \quad s = e^h + h
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         r_max: Bound of the reward; the scaled margin is clipped to +-2 of it.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> chipo(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1, r_max=1.0)
         tensor([0.4162])
 
     Note:
-        The clip ends the gradient of pairs that are apart by more than 2 r_max, either way, on purpose; oxRL has no
-        clip. The paper gives no default of r_max: set the largest reward that you believe in. Above h = 80 the
-        exponential is clamped. Not `xpo` (exploratory PO). When to use: small data, where over-optimisation shows.
+        By design the clip removes the gradient of pairs whose scaled margin is beyond 2 r_max on either side; oxRL has
+        no clip. The paper gives no default of r_max: set the largest reward that you believe in. Above h = 80 the
+        exponential is clamped. Not `xpo` (exploratory PO). When to use: little data, with over-optimisation.
 
     Reference: Huang et al. 2024, arXiv:2407.13399, Alg. 1.
     """
-    margin = transforms.scored(pairs, transforms.chi_squared).margin()
+    margin = transforms.scored(pairs, maths.chi_squared).margin()
     return -F.logsigmoid((beta * margin).clamp(-2 * r_max, 2 * r_max))

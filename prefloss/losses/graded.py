@@ -1,4 +1,4 @@
-"""Losses of scored pairs: how much better the chosen completion is, not only that it is."""
+"""Losses of scored pairs: they read how much better the chosen completion is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._core import maths
+from prefloss.losses._core import maths, transforms
+from prefloss.losses._core.catalogue import register
 from prefloss.losses._core.parameters import NonNegative, Positive
-from prefloss.losses._core.registry import register
 
 
 @register(difference_only=True, needs=("scores",))
@@ -24,11 +24,7 @@ def soft_label_dpo(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
-        beta: Strength of the pull towards the reference.
         eta: Scale of the scores, in nats per unit of score.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> scores = {"score_chosen": [1.3863], "score_rejected": [0.0]}  # p = 0.8
@@ -36,14 +32,14 @@ def soft_label_dpo(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -
         tensor([0.6259])
 
     Note:
-        No single paper: RLHFlow's code has it, from the probabilities of a preference model. A known probability p
-        enters as scores whose difference is log(p / (1 - p)). With p = 1 it is `dpo`, with p = 1 - epsilon `cdpo`; it
-        is `rpo_bwd_kl` plus a constant. The chosen side may have the lower score. When to use: a judge that says how
-        sure it is.
+        No single paper has it: it is in RLHFlow's code, with the probabilities of a preference model. A known
+        probability p enters as scores whose difference is log(p / (1 - p)). With p = 1 it is `dpo`, with p = 1 -
+        epsilon `cdpo`; it is `rpo_bwd_kl` plus a constant. The chosen side may have the lower score. When to use: a
+        judge that gives its confidence.
 
     Reference: Dong et al. 2024, arXiv:2405.07863 (code).
     """
-    z, certainty = beta * pairs.margin(), eta * maths.score_gap(pairs)
+    z, certainty = beta * pairs.margin(), eta * transforms.score_gap(pairs)
     return -torch.sigmoid(certainty) * F.logsigmoid(z) - torch.sigmoid(-certainty) * F.logsigmoid(-z)
 
 
@@ -51,18 +47,14 @@ def soft_label_dpo(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -
     aliases={"sigmoid_with_margin": "turbo-alignment"}, difference_only=True, monotone=True, needs=("scores",)
 )
 def margin_dpo(pairs: Pairs, *, beta: Positive = 0.1, margin_weight: NonNegative = 1.0) -> Tensor:
-    r"""DPO that demands a larger margin where the scores lie further apart.
+    r"""DPO that asks for a larger margin where the scores differ more.
 
     .. math::
         \ell = -\log \sigma(\beta (h_w - h_l) - \lambda (r_w - r_l))
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r.
-        beta: Strength of the pull towards the reference.
         margin_weight: Weight λ of the difference of the scores, in nats per unit of score; 0 is DPO.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> scores = {"score_chosen": [2.0], "score_rejected": [1.5]}
@@ -71,12 +63,12 @@ def margin_dpo(pairs: Pairs, *, beta: Positive = 0.1, margin_weight: NonNegative
 
     Note:
         Folklore, from the margin in Llama 2's reward model; no paper on DPO. The same as `dpo` with the modifier
-        `score_margin`, which other losses take too; a margin of one's own goes in as score_chosen, with a
-        score_rejected of 0. `odpo` takes the log of the difference. When to use: graded preferences.
+        `score_margin`, which other losses take too; pass other margins as score_chosen with a score_rejected of 0.
+        `odpo` takes the log of the difference. When to use: graded preferences.
 
     Reference: Touvron et al. 2023 (Llama 2, reward model), arXiv:2307.09288.
     """
-    return -F.logsigmoid(beta * pairs.margin() - margin_weight * maths.score_gap(pairs))
+    return -F.logsigmoid(beta * pairs.margin() - margin_weight * transforms.score_gap(pairs))
 
 
 @register(difference_only=True, monotone=True, needs=("scores",))
@@ -94,12 +86,8 @@ def odpo(
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r.
-        beta: Strength of the pull towards the reference.
         alpha: Weight of the offset.
         scale: f, `"log"` or `"identity"`; the log needs the chosen completion scored higher.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Raises:
         ValueError: If `scale` is `"log"` and a chosen completion is not scored above the rejected one.
@@ -112,12 +100,12 @@ def odpo(
     Note:
         The log is the paper's and its code's default; there `ratio=true` takes log(r_w / r_l), which is this loss on
         the logs of the scores with `scale="identity"`. A difference below 1 gives a negative offset. Where values
-        cannot be looked at (compiling, vmap) a pair without a log gives NaN instead of an error. oxRL has a constant
-        offset. Not online DPO, also called ODPO. When to use: graded preferences of one scale.
+        cannot be read (compiling, vmap) a pair without a log gives NaN instead of an error. oxRL has a constant offset.
+        Not online DPO, also called ODPO. When to use: graded preferences of one scale.
 
     Reference: Amini et al. 2024, arXiv:2402.10571.
     """
-    gap = maths.score_gap(pairs)
+    gap = transforms.score_gap(pairs)
     if scale == "log":
         positive, valid = gap > 0, pairs.valid
         maths.refuse(
@@ -140,7 +128,6 @@ def rpo_bwd_kl(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
-        beta: Strength of the pull towards the reference.
         eta: Scale of the scores, in nats per unit of score.
 
     Returns:
@@ -157,7 +144,7 @@ def rpo_bwd_kl(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
 
     Reference: Adler et al. 2024 (Nemotron-4 340B), arXiv:2406.11704; Sun et al. 2025, arXiv:2502.00203.
     """
-    target, z = eta * maths.score_gap(pairs), beta * pairs.margin()
+    target, z = eta * transforms.score_gap(pairs), beta * pairs.margin()
     return maths.bernoulli_kl(target, F.logsigmoid(z), F.logsigmoid(-z))
 
 
@@ -171,7 +158,6 @@ def rpo_fwd_kl(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
-        beta: Strength of the pull towards the reference.
         eta: Scale of the scores, in nats per unit of score.
 
     Returns:
@@ -183,12 +169,12 @@ def rpo_fwd_kl(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
         tensor([0.0657])
 
     Note:
-        NeMo-Aligner agrees, names of the directions included. With q = 1 - epsilon it is `exo_pair`. Where p has gone
-        to 0 or 1 the gradient fades, unlike `rpo_bwd_kl`. When to use: as `rpo_bwd_kl`, mode-seeking.
+        NeMo-Aligner agrees, names of the directions included. With q = 1 - epsilon it is `exo_pair`. The gradient
+        vanishes where p approaches 0 or 1, unlike that of `rpo_bwd_kl`. When to use: as `rpo_bwd_kl`, mode-seeking.
 
     Reference: Sun et al. 2025, arXiv:2502.00203.
     """
-    target = eta * maths.score_gap(pairs)
+    target = eta * transforms.score_gap(pairs)
     return maths.bernoulli_kl(beta * pairs.margin(), F.logsigmoid(target), F.logsigmoid(-target))
 
 
@@ -201,7 +187,6 @@ def rpo_sq(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Tensor
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
-        beta: Strength of the pull towards the reference.
         eta: Scale of the scores, in nats per unit of score.
 
     Returns:
@@ -214,11 +199,11 @@ def rpo_sq(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Tensor
 
     Note:
         NeMo-Aligner agrees. It is beta^2 times `rebel` with eta / beta for eta; there the reference is the policy that
-        wrote the data. When to use: rewards whose differences can be trusted, not only their order.
+        wrote the data. When to use: rewards whose differences are reliable, not only their order.
 
     Reference: Sun et al. 2025, arXiv:2502.00203.
     """
-    return (beta * pairs.margin() - eta * maths.score_gap(pairs)) ** 2
+    return (beta * pairs.margin() - eta * transforms.score_gap(pairs)) ** 2
 
 
 @register(difference_only=True, needs=("scores",))
@@ -242,13 +227,13 @@ def rebel(pairs: Pairs, *, eta: Positive = 1.0) -> Tensor:
         tensor([2.2500])
 
     Note:
-        No peer has it; the authors' code agrees. The reference is the previous policy, renewed at each iteration, not
-        the one before training. The order of a pair does not matter, and equal rewards are fine. Published eta: 1, and
-        1e6 in one setting whose code scales the rewards. When to use: online, with a reward model.
+        No peer has it; the authors' code agrees. The reference is the policy of the previous iteration, not the one
+        before training. The order of a pair does not matter, and equal rewards are fine. Published eta: 1, and 1e6 in
+        one setting whose code scales the rewards. When to use: online, with a reward model.
 
     Reference: Gao et al. 2024, arXiv:2404.16767.
     """
-    return (pairs.margin() - eta * maths.score_gap(pairs)) ** 2
+    return (pairs.margin() - eta * transforms.score_gap(pairs)) ** 2
 
 
 @register(needs=("scores",))
@@ -274,12 +259,12 @@ def sppo(pairs: Pairs, *, beta: Positive = 0.001) -> Tensor:
 
     Note:
         As in the authors' code; no peer has it. With p of 1 and 0 it is half of `sppo_hard`, the form that trainers
-        call SPPO. Rewards are no probabilities: put them through a sigmoid first. When to use: iterative self-play with
-        a judge that gives win rates.
+        call SPPO. Rewards are not probabilities: apply a sigmoid first. When to use: iterative self-play with a judge
+        that gives win rates.
 
     Reference: Wu et al. 2024, arXiv:2405.00675.
     """
-    win_chosen, win_rejected = maths.scores_of(pairs)
+    win_chosen, win_rejected = transforms.scores_of(pairs)
     chosen = pairs.chosen.h - (win_chosen - 0.5) / beta
     rejected = pairs.rejected.h - (win_rejected - 0.5) / beta
     return 0.5 * (chosen**2 + rejected**2)

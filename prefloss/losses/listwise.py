@@ -1,4 +1,4 @@
-"""Losses of a group of completions of one prompt, ranked by their scores; absent completions take no part."""
+"""Losses of a group of completions of one prompt, ranked by their scores; absent completions are left out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Rankings
+from prefloss.losses._core.catalogue import register
+from prefloss.losses._core.maths import MAX_EXPONENT, log_softmax, log_sum_exp
 from prefloss.losses._core.parameters import NonNegative, Positive
-from prefloss.losses._core.registry import register
-from prefloss.losses._core.transforms import MAX_EXPONENT
 
 
 @register(monotone=True)
@@ -24,10 +24,6 @@ def dpo_pl(rankings: Rankings, *, beta: Positive = 0.1) -> Tensor:
 
     Args:
         rankings: Reads the log-ratios h, [groups, K], nats, and the order of the scores.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each group, [groups], nats; not reduced.
 
     Example:
         >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
@@ -36,9 +32,9 @@ def dpo_pl(rankings: Rankings, *, beta: Positive = 0.1) -> Tensor:
 
     Note:
         With two completions it is `dpo`, to the last bit. The paper has no ties; here completions with equal scores
-        keep the order in which they are given, so of two such ones the first counts as the better. Averaging over
-        the orders of the tied ones is the other choice, and not this one. No trainer has it. When to use: full
-        rankings whose lower places matter too.
+        keep the order in which they are given, so the first of two tied ones counts as better. The alternative,
+        averaging over the orders of tied completions, is not implemented. No trainer has this loss. When to use: full
+        rankings, if the lower places matter too.
 
     Reference: Rafailov et al. 2023, arXiv:2305.18290, Appendix A.3.
     """
@@ -54,10 +50,6 @@ def s_dpo(rankings: Rankings, *, beta: Positive = 1.0) -> Tensor:
 
     Args:
         rankings: Reads the log-ratios h, [groups, K], nats, and which score is highest.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each group, [groups], nats; not reduced.
 
     Example:
         >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
@@ -67,8 +59,8 @@ def s_dpo(rankings: Rankings, *, beta: Positive = 1.0) -> Tensor:
     Note:
         The first term of `dpo_pl`, and `infonca` with all target mass on the best. The scores below the best are not
         compared with one another; of several best ones the first is the winner. The authors' script has beta 1 and
-        three negatives, their Python default is 0.1; their code exponentiates naively and overflows at a gap of
-        95 nats. When to use: one good completion and many bad ones, as in recommendation.
+        three negatives, their Python default is 0.1; their code exponentiates naively and overflows at a gap of 95
+        nats. When to use: one good completion and many bad ones, as in recommendation.
 
     Reference: Chen et al. 2024, arXiv:2406.09215.
     """
@@ -83,8 +75,6 @@ def infonca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0)
         \ell = -\sum_i q_i \log p_i, \quad q = \mathrm{softmax}(r / \alpha), \; p = \mathrm{softmax}(\beta h)
 
     Args:
-        rankings: Reads the log-ratios h, [groups, K], nats, and the scores r.
-        beta: Strength of the pull towards the reference.
         alpha: Temperature of the scores, in their units: scores that differ by much more make q one-hot.
 
     Returns:
@@ -96,10 +86,10 @@ def infonca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0)
         tensor([1.0332])
 
     Note:
-        The authors run alpha = 1e-4 on UltraFeedback's scores, which is one-hot on the best, and add 0.01 to the
-        first score to break ties; equal scores share the mass here. The default of 1 is ours: set alpha in the units
-        of your scores. When to use: reward-model scores whose distances mean something; it compares completions
-        only with one another, while `nca` also holds each against the reference.
+        The authors run alpha = 1e-4 on UltraFeedback's scores, which is one-hot on the best, and add 0.01 to the first
+        score to break ties; equal scores share the mass here. The default of 1 is ours: set alpha in the units of your
+        scores. When to use: reward-model scores whose distances mean something; it compares completions only with one
+        another, while `nca` also compares each with the reference.
 
     Reference: Chen et al. 2024, arXiv:2402.05369.
     """
@@ -117,12 +107,7 @@ def nca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0) -> 
         \quad q = \mathrm{softmax}(r / \alpha)
 
     Args:
-        rankings: Reads the log-ratios h, [groups, K], nats, and the scores r.
-        beta: Strength of the pull towards the reference.
         alpha: Temperature of the scores, in their units: scores that differ by much more make q one-hot.
-
-    Returns:
-        Loss of each group, [groups], nats; not reduced.
 
     Example:
         >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
@@ -130,9 +115,9 @@ def nca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0) -> 
         tensor([1.3545])
 
     Note:
-        K is the number of completions that are there. With two of them and one-hot q it is `nca_pair`. The authors
-        run alpha = 1e-4 on UltraFeedback's scores, which is one-hot on the best; the default of 1 is ours: set alpha
-        in the units of your scores. When to use: as `infonca`, where the log-probs of good completions must not fall.
+        K is the number of completions present. With two of them and one-hot q it is `nca_pair`. The authors run alpha =
+        1e-4 on UltraFeedback's scores, which is one-hot on the best; the default of 1 is ours: set alpha in the units
+        of your scores. When to use: as `infonca`, if good completions must not become less likely.
 
     Reference: Chen et al. 2024, arXiv:2402.05369.
     """
@@ -151,7 +136,6 @@ def exo(rankings: Rankings, *, beta: Positive = 0.1, beta_r: Positive = 0.1) -> 
         q = \mathrm{softmax}(r / \beta_r)
 
     Args:
-        rankings: Reads the log-ratios h, [groups, K], nats, and the scores r.
         beta: Strength of the pull towards the reference, the paper's beta_pi.
         beta_r: Temperature of the scores, in their units.
 
@@ -164,10 +148,10 @@ def exo(rankings: Rankings, *, beta: Positive = 0.1, beta_r: Positive = 0.1) -> 
         tensor([0.2315])
 
     Note:
-        The gradient flows through the probabilities p in front of the logarithm too: cutting it there gives another
-        loss. The authors' scripts set (beta_r, beta) to (0.5, 0.5) or (0.1, 0.1). The completions should be samples
-        of the reference policy; of the policy itself the paper has an importance-weighted form, not this one. When to
-        use: reward-model scores, and a policy that should seek the best mode rather than cover all.
+        The gradient flows through the probabilities p in front of the logarithm too: a stop-gradient there gives a
+        different loss. The authors' scripts set (beta_r, beta) to (0.5, 0.5) or (0.1, 0.1). The completions should be
+        samples of the reference policy; for samples of the policy the paper has an importance-weighted form, which is
+        not implemented. When to use: reward-model scores, for a mode-seeking policy.
 
     Reference: Ji et al. 2024, arXiv:2402.00856.
     """
@@ -202,8 +186,8 @@ def rrhf(rankings: Rankings, *, rank_weight: NonNegative = 1.0, nll_weight: NonN
     Note:
         Tied completions are not compared; of several best ones the first gets the NLL. The paper sums the NLL over
         tokens; the official code averages it over the padded row, prompt included; here it is the mean over the
-        completion's tokens, as the hinges are. The official class defaults to a rank weight of 100, its script sets
-        the paper's 1. When to use: no reference model fits in memory.
+        completion's tokens, as the hinges are. The official class defaults to a rank weight of 100, its script sets the
+        paper's 1. When to use: no memory for a reference model.
 
     Reference: Yuan et al. 2023, arXiv:2304.05302.
     """
@@ -225,19 +209,16 @@ def pro(rankings: Rankings, *, nll_weight: NonNegative = 0.05) -> Tensor:
         rankings: Reads the policy log-probs, [groups, K], nats, the token counts, and the scores r.
         nll_weight: Weight μ of the NLL of the best completion, before its factor (K - 1)^2.
 
-    Returns:
-        Loss of each group, [groups], nats; not reduced.
-
     Example:
         >>> made = LogRatios(policy=[[-20.0, -24.0]], tokens=[[10, 8]])
         >>> pro(Rankings(completions=made, scores=[[1.0, 0.0]]), nll_weight=0.0)
         tensor([0.3133])
 
     Note:
-        p is the mean log-prob per token, but the NLL the sum over tokens, times (K - 1)^2, as in the authors' code;
-        K is the number of completions that are there. The paper divides by temperatures 1 / (r_k - r_i), which a tie
-        makes infinite; the product is the code's form and has no such point: a tie adds log 2 or more. The scores set
-        the temperatures, so their scale matters. When to use: several scored completions and no reference model.
+        p is the mean log-prob per token, but the NLL the sum over tokens, times (K - 1)^2, as in the authors' code; K
+        is the number of completions present. The paper divides by temperatures 1 / (r_k - r_i), which are infinite at a
+        tie; the product is the code's form and stays finite: a tie adds log 2 or more. The scores set the temperatures,
+        so their scale matters. When to use: several scored completions and no reference model.
 
     Reference: Song et al. 2023, arXiv:2306.17492.
     """
@@ -260,24 +241,17 @@ def lipo_lambda(rankings: Rankings, *, beta: Positive = 0.05) -> Tensor:
         \left|\frac{1}{\log(1 + \tau_i)} - \frac{1}{\log(1 + \tau_j)}\right|
         \log\left(1 + e^{-\beta (h_i - h_j)}\right), \quad \tau \text{ the rank by } h \text{, best } 1
 
-    Args:
-        rankings: Reads the log-ratios h, [groups, K], nats, and the scores r.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each group, [groups], nats; not reduced.
-
     Example:
         >>> group = Rankings(completions=LogRatios.of([[1.5, -1.0]]), scores=[[1.0, 0.0]])
         >>> lipo_lambda(group, beta=0.1)
         tensor([0.3067])
 
     Note:
-        The gain is 2^r, so scores belong near [0, 1]; r is clamped at 115, where the gain leaves float32. The
-        weights have no gradient: ranks are piecewise constant. The ranks are those of the policy now, so the value
-        jumps where two completions change places; equal h, as before the first step, rank in the order given. Tied
-        scores are not compared. The formula was read in two write-ups, not in the paper. When to use: graded lists
-        where the top places matter most.
+        The gain is 2^r, so scores belong near [0, 1]; r is clamped at 115, where the gain leaves float32. The weights
+        have no gradient: ranks are piecewise constant. The ranks are those of the policy now, so the value jumps where
+        two completions change places; equal h, as before the first step, rank in the order given. Tied scores are not
+        compared. The formula comes from two write-ups, not from the paper. When to use: graded lists where the top
+        places matter most.
 
     Reference: Liu et al. 2024, arXiv:2402.01878.
     """
@@ -287,26 +261,6 @@ def lipo_lambda(rankings: Rankings, *, beta: Positive = 0.05) -> Tensor:
     weight = _apart(gain).abs() * _apart(discount).abs()
     losses = weight * -F.logsigmoid(beta * _apart(h))
     return torch.where(_scored_worse(rankings), losses, 0.0).sum((-2, -1))
-
-
-def log_sum_exp(values: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Log of the sum of exponentials of the kept values along the last dimension, and whether there are any.
-
-    Where nothing is kept the first is some finite number without gradient.
-    """
-    logits, some = _kept_logits(values, keep)
-    return torch.logsumexp(logits, -1), some.squeeze(-1)
-
-
-def log_softmax(values: Tensor, keep: Tensor) -> Tensor:
-    """Log-softmax over the kept values of each row; 0 elsewhere."""
-    return torch.where(keep, torch.log_softmax(_kept_logits(values, keep)[0], -1), 0.0)
-
-
-def _kept_logits(values: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    # -inf takes a value out of a sum of exponentials; a row of nothing else has NaN gradients, so it holds zeros.
-    some = keep.any(-1, keepdim=True)
-    return values.masked_fill(~keep, -torch.inf).masked_fill(~some, 0.0), some
 
 
 def _choices(rankings: Rankings, beta: float) -> Tensor:
@@ -331,14 +285,14 @@ def _apart(values: Tensor) -> Tensor:
 
 
 def _scored_worse(rankings: Rankings) -> Tensor:
-    """True at [group, k, j] where j has a lower score than k, both there."""
+    """True at [group, k, j] where j has a lower score than k, both present."""
     both = rankings.present.unsqueeze(-1) & rankings.present.unsqueeze(-2)
     scores = _scores(rankings)
     return both & (scores.unsqueeze(-1) > scores.unsqueeze(-2))
 
 
 def _worse(rankings: Rankings) -> Tensor:
-    """True at [group, k, j] where j ranks below k, both there; ties rank in the order given."""
+    """True at [group, k, j] where j ranks below k, both present; ties rank in the order given."""
     both = rankings.present.unsqueeze(-1) & rankings.present.unsqueeze(-2)
     scores = _scores(rankings)
     tied = both & (scores.unsqueeze(-1) == scores.unsqueeze(-2))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from prefloss.feedback import Pairs
 from prefloss.losses._core import maths
+from prefloss.losses._core.catalogue import register
+from prefloss.losses._core.maths import MAX_EXPONENT
 from prefloss.losses._core.modifiers import smoothed
 from prefloss.losses._core.parameters import FlipProbability, Interval, Positive
-from prefloss.losses._core.registry import register
-from prefloss.losses._core.transforms import MAX_EXPONENT
 from prefloss.losses.pairwise import hinge
 
 
@@ -26,12 +26,7 @@ def cdpo(pairs: Pairs, *, beta: Positive = 0.1, epsilon: FlipProbability = 0.1) 
         \ell = -(1 - \epsilon) \log \sigma(z) - \epsilon \log \sigma(-z), \quad z = \beta (h_w - h_l)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         epsilon: Probability that a preference is flipped.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> cdpo(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1, epsilon=0.1)
@@ -40,8 +35,8 @@ def cdpo(pairs: Pairs, *, beta: Positive = 0.1, epsilon: FlipProbability = 0.1) 
     Note:
         Equation 3 of the note that proposes it; the same as `dpo` with the modifier `label_smoothing`. HALOs has it as
         `cdpo` (epsilon 0.2), others as `label_smoothing` of DPO: OpenRLHF, LLaMA-Factory, torchtune, ms-swift and TRL
-        up to 0.28. TRL since 0.29, Liger and Axolotl accept that setting and ignore it. No published default.
-        The minimum is at sigma(z) = 1 - epsilon. When to use: noisy preferences, where the margin should stay finite.
+        up to 0.28. TRL since 0.29, Liger and Axolotl accept that setting and ignore it. No published default. The
+        minimum is at sigma(z) = 1 - epsilon. When to use: noisy preferences, if the margin should stay finite.
 
     Reference: Mitchell 2023, "A note on DPO with noisy preferences" (no arXiv id), on DPO, arXiv:2305.18290.
     """
@@ -58,8 +53,6 @@ def robust_dpo(pairs: Pairs, *, beta: Positive = 0.1, epsilon: FlipProbability =
         \quad z = \beta (h_w - h_l)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         epsilon: Probability that a preference is flipped.
 
     Returns:
@@ -70,9 +63,9 @@ def robust_dpo(pairs: Pairs, *, beta: Positive = 0.1, epsilon: FlipProbability =
         tensor([0.5447])
 
     Note:
-        Falls without bound as z grows (z = 100, epsilon = 0.1 gives -12.5), unlike `cdpo`. oxRL has a plus for the
-        minus between the terms. TRL reads epsilon from `label_smoothing`. Not `r_dpo`, also called R-DPO. When to use:
-        a flip rate that is known, with few epochs.
+        Unlike `cdpo` it is unbounded below: z = 100 and epsilon = 0.1 give -12.5. oxRL has a plus in place of the minus
+        between the terms. TRL reads epsilon from `label_smoothing`. Not `r_dpo`, also called R-DPO. When to use: a
+        known flip rate and few epochs.
 
     Reference: Chowdhury et al. 2024, arXiv:2403.00409.
     """
@@ -91,12 +84,7 @@ def exo_pair(
         \quad z = \beta (h_w - h_l)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         epsilon: Probability of the rejected completion in the target; 0 would make the loss infinite.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> exo_pair(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1, epsilon=1e-3)
@@ -105,8 +93,8 @@ def exo_pair(
     Note:
         TRL, Liger and ms-swift read epsilon from `label_smoothing`; TRL refuses 0, ms-swift replaces it by 1e-3. The
         authors' own repository has the fixed log-targets 0 and -10 instead of log(1 - epsilon) and log(epsilon). The
-        minimum is at sigma(z) = 1 - epsilon. When to use: as DPO, where mode-seeking is wanted; `exo` takes a whole
-        group with rewards.
+        minimum is at sigma(z) = 1 - epsilon. When to use: as DPO, for a mode-seeking policy; `exo` takes a whole group
+        with rewards.
 
     Reference: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
     """
@@ -121,8 +109,6 @@ def discopop(pairs: Pairs, *, beta: Positive = 0.05, tau: Positive = 0.05) -> Te
         \ell = -(1 - m) \log \sigma(z) + m e^{-z}, \quad m = \sigma(z / \tau), \quad z = \beta (h_w - h_l)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         tau: Width of the change from one to the other, in units of z.
 
     Returns:
@@ -133,10 +119,9 @@ def discopop(pairs: Pairs, *, beta: Positive = 0.05, tau: Positive = 0.05) -> Te
         tensor([0.7774])
 
     Note:
-        Peers agree: TRL, Liger, ms-swift, oxRL. Not convex: it has a local minimum at a negative margin.
-        The product m e^(-z) is 0 times infinity in float32 from z = -90 on, so it is one exponential here, its
-        exponent clamped at 80, which a tau up to 1 never reaches. When to use: to try a loss
-        that a language model found.
+        Peers agree: TRL, Liger, ms-swift, oxRL. Not convex: it has a local minimum at a negative margin. The product m
+        e^(-z) is 0 times infinity in float32 from z = -90 on, so it is one exponential here, its exponent clamped at
+        80, which a tau up to 1 never reaches. When to use: to try a loss that a language model proposed.
 
     Reference: Lu et al. 2024, arXiv:2406.08414, Eq. 5.
     """
@@ -152,10 +137,6 @@ def gpo_exponential(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     .. math::
         \ell = e^{-\beta (h_w - h_l)}
 
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
     Returns:
         Loss of each pair, [pairs]; not reduced.
 
@@ -164,9 +145,9 @@ def gpo_exponential(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
         tensor([0.7788])
 
     Note:
-        The exponent is clamped at 80, beyond which float32 would overflow: the loss is flat there, with gradient 0.
-        One bad pair can outweigh a batch. GPO's squared loss (z - 1)^2 is `ipo` on sums times beta^2, with
-        tau = beta/2. When to use: clean preferences, where every reversed pair should hurt.
+        The exponent is clamped at 80, beyond which float32 would overflow: the loss is flat there, with gradient 0. One
+        bad pair can outweigh a batch. GPO's squared loss (z - 1)^2 is `ipo` on sums times beta^2, with tau = beta/2.
+        When to use: clean preferences, if every reversed pair should count.
 
     Reference: Tang et al. 2024, arXiv:2402.05749, Table 1.
     """
@@ -181,7 +162,6 @@ def gpo_truncated_quadratic(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
         \ell = \max(0, 1 - \beta (h_w - h_l))^2
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
         beta: Slope inside the square; the loss is 0 from a margin of 1/beta nats on.
 
     Returns:
@@ -192,8 +172,8 @@ def gpo_truncated_quadratic(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
         tensor([0.5625])
 
     Note:
-        Formula checked against oxRL, the one peer that has it. When to use: as `hinge`, with a gradient that fades at
-        the margin and grows with the mistake.
+        Formula checked against oxRL, the one peer that has it. When to use: as `hinge`, with a gradient that vanishes
+        at the margin and grows with the error.
 
     Reference: Tang et al. 2024, arXiv:2402.05749, Table 1.
     """
@@ -207,10 +187,6 @@ def gpo_savage(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     .. math::
         \ell = \sigma(-\beta (h_w - h_l))^2
 
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
     Returns:
         Loss of each pair, [pairs], in [0, 1]; not reduced.
 
@@ -220,7 +196,8 @@ def gpo_savage(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     Note:
         Formula checked against oxRL, the one peer that has it. Not convex: a badly reversed pair has almost no
-        gradient, so outliers count little and a bad start is not corrected. When to use: mislabelled outliers.
+        gradient, so outliers count little, and a pair that starts badly reversed stays so. When to use: mislabelled
+        outliers.
 
     Reference: Tang et al. 2024, arXiv:2402.05749, Table 1.
     """

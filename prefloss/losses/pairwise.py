@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefloss.feedback import Pairs
-from prefloss.losses._core import maths
+from prefloss.feedback import Pairs, required
+from prefloss.losses._core import transforms
+from prefloss.losses._core.catalogue import register
 from prefloss.losses._core.parameters import NonNegative, Positive
-from prefloss.losses._core.registry import register
 
 
 @register(
@@ -22,13 +22,6 @@ def dpo(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     .. math::
         \ell = -\log \sigma(\beta (h_w - h_l))
-
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> dpo(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1)
@@ -75,8 +68,8 @@ def ipo(pairs: Pairs, *, tau: Positive = 0.1, per_token: bool = True) -> Tensor:
 
     Note:
         The paper writes sums over tokens. TRL averages per token and reports that the authors confirmed it; so do
-        HALOs, ms-swift, XTuner, PaddleNLP and mlx-lm-lora. The original DPO repository, OpenRLHF, turbo-alignment
-        and TRL's online DPO sum. The target 1/(2 tau) means another thing in each, so a tau does not carry over.
+        HALOs, ms-swift, XTuner, PaddleNLP and mlx-lm-lora. The original DPO repository, OpenRLHF, turbo-alignment and
+        TRL's online DPO sum. The target 1/(2 tau) means something different in each form, so a tau does not carry over.
         Peers call tau beta.
 
     Reference: Azar et al. 2023, arXiv:2310.12036, Eq. 17.
@@ -96,7 +89,6 @@ def hinge(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
         \ell = \max(0, 1 - \beta (h_w - h_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
         beta: Slope, the paper's gamma; the loss is 0 from a margin of 1/beta nats on.
 
     Returns:
@@ -107,8 +99,8 @@ def hinge(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
         tensor([0.7500])
 
     Note:
-        TRL, Liger, ms-swift and torchtune (`RSOLoss`) agree. SLiC-HF's own hinge has no reference and its margin
-        in nats: another loss. RSO's contribution is mostly how it samples; this is its loss alone.
+        TRL, Liger, ms-swift and torchtune (`RSOLoss`) agree. SLiC-HF's own hinge has no reference and its margin in
+        nats: it is a different loss. RSO's main contribution is its sampling; this is only its loss.
 
     Reference: Liu et al. 2023, arXiv:2309.06657.
     """
@@ -129,10 +121,7 @@ def ln_dpo(pairs: Pairs, *, beta: Positive = 5.0) -> Tensor:
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and their token counts |y|.
-        beta: Strength of the pull towards the reference, in tokens: some 50 times DPO's.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
+        beta: Strength of the pull towards the reference, in tokens: about 50 times DPO's.
 
     Example:
         >>> chosen = LogRatios(policy=[-20.0], reference=[-21.5], tokens=[10])
@@ -159,11 +148,7 @@ def r_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -> T
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and their token counts |y|.
-        beta: Strength of the pull towards the reference.
         alpha: Strength of the length term, in 1/tokens.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> chosen = LogRatios(policy=[-20.0], reference=[-21.5], tokens=[10])
@@ -174,13 +159,13 @@ def r_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -> T
     Note:
         The plus sign follows from the objective, the reward minus alpha |y|: length already explains part of why a
         longer completion won, so that pair pulls less. oxRL, AlphaDPO, gamma-PO and RLHFlow write a minus, rewarding
-        length; AlphaDPO and gamma-PO take lengths from the batch dimension (the term is 0), RLHFlow from padded
-        rows. The paper has no default alpha; 0.01 is SamPO's and oxRL's. Not `robust_dpo`, also called rDPO. When to
-        use: to take length out of the preference data.
+        length; AlphaDPO and gamma-PO take lengths from the batch dimension (the term is 0), RLHFlow from padded rows.
+        The paper has no default alpha; 0.01 is SamPO's and oxRL's. Not `robust_dpo`, also called rDPO. When to use: to
+        remove the effect of length from the preference data.
 
     Reference: Park et al. 2024, arXiv:2403.19159.
     """
-    longer_by = maths.lengths(pairs.chosen) - maths.lengths(pairs.rejected)
+    longer_by = transforms.lengths(pairs.chosen) - transforms.lengths(pairs.rejected)
     return -F.logsigmoid(beta * pairs.margin() + alpha * longer_by)
 
 
@@ -194,11 +179,7 @@ def hdpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.9) -> Tensor
 
     Args:
         pairs: Reads the log-probs of both sides under policy and reference, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         alpha: Weight of the policy's entropy; below 1 the policy gets sharper, 1 is DPO.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> chosen, rejected = LogRatios([-20.0], [-21.5]), LogRatios([-24.0], [-23.0])
@@ -207,7 +188,7 @@ def hdpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.9) -> Tensor
 
     Note:
         Formula checked against oxRL, the one peer that has it. The paper sweeps alpha around 1 and names no default.
-        When to use: where DPO leaves the policy too flat or too sharp.
+        When to use: if DPO leaves the policy too flat or too sharp.
 
     Reference: Omura et al. 2024, arXiv:2411.07595.
     """
@@ -216,7 +197,7 @@ def hdpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.9) -> Tensor
     return -F.logsigmoid(beta * (pairs.margin() - sharpening))
 
 
-@register(monotone=True, needs=("tokens",))
+@register(monotone=True, holds_chosen=True, needs=("tokens",))
 def dpo_nll(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0) -> Tensor:
     r"""DPO plus the negative log-likelihood of the chosen completion (iterative reasoning PO, regularized PO).
 
@@ -225,11 +206,6 @@ def dpo_nll(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and the chosen side's token count.
-        beta: Strength of the pull towards the reference.
-        nll_weight: Weight α of the negative log-likelihood per token.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> chosen = LogRatios(policy=[-20.0], reference=[-21.5], tokens=[10])
@@ -242,8 +218,38 @@ def dpo_nll(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0
         OpenRLHF (`nll_loss_coef`) it is each completion's own token count. TRL's `["sigmoid", "sft"]` takes one mean
         over all chosen tokens of the batch: `dpo + 1.0*nll(average="batch")`. NeMo sums by default. The first version
         of the paper divided by the length of prompt and completion. Published weights: 1 (iterative reasoning), 0.005
-        (regularized). When to use: to keep the chosen completion likely, above all in reasoning.
+        (regularized). When to use: to keep the chosen completion likely, especially in reasoning.
 
     Reference: Pang et al. 2024, arXiv:2404.19733; Liu et al. 2024, arXiv:2405.16436.
     """
-    return dpo(pairs, beta=beta) + nll_weight * maths.nll(pairs.chosen)
+    return dpo(pairs, beta=beta) + nll_weight * transforms.nll(pairs.chosen)
+
+
+@register(monotone=True, needs=("gold",))
+def xpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 1e-5) -> Tensor:
+    r"""DPO that moves the policy away from the reference's own samples (exploratory PO).
+
+    .. math::
+        \ell = -\log \sigma(\beta (h_w - h_l)) + \alpha \log \pi(y_\mathrm{ref})
+
+    Args:
+        pairs: Reads the log-ratios h of both sides, [pairs], nats, and the policy's log-prob of y_ref: `gold` carries
+            a sample of the reference policy.
+        alpha: Strength of the exploration.
+
+    Returns:
+        Loss of each pair, [pairs], nats; not reduced. Unbounded below.
+
+    Example:
+        >>> gold = LogRatios(policy=[-30.0], reference=[-30.0])
+        >>> xpo(Pairs(LogRatios.of([1.5]), LogRatios.of([-1.0]), gold=gold), beta=0.1)
+        tensor([0.5756])
+
+    Note:
+        The sign is intended: a positive alpha makes the samples less likely (optimism). TRL's XPO trainer, gone by
+        1.16, agrees and sums over tokens. The term is unbounded below, so keep alpha small. Not `chipo` (χPO). When to
+        use: online training, when the policy's samples are no longer diverse.
+
+    Reference: Xie et al. 2024, arXiv:2405.21046.
+    """
+    return dpo(pairs, beta=beta) + alpha * required(pairs, "gold").policy

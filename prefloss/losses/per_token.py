@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefloss.feedback import Pairs
+from prefloss.feedback import Pairs, required
 from prefloss.logratios import LogRatios
-from prefloss.losses._core import state, transforms
+from prefloss.losses._core import running, transforms
+from prefloss.losses._core.catalogue import register
 from prefloss.losses._core.parameters import Interval, NonNegative, Positive
-from prefloss.losses._core.registry import register
-from prefloss.losses.batch_coupled import DrawsParameter
 from prefloss.losses.pairwise import dpo
 
 
@@ -30,11 +29,7 @@ def ld_dpo(
 
     Args:
         pairs: Reads the log-probs of each token under policy and reference, [pairs, T], nats.
-        beta: Strength of the pull towards the reference.
         alpha: Weight of the tokens beyond the shorter side's length; 1 is DPO.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> from prefloss.logratios import PerToken
@@ -46,9 +41,9 @@ def ld_dpo(
 
     Note:
         The same as `dpo` with the modifier `ld_alpha`. Policy and reference are weighted alike, as in TRL (`ld_alpha`)
-        and turbo-alignment; LLaMA-Factory and ms-swift weight the policy alone, so that equal models have a loss
-        other than log 2. turbo-alignment raises a negative log-prob to a fractional power: NaN. Sums of reference
-        log-probs worked out in advance cannot serve this loss. When to use: DPO that makes answers grow.
+        and turbo-alignment; LLaMA-Factory and ms-swift weight the policy alone, so that equal models have a loss other
+        than log 2. turbo-alignment raises a negative log-prob to a fractional power: NaN. It needs per-token reference
+        log-probs: precomputed sums are not enough. When to use: DPO that makes answers longer.
 
     Reference: Liu et al. 2024, arXiv:2409.06411.
     """
@@ -56,7 +51,7 @@ def ld_dpo(
 
 
 @register(monotone=True, stateful=True, needs=("per_token",))
-def sampo(pairs: Pairs, *, beta: Positive = 0.1, subset: DrawsParameter = 0) -> Tensor:
+def sampo(pairs: Pairs, *, beta: Positive = 0.1, subset: running.Seed = 0) -> Tensor:
     r"""DPO on equally many tokens of both sides, drawn at random from the longer (SamPO).
 
     .. math::
@@ -65,11 +60,7 @@ def sampo(pairs: Pairs, *, beta: Positive = 0.1, subset: DrawsParameter = 0) -> 
 
     Args:
         pairs: Reads the log-probs of each token under policy and reference, [pairs, T], nats.
-        beta: Strength of the pull towards the reference.
-        subset: Seed of the drawing.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
+        subset: Seed of the draws.
 
     Example:
         >>> from prefloss.logratios import PerToken
@@ -80,20 +71,17 @@ def sampo(pairs: Pairs, *, beta: Positive = 0.1, subset: DrawsParameter = 0) -> 
         tensor([0.5981])
 
     Note:
-        Drawn without replacement, new ones at each call in training, the same for policy and reference; the authors'
-        code draws again for the reference. The shorter side keeps all its tokens. One call draws one order of places
-        for all its pairs, so that a pair's loss depends on no other pair and on no padding. The raw function, given a
-        seed, draws the same each time; `get` makes the state that goes on. When to use: DPO that makes answers grow,
-        where the end of an answer matters as much as its start (else `ld_dpo`).
+        Tokens are drawn without replacement, anew at each call in training, and are the same for policy and reference;
+        the authors' code draws again for the reference. The shorter side keeps all its tokens. One call draws one order
+        of places for all pairs, so a pair's loss does not depend on other pairs or on padding. The plain function draws
+        the same tokens from a seed each time; `get` makes a state that continues. When to use: DPO that makes answers
+        longer, if the end of an answer matters as much as its start (else `ld_dpo`).
 
     Reference: Lu et al. 2024, arXiv:2406.10957.
     """
-    rows = [
-        transforms.rows_of(side, name)
-        for side, name in ((pairs.chosen, "chosen"), (pairs.rejected, "rejected"))
-    ]
+    rows = [required(side, "per_token") for side in (pairs.chosen, pairs.rejected)]
     width = max(row.mask.shape[-1] for row in rows)
-    order = torch.rand(width, generator=state.as_draws(subset)()).to(pairs.chosen.device)
+    order = torch.rand(width, generator=running.generator(subset)).to(pairs.chosen.device)
     shared = torch.minimum(rows[0].mask.sum(-1), rows[1].mask.sum(-1)).unsqueeze(-1)
     chosen, rejected = (row.log_ratios(_first_of(order, row.mask, shared)) for row in rows)
     return dpo(replace(pairs, chosen=chosen, rejected=rejected), beta=beta)
@@ -110,7 +98,6 @@ def wpo(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats; of each token, [pairs, T], the policy's log-prob and
             the log of the sum over the vocabulary of its squared probabilities.
-        beta: Strength of the pull towards the reference.
 
     Returns:
         Loss of each pair, [pairs], nats; not reduced. At most the loss of `dpo`.
@@ -123,11 +110,11 @@ def wpo(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
         tensor([0.2550])
 
     Note:
-        The same as `dpo` with the modifier `wpo`, and DPO's other links take it too. The product of both sides'
-        weights is clamped, not each, and has no gradient. TRL since 0.29 (`use_weighting`) lacks the clamp min(1, .):
-        a pair can count more than once there. open-instruct multiplies a sum over tokens by a row of masks and keeps
-        the gradient; oxRL has neither the squared probabilities nor the stop-gradient. When to use: preferences
-        written by other models than the one that trains.
+        The same as `dpo` with the modifier `wpo`, which other losses take too. The product of both sides' weights is
+        clamped, not each, and has no gradient. TRL since 0.29 (`use_weighting`) lacks the clamp min(1, .): a pair can
+        count more than once there. open-instruct multiplies a sum over tokens by a row of masks and keeps the gradient;
+        oxRL has neither the squared probabilities nor the stop-gradient. When to use: preferences between completions
+        of other models.
 
     Reference: Zhou et al. 2024, arXiv:2406.11827, Eq. 2.
     """
@@ -144,10 +131,6 @@ def tdpo1(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and the KL at each token, [pairs, T], nats.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> from prefloss.logratios import PerToken
@@ -160,11 +143,11 @@ def tdpo1(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     Note:
         Sums over tokens, never means; the KL runs over the whole vocabulary with the reference in front, and the
         gradient flows through both sides' K. The authors' code takes log(softmax) and is NaN where a probability
-        underflows. When to use: with `tdpo2` as the usual choice; this form lets the chosen side's KL grow freely.
+        underflows. When to use: to compare with `tdpo2`, the usual choice; this form lets the chosen side's KL grow.
 
     Reference: Zeng et al. 2024, arXiv:2404.11999.
     """
-    return _tdpo(pairs, beta, 1.0, divergence(pairs.chosen, "chosen"))
+    return _tdpo(pairs, beta, 1.0, _summed_kl(pairs.chosen))
 
 
 @register(monotone=True, needs=("per_token.kl",))
@@ -177,11 +160,7 @@ def tdpo2(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.5) -> Te
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and the KL at each token, [pairs, T], nats.
-        beta: Strength of the pull towards the reference.
         alpha: Weight of the KL difference.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> from prefloss.logratios import PerToken
@@ -192,13 +171,13 @@ def tdpo2(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.5) -> Te
         tensor([0.6210])
 
     Note:
-        The stop-gradient is on the chosen side's K alone, so the rejected side's KL is held down while the chosen one's
-        may not be paid for. The authors' function defaults to this form, their configuration file to `tdpo1`. When to
-        use: DPO that drifts far from the reference at single tokens.
+        The stop-gradient is on the chosen side's K alone, so the rejected side's KL is reduced, and raising the chosen
+        side's KL brings no gain. The authors' function defaults to this form, their configuration file to `tdpo1`. When
+        to use: DPO that drifts far from the reference at single tokens.
 
     Reference: Zeng et al. 2024, arXiv:2404.11999.
     """
-    return _tdpo(pairs, beta, alpha, divergence(pairs.chosen, "chosen").detach())
+    return _tdpo(pairs, beta, alpha, _summed_kl(pairs.chosen).detach())
 
 
 @register(monotone=True, needs=("per_token",))
@@ -209,7 +188,7 @@ def humanline_dpo(
     log_epsilon_p: Annotated[float, Interval(le=0)] = -1.0,
     log_epsilon_r: Annotated[float, Interval(ge=0)] = 1.5,
 ) -> Tensor:
-    r"""DPO on token log-ratios clamped to what people would notice (Humanline DPO).
+    r"""DPO on token log-ratios clamped to a perceptible range (Humanline DPO).
 
     .. math::
         \ell = -\log \sigma(\beta (h_w - h_l)), \quad
@@ -217,12 +196,8 @@ def humanline_dpo(
 
     Args:
         pairs: Reads the log-probs of each token under policy and reference, [pairs, T], nats.
-        beta: Strength of the pull towards the reference.
         log_epsilon_p: Lowest log-ratio of a token, nats.
         log_epsilon_r: Highest log-ratio of a token, nats.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> from prefloss.logratios import PerToken
@@ -234,7 +209,7 @@ def humanline_dpo(
     Note:
         The same as `dpo` with the modifier `humanline`, which KTO and other losses take too, as in HALOs. A token
         outside the bounds has no gradient. HALOs copies the policy into the reference from time to time; with a fixed
-        reference the clamp binds ever more tokens. When to use: offline data, with a reference that follows.
+        reference the clamp binds ever more tokens. When to use: offline data, with a reference that is updated.
 
     Reference: Humanline 2025, arXiv:2509.24207.
     """
@@ -245,29 +220,13 @@ def humanline_dpo(
     return dpo(replace(pairs, chosen=chosen, rejected=rejected), beta=beta)
 
 
-def column(ratios: LogRatios, side: str, name: str) -> Tensor:
-    """What `per_token` of one side holds under a name, [..., T].
-
-    Raises:
-        ValueError: If it holds nothing there.
-    """
-    values = getattr(transforms.rows_of(ratios, side), name)
-    if values is None:
-        raise ValueError(f"{side}.per_token.{name}: got None, expected one value per token, [..., T]")
-    return values
-
-
-def divergence(ratios: LogRatios, side: str) -> Tensor:
-    """KL(reference || policy) summed over one side's tokens, [...], nats, with gradient.
-
-    Raises:
-        ValueError: If the tokens carry none.
-    """
-    return transforms.rows_of(ratios, side).sum(column(ratios, side, "kl"))
+def _summed_kl(ratios: LogRatios) -> Tensor:
+    """KL(reference || policy) summed over the tokens of a completion, [...], nats, with gradient."""
+    return required(ratios, "per_token").sum(transforms.per_token(ratios, "kl"))
 
 
 def _tdpo(pairs: Pairs, beta: float, alpha: float, chosen: Tensor) -> Tensor:
-    offset = alpha * (divergence(pairs.rejected, "rejected") - chosen)
+    offset = alpha * (_summed_kl(pairs.rejected) - chosen)
     return -F.logsigmoid(beta * (pairs.margin() - offset))
 
 

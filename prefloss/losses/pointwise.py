@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefloss.feedback import Labels
-from prefloss.losses._core import baselines, maths
-from prefloss.losses._core import shift as _shift
-from prefloss.losses._core.parameters import Coerce, NonNegative, Positive
-from prefloss.losses._core.registry import register
-
-Baseline = Annotated[str | baselines.KLBaseline, Coerce(baselines.as_parameter, baselines.WANTED)]
-
-
-def graded(labels: Labels) -> tuple[Tensor, Tensor]:
-    """Scores, without gradient, and the baselines they are measured against, each [n].
-
-    Raises:
-        ValueError: If the labels carry none.
-    """
-    for name in ("scores", "baseline"):
-        if getattr(labels, name) is None:
-            raise ValueError(f"{name}: got None, expected one for each completion, [n]")
-    assert labels.scores is not None and labels.baseline is not None
-    return labels.scores.detach(), labels.baseline
+from prefloss.feedback import Labels, required
+from prefloss.losses._core import transforms
+from prefloss.losses._core.catalogue import register
+from prefloss.losses._core.parameters import NonNegative, Positive
+from prefloss.losses._core.running import BASELINES, Baseline, Shift
+from prefloss.losses._core.state import resolve
 
 
 def downvoted(labels: Labels) -> Tensor:
@@ -35,7 +19,7 @@ def downvoted(labels: Labels) -> Tensor:
     return labels.valid & ~labels.desirable
 
 
-@register(separable=False, monotone=True, reads=("mismatched", "kl"))
+@register(separable=False, monotone=True, holds_chosen=True, reads=("mismatched", "kl"))
 def kto(
     labels: Labels,
     *,
@@ -51,28 +35,26 @@ def kto(
         \lambda_U (1 - \sigma(\beta (z_0 - h)))
 
     Args:
-        labels: Reads the log-ratios h and the votes, [n], and what the baseline reads.
-        beta: Strength of the pull towards the reference.
-        desirable_weight: Weight λ_D of upvotes.
+        labels: Reads the log-ratios h and the labels, [n], nats, and the fields of the baseline.
         undesirable_weight: Weight λ_U of downvotes; the paper keeps λ_D n_D / (λ_U n_U) in [1, 4/3].
         kl_baseline: Where z_0 comes from, nats: `"mismatched"` (the paper's estimate, max(0, mean h of mismatched
             pairs)), `"column"` (computed elsewhere), `"running_mean"`, `"zero"`, or `"auto"`: what the labels carry.
 
     Returns:
-        Loss of each completion, [n]; not reduced. Every baseline works with one example and with one-sided votes.
+        Loss of each completion, [n]; not reduced. Every baseline works with one example and with labels of one kind.
 
     Example:
         >>> kto(Labels(completions=LogRatios.of([1.5, -1.0]), desirable=[True, False], kl=0.2))
         tensor([0.4675, 0.4700])
 
     Note:
-        The baseline has no gradient and is clamped at 0 after the mean over all ranks (TRL, HALOs); NeMo-Aligner
-        clamps per rank. Liger has no weights. TRL needs batches of two or more in a fixed order, because its
-        mismatched pairs are neighbours in the batch; here the estimate is an input.
+        The baseline has no gradient and is clamped at 0 after the mean over all ranks (TRL, HALOs); NeMo-Aligner clamps
+        per rank. Liger has no weights. TRL needs batches of two or more in a fixed order, because its mismatched pairs
+        are neighbours in the batch; here the completions are an input.
 
     Reference: Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 7.
     """
-    z0 = baselines.resolve(kl_baseline)(labels).detach()
+    z0 = resolve("kl_baseline", kl_baseline, labels, functions=BASELINES).detach()
     gain = beta * (labels.completions.h - z0)
     # 1 - sigmoid(x) loses every digit for large x; sigmoid(-x) does not.
     upvoted = desirable_weight * torch.sigmoid(-gain)
@@ -83,6 +65,7 @@ def kto(
 @register(
     aliases={"apo_zero_unpaired": "TRL, ms-swift", "KTOZero": "HALOs (legacy branch)"},
     monotone=True,
+    holds_chosen=True,
 )
 def kto_zero(
     labels: Labels,
@@ -96,12 +79,6 @@ def kto_zero(
     .. math::
         \ell = \lambda_D (1 - \sigma(\beta h)) \text{ if desirable, else } \lambda_U \sigma(\beta h)
 
-    Args:
-        labels: Reads the log-ratios h and the votes, [n], nats.
-        beta: Strength of the pull towards the reference.
-        desirable_weight: Weight λ_D of upvotes.
-        undesirable_weight: Weight λ_U of downvotes.
-
     Returns:
         Loss of each completion, [n]; not reduced.
 
@@ -112,7 +89,7 @@ def kto_zero(
     Note:
         On the two sides of a pair it adds up to `apo_zero`. Liger gives it for `kl=None`, without weights; HALOs keeps
         it as an ablation and does not recommend it. It pushes every upvoted completion above the reference and every
-        downvoted one below. When to use: votes that come one by one, where `kto`'s baseline cannot be had.
+        downvoted one below. When to use: labels without pairs, if `kto`'s baseline is not available.
 
     Reference: D'Oosterlinck et al. 2024, arXiv:2408.06266; as an ablation Ethayarajh et al. 2024, arXiv:2402.01306.
     """
@@ -125,37 +102,32 @@ def kto_zero(
     )
 
 
-@register(separable=False, stateful=True)
-def bco(labels: Labels, *, beta: Positive = 0.1, shift: _shift.Shift = "running") -> Tensor:
-    r"""Cross-entropy of the vote against the reward, shifted by the mean reward (BCO).
+@register(separable=False, stateful=True, holds_chosen=True)
+def bco(labels: Labels, *, beta: Positive = 0.1, shift: Shift = "running") -> Tensor:
+    r"""Cross-entropy of the label given the reward, shifted by the mean reward (BCO).
 
     .. math::
         \ell = -\log \sigma(\beta h - \delta) \text{ if desirable, else } -\log \sigma(-(\beta h - \delta))
 
     Args:
-        labels: Reads the log-ratios h and the votes, [n], nats.
-        beta: Strength of the pull towards the reference.
         shift: Reward shift δ: `"running"`, the mean of all rewards seen so far, or a number.
-
-    Returns:
-        Loss of each completion, [n], nats; not reduced.
 
     Example:
         >>> bco(Labels(completions=LogRatios.of([1.5, -1.0]), desirable=[True, False]), shift=0.0)
         tensor([0.6210, 0.6444])
 
     Note:
-        The running shift is that of TRL's BCOTrainer (gone in 1.16), whose pair form the paper's first author wrote:
-        a cumulative mean of the rewards of both classes over all ranks, each reward counted once, taken in before it
-        is used, no moving average and no gradient. Published descriptions say a moving average of the two classes'
-        means. Under gradient accumulation the mean moves once per micro-batch. BCO's weights for downvotes of another
-        prompt distribution are data: pass them as `weight`. The raw function takes no `"running"`; `get` makes the
-        state. When to use: votes one by one, as `kto`, with a loss that stays steep for the badly wrong.
+        The running shift is that of TRL's BCOTrainer (gone in 1.16), whose pair form the paper's first author wrote: a
+        cumulative mean of the rewards of both classes over all ranks, each reward counted once and included before use,
+        with no moving average and no gradient. Published descriptions say a moving average of the two classes' means.
+        Under gradient accumulation the mean moves once per micro-batch. BCO's weights for downvotes of another prompt
+        distribution are data: pass them as `weight`. The plain function does not take `"running"`; `get` makes the
+        state. When to use: labels without pairs, as `kto`, with a gradient that stays large for badly wrong rewards.
 
     Reference: Jung et al. 2024, arXiv:2404.04656.
     """
     rewards = beta * labels.completions.h
-    margin = rewards - _shift.resolve(shift, rewards, labels.valid)
+    margin = rewards - resolve("shift", shift, rewards, labels.valid)
     return -F.logsigmoid(torch.where(labels.desirable, margin, -margin))
 
 
@@ -166,10 +138,6 @@ def npo(labels: Labels, *, beta: Positive = 0.1) -> Tensor:
     .. math::
         \ell = -\frac{2}{\beta} \log \sigma(-\beta h) \text{ if undesirable, else } 0
 
-    Args:
-        labels: Reads the log-ratios h and the votes, [n], nats.
-        beta: Strength of the pull towards the reference.
-
     Returns:
         Loss of each completion, [n], nats; not reduced. Upvotes give 0 and do not count in the mean.
 
@@ -179,8 +147,8 @@ def npo(labels: Labels, *, beta: Positive = 0.1) -> Tensor:
 
     Note:
         The factor 2/β makes the gradient at the reference that of gradient ascent on the NLL, and the limit of β to 0
-        is gradient ascent itself. It is usually run beside a loss on data to keep, as in `npo + 1.0*nll`. Not NeMo,
-        whose names also start with N. When to use: completions that must be forgotten, and no better ones at hand.
+        is gradient ascent itself. It is usually combined with a loss on data to keep, as in `npo + 1.0*nll`. Not NeMo,
+        whose names also start with N. When to use: completions to forget, without better ones.
 
     Reference: Zhang et al. 2024, arXiv:2404.05868.
     """
@@ -196,7 +164,7 @@ def simnpo(labels: Labels, *, beta: Positive = 2.5, gamma: NonNegative = 0.0) ->
         \text{ if undesirable, else } 0
 
     Args:
-        labels: Reads the policy log-probs, [n], nats, the token counts and the votes.
+        labels: Reads the policy log-probs, [n], nats, the token counts and the labels.
         beta: Slope, in tokens per nat.
         gamma: Margin, in nats.
 
@@ -204,18 +172,18 @@ def simnpo(labels: Labels, *, beta: Positive = 2.5, gamma: NonNegative = 0.0) ->
         Loss of each completion, [n], nats per token; not reduced. Upvotes give 0 and do not count in the mean.
 
     Example:
-        >>> made = LogRatios(policy=[-20.0, -2.4], tokens=[10, 8])
-        >>> simnpo(Labels(completions=made, desirable=[True, False]))
+        >>> completions = LogRatios(policy=[-20.0, -2.4], tokens=[10, 8])
+        >>> simnpo(Labels(completions=completions, desirable=[True, False]))
         tensor([0.0000, 0.3095])
 
     Note:
         The official code subtracts gamma from the mean NLL before multiplying by beta, the paper after; they agree at
-        its default of 0. Its beta is 2.5, and 4.5 on TOFU's 10 % split. When to use: as `npo`, where short
-        completions are forgotten too slowly or no reference fits in memory.
+        its default of 0. Its beta is 2.5, and 4.5 on TOFU's 10 % split. When to use: as `npo`, where short completions
+        are forgotten too slowly or no reference fits in memory.
 
     Reference: Fan et al. 2024, arXiv:2410.07163.
     """
-    margin = beta * maths.nll(labels.completions) - gamma
+    margin = beta * transforms.nll(labels.completions) - gamma
     return torch.where(labels.desirable, 0.0, -2 / beta * F.logsigmoid(margin))
 
 
@@ -227,23 +195,23 @@ def a2po(labels: Labels, *, beta: Positive = 1e-3) -> Tensor:
         \ell = \left(\beta h - (r - V^*(x))\right)^2
 
     Args:
-        labels: Reads the log-ratios h, [n], nats, the scores r and the baseline V*, [n]; not the votes.
+        labels: Reads the log-ratios h, [n], nats, the scores r and the baseline V*, [n]; not the labels.
         beta: Strength of the pull towards the reference, the paper's beta_2, in scores per nat.
 
     Returns:
         Loss of each completion, [n], scores squared; not reduced.
 
     Example:
-        >>> made = LogRatios(policy=[-20.0], reference=[-21.5])
-        >>> a2po(Labels(completions=made, desirable=[True], scores=[1.0], baseline=[0.3]))
+        >>> completions = LogRatios(policy=[-20.0], reference=[-21.5])
+        >>> a2po(Labels(completions=completions, desirable=[True], scores=[1.0], baseline=[0.3]))
         tensor([0.4879])
 
     Note:
-        The baseline is worked out before training from rewards r_k of reference samples:
-        V* = beta_1 log mean_k exp(r_k / beta_1), beta_1 = 0.5 in TRL. It has no gradient; `dro` trains its own. When
-        to use: a reward function and on-policy samples, one per prompt.
+        The baseline is computed before training from rewards r_k of reference samples: V* = beta_1 log mean_k exp(r_k /
+        beta_1), beta_1 = 0.5 in TRL. It has no gradient; `dro` trains its own. When to use: a reward function and
+        on-policy samples, one per prompt.
 
     Reference: A*-PO 2025, arXiv:2505.20686.
     """
-    scores, baseline = graded(labels)
-    return (beta * labels.completions.h - (scores - baseline.detach())) ** 2
+    advantage = required(labels, "scores") - required(labels, "baseline").detach()
+    return (beta * labels.completions.h - advantage) ** 2

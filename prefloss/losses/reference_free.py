@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefloss.feedback import Pairs
+from prefloss.feedback import Pairs, required
 from prefloss.losses._core import maths, transforms
+from prefloss.losses._core.catalogue import register
 from prefloss.losses._core.parameters import NonNegative, Positive
-from prefloss.losses._core.registry import register
 
 
 @register(
@@ -21,6 +21,7 @@ from prefloss.losses._core.registry import register
     },
     needs_reference=False,
     monotone=True,
+    holds_chosen=True,
     reads=("gold",),
 )
 def slic_hf(pairs: Pairs, *, delta: NonNegative = 1.0, nll_weight: NonNegative = 0.1) -> Tensor:
@@ -35,9 +36,6 @@ def slic_hf(pairs: Pairs, *, delta: NonNegative = 1.0, nll_weight: NonNegative =
         delta: Margin that is asked for, nats.
         nll_weight: Weight λ of the regulariser.
 
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
-
     Example:
         >>> slic_hf(Pairs.of(chosen=[-20.0], rejected=[-24.0]), delta=1.0, nll_weight=0.1)
         tensor([2.])
@@ -46,7 +44,7 @@ def slic_hf(pairs: Pairs, *, delta: NonNegative = 1.0, nll_weight: NonNegative =
         The log-likelihood is a sum over tokens, as printed. `hinge` is RSO's form: with a reference, and a margin of 1
         at slope beta. TRL's CPO with `loss_type="hinge"` has that slope without a reference; HALOs adds an NLL per
         token; turbo-alignment puts the margin outside the max, where it has no gradient. When to use: a supervised
-        target at hand (`gold`), no memory for a reference.
+        target (`gold`) and no memory for a reference.
 
     Reference: Zhao et al. 2023, arXiv:2305.10425.
     """
@@ -67,27 +65,24 @@ def simpo(pairs: Pairs, *, beta: Positive = 2.5, gamma: NonNegative = 1.375) -> 
         beta: Scale of the reward, in tokens.
         gamma: Margin γ that is asked for, nats.
 
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
-
     Example:
         >>> chosen, rejected = LogRatios(policy=[-20.0], tokens=[10]), LogRatios(policy=[-24.0], tokens=[8])
         >>> simpo(Pairs(chosen, rejected), beta=2.0, gamma=1.0)
         tensor([0.3133])
 
     Note:
-        Gamma as in the equation, HALOs, LLaMA-Factory (`simpo_gamma`) and TRL; the authors' code takes the ratio
-        gamma / beta, 0.55 here. TRL's CPO trainer, ms-swift, Axolotl and Liger add a negative log-likelihood unless
-        told not to: `trl:simpo` is `cpo_simpo`. PaddleNLP subtracts the reference, turbo-alignment puts gamma inside
-        beta. DPO's beta of 0.1 makes it nearly flat; 2 to 10 is usual. Nothing holds the policy to its start. When to
-        use: no memory for a reference, answers of mixed length.
+        Gamma as in the equation, HALOs, LLaMA-Factory (`simpo_gamma`) and TRL; the authors' code takes the ratio gamma
+        / beta, 0.55 here. TRL's CPO trainer, ms-swift, Axolotl and Liger add a negative log-likelihood by default:
+        `trl:simpo` is `cpo_simpo`. PaddleNLP subtracts the reference, turbo-alignment puts gamma inside beta. DPO's
+        beta of 0.1 makes it nearly flat; 2 to 10 is usual. Nothing keeps the policy close to its start. When to use: no
+        memory for a reference, answers of mixed length.
 
     Reference: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
     """
     return -F.logsigmoid(beta * (pairs.chosen.policy_mean - pairs.rejected.policy_mean) - gamma)
 
 
-@register(needs_reference=False, monotone=True, needs=("tokens",))
+@register(needs_reference=False, monotone=True, holds_chosen=True, needs=("tokens",))
 def cpo(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0) -> Tensor:
     r"""DPO without a reference, plus the negative log-likelihood of the chosen completion (CPO).
 
@@ -98,10 +93,6 @@ def cpo(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0) ->
     Args:
         pairs: Reads the policy's log-probs of both sides, [pairs], nats, and the chosen side's token count.
         beta: Scale of the margin.
-        nll_weight: Weight α of the negative log-likelihood per token.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> chosen, rejected = LogRatios(policy=[-20.0], tokens=[10]), LogRatios(policy=[-24.0], tokens=[8])
@@ -111,11 +102,11 @@ def cpo(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0) ->
     Note:
         TRL's CPO trainer (`loss_type="sigmoid"`), Liger, ms-swift and oxRL agree, except that TRL's NLL is one mean
         over all chosen tokens of the batch; here it is each completion's own. When to use: translation and other tasks
-        with one good answer, where the chosen completion must not fall.
+        with one good answer, if the chosen completion must not become less likely.
 
     Reference: Xu et al. 2024, arXiv:2401.08417, Eq. 3.
     """
-    return _preference(pairs, beta) + nll_weight * maths.nll(pairs.chosen)
+    return _preference(pairs, beta) + nll_weight * transforms.nll(pairs.chosen)
 
 
 @register(
@@ -127,6 +118,7 @@ def cpo(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0) ->
     },
     needs_reference=False,
     monotone=True,
+    holds_chosen=True,
     needs=("tokens",),
 )
 def cpo_simpo(
@@ -142,10 +134,6 @@ def cpo_simpo(
         pairs: Reads the policy's log-probs of both sides, [pairs], nats, and their token counts |y|.
         beta: Scale of the reward, in tokens.
         gamma: Margin γ that is asked for, nats.
-        nll_weight: Weight α of the negative log-likelihood per token.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> chosen, rejected = LogRatios(policy=[-20.0], tokens=[10]), LogRatios(policy=[-24.0], tokens=[8])
@@ -155,15 +143,15 @@ def cpo_simpo(
     Note:
         No paper: the repository fe1ixxu/CPO_SIMPO, whose Llama 3 configuration gives the defaults here. What TRL's CPO
         trainer, ms-swift, Axolotl and Liger run under the name simpo, with a weight of 1 (`trl:simpo`). The
-        repository's text writes the log-likelihood as a sum, its code averages per token. When to use: SimPO that
-        loses fluency.
+        repository's text writes the log-likelihood as a sum, its code averages per token. When to use: SimPO that loses
+        fluency.
 
     Reference: Xu et al. 2024, arXiv:2401.08417, with Meng et al. 2024, arXiv:2405.14734.
     """
-    return simpo(pairs, beta=beta, gamma=gamma) + nll_weight * maths.nll(pairs.chosen)
+    return simpo(pairs, beta=beta, gamma=gamma) + nll_weight * transforms.nll(pairs.chosen)
 
 
-@register(needs_reference=False, monotone=True, needs=("tokens",))
+@register(needs_reference=False, monotone=True, holds_chosen=True, needs=("tokens",))
 def orpo(pairs: Pairs, *, odds_weight: NonNegative = 0.1) -> Tensor:
     r"""Negative log-likelihood of the chosen completion plus the logistic loss of an odds ratio (ORPO).
 
@@ -175,9 +163,6 @@ def orpo(pairs: Pairs, *, odds_weight: NonNegative = 0.1) -> Tensor:
         pairs: Reads the policy's log-probs of both sides, [pairs], nats, and their token counts |y|.
         odds_weight: Weight λ of the odds ratio; peers call it beta.
 
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
-
     Example:
         >>> chosen, rejected = LogRatios(policy=[-20.0], tokens=[10]), LogRatios(policy=[-24.0], tokens=[8])
         >>> orpo(Pairs(chosen, rejected), odds_weight=0.1)
@@ -185,14 +170,14 @@ def orpo(pairs: Pairs, *, odds_weight: NonNegative = 0.1) -> Tensor:
 
     Note:
         The log-likelihood is that of the completion, as in the equation, LLaMA-Factory, Liger and HALOs. The authors'
-        code and TRL take it over prompt and completion, which log-ratios of completions cannot give. A mean probability
-        of 1 counts as one just below it, so that the odds stay finite. ColossalAI takes odds per token. When to use:
-        straight from a base model, without a supervised stage before.
+        code and TRL take it over prompt and completion, which log-ratios of completions do not contain. A mean
+        probability of 1 counts as one just below it, so that the odds stay finite. ColossalAI takes odds per token.
+        When to use: training from a base model without a supervised stage.
 
     Reference: Hong et al. 2024, arXiv:2403.07691, Eqs. 4-7.
     """
-    odds_ratio = maths.log_odds(pairs.chosen) - maths.log_odds(pairs.rejected)
-    return maths.nll(pairs.chosen) - odds_weight * F.logsigmoid(odds_ratio)
+    odds_ratio = transforms.log_odds(pairs.chosen) - transforms.log_odds(pairs.rejected)
+    return transforms.nll(pairs.chosen) - odds_weight * F.logsigmoid(odds_ratio)
 
 
 @register(needs_reference=False, monotone=True, needs=("tokens",))
@@ -209,17 +194,14 @@ def alphapo(pairs: Pairs, *, alpha: float = 0.25, beta: Positive = 2.5, gamma: N
         beta: Scale of the reward.
         gamma: Margin γ that is asked for, nats.
 
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
-
     Example:
         >>> chosen, rejected = LogRatios(policy=[-20.0], tokens=[10]), LogRatios(policy=[-24.0], tokens=[8])
         >>> alphapo(Pairs(chosen, rejected), alpha=0.25, beta=2.5, gamma=0.1)
         tensor([0.0102])
 
     Note:
-        TRL's CPO trainer and oxRL agree on the form; a power of the probability loses every digit near alpha = 0 and
-        overflows where it underflows, hence expm1 here. Its exponent is clamped at 80 (-320 nats per token at the
+        TRL's CPO trainer and oxRL agree on the form; expm1 is used because a power of the probability loses every digit
+        near alpha = 0 and overflows for tiny probabilities. Its exponent is clamped at 80 (-320 nats per token at the
         default alpha), with gradient 0 beyond. Not `alpha_dpo` nor the alpha-divergence `f_dpo_alpha`. When to use:
         SimPO runs that lower both likelihoods.
 
@@ -227,12 +209,12 @@ def alphapo(pairs: Pairs, *, alpha: float = 0.25, beta: Positive = 2.5, gamma: N
     """
     if alpha == 0:
         return simpo(pairs, beta=beta, gamma=gamma)
-    chosen = transforms.alpha_divergence(pairs.chosen.policy_mean, alpha)
-    rejected = transforms.alpha_divergence(pairs.rejected.policy_mean, alpha)
+    chosen = maths.alpha_divergence(pairs.chosen.policy_mean, alpha)
+    rejected = maths.alpha_divergence(pairs.rejected.policy_mean, alpha)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-@register(needs_reference=False, monotone=True, needs=("tokens",))
+@register(needs_reference=False, monotone=True, holds_chosen=True, needs=("tokens",))
 def simper(pairs: Pairs) -> Tensor:
     r"""Difference of inverse perplexities (SimPER).
 
@@ -252,13 +234,13 @@ def simper(pairs: Pairs) -> Tensor:
 
     Note:
         As in the authors' code; no peer has it. Nothing to tune but the learning rate, which sees gradients of at most
-        1 / |y| per nat. When to use: no budget for a search.
+        1 / |y| per nat. When to use: no budget for a hyperparameter search.
 
     Reference: Xiao et al. 2025, arXiv:2502.00883.
     """
     chosen, rejected = pairs.chosen.policy_mean, pairs.rejected.policy_mean
-    # Log-probs are at most 0, so the clamp is out of reach; it keeps a wrong sign upstream from giving inf - inf.
-    limit = transforms.MAX_EXPONENT
+    # Log-probs are at most 0, so the clamp acts only on wrong input, where it prevents inf - inf.
+    limit = maths.MAX_EXPONENT
     return torch.exp(rejected.clamp(max=limit)) - torch.exp(chosen.clamp(max=limit))
 
 
@@ -273,10 +255,6 @@ def tpo(pairs: Pairs, *, beta: Positive = 0.01, nll_weight: NonNegative = 1.0) -
     Args:
         pairs: Reads the policy's log-probs of all three completions, [pairs], nats, and the gold one's token count.
         beta: Scale of the margin.
-        nll_weight: Weight α of the negative log-likelihood per token.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> chosen, rejected = LogRatios(policy=[-20.0], tokens=[10]), LogRatios(policy=[-24.0], tokens=[8])
@@ -291,7 +269,7 @@ def tpo(pairs: Pairs, *, beta: Positive = 0.01, nll_weight: NonNegative = 1.0) -
 
     Reference: Saeidi et al. 2024, arXiv:2405.16681.
     """
-    return _preference(pairs, beta) + nll_weight * maths.nll(maths.gold_of(pairs))
+    return _preference(pairs, beta) + nll_weight * transforms.nll(required(pairs, "gold"))
 
 
 @register(aliases={"tpo-l": "TRL"}, needs_reference=False, monotone=True, needs=("tokens", "gold"))
@@ -308,10 +286,6 @@ def tpo_l(
         pairs: Reads the policy's log-probs of all three completions, [pairs], nats, and their token counts |y|.
         beta: Scale of the reward, in tokens.
         gamma: Margin γ that is asked for, nats.
-        nll_weight: Weight α of the negative log-likelihood per token.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> chosen, rejected = LogRatios(policy=[-20.0], tokens=[10]), LogRatios(policy=[-24.0], tokens=[8])
@@ -321,12 +295,12 @@ def tpo_l(
 
     Note:
         TRL's experimental TPO trainer agrees (`loss_type="tpo-l"`), except for the divisor of the NLL, as in `tpo`. Its
-        beta of 0.01, the default here, leaves a margin per token hardly any slope: SimPO's is 2 to 10. When to use:
-        `tpo` where lengths differ.
+        beta of 0.01, the default here, gives a margin per token almost no slope: SimPO's is 2 to 10. When to use:
+        `tpo`, if lengths differ.
 
     Reference: Saeidi et al. 2024, arXiv:2405.16681.
     """
-    return simpo(pairs, beta=beta, gamma=gamma) + nll_weight * maths.nll(maths.gold_of(pairs))
+    return simpo(pairs, beta=beta, gamma=gamma) + nll_weight * transforms.nll(required(pairs, "gold"))
 
 
 def chosen_has_tokens(pairs: Pairs) -> Tensor:
@@ -338,6 +312,7 @@ def chosen_has_tokens(pairs: Pairs) -> Tensor:
     aliases={"sft": ("TRL", {"average": "batch"})},
     needs_reference=False,
     monotone=True,
+    holds_chosen=True,
     needs=("tokens",),
     valid=chosen_has_tokens,
 )
@@ -375,10 +350,10 @@ def nll(pairs: Pairs, *, average: Literal["sequence", "sum", "batch"] = "sequenc
     if average == "sum":
         return -chosen.policy
     if average == "sequence":
-        return maths.nll(chosen)
+        return transforms.nll(chosen)
     # An empty completion adds 0 tokens and 0 nats.
     count = chosen_has_tokens(pairs).sum().to(chosen.policy.dtype)
-    return -chosen.policy * count / maths.lengths(chosen).sum().clamp(min=1)
+    return -chosen.policy * count / transforms.lengths(chosen).sum().clamp(min=1)
 
 
 def _preference(pairs: Pairs, beta: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pair losses that give each side a target of its own, so that they see more than the difference."""
+"""Pair losses that give each side its own target, so they depend on more than the difference."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._core import shift as _shift
+from prefloss.losses._core.catalogue import register
 from prefloss.losses._core.parameters import Interval, NonNegative, Positive
-from prefloss.losses._core.registry import register
+from prefloss.losses._core.running import Shift
+from prefloss.losses._core.state import resolve
 from prefloss.losses.pairwise import dpo
 
 
-@register(monotone=True)
+@register(monotone=True, holds_chosen=True)
 def apo_zero(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""Chosen up and rejected down, each against the reference (APO-zero).
 
     .. math::
         \ell = 1 - \sigma(\beta h_w) + \sigma(\beta h_l)
-
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
 
     Returns:
         Loss of each pair, [pairs], in [0, 2]; not reduced.
@@ -35,7 +32,7 @@ def apo_zero(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     Note:
         Peers agree: TRL, Liger, ms-swift, Axolotl, oxRL, turbo-alignment. On a pair it is `kto_zero` summed over the
-        two sides. When to use: chosen completions better than what the policy writes.
+        two sides. When to use: chosen completions that are better than the policy's own.
 
     Reference: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7.
     """
@@ -50,10 +47,6 @@ def apo_down(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     .. math::
         \ell = \sigma(\beta h_w) + 1 - \sigma(\beta (h_w - h_l))
 
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
     Returns:
         Loss of each pair, [pairs], in [0, 2]; not reduced.
 
@@ -62,27 +55,20 @@ def apo_down(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
         tensor([0.9753])
 
     Note:
-        Peers agree: TRL, Liger, ms-swift, Axolotl, oxRL, turbo-alignment. It lowers the chosen completion too, on
-        purpose. When to use: the policy already writes better than the chosen completions.
+        Peers agree: TRL, Liger, ms-swift, Axolotl, oxRL, turbo-alignment. It lowers the chosen completion too, by
+        design. When to use: the policy already writes better than the chosen completions.
 
     Reference: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8.
     """
     return torch.sigmoid(beta * pairs.chosen.h) + torch.sigmoid(-beta * pairs.margin())
 
 
-@register
+@register(holds_chosen=True)
 def nca_pair(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     r"""Noise-contrastive estimate of each side's reward (NCA on pairs).
 
     .. math::
         \ell = -\log \sigma(\beta h_w) - \tfrac{1}{2} \log \sigma(-\beta h_w) - \tfrac{1}{2} \log \sigma(-\beta h_l)
-
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> nca_pair(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1)
@@ -91,7 +77,7 @@ def nca_pair(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     Note:
         Peers agree: TRL, Liger, ms-swift, XTuner, PaddleNLP, oxRL; the authors recommend beta 0.01. It is `nca` with
         two completions and all weight on the chosen one. The chosen side has a finite optimum, sigma(beta h_w) = 2/3.
-        When to use: to keep the chosen completion from falling, as DPO lets it.
+        When to use: to keep the chosen completion from falling, which DPO allows.
 
     Reference: Chen et al. 2024, arXiv:2402.05369.
     """
@@ -110,31 +96,26 @@ def nca_pair(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     separable=False,
     stateful=True,
 )
-def bco_pair(pairs: Pairs, *, beta: Positive = 0.01, shift: _shift.Shift = "running") -> Tensor:
+def bco_pair(pairs: Pairs, *, beta: Positive = 0.01, shift: Shift = "running") -> Tensor:
     r"""Binary classifier of chosen against rejected with a reward shift (BCO on pairs).
 
     .. math::
         \ell = -\log \sigma(\beta h_w - \delta) - \log \sigma(-(\beta h_l - \delta))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         shift: Reward shift δ: `"running"`, the mean over all batches so far of a batch's mean reward beta h, or a fixed
             number in nats.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> bco_pair(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1, shift=0.0)
         tensor([1.2654])
 
     Note:
-        The running shift is that of the author's own TRL code, kept by LLaMA-Factory and ms-swift: every batch and
-        rank counts as one number, it is taken in before use, and it has no gradient; `bco` counts every reward. TRL
-        since 0.29, Liger, Axolotl and oxRL have no shift (`trl:bco_pair`). With the running shift a pair's loss depends
-        on its batch and those before it; held still in evaluation. A micro-batch counts as a batch. When to use: votes
-        in the form of pairs, and as a term of MPO.
+        The running shift is that of the author's TRL code, kept by LLaMA-Factory and ms-swift: every batch of a rank
+        counts as one number, is included before use, and has no gradient; `bco` counts every reward. TRL since 0.29,
+        Liger, Axolotl and oxRL have no shift (`trl:bco_pair`). With the running shift a pair's loss depends on its
+        batch and the batches before it; evaluation does not move it. A micro-batch counts as a batch. When to use:
+        labels in the form of pairs, and as a term of MPO.
 
     Reference: Jung et al. 2024, arXiv:2404.04656.
     """
@@ -142,7 +123,7 @@ def bco_pair(pairs: Pairs, *, beta: Positive = 0.01, shift: _shift.Shift = "runn
     counted = pairs.valid
     total = torch.where(counted, chosen + rejected, 0.0).detach().sum()
     mean = total / (2 * counted.sum()).clamp(min=1)
-    delta = _shift.resolve(shift, mean, counted.any())
+    delta = resolve("shift", shift, mean, counted.any())
     return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
 
 
@@ -154,7 +135,6 @@ def sppo_hard(pairs: Pairs, *, beta: Positive = 0.001) -> Tensor:
         \ell = \left(h_w - \frac{1}{2 \beta}\right)^2 + \left(h_l + \frac{1}{2 \beta}\right)^2
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
         beta: Strength of the pull towards the reference, the paper's 1/eta, in 1/nats.
 
     Returns:
@@ -167,7 +147,7 @@ def sppo_hard(pairs: Pairs, *, beta: Positive = 0.001) -> Tensor:
     Note:
         TRL, Liger, ms-swift and others agree; the authors' repository halves it, which is half the learning rate here,
         and so does `sppo`, its form for win probabilities. The targets are 500 nats at the default beta, so a loss near
-        500000 is normal. No beta stands before h. When to use: iterative self-play with a judge.
+        500000 is normal. h is not multiplied by beta. When to use: iterative self-play with a judge.
 
     Reference: Wu et al. 2024, arXiv:2405.00675, Eq. 4.7.
     """
@@ -175,7 +155,7 @@ def sppo_hard(pairs: Pairs, *, beta: Positive = 0.001) -> Tensor:
     return (pairs.chosen.h - target) ** 2 + (pairs.rejected.h + target) ** 2
 
 
-@register(monotone=True)
+@register(monotone=True, holds_chosen=True)
 def dpop(pairs: Pairs, *, beta: Positive = 0.1, penalty: NonNegative = 50.0) -> Tensor:
     r"""DPO with a penalty where the chosen completion is less likely than under the reference (DPO-Positive, Smaug).
 
@@ -183,12 +163,7 @@ def dpop(pairs: Pairs, *, beta: Positive = 0.1, penalty: NonNegative = 50.0) -> 
         \ell = -\log \sigma(\beta (h_w - h_l - \lambda \max(0, -h_w)))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         penalty: Weight λ of the penalty; 0 is DPO.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> dpop(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1)
@@ -197,16 +172,16 @@ def dpop(pairs: Pairs, *, beta: Positive = 0.1, penalty: NonNegative = 50.0) -> 
         tensor([5.0067])
 
     Note:
-        The penalty stands inside sigma and beta: PaddleNLP, SamPO and oxRL agree, mlx-lm-lora puts it outside. At
-        h_w = 0, where training starts, its gradient is 0. The authors published no loss code; 50 is the weight of all
-        copies. When to use: pairs that differ in few tokens, where DPO pushes the chosen completion down.
+        The penalty is inside sigma and beta: PaddleNLP, SamPO and oxRL agree, mlx-lm-lora puts it outside. At h_w = 0,
+        where training starts, its gradient is 0. The authors published no loss code; 50 is the weight of all copies.
+        When to use: pairs that differ in few tokens, where DPO pushes the chosen completion down.
 
     Reference: Pal et al. 2024, arXiv:2402.13228.
     """
     return -F.logsigmoid(beta * (pairs.margin() - penalty * torch.relu(-pairs.chosen.h)))
 
 
-@register(monotone=True)
+@register(monotone=True, holds_chosen=True)
 def bdpo(
     pairs: Pairs, *, beta: Positive = 0.1, mixture: Annotated[float, Interval(gt=0, le=1)] = 0.5
 ) -> Tensor:
@@ -216,21 +191,16 @@ def bdpo(
         \ell = -\log \sigma(\beta (h_w - \log(\lambda e^{h_l} + 1 - \lambda)))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         mixture: Share λ of the policy in the mixture; 1 is DPO.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> bdpo(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1, mixture=0.5)
         tensor([0.6036])
 
     Note:
-        No peer has it; formula from the authors' write-up. The mixture's log-ratio never falls below log(1 - λ), so a
-        rejected completion that is already unlikely stops paying. When to use: DPO runs that drive all likelihoods
-        down.
+        No peer has it; formula from the authors' write-up. The mixture's log-ratio never falls below log(1 - λ), so
+        making an already unlikely rejected completion less likely gains little. When to use: DPO runs that drive all
+        likelihoods down.
 
     Reference: Cho et al. 2025, arXiv:2506.12725.
     """
@@ -250,7 +220,6 @@ def cal_dpo(pairs: Pairs, *, beta: Positive = 0.001, calibration_weight: NonNega
         + \left(h_l + \frac{1}{2 \beta}\right)^2\right]
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
         beta: Strength of the pull towards the reference, in 1/nats; sets the targets alone.
         calibration_weight: Weight λ of the squares.
 
@@ -262,9 +231,9 @@ def cal_dpo(pairs: Pairs, *, beta: Positive = 0.001, calibration_weight: NonNega
         tensor([14.2039])
 
     Note:
-        No beta inside the sigmoid, as in the authors' code, whose weight of the squares is 1/2 and beta 0.001 or
-        0.002. oxRL agrees. The squares are those of `sppo_hard`. When to use: implied rewards on the scale of the true
-        ones.
+        No beta inside the sigmoid, as in the authors' code, whose weight of the squares is 1/2 and beta 0.001 or 0.002.
+        oxRL agrees. The squares are those of `sppo_hard`. When to use: implied rewards should have the scale of the
+        true ones.
 
     Reference: Xiao et al. 2024, arXiv:2412.14516.
     """
@@ -281,12 +250,7 @@ def dpo_shift(
         \ell = -\log \sigma(\beta (h_w - \lambda h_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         rejected_weight: Weight λ of the rejected side; 1 is DPO.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> dpo_shift(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1, rejected_weight=0.7)
@@ -294,8 +258,8 @@ def dpo_shift(
 
     Note:
         The authors' recipes fix λ at 0.7 or move it between 0.5 and 1 during training: pass
-        `rejected_weight=Linear(0.5, 1.0, steps=...)`. oxRL agrees. When to use: chosen completions that lose
-        likelihood under DPO.
+        `rejected_weight=Linear(0.5, 1.0, steps=...)`. oxRL agrees. When to use: chosen completions that lose likelihood
+        under DPO.
 
     Reference: Yang et al. 2025, arXiv:2502.07599.
     """

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prefloss.losses import Loss
+from prefloss.registry import Loss
 from prefloss.testing import strategies as strategies
 from prefloss.testing._report import LossCheckError as LossCheckError
 from prefloss.testing._report import Report as Report

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from prefloss import registry
 from prefloss.feedback import Feedback
-from prefloss.losses._core import registry
+from prefloss.hyperparameters import plain_type as _plain_type
 from prefloss.losses._core.docstring import parse
 from prefloss.losses._core.loss import Loss
-from prefloss.losses._core.parameters import _plain_type
 from prefloss.testing._run import check, for_all
 from prefloss.testing._settings import other_settings
 from prefloss.testing._subject import Subject

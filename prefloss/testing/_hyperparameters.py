@@ -9,9 +9,10 @@ from typing import Any, Literal, get_origin
 import torch
 from torch import Tensor
 
+from prefloss import registry
 from prefloss.feedback import Feedback
-from prefloss.losses._core import registry
-from prefloss.losses._core.parameters import Coerce, Interval, Parameter, _plain_type
+from prefloss.hyperparameters import Coerce, Interval, Parameter
+from prefloss.hyperparameters import plain_type as _plain_type
 from prefloss.testing import _fields
 from prefloss.testing._altered import differs
 from prefloss.testing._declared import required

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args, get_origin
 
-from prefloss.losses._core.parameters import Coerce, Interval, Parameter, _plain_type
+from prefloss.hyperparameters import Coerce, Interval, Parameter
+from prefloss.hyperparameters import plain_type as _plain_type
 from prefloss.testing._subject import Subject
 
 

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefloss import registry as _registry
 from prefloss.feedback import Feedback
 from prefloss.losses._core import loss as _loss
-from prefloss.losses._core import registry as _registry
+from prefloss.losses._core.catalogue import _specs
 from prefloss.losses._core.loss import Loss
 from prefloss.losses._core.parameters import Interval, Parameter
-from prefloss.losses._core.registry import LossSpec
-from prefloss.losses._core.state import Draws
-from prefloss.losses._core.sum import Composite, _no_function
+from prefloss.losses._core.running import Draws
+from prefloss.losses._core.spec import LossSpec
+from prefloss.losses._core.weighted_sum import WeightedSum, _no_function
 from prefloss.testing import _fields
 from prefloss.testing._draws import Seeded, Wanted, draw
 
@@ -94,12 +95,12 @@ class Subject:
     @property
     def is_sum(self) -> bool:
         """Whether it is a sum of losses, each of which counts its own examples."""
-        return isinstance(self.loss, Composite)
+        return isinstance(self.loss, WeightedSum)
 
     @property
     def modifiers(self) -> list[str]:
         """Names of the modifiers that change it, so that traits of the plain loss need not hold."""
-        return self.loss._modifiers
+        return self.loss.modifiers
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
@@ -226,7 +227,7 @@ def as_loss(loss: Checkable, **traits: Any) -> Loss:
         known = next((spec for spec in _registry.specs.values() if spec.function is loss), None)
         if known is None:
             name = traits.pop("name", None) or getattr(loss, "__name__", "")
-            return _bound(_registry._spec_from(loss, name, traits))
+            return _bound(_registry.spec_from(loss, name, **traits))
         loss = known
     if traits:
         raise TypeError(
@@ -267,11 +268,11 @@ def registered(spec: LossSpec) -> Iterator[None]:
         raise ValueError(
             f"name: {spec.name!r} is taken by another loss, expected a free one: pass name='...'"
         )
-    _registry._specs[spec.name] = spec
+    _specs[spec.name] = spec
     try:
         yield
     finally:
-        del _registry._specs[spec.name]
+        del _specs[spec.name]
 
 
 @contextmanager

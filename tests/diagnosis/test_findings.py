@@ -184,14 +184,14 @@ def root_of_margin(pairs: Pairs) -> torch.Tensor:
     return -(pairs.margin().clamp(min=0).sqrt())
 
 
-prefloss.losses.unregister("root_of_margin")
+prefloss.registry.unregister("root_of_margin")
 
 
 @pytest.fixture
 def root():
     prefloss.register(name="root_of_margin")(root_of_margin)
     yield "root_of_margin"
-    prefloss.losses.unregister("root_of_margin")
+    prefloss.registry.unregister("root_of_margin")
 
 
 @pytest.mark.parametrize("weighted", [False, True])

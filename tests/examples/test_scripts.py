@@ -16,7 +16,7 @@ def registry():
     before = set(prefloss.specs)
     yield
     for name in set(prefloss.specs) - before:
-        prefloss.losses.unregister(name)
+        prefloss.registry.unregister(name)
 
 
 @pytest.mark.parametrize(

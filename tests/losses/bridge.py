@@ -10,8 +10,8 @@ import torch
 
 import prefloss
 from prefloss import Labels, Pairs, Rankings
+from prefloss.hyperparameters import Interval
 from prefloss.logratios import PerToken
-from prefloss.losses import Interval
 from tests.oracle.numbers import Group, Pair, Side, Vote
 
 LONGEST = 4

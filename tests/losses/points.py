@@ -14,6 +14,11 @@ POINT = Pairs(CHOSEN, REJECTED, gold=GOLD)
 FAR = [-1e4, -100.0, 0.0, 100.0, 1e4]
 
 
+def losses_of(module):
+    """Names of the losses that a module defines."""
+    return [name for name, spec in prefloss.specs.items() if spec.function.__module__ == module.__name__]
+
+
 def scored(pairs, chosen, rejected):
     """The pairs with scores."""
     fields = {"score_chosen": torch.tensor(chosen), "score_rejected": torch.tensor(rejected)}

@@ -6,9 +6,8 @@ Then, with fewer checks, over the forms that a loss takes by its settings, over 
 from typing import Literal, get_args, get_origin
 
 import prefloss
-from prefloss import losses
-from prefloss.losses import MODIFIERS
-from prefloss.losses._core.parameters import Coerce
+from prefloss.hyperparameters import Coerce
+from prefloss.registry import MODIFIERS
 from prefloss.testing import parametrize_loss_checks
 
 EXAMPLES = 6
@@ -63,7 +62,7 @@ def forms():
                     yield prefloss.get(name, **{parameter.name: choice})
 
 
-@parametrize_loss_checks(losses.specs.values(), expected_failures=KNOWN, max_examples=EXAMPLES)
+@parametrize_loss_checks(prefloss.specs.values(), expected_failures=KNOWN, max_examples=EXAMPLES)
 def test_registered_loss_keeps_its_properties(loss, check):
     check(loss)
 

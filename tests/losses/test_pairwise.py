@@ -1,4 +1,4 @@
-"""Losses of the margin: published check values, points worked by hand, extremes."""
+"""Losses of a chosen against a rejected completion: published check values, points worked by hand, extremes."""
 
 import math
 
@@ -7,39 +7,21 @@ import torch
 
 import prefloss
 from prefloss import LogRatios, Pairs
-from prefloss.losses import _online, margin, pairwise
-from tests.losses.points import CHOSEN, FAR, POINT, REJECTED, assert_empty_is_left_out, assert_finite, grid
+from prefloss.losses import pairwise
+from tests.losses.points import (
+    CHOSEN,
+    FAR,
+    POINT,
+    REJECTED,
+    assert_empty_is_left_out,
+    assert_finite,
+    grid,
+    losses_of,
+)
 
 LOG_2 = math.log(2)
 
-DEFAULTS = {
-    "dpo": {"beta": 0.1},
-    "ipo": {"tau": 0.1, "per_token": True},
-    "hinge": {"beta": 0.1},
-    "ln_dpo": {"beta": 5.0},
-    "r_dpo": {"beta": 0.1, "alpha": 0.01},
-    "hdpo": {"beta": 0.1, "alpha": 0.9},
-    "dpo_nll": {"beta": 0.1, "nll_weight": 1.0},
-    "cdpo": {"beta": 0.1, "epsilon": 0.1},
-    "robust_dpo": {"beta": 0.1, "epsilon": 0.1},
-    "exo_pair": {"beta": 0.1, "epsilon": 1e-3},
-    "discopop": {"beta": 0.05, "tau": 0.05},
-    "gpo_exponential": {"beta": 0.1},
-    "gpo_truncated_quadratic": {"beta": 0.1},
-    "gpo_savage": {"beta": 0.1},
-    "xpo": {"beta": 0.1, "alpha": 1e-5},
-}
-
-
-def test_every_loss_of_the_files_is_here():
-    modules = {module.__name__ for module in (pairwise, margin, _online)}
-    found = {name for name, spec in prefloss.specs.items() if spec.function.__module__ in modules}
-    assert found == set(DEFAULTS)
-
-
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults(name):
-    assert prefloss.get(name).params == DEFAULTS[name]
+NAMES = losses_of(pairwise)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +35,6 @@ def test_defaults(name):
         ("r_dpo(alpha=0.01)", 0.567232),
         ("hdpo(alpha=0.9)", 0.593650),
         ("dpo_nll(nll_weight=1.0)", 2.575939),
-        ("cdpo(epsilon=0.1)", 0.600939),
-        ("robust_dpo(epsilon=0.1)", 0.544689),
-        ("exo_pair(epsilon=0.001)", 2.339545),
-        ("discopop(beta=0.1, tau=0.05)", 0.777443),
-        ("gpo_exponential", 0.778801),
-        ("gpo_truncated_quadratic", 0.5625),
-        ("gpo_savage", 0.191689),
     ],
 )
 def test_check_values(name, value):
@@ -76,39 +51,10 @@ def test_xpo_check_value():
     [
         ("dpo(beta=1.0)", 0.0, LOG_2),
         ("dpo(beta=1.0)", math.log(3), math.log(4 / 3)),
-        ("cdpo(beta=1.0, epsilon=0.25)", math.log(3), 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
-        ("robust_dpo(beta=1.0, epsilon=0.25)", 0.0, LOG_2),
-        ("robust_dpo(beta=1.0, epsilon=0.25)", math.log(3), 1.5 * math.log(4 / 3) - 0.5 * math.log(4)),
-        ("robust_dpo(beta=1.0, epsilon=0.1)", 100.0, -12.5),
-        ("exo_pair(beta=1.0, epsilon=0.25)", math.log(3), 0.0),
-        ("exo_pair(beta=1.0, epsilon=0.25)", 0.0, 0.5 * math.log(4 / 3)),
-        ("discopop(beta=1.0, tau=0.05)", 0.0, 0.5 * LOG_2 + 0.5),
-        # Far to the right the exponential is left, far to the left the logistic loss.
-        ("discopop(beta=1.0, tau=0.05)", 5.0, math.exp(-5)),
-        ("discopop(beta=1.0, tau=0.05)", -5.0, math.log1p(math.exp(5))),
-        ("gpo_exponential(beta=0.5)", 4.0, math.exp(-2)),
-        ("gpo_truncated_quadratic(beta=0.5)", 4.0, 0.0),
-        ("gpo_truncated_quadratic(beta=0.5)", -4.0, 9.0),
-        ("gpo_savage(beta=0.5)", 2 * math.log(3), 1 / 16),
-        ("gpo_savage(beta=0.5)", 0.0, 1 / 4),
     ],
 )
 def test_points_worked_by_hand(name, margin, value):
     assert prefloss.get(name)(Pairs.of([margin], [0.0])).item() == pytest.approx(value, abs=1e-5)
-
-
-def test_cdpo_is_smoothed_dpo():
-    pairs, _ = grid([-3.0, 0.5, 7.0])
-    smoothed = prefloss.get("dpo", beta=0.3, label_smoothing=0.2)
-    assert torch.allclose(prefloss.get("cdpo", beta=0.3, epsilon=0.2)(pairs), smoothed(pairs))
-
-
-@pytest.mark.parametrize("name", ["cdpo(beta=1.0, epsilon=0.1)", "exo_pair(beta=1.0, epsilon=0.1)"])
-def test_a_smoothed_target_has_its_minimum_where_the_odds_are_right(name):
-    h = torch.tensor([math.log(9)], requires_grad=True)
-    value = prefloss.get(name)(Pairs(LogRatios(h, torch.zeros(1)), LogRatios.of([0.0])))
-    (gradient,) = torch.autograd.grad(value, h)
-    assert gradient.item() == pytest.approx(0, abs=1e-6)
 
 
 def test_ipo_is_gpo_squared():
@@ -166,37 +112,20 @@ def test_xpo_lowers_the_samples_of_the_reference():
     pairs = Pairs(CHOSEN, REJECTED, gold=LogRatios(policy, torch.tensor([-30.0])))
     (gradient,) = torch.autograd.grad(prefloss.get("xpo", alpha=0.25)(pairs), policy)
     assert gradient.item() == 0.25
-    with pytest.raises(ValueError, match="xpo: gold: got none"):
+    with pytest.raises(ValueError, match="xpo: gold: got None"):
         prefloss.get("xpo")(Pairs(CHOSEN, REJECTED))
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("beta", [None, 1.0])
 def test_extremes(name, beta):
     given = {} if beta is None else {prefloss.specs[name].beta: beta}
     assert_finite(name, *grid(FAR), **given)
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_empty_completion_is_left_out(name):
     assert_empty_is_left_out(name)
-
-
-def test_plain_forms_fail_where_these_do_not():
-    z = torch.tensor(-100.0)
-    assert (torch.sigmoid(z / 0.05) * torch.exp(-z)).isnan()
-    assert torch.log(torch.sigmoid(z * 2)) == -math.inf
-    assert prefloss.get("discopop", beta=1.0)(Pairs.of([-100.0], [0.0])).item() == 100
-
-
-def test_exponent_is_clamped_at_80():
-    h = torch.tensor([-1000.0, -70.0], requires_grad=True)
-    values = prefloss.get("gpo_exponential", beta=1.0)(
-        Pairs(LogRatios(h, torch.zeros(2)), LogRatios.of([0.0, 0.0]))
-    )
-    (gradient,) = torch.autograd.grad(values.sum(), h)
-    assert values.tolist() == pytest.approx([math.exp(80), math.exp(70)], rel=1e-5)
-    assert gradient.tolist() == pytest.approx([0.0, -math.exp(70)], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -207,24 +136,17 @@ def test_exponent_is_clamped_at_80():
         ("openrlhf:ipo", "ipo", {"per_token": False}),
         ("sigmoid_norm", "ln_dpo", {"beta": 5.0}),
         ("dpo_norm", "ln_dpo", {}),
-        ("robust", "robust_dpo", {}),
-        ("gpo_exp", "gpo_exponential", {}),
-        ("gpo_trunc_quad", "gpo_truncated_quadratic", {}),
     ],
 )
 def test_aliases(alias, name, params):
     loss = prefloss.get(alias)
     assert loss.name == name
-    assert loss.params == {**DEFAULTS[name], **params}
+    assert loss.params == {**prefloss.get(name).params, **params}
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        "robust_dpo(epsilon=0.5)",
-        "cdpo(epsilon=0.5)",
-        "exo_pair(epsilon=0)",
-        "discopop(tau=0)",
         "r_dpo(alpha=-0.01)",
     ],
 )

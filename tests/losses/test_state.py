@@ -10,8 +10,7 @@ import torch
 
 import prefloss
 from prefloss import Pairs
-from prefloss.losses import Cosine, Draws, Linear, Moments, Recent, RewardShift
-from prefloss.losses._core import state
+from prefloss.hyperparameters import Cosine, Draws, Linear, Moments, Recent, RewardShift
 
 ALL = torch.tensor([True, True, True])
 VALUES = torch.tensor([1.0, 3.0, 8.0])
@@ -127,7 +126,7 @@ def test_ranks_are_added_up(kind):
 
 def test_a_loss_hands_the_sum_to_its_states():
     loss = prefloss.get("bco")
-    loss.reduce_over(lambda tensor: 2 * tensor)
+    loss.sync_with(lambda tensor: 2 * tensor)
     loss(Pairs.of(chosen=[1.0], rejected=[-1.0]).to_labels())
     assert loss.params["shift"].count == 4
 
@@ -184,14 +183,17 @@ def test_written_as_configuration(state):
 
 
 def test_coercion():
-    assert state.as_moments("running") == Moments()
-    assert state.as_moments({"name": "moments", "decay": 0.5}) == Moments(decay=0.5)
-    assert state.as_moments([1, 2]) == (1.0, 2.0)
-    assert state.as_draws(3) == Draws(3) == state.as_draws({"name": "draws", "seed": 3})
-    assert state.as_recent([1, 2.5]) == (1.0, 2.5)
+    def bound(loss, parameter, value):
+        return prefloss.get(loss, **{parameter: value}).params[parameter]
+
+    assert bound("alpha_dpo", "moments", "running") == Moments()
+    assert bound("alpha_dpo", "moments", {"name": "moments", "decay": 0.5}) == Moments(decay=0.5)
+    assert bound("alpha_dpo", "moments", [1, 2]) == (1.0, 2.0)
+    assert bound("sampo", "subset", 3) == Draws(3) == bound("sampo", "subset", {"name": "draws", "seed": 3})
+    assert bound("gamma_po", "queue", [1, 2.5]) == (1.0, 2.5)
     kept = Moments()
-    assert state.as_moments(kept) is kept
-    assert state.as_moments("running") is not state.as_moments("running")
+    assert bound("alpha_dpo", "moments", kept) is kept
+    assert prefloss.get("alpha_dpo").params["moments"] is not prefloss.get("alpha_dpo").params["moments"]
     for wrong in (
         "always",
         1.0,
@@ -201,8 +203,8 @@ def test_coercion():
         Draws(),
         {"name": "moments", "decay": 2},
     ):
-        with pytest.raises(TypeError, match="expected 'running', two numbers"):
-            state.as_moments(wrong)
+        with pytest.raises((TypeError, ValueError), match="expected 'running', two numbers"):
+            bound("alpha_dpo", "moments", wrong)
 
 
 def test_a_state_in_a_loss_survives_text_configuration_and_copies():

@@ -30,7 +30,7 @@ def all_sum(values):
 def worker(rank, name, store, queue):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     loss = prefloss.get(name)
-    loss.reduce_over(all_sum)
+    loss.sync_with(all_sum)
     # Unequal shares: the state must count examples, not ranks.
     rows = slice(0, 3) if rank == 0 else slice(3, 8)
     for step in range(3):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import prefloss
-from prefloss import Pairs, losses, testing
-from prefloss.losses import Positive
+from prefloss import Pairs, registry, testing
+from prefloss.hyperparameters import Positive
 from prefloss.testing import (
     CannotRun,
     CheckFailed,
@@ -40,13 +40,13 @@ def test_plain_function_with_traits_passes_and_leaves_no_trace():
 
 
 def test_decorated_function_name_spec_and_loss_are_taken():
-    decorated = losses.register(name="decorated_logistic", **TRAITS)(logistic)
+    decorated = registry.register(name="decorated_logistic", **TRAITS)(logistic)
     try:
         for loss in (decorated, "decorated_logistic", prefloss.specs["decorated_logistic"]):
             assert testing.as_loss(loss).name == "decorated_logistic"
         assert "monotone" in check_loss(decorated, max_examples=2).passed
     finally:
-        losses.unregister("decorated_logistic")
+        registry.unregister("decorated_logistic")
 
 
 def test_all_failures_are_told_at_once():

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from prefloss import Labels, Pairs, Rankings, testing
-from prefloss.losses import NonNegative, Positive, State
-from prefloss.losses._core.parameters import Coerce
+from prefloss.hyperparameters import Coerce, NonNegative, Positive, State
 from prefloss.testing import CheckFailed, checks
 
 CASES = {}

@@ -3,7 +3,7 @@
 import torch
 
 import prefloss
-from prefloss.losses import Positive
+from prefloss.hyperparameters import Positive
 
 
 @prefloss.register(difference_only=True)

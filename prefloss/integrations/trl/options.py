@@ -9,7 +9,7 @@ from typing import Any
 from trl import DPOConfig, KTOConfig
 
 from prefloss.feedback import Labels, Pairs
-from prefloss.registry import Loss, LossSpec, admitted, from_terms, get, parse, spec_of
+from prefloss.registry import Loss, LossSpec, WeightedSum, admitted, get, parse, spec_of
 
 # Options of TRL's configurations that change its loss.
 _LOSS_OPTIONS = {
@@ -101,7 +101,8 @@ def resolve(args: Any, loss: Loss) -> Loss:
             f"{kind.__name__}.{unread[0]}: got {options[unread[0]]!r}, but {loss.name} does not read it; leave it at "
             "its default or choose a loss that does"
         )
-    loss = from_terms(terms)
+    # A plain loss is its own only term.
+    loss = terms[0][1] if loss.terms[0].loss is loss else WeightedSum(terms)
     _check_loss_type(args, kind, loss)
     _check_supplied(args, kind, loss)
     _check_baseline(args, kind, loss)

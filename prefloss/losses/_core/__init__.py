@@ -1,1 +1,12 @@
-"""Machinery of the losses: specs, hyperparameters, expressions, modifiers, states, registry."""
+"""Machinery of the losses. Each module imports only from those above it in this list.
+
+- `maths`, `transforms`: formulas that several losses share, on numbers and on feedback.
+- `state`: what a loss keeps between calls; schedules.
+- `parameters`: types and ranges of hyperparameters.
+- `running`: running statistics and random draws, as hyperparameters.
+- `docstring`, `spec`: what a loss is, read from its signature and docstring.
+- `names`, `catalogue`: the table of losses; register one, look one up.
+- `modifiers`: changes that many losses admit, such as label smoothing.
+- `loss`, `weighted_sum`: a loss with its hyperparameters; a sum of several.
+- `expression`: losses written as text; `get`.
+"""

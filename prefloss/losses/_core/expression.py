@@ -1,4 +1,4 @@
-"""Losses written as one string: `"ipo(tau=0.1)"`, `"0.8*dpo(beta=0.1) + 0.2*bco_pair + 1.0*nll"`."""
+"""Losses written as text: `"ipo(tau=0.1)"`, `"0.8*dpo(beta=0.1) + 0.2*bco_pair + 1.0*nll"`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import ast
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefloss.losses._core.schedules import SCHEDULES
+from prefloss.losses._core.catalogue import is_name
+from prefloss.losses._core.loss import Loss
+from prefloss.losses._core.state import SCHEDULES
+from prefloss.losses._core.weighted_sum import WeightedSum
 
 
 @dataclass(frozen=True)
-class Term:
+class ParsedTerm:
     """One weighted loss of an expression."""
 
     weight: float
@@ -18,18 +21,59 @@ class Term:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
-def parse(text: str) -> list[Term]:
+def get(name: str, /, **parameters: Any) -> Loss:
+    """A loss by name, its hyperparameters checked now rather than at the first batch.
+
+    Args:
+        name: Registered name or alias, with hyperparameters if you like (`"ipo(tau=0.1)"`), or a weighted sum of
+            such (`"0.8*dpo(beta=0.1) + 1.0*nll"`). A name that is missing is looked up among the entry points of
+            installed packages.
+        **parameters: Hyperparameters and modifiers (`label_smoothing`, `divergence` ...); the rest keep the defaults
+            of the loss. A numeric one may be a schedule: `beta=Linear(0.5, 0.1, steps=100)`.
+
+    Returns:
+        A callable: feedback -> one value per example.
+
+    Raises:
+        ValueError: If no loss has the name (the closest ones are listed), or a hyperparameter is out of range.
+        TypeError: If a hyperparameter is unknown, missing or of the wrong type.
+
+    Example:
+        >>> get("ipo", tau=0.1)
+        ipo(tau=0.1, per_token=True)
+        >>> get("ipo(tau=0.5)").params["tau"]
+        0.5
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {name!r}, expected the name of a loss")
+    # An alias may hold a colon, which an expression may not.
+    terms = [ParsedTerm(1.0, name)] if is_name(name) else parse(name)
+    if len(terms) == 1 and terms[0].weight == 1.0:
+        repeated = sorted(terms[0].parameters.keys() & parameters.keys())
+        if repeated:
+            raise TypeError(
+                f"{name}: {repeated[0]}: got it both in the name and as an argument, expected it once"
+            )
+        return Loss.bind(terms[0].name, {**terms[0].parameters, **parameters})
+    if parameters:
+        raise TypeError(
+            f"{name}: got {sorted(parameters)} beside a sum of losses, expected them inside its terms"
+        )
+    return WeightedSum([(term.weight, Loss.bind(term.name, term.parameters)) for term in terms])
+
+
+def parse(text: str) -> list[ParsedTerm]:
     """The terms of an expression: names with hyperparameters, times positive numbers, added up.
 
     A hyperparameter's value is a literal, a bare word (taken as a string), or a call such as
     `linear(0.5, 0.1, steps=100)`, which becomes its configuration.
 
     Raises:
-        ValueError: If the string is none.
+        ValueError: If the text is not an expression.
     """
     if not set(text) & set("(+*"):
         # A plain name, right or wrong; the registry knows which.
-        return [Term(1.0, text.strip())]
+        return [ParsedTerm(1.0, text.strip())]
     try:
         return _terms(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, _NotAnExpression) as error:
@@ -44,24 +88,23 @@ class _NotAnExpression(Exception):
     pass
 
 
-def _terms(node: ast.expr) -> list[Term]:
+def _terms(node: ast.expr) -> list[ParsedTerm]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _terms(node.left) + _terms(node.right)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         weight = _literal(node.left)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise _NotAnExpression(f"weight {weight!r} is no number > 0")
-        (term,) = _single(node.right)
-        return [Term(float(weight), term.name, term.parameters)]
-    return _single(node)
+            raise _NotAnExpression(f"weight: got {weight!r}, expected a number > 0")
+        return [_term(node.right, float(weight))]
+    return [_term(node, 1.0)]
 
 
-def _single(node: ast.expr) -> list[Term]:
+def _term(node: ast.expr, weight: float) -> ParsedTerm:
     if isinstance(node, ast.Name):
-        return [Term(1.0, node.id)]
+        return ParsedTerm(weight, node.id)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-        return [Term(1.0, node.func.id, _keywords(node))]
-    raise _NotAnExpression(f"{ast.unparse(node)!r} is no loss with keyword hyperparameters")
+        return ParsedTerm(weight, node.func.id, _keywords(node))
+    raise _NotAnExpression(f"{ast.unparse(node)!r} is not a loss with keyword hyperparameters")
 
 
 def _keywords(call: ast.Call) -> dict[str, Any]:
@@ -74,8 +117,7 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        kind = SCHEDULES.get(node.func.id)
-        positional = kind.settings if kind else ()
+        positional = next((kind.settings for kind in SCHEDULES if kind.name == node.func.id), ())
         if len(node.args) > len(positional):
             raise _NotAnExpression(f"{node.func.id} takes its settings by name")
         placed = dict(zip(positional, map(_literal, node.args), strict=False))
@@ -87,4 +129,4 @@ def _literal(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError as error:
-        raise _NotAnExpression(f"{ast.unparse(node)!r} is no literal") from error
+        raise _NotAnExpression(f"{ast.unparse(node)!r} is not a literal") from error

@@ -5,19 +5,27 @@ from __future__ import annotations
 import copy
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefloss import feedback as _feedback
-from prefloss.losses._core import modifiers, needs, reduce
-from prefloss.losses._core.schedules import Schedule
-from prefloss.losses._core.state import State
+from prefloss.feedback import Feedback, Labels, Pairs, Rankings, convert, has, meaning_of
+from prefloss.losses._core import parameters
+from prefloss.losses._core.catalogue import spec_of
+from prefloss.losses._core.modifiers import MODIFIERS, admitted, refusal, smoothed
+from prefloss.losses._core.running import RunningMean
+from prefloss.losses._core.spec import LossSpec
+from prefloss.losses._core.state import Schedule, State
 
-if TYPE_CHECKING:
-    from prefloss.losses._core.registry import LossSpec
+_CONVERSIONS = {
+    (Rankings, Pairs): "; convert with rankings.to_pairs('best_worst' | 'adjacent' | 'all')",
+    (Rankings, Labels): "; convert with rankings.to_pairs(...).to_labels()",
+    (Pairs, Labels): "; convert with pairs.to_labels()",
+    (Pairs, Rankings): "; convert with pairs.to_rankings()",
+}
 
 
 class Evaluation(NamedTuple):
@@ -63,6 +71,27 @@ class Loss:
         self.params: Mapping[str, Any] = types.MappingProxyType(dict(params))
         self.stated: Mapping[str, Any] = types.MappingProxyType({name: params[name] for name in stated})
 
+    @classmethod
+    def bind(cls, name: str, stated: Mapping[str, Any]) -> Loss:
+        """The loss of that name or alias with these hyperparameters and modifiers, checked; the rest keep defaults.
+
+        Raises:
+            ValueError: If no loss has the name, or a value is out of range.
+            TypeError: If a hyperparameter is unknown, missing or of the wrong type, or a modifier is not admitted.
+        """
+        spec = spec_of(name)
+        preset = spec.aliases[name].parameters if name in spec.aliases else {}
+        values = {**preset, **stated}
+        modifiers = [key for key in values if key not in spec.parameters and key in MODIFIERS]
+        plain = {key: value for key, value in values.items() if key not in modifiers}
+        params = parameters.check(spec.name, spec.parameters, plain, admitted(spec))
+        for key in modifiers:
+            reason = refusal(spec, key)
+            if reason:
+                raise TypeError(f"{spec.name}: {key}: got {values[key]!r}, but the loss {reason}")
+            params[key] = MODIFIERS[key].parameter.checked(spec.name, values[key])
+        return Loss(spec, params, stated=stated)
+
     @property
     def terms(self) -> tuple[Term, ...]:
         """Weight and loss of each term of a sum; a plain loss is a sum of one."""
@@ -72,29 +101,6 @@ class Loss:
     def term_names(self) -> tuple[str, ...]:
         """A name for each term, all different; the keys of `Evaluation.terms`."""
         return (self.name,)
-
-    @property
-    def couples_batch(self) -> bool:
-        """Whether an example's loss depends on the other examples of its batch."""
-        of_batch = ("auto", "mismatched")
-        return any(
-            not term.spec.separable and term.params.get("kl_baseline", "auto") in of_batch
-            for _, term in self.terms
-        )
-
-    @property
-    def reads_mismatched(self) -> bool:
-        """Whether the loss reads completions under prompts they do not belong to."""
-        return any(
-            "mismatched" in term.spec.reads and term.params.get("kl_baseline") in ("auto", "mismatched")
-            for _, term in self.terms
-        )
-
-    def counts(self, feedback: _feedback.Feedback) -> Tensor:
-        """How many examples each term counts, [terms]."""
-        return torch.stack(
-            [term.counted(_feedback.convert(feedback, term.spec.feedback)).sum() for _, term in self.terms]
-        )
 
     def replaced(self, **changes: Any) -> Loss:
         """A copy with these hyperparameters in place of its own, checked as `get` does.
@@ -107,9 +113,7 @@ class Loss:
             >>> prefloss.get("dpo").replaced(beta=0.5)
             dpo(beta=0.5)
         """
-        from prefloss.losses._core.registry import bind
-
-        bound = bind(self.name, {**copy.deepcopy(dict(self.params)), **changes})
+        bound = Loss.bind(self.name, {**copy.deepcopy(dict(self.params)), **changes})
         return Loss(bound.spec, bound.params, stated=[*self.stated, *changes])
 
     @property
@@ -123,12 +127,42 @@ class Loss:
         return None if self.spec.beta is None else _now(self.params[self.spec.beta])
 
     @property
+    def modifiers(self) -> list[str]:
+        """Names of the modifiers that change it, in the order in which they apply."""
+        return [name for name in MODIFIERS if name in self.params and name not in self.spec.parameters]
+
+    @property
     def needs(self) -> frozenset[str]:
         """Fields of the feedback that must be there, those of its modifiers included."""
-        return self.spec.needs.union(*(modifiers.MODIFIERS[name].needs for name in self._modifiers))
+        return self.spec.needs.union(*(MODIFIERS[name].needs for name in self.modifiers))
 
-    def __call__(self, feedback: _feedback.Feedback) -> Tensor:
+    @property
+    def couples_batch(self) -> bool:
+        """Whether an example's loss depends on the others of its batch, with these hyperparameters.
+
+        Example:
+            >>> [prefloss.get("kto", kl_baseline=name).couples_batch for name in ("mismatched", "zero")]
+            [True, False]
+        """
+        # KTO's other baselines come from earlier batches, from a column, or are 0.
+        return not self.spec.separable and self._baseline in ("auto", "mismatched")
+
+    @property
+    def reads_mismatched(self) -> bool:
+        """Whether it reads completions under prompts they do not belong to, with these hyperparameters.
+
+        Example:
+            >>> [prefloss.get("kto", kl_baseline=name).reads_mismatched for name in ("auto", "running_mean")]
+            [True, False]
+        """
+        if "mismatched" not in self.spec.reads or isinstance(self._baseline, RunningMean):
+            return False
+        return self._baseline not in ("zero", "column")
+
+    def __call__(self, feedback: Feedback) -> Tensor:
         """Loss of each example, [n]: times its weight, and 0 where it does not count.
+
+        A NaN of an example that counts stays NaN.
 
         Args:
             feedback: Of the kind the loss takes (`spec.feedback`).
@@ -137,35 +171,58 @@ class Loss:
             TypeError: If the feedback is of another kind; the message names the conversion.
             ValueError: If the loss needs something that the feedback lacks, or does not return one value per example.
         """
-        needs.check(self.name, self.spec, self.needs, feedback)
-        for name in self._modifiers:
-            apply = modifiers.MODIFIERS[name].apply
+        self._check(feedback)
+        for name in self.modifiers:
+            apply = MODIFIERS[name].apply
             if apply is not None:
                 feedback = apply(feedback, _now(self.params[name]), self.beta or 1.0)
         values = self._values(feedback)
-        if "label_smoothing" in self._modifiers:
-            assert isinstance(feedback, _feedback.Pairs)
+        if "label_smoothing" in self.modifiers:
+            assert isinstance(feedback, Pairs)
             flip = _now(self.params["label_smoothing"])
-            values = modifiers.smoothed(values, self._values(feedback.swapped()), flip)
-        return reduce.weigh(values, feedback, self.counted(feedback))
+            values = smoothed(values, self._values(feedback.swapped()), flip)
+        if feedback.weight is not None:
+            values = values * feedback.weight
+        # where, not a product: NaN * 0 is NaN.
+        return torch.where(self.counted(feedback), values, 0.0)
 
-    def counted(self, feedback: _feedback.Feedback) -> Tensor:
+    def counted(self, feedback: Feedback) -> Tensor:
         """True at the examples that the loss and its mean count, [n]."""
         return feedback.valid if self.spec.valid is None else self.spec.valid(feedback)
 
-    def evaluate(self, feedback: _feedback.Feedback) -> Evaluation:
+    def counts(self, feedback: Feedback) -> Tensor:
+        """How many examples each term counts, [terms], integer.
+
+        A term may leave out other examples than those with an empty completion. Terms that take labels count both
+        sides of a pair.
+
+        Raises:
+            TypeError: If a term takes a kind of feedback that does not follow from this one.
+
+        Example:
+            >>> pairs = prefloss.Pairs.of(chosen=[1.5], rejected=[-1.0])
+            >>> prefloss.get("dpo + 0.5*npo + 0.5*kto_zero").counts(pairs)
+            tensor([1, 1, 2])
+        """
+        counted = [loss.counted(convert(feedback, loss.spec.feedback)) for _, loss in self.terms]
+        return torch.stack([each.sum() for each in counted])
+
+    def evaluate(self, feedback: Feedback) -> Evaluation:
         """The loss of a batch, its terms and what to minimise; warns once if some completion is empty.
+
+        The mean is the sum of the weighted values over the number of examples that count, so a weight means the same
+        in every batch. A batch where none counts gives 0 with zero gradient.
 
         Raises:
             TypeError: As calling the loss does.
             ValueError: As calling the loss does.
         """
-        warn_if_empty(feedback)
+        _warn_if_empty(feedback)
         values = self(feedback)
-        mean = reduce.mean(values, self.counted(feedback))
+        mean = values.sum() / self.counted(feedback).sum().clamp(min=1)
         return Evaluation(mean, {self.name: values}, {self.name: mean})
 
-    def mean(self, feedback: _feedback.Feedback) -> Tensor:
+    def mean(self, feedback: Feedback) -> Tensor:
         """Mean loss over the examples that count, a scalar.
 
         Raises:
@@ -190,7 +247,7 @@ class Loss:
             ValueError: If the state is of a loss that keeps other things.
         """
         if state.keys() != self.state.keys():
-            raise ValueError(f"state: got {sorted(state)}, expected {sorted(self.state)} as {self!r} keeps")
+            raise ValueError(f"state: got {sorted(state)}, expected {sorted(self.state)} for {self!r}")
         for name, value in self.state.items():
             value.load_state_dict(state[name])
 
@@ -205,19 +262,23 @@ class Loss:
         return self.train(False)
 
     def step(self) -> None:
-        """Tell the schedules that an optimizer step was made."""
+        """Move the schedules on; call it after each optimizer step."""
         for value in self.state.values():
             value.step()
 
     def sync_with(self, all_sum: Callable[[Tensor], Tensor]) -> None:
-        """Let the state see all ranks: `all_sum` sums a tensor over them."""
+        """Keep one state over all ranks: `all_sum` sums a tensor over them."""
         for value in self.state.values():
             value.all_sum = all_sum
 
     def reduce_over(self, all_sum: Callable[[Tensor], Tensor]) -> None:
-        """Let the state see all ranks: `all_sum` sums a tensor over them."""
-        for value in self.state.values():
-            value.all_sum = all_sum
+        """Former name of `sync_with`."""
+        warnings.warn(
+            "Loss.reduce_over is now Loss.sync_with; the old name goes in the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        self.sync_with(all_sum)
 
     def config(self) -> dict[str, Any]:
         """Name and hyperparameters as a configuration file holds them; `get(config.pop("name"), **config)` reads it."""
@@ -233,14 +294,29 @@ class Loss:
         return _rebuild, (self.name, dict(self.params), self.state_dict())
 
     @property
-    def _modifiers(self) -> list[str]:
-        return [
-            name for name in modifiers.MODIFIERS if name in self.params and name not in self.spec.parameters
-        ]
+    def _baseline(self) -> Any:
+        """Source of the KL baseline; a loss of the KTO family without the choice has the paper's."""
+        return self.params.get("kl_baseline", "mismatched")
 
-    def _values(self, feedback: _feedback.Feedback) -> Tensor:
-        own = {name: _now(self.params[name]) for name in self.spec.parameters}
-        values = self.spec.function(feedback, **own)
+    def _check(self, feedback: Any) -> None:
+        kind = self.spec.feedback
+        if not isinstance(feedback, kind):
+            hint = _CONVERSIONS.get((type(feedback), kind), "")
+            raise TypeError(
+                f"{self.name}: feedback: got {type(feedback).__name__}, expected {kind.__name__}{hint}"
+            )
+        if self.spec.needs_reference and any(part.reference is None for part in feedback.parts):
+            raise ValueError(
+                f"{self.name}: reference: got None, expected reference log-probs: the loss reads log-ratios"
+            )
+        for need in self.needs:
+            if not has(feedback, need):
+                raise ValueError(f"{self.name}: {need}: got None, expected {meaning_of(need, kind)}")
+
+    def _values(self, feedback: Feedback) -> Tensor:
+        values = self.spec.function(
+            feedback, **{name: _now(self.params[name]) for name in self.spec.parameters}
+        )
         if values.shape != feedback.shape:
             raise ValueError(
                 f"{self.name}: got values of shape {list(values.shape)}, expected {list(feedback.shape)}: "
@@ -249,7 +325,11 @@ class Loss:
         return values
 
 
-def warn_if_empty(feedback: _feedback.Feedback) -> None:
+class _Warned:
+    empty = False
+
+
+def _warn_if_empty(feedback: Feedback) -> None:
     """Warn, once per process, that some examples have a completion without tokens and are left out."""
     if torch.compiler.is_compiling() or _Warned.empty:
         return
@@ -264,8 +344,16 @@ def warn_if_empty(feedback: _feedback.Feedback) -> None:
         )
 
 
-class _Warned:
-    empty = False
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings inside a `with` block; a warning that is shown once per process is still shown later."""
+    warned = _Warned.empty
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            _Warned.empty = warned
 
 
 def _now(value: Any) -> Any:
@@ -273,7 +361,7 @@ def _now(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A hyperparameter as JSON keeps it; one that is code is kept as its repr, and refused when read back."""
+    """A hyperparameter as JSON keeps it; code is kept as its repr, and refused when read back."""
     if isinstance(value, State):
         return value.config()
     if isinstance(value, str | int | float | bool | types.NoneType):
@@ -282,8 +370,6 @@ def _plain(value: Any) -> Any:
 
 
 def _rebuild(name: str, params: dict[str, Any], state: dict[str, Any]) -> Loss:
-    from prefloss.losses._core.registry import get
-
-    loss = get(name, **params)
+    loss = Loss.bind(name, params)
     loss.load_state_dict(state)
     return loss

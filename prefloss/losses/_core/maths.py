@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefloss.feedback import Pairs
-from prefloss.logratios import LogRatios
+# exp stays finite in float32 up to 88; beyond the clamp a score is constant and its gradient 0.
+MAX_EXPONENT = 80.0
 
 
 def expm1(x: Tensor) -> Tensor:
@@ -29,8 +29,7 @@ def expm1(x: Tensor) -> Tensor:
 def log1mexp(x: Tensor) -> Tensor:
     r""":math:`\log(1 - e^x)` for log-probabilities x <= 0, with every digit from both ends.
 
-    A probability of 1 to rounding (x = 0) counts as one just below it: finite, with gradient 0. So does x > 0, which
-    is no log-probability.
+    A probability that rounds to 1 (x = 0) counts as one just below it: finite, with gradient 0. So does x > 0.
 
     Args:
         x: Log-probabilities, any shape, nats.
@@ -44,31 +43,36 @@ def log1mexp(x: Tensor) -> Tensor:
     """
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -math.log(2)
-    # Each branch gets an argument that is harmless where it is not selected: `where` alone stops values, but 0 times
-    # an infinite derivative is NaN.
+    # Each branch gets a harmless argument where it is not selected: `where` stops the value, but 0 times an infinite
+    # derivative is NaN.
     small = torch.log(-expm1(torch.where(near, x, -1.0)))
     large = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
     return torch.where(near, small, large)
 
 
-def log_odds(ratios: LogRatios) -> Tensor:
-    r"""Log-odds of the mean token probability :math:`\bar p = \pi(y)^{1/|y|}`, [...], nats.
+def forward_kl(h: Tensor) -> Tensor:
+    r"""Score :math:`1 - e^{-h}` of the forward KL; -h above 80 is clamped.
 
-    Example:
-        >>> log_odds(LogRatios(policy=[-20.0], tokens=[10]))
-        tensor([-1.8546])
+    The 1 cancels in a difference of sums, but not in a difference of per-token means. It is kept, as in TRL, so that
+    a completion on which policy and reference agree has score 0.
     """
-    return ratios.policy_mean - log1mexp(ratios.policy_mean)
+    return alpha_divergence(h, 1.0)
 
 
-def nll(ratios: LogRatios) -> Tensor:
-    """Negative log-likelihood under the policy per completion token, [...], nats per token.
+def jensen_shannon(h: Tensor) -> Tensor:
+    r"""Score :math:`\log 2 + \log \sigma(h)` of the Jensen-Shannon divergence."""
+    return torch.log(h.new_tensor(2.0)) + F.logsigmoid(h)
 
-    Example:
-        >>> nll(LogRatios(policy=[-20.0], tokens=[10]))
-        tensor([2.])
-    """
-    return -ratios.policy_mean
+
+def alpha_divergence(h: Tensor, alpha: float) -> Tensor:
+    r"""Score :math:`(1 - e^{-\alpha h}) / \alpha`; -alpha h above 80 is clamped. The limit of alpha to 0 is h."""
+    # expm1 keeps the digits that 1 - exp(x) loses near 0.
+    return -expm1((-alpha * h).clamp(max=MAX_EXPONENT)) / alpha
+
+
+def chi_squared(h: Tensor) -> Tensor:
+    r"""Score :math:`e^h + h` of the mixed chi-squared divergence; h above 80 is clamped in the exponential."""
+    return torch.exp(h.clamp(max=MAX_EXPONENT)) + h
 
 
 def bernoulli_kl(logit: Tensor, log_q: Tensor | float, log_not_q: Tensor | float) -> Tensor:
@@ -88,52 +92,29 @@ def bernoulli_kl(logit: Tensor, log_q: Tensor | float, log_not_q: Tensor | float
     return torch.exp(log_p) * (log_p - log_q) + torch.exp(log_not_p) * (log_not_p - log_not_q)
 
 
-def lengths(ratios: LogRatios) -> Tensor:
-    """Token counts, [...], in the log-probs' dtype.
+def batch_mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean of the values that count, a scalar; 0 if none does."""
+    return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
 
-    Raises:
-        ValueError: If they are unknown.
+
+def log_sum_exp(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the sum of exponentials of the values that count along the last dimension, and whether there are any.
+
+    Where none counts the first is a finite number without gradient.
     """
-    if ratios.tokens is None:
-        raise ValueError("tokens: got None, expected completion token counts [...]: the loss reads lengths")
-    return ratios.tokens.to(ratios.policy.dtype)
+    logits, some = _masked_logits(values, counted)
+    return torch.logsumexp(logits, -1), some.squeeze(-1)
 
 
-def gold_of(pairs: Pairs) -> LogRatios:
-    """The third completion of each pair.
-
-    Raises:
-        ValueError: If the pairs carry none.
-    """
-    if pairs.gold is None:
-        raise ValueError("gold: got None, expected log-ratios of a third completion, [pairs]")
-    return pairs.gold
+def log_softmax(values: Tensor, counted: Tensor) -> Tensor:
+    """Log-softmax over the values of each row that count; 0 elsewhere."""
+    return torch.where(counted, torch.log_softmax(_masked_logits(values, counted)[0], -1), 0.0)
 
 
-def scores_of(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Scores of the chosen and of the rejected completions, each [pairs], in the log-ratios' dtype, no gradient.
-
-    Raises:
-        ValueError: If the pairs carry none.
-    """
-    if pairs.score_chosen is None or pairs.score_rejected is None:
-        raise ValueError("score_chosen: got None, expected a score of each completion, [pairs]")
-    dtype = pairs.chosen.policy.dtype
-    return pairs.score_chosen.detach().to(dtype), pairs.score_rejected.detach().to(dtype)
-
-
-def score_gap(pairs: Pairs) -> Tensor:
-    """How much higher the chosen completion is scored, [pairs], in the scores' unit, without gradient.
-
-    Raises:
-        ValueError: If the pairs carry no scores.
-
-    Example:
-        >>> score_gap(Pairs.of([0.0], [0.0], score_chosen=[2.0], score_rejected=[0.5]))
-        tensor([1.5000])
-    """
-    chosen, rejected = scores_of(pairs)
-    return chosen - rejected
+def _masked_logits(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    # -inf takes a value out of a sum of exponentials. A row of -inf alone has NaN gradients, so it gets zeros.
+    some = counted.any(-1, keepdim=True)
+    return values.masked_fill(~counted, -torch.inf).masked_fill(~some, 0.0), some
 
 
 def refuse(wrong: Tensor, message: str) -> None:
@@ -145,9 +126,9 @@ def refuse(wrong: Tensor, message: str) -> None:
     if torch.compiler.is_compiling():
         return
     try:
-        found = bool(wrong.any())
+        is_wrong = bool(wrong.any())
     except RuntimeError:
         # vmap refuses to turn a mapped tensor into a bool.
         return
-    if found:
+    if is_wrong:
         raise ValueError(message)

@@ -1,23 +1,22 @@
-"""Modifiers: changes that mean the same to every loss that admits them, given as further hyperparameters.
+"""Modifiers: changes that mean the same in every loss that admits them, given as further hyperparameters.
 
-`get("hinge", label_smoothing=0.1, divergence="js")`. Each is written once; a loss that does not admit one refuses it
-by name, with the reason.
+`get("hinge", label_smoothing=0.1, divergence="js")`. Each is written once. A loss that does not admit one refuses it by
+name, with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import torch
+from torch import Tensor
 
-from prefloss.feedback import Labels, Pairs
+from prefloss.feedback import Labels, Pairs, required
+from prefloss.logratios import LogRatios
 from prefloss.losses._core import transforms
-from prefloss.losses._core.parameters import Coerce, FlipProbability, Interval, Parameter, from_annotation
-
-if TYPE_CHECKING:
-    from prefloss.losses._core.registry import LossSpec
+from prefloss.losses._core.parameters import Coerce, FlipProbability, Interval, Parameter
+from prefloss.losses._core.spec import LossSpec
 
 
 @dataclass(frozen=True)
@@ -36,87 +35,118 @@ class Modifier:
     needs: frozenset[str] = frozenset()
     apply: Callable[[Any, Any, float], Any] | None = None
 
-    @property
-    def name(self) -> str:
-        """Its name among the hyperparameters."""
-        return self.parameter.name
-
 
 def admitted(spec: LossSpec) -> dict[str, Modifier]:
     """The modifiers that a loss admits, in the order in which they apply."""
-    return {name: modifier for name, modifier in MODIFIERS.items() if refusal(spec, modifier) is None}
+    return {name: modifier for name, modifier in MODIFIERS.items() if refusal(spec, name) is None}
 
 
-def refusal(spec: LossSpec, modifier: Modifier) -> str | None:
+def refusal(spec: LossSpec, name: str) -> str | None:
     """Why a loss does not admit a modifier, in words that follow "it"; None if it does."""
-    if modifier.name in spec.parameters:
+    if name in spec.parameters:
         return "has a hyperparameter of that name itself"
-    return modifier.refusal(spec)
+    return MODIFIERS[name].refusal(spec)
 
 
-def _needs_margin(spec: LossSpec) -> str | None:
+def capabilities(spec: LossSpec) -> Mapping[str, str]:
+    """What a loss takes, needs and admits, in words; "no: ..." gives the reason that `prefloss.get` gives.
+
+    Args:
+        spec: A registered loss.
+
+    Returns:
+        Column -> cell, in the order of the table: feedback, reference, needs, composes, modifiers by name, fused,
+        state.
+
+    Example:
+        >>> row = capabilities(prefloss.specs["dpo"])
+        >>> row["feedback"], row["reference"], row["divergence"], row["state"]
+        ('Pairs', 'yes', 'yes', 'no')
+    """
+    composes = "pair and labelled losses" if spec.feedback is Pairs else spec.feedback.__name__
+    refusals = {name: refusal(spec, name) for name in MODIFIERS}
+    extras = ", ".join(sorted(need for need in spec.needs if need.startswith("per_token.")))
+    return {
+        "feedback": spec.feedback.__name__,
+        "reference": "yes" if spec.needs_reference else "no",
+        "needs": ", ".join(sorted(spec.needs)) or "-",
+        "composes": f"with {composes}",
+        "one example at a time": "yes" if spec.separable else "no: an example's loss depends on its batch",
+        **{name: "yes" if reason is None else f"no: {reason}" for name, reason in refusals.items()},
+        "fused": f"no: {extras} over the vocabulary is not computed by the fused path yet"
+        if extras
+        else "yes",
+        "state": "yes" if spec.stateful else "no",
+    }
+
+
+def smoothed(values: Tensor, reversed_values: Tensor, flip: float) -> Tensor:
+    """Expected loss when a preference is flipped with probability `flip`, [n]."""
+    return (1 - flip) * values + flip * reversed_values
+
+
+def _no_margin(spec: LossSpec) -> str | None:
     if spec.feedback is not Pairs or not spec.difference_only:
         return "does not depend on the difference of two scores alone"
     return None
 
 
-def _needs_plain_margin(spec: LossSpec) -> str | None:
-    if _needs_margin(spec):
-        return _needs_margin(spec)
+def _no_scaled_margin(spec: LossSpec) -> str | None:
     if spec.beta != "beta" or "tokens" in spec.needs:
-        return "does not scale a margin in nats by beta"
-    return "reads scores itself" if "scores" in spec.needs else None
+        return _no_margin(spec) or "does not scale a margin in nats by beta"
+    return _no_margin(spec) or ("reads scores itself" if "scores" in spec.needs else None)
 
 
-def _no_second_smoothing(spec: LossSpec) -> str | None:
-    if _needs_margin(spec):
-        return _needs_margin(spec)
+def _no_smoothing(spec: LossSpec) -> str | None:
     if "scores" in spec.needs:
-        return "reads graded preferences, which say how sure they are"
-    return "has a noise level of its own (epsilon)" if "epsilon" in spec.parameters else None
+        return _no_margin(spec) or "reads graded preferences, which say how sure they are"
+    return _no_margin(spec) or ("has its own noise level (epsilon)" if "epsilon" in spec.parameters else None)
 
 
-def _needs_reference_margin(spec: LossSpec) -> str | None:
+def _no_divergence(spec: LossSpec) -> str | None:
     if not spec.needs_reference:
         return "has no reference to diverge from"
-    if spec.feedback is Pairs and any(name.startswith("per_token") for name in spec.needs):
+    if spec.feedback is Pairs and _reads_tokens(spec):
         return "reads tokens, not sums"
-    return _needs_margin(spec)
+    return _no_margin(spec)
 
 
-def _sums_over_tokens(spec: LossSpec) -> str | None:
+def _no_sums(spec: LossSpec) -> str | None:
     if spec.feedback not in (Pairs, Labels) or not spec.needs_reference:
         return "reads no log-ratios of single completions"
-    return "reads tokens itself" if any(name.startswith("per_token") for name in spec.needs) else None
+    return "reads tokens itself" if _reads_tokens(spec) else None
 
 
-def _pairs_of_sums(spec: LossSpec) -> str | None:
-    return "takes no pairs" if spec.feedback is not Pairs else _sums_over_tokens(spec)
+def _no_sums_of_pairs(spec: LossSpec) -> str | None:
+    return "takes no pairs" if spec.feedback is not Pairs else _no_sums(spec)
 
 
-def _keeps_pairs_apart(spec: LossSpec) -> str | None:
+def _no_separate_pairs(spec: LossSpec) -> str | None:
     if spec.feedback is not Pairs:
         return "takes no pairs"
     return None if spec.separable else "mixes the pairs of a batch, so a weight would reach others"
 
 
+def _reads_tokens(spec: LossSpec) -> bool:
+    return any(name.startswith("per_token") for name in spec.needs)
+
+
 def _clamp(feedback: Any, bounds: tuple[float, float], beta: float) -> Any:
-    def change(ratios: Any) -> Any:
+    def clamped(ratios: LogRatios) -> LogRatios:
         return transforms.clamped_tokens(ratios, *bounds)
 
     if isinstance(feedback, Labels):
-        return replace(feedback, completions=change(feedback.completions))
-    return replace(feedback, chosen=change(feedback.chosen), rejected=change(feedback.rejected))
+        return replace(feedback, completions=clamped(feedback.completions))
+    return replace(feedback, chosen=clamped(feedback.chosen), rejected=clamped(feedback.rejected))
 
 
 def _score_margin(pairs: Pairs, weight: float, beta: float) -> Pairs:
-    assert pairs.score_chosen is not None and pairs.score_rejected is not None
-    return transforms.shifted(pairs, -weight * (pairs.score_chosen - pairs.score_rejected) / beta)
+    return transforms.shifted(pairs, -weight * transforms.score_gap(pairs) / beta)
 
 
 def _length_term(pairs: Pairs, alpha: float, beta: float) -> Pairs:
-    assert pairs.chosen.tokens is not None and pairs.rejected.tokens is not None
-    return transforms.shifted(pairs, alpha * (pairs.chosen.tokens - pairs.rejected.tokens) / beta)
+    longer_by = required(pairs.chosen, "tokens") - required(pairs.rejected, "tokens")
+    return transforms.shifted(pairs, alpha * longer_by / beta)
 
 
 def _wpo(pairs: Pairs, on: bool, beta: float) -> Pairs:
@@ -126,7 +156,7 @@ def _wpo(pairs: Pairs, on: bool, beta: float) -> Pairs:
     return replace(pairs, weight=confidence if pairs.weight is None else pairs.weight * confidence)
 
 
-def as_bounds(value: Any) -> tuple[float, float]:
+def _bounds(value: Any) -> tuple[float, float]:
     """Humanline's bounds: True for the authors' (-1, 1.5), or two numbers, low < high."""
     if value is True:
         return (-1.0, 1.5)
@@ -134,80 +164,76 @@ def as_bounds(value: Any) -> tuple[float, float]:
         low, high = value
         if low < high:
             return (float(low), float(high))
-    raise ValueError(f"got {value!r}, expected {_BOUNDS}")
+    raise ValueError
 
 
-_BOUNDS = "True or two numbers (low, high) in nats, low < high"
-
-
-def _made(
-    name: str, annotation: Any, description: str, refusal: Any, needs: tuple[str, ...] = (), apply: Any = None
-) -> Modifier:
-    return Modifier(from_annotation(name, annotation, None, description), refusal, frozenset(needs), apply)
+def _modifier(
+    name: str,
+    annotation: Any,
+    description: str,
+    refusal: Callable[[LossSpec], str | None],
+    apply: Callable[[Any, Any, float], Any] | None = None,
+    needs: tuple[str, ...] = (),
+) -> tuple[str, Modifier]:
+    parameter = Parameter.of(name, annotation, description=description)
+    return name, Modifier(parameter, refusal, frozenset(needs), apply)
 
 
 # The order in which they apply: weights (read from the tokens as they came), tokens, scores, margins.
-MODIFIERS: dict[str, Modifier] = {
-    modifier.name: modifier
-    for modifier in (
-        _made(
+MODIFIERS: dict[str, Modifier] = dict(
+    [
+        _modifier(
             "wpo",
             bool,
             "Weight each pair by how likely the policy is to write it (WPO, arXiv:2406.11827).",
-            _keeps_pairs_apart,
-            ("per_token.log_sum_sq",),
+            _no_separate_pairs,
             _wpo,
+            ("per_token.log_sum_sq",),
         ),
-        _made(
+        _modifier(
             "humanline",
-            Annotated[Any, Coerce(as_bounds, _BOUNDS)],
+            Annotated[Any, Coerce(_bounds, "True or two numbers (low, high) in nats, low < high")],
             "Clamp each token's log-ratio to these bounds before the sum (Humanline, arXiv:2509.24207).",
-            _sums_over_tokens,
-            ("per_token",),
+            _no_sums,
             _clamp,
+            ("per_token",),
         ),
-        _made(
+        _modifier(
             "ld_alpha",
             Annotated[float, Interval(ge=0, le=1)],
             "Weight of the longer side's tokens beyond the shorter side's length (LD-DPO, arXiv:2409.06411).",
-            _pairs_of_sums,
-            ("per_token",),
+            _no_sums_of_pairs,
             lambda pairs, alpha, beta: transforms.reweighted_tail(pairs, alpha),
+            ("per_token",),
         ),
-        _made(
+        _modifier(
             "divergence",
             Annotated[Any, Coerce(transforms.as_divergence, transforms.DIVERGENCES)],
             "f-divergence in place of the reverse KL (f-DPO, arXiv:2309.16240).",
-            _needs_reference_margin,
-            (),
+            _no_divergence,
             lambda pairs, divergence, beta: transforms.scored(pairs, divergence.score),
         ),
-        _made(
+        _modifier(
             "score_margin",
             float,
             "Subtract this times (score_chosen - score_rejected) from the scaled margin beta (h_w - h_l).",
-            _needs_plain_margin,
-            ("scores",),
+            _no_scaled_margin,
             _score_margin,
+            ("scores",),
         ),
-        _made(
+        _modifier(
             "length_penalty",
             float,
             "Add this times (|y_w| - |y_l|) to the scaled margin, in 1/tokens (R-DPO, arXiv:2403.19159).",
-            _needs_plain_margin,
-            ("tokens",),
+            _no_scaled_margin,
             _length_term,
+            ("tokens",),
         ),
-        _made(
+        _modifier(
             "label_smoothing",
             FlipProbability,
             "Probability that a preference is flipped: that share of the loss of the reversed pair.",
-            _no_second_smoothing,
+            _no_smoothing,
         ),
-    )
-}
-
-
-def smoothed(values: torch.Tensor, reversed_values: torch.Tensor, flip: float) -> torch.Tensor:
-    """Expected loss when a preference is flipped with probability `flip`, [n]."""
-    return (1 - flip) * values + flip * reversed_values
+    ]
+)

@@ -1,4 +1,4 @@
-"""Names that papers and trainers share by accident, and what to say of a name nobody knows."""
+"""Names that several papers share, and the message for a name that no loss has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# One string, several papers: the registry takes none of them and lists the candidates (id, what it is).
+# One name, several papers: no loss has the name, and the message lists the candidates (id, what it is).
 AMBIGUOUS: dict[str, tuple[tuple[str, str], ...]] = {
     "rpo": (
         (

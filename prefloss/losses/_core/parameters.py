@@ -1,4 +1,4 @@
-"""Hyperparameters: their types and ranges, declared in a loss's signature and checked when it is built."""
+"""Hyperparameters: their types and ranges, declared in a loss's signature and checked when the loss is built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from prefloss.losses._core import schedules
+from prefloss.losses._core.state import SCHEDULES, Schedule, from_config
 
 _TYPES = {float: "a number", int: "an integer", bool: "True or False", str: "a string"}
 
@@ -29,7 +29,7 @@ class Interval:
     le: float | None = None
 
     def __contains__(self, value: float) -> bool:
-        """Whether the value satisfies every bound; NaN satisfies none, infinity is no hyperparameter."""
+        """Whether the value satisfies every bound; NaN and infinity never do."""
         return (
             math.isfinite(value)
             and (self.gt is None or value > self.gt)
@@ -46,19 +46,19 @@ class Interval:
 
 @dataclass(frozen=True)
 class Coerce:
-    """Turns what a user writes in a config file into the object that a loss takes.
+    """Turns what a user writes in a configuration file into the object that a loss takes.
 
     Attributes:
-        function: value -> object; raises ValueError or TypeError that says what was wanted.
-        wanted: What it accepts, in words.
+        function: value -> object; raises ValueError or TypeError for a value that it does not accept.
+        expected: What it accepts, in words.
     """
 
     function: Callable[[Any], Any]
-    wanted: str
+    expected: str
 
     def __str__(self) -> str:
         """What it accepts."""
-        return self.wanted
+        return self.expected
 
 
 Positive = Annotated[float, Interval(gt=0)]
@@ -84,10 +84,32 @@ class Parameter:
     constraint: Interval | Coerce | None = None
     description: str = ""
 
+    @classmethod
+    def of(cls, name: str, annotation: Any, default: Any = None, description: str = "") -> Parameter:
+        """Read one keyword parameter of a signature; the range is part of its annotation."""
+        constraint = None
+        if get_origin(annotation) is Annotated:
+            annotation, *metadata = get_args(annotation)
+            constraint = next((item for item in metadata if isinstance(item, Interval | Coerce)), None)
+        return cls(name, default, annotation, constraint, description)
+
     @property
     def required(self) -> bool:
         """Whether there is no default."""
         return self.default is inspect.Parameter.empty
+
+    @property
+    def expected(self) -> str:
+        """The values that it takes, in words."""
+        if isinstance(self.constraint, Coerce):
+            return str(self.constraint)
+        if get_origin(self.type) is Literal:
+            return f"one of {', '.join(map(repr, get_args(self.type)))}"
+        plain = plain_type(self.type)
+        words = _TYPES.get(plain, str(plain))
+        if self.constraint is not None:
+            return f"{words} {self.constraint}"
+        return "a finite number" if plain is float else words
 
     def checked(self, loss: str, value: Any) -> Any:
         """The value to hand to the loss.
@@ -96,96 +118,82 @@ class Parameter:
             TypeError: If the type is wrong.
             ValueError: If it is out of range.
         """
-        value = schedules.from_config(value)
-        if isinstance(value, schedules.Schedule):
-            return self._checked_schedule(loss, value)
-        where = f"{loss}: {self.name}: got {value!r}"
+        value = from_config(value, *SCHEDULES)
+        if isinstance(value, Schedule) and plain_type(self.type) is float:
+            for end in (value.start, value.end):
+                self.checked(loss, end)
+            return value
+        try:
+            return self._convert(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{loss}: {self.name}: got {value!r}, expected {self.expected}") from error
+
+    def _convert(self, value: Any) -> Any:
+        if isinstance(value, Schedule):
+            raise TypeError
         if isinstance(self.constraint, Coerce):
-            try:
-                return self.constraint.function(value)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{where}, expected {self.constraint}") from error
+            return self.constraint.function(value)
         if value is None:
-            if type(None) in get_args(self.type):
-                return value
-            raise TypeError(f"{where}, expected {self._wanted(_plain_type(self.type))}")
+            if type(None) not in get_args(self.type):
+                raise TypeError
+            return value
         if get_origin(self.type) is Literal:
             if value not in get_args(self.type):
-                raise ValueError(f"{where}, expected one of {', '.join(map(repr, get_args(self.type)))}")
+                raise ValueError
             return value
-        plain = _plain_type(self.type)
+        plain = plain_type(self.type)
         if plain in _TYPES and not _is_a(value, plain):
-            raise TypeError(f"{where}, expected {self._wanted(plain)}")
+            raise TypeError
         if isinstance(self.constraint, Interval) and value not in self.constraint:
-            raise ValueError(f"{where}, expected {self._wanted(plain)}")
-        if plain is float and isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{where}, expected a finite number")
+            raise ValueError
+        if plain is float and not math.isfinite(value):
+            raise ValueError
         return value
 
-    def _checked_schedule(self, loss: str, schedule: schedules.Schedule) -> schedules.Schedule:
-        if _plain_type(self.type) is not float:
-            raise TypeError(
-                f"{loss}: {self.name}: got {schedule!r}, expected {self.constraint or self.type}: no number"
-            )
-        for end in (schedule.start, schedule.end):
-            self.checked(loss, end)
-        return schedule
 
-    def _wanted(self, plain: Any) -> str:
-        words = _TYPES.get(plain, str(plain))
-        return f"{words} {self.constraint}" if isinstance(self.constraint, Interval) else words
-
-
-def from_annotation(name: str, annotation: Any, default: Any, description: str) -> Parameter:
-    """Read one keyword parameter of a loss's signature."""
-    constraint = None
-    if get_origin(annotation) is Annotated:
-        annotation, *metadata = get_args(annotation)
-        constraint = next((item for item in metadata if isinstance(item, (Interval, Coerce))), None)
-    return Parameter(name, default, annotation, constraint, description)
+def plain_type(annotation: Any) -> Any:
+    """A type without None, if that leaves one type: float for `float | None`."""
+    if get_origin(annotation) in (Union, type(int | str)):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        return members[0] if len(members) == 1 else annotation
+    return annotation
 
 
 def check(
-    loss: str, parameters: Mapping[str, Parameter], given: Mapping[str, Any], also: Iterable[str] = ()
+    loss: str, parameters: Mapping[str, Parameter], values: Mapping[str, Any], modifiers: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """All hyperparameters of a loss: those given, checked, and the defaults of the rest.
+    """All hyperparameters of a loss: the values given, checked, and the defaults of the rest.
 
     Args:
         loss: Name of the loss, for messages.
         parameters: Its hyperparameters.
-        given: Those that were given.
-        also: Names of modifiers that it admits, for the hint at an unknown name.
+        values: Values by name.
+        modifiers: Names of modifiers that it admits, for the hint at an unknown name.
 
     Raises:
         TypeError: If one is unknown, missing, or of the wrong type.
         ValueError: If one is out of range.
     """
-    for name in given:
+    for name in values:
         if name not in parameters:
-            raise TypeError(f"{loss}: unknown hyperparameter {name!r}{_hint(name, [*parameters], [*also])}")
-    values = {}
+            hint = _hint(name, [*parameters], [*modifiers])
+            raise TypeError(f"{loss}: unknown hyperparameter {name!r}{hint}")
     for name, parameter in parameters.items():
-        if name not in given and parameter.required:
-            raise TypeError(
-                f"{loss}: missing hyperparameter {name!r}, expected {parameter.description or 'a value'}"
-            )
-        values[name] = parameter.checked(loss, given.get(name, parameter.default))
-    return values
+        if name not in values and parameter.required:
+            meaning = parameter.description or "a value"
+            raise TypeError(f"{loss}: missing hyperparameter {name!r}, expected {meaning}")
+    return {
+        name: parameter.checked(loss, values.get(name, parameter.default))
+        for name, parameter in parameters.items()
+    }
 
 
-def _hint(name: str, own: list[str], modifiers: list[str]) -> str:
-    close = difflib.get_close_matches(name, own + modifiers, n=1)
-    takes = f"it takes {', '.join(map(repr, own))}" if own else "it takes none"
+def _hint(name: str, parameters: list[str], modifiers: list[str]) -> str:
+    close = difflib.get_close_matches(name, parameters + modifiers, n=1)
+    takes = f"it takes {', '.join(map(repr, parameters))}" if parameters else "it takes none"
     admits = f"; and the modifiers {', '.join(modifiers)}" if modifiers else ""
     meant = f"; did you mean {close[0]!r}" if close else ""
     return f"{meant}; {takes}{admits}"
-
-
-def _plain_type(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, type(int | str)):
-        members = [member for member in get_args(annotation) if member is not type(None)]
-        return members[0] if len(members) == 1 else annotation
-    return annotation
 
 
 def _is_a(value: Any, plain: type) -> bool:

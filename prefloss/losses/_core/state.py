@@ -1,6 +1,6 @@
-"""What a loss keeps between calls: objects with a `state_dict`, reduced over ranks, still in evaluation.
+"""What a loss keeps between calls: objects with a `state_dict`, summed over ranks, held still in evaluation.
 
-Every state here is updated before it is used, as the authors' code does, except where its docstring says otherwise.
+Every state is updated before it is used, as the authors' code does, except where its docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 
-def _alone(sums: Tensor) -> Tensor:
-    """Sum over the ranks of a run with one rank."""
+def _one_rank(sums: Tensor) -> Tensor:
     return sums
 
 
 class State:
     """Base of the states: named numbers that are saved, restored and held still in evaluation.
 
-    Subclasses list the attributes to save in `saved` and the constructor's arguments in `settings`.
+    Subclasses name the state in `name`, the attributes to save in `saved` and the constructor's arguments in
+    `settings`.
 
     Attributes:
         training: Whether calls change the state.
-        all_sum: Sums a tensor over all ranks; trainers set it, alone it is the identity.
+        all_sum: Sums a tensor over all ranks. Trainers set it; the default is the identity, for one rank.
     """
 
     name: ClassVar[str]
@@ -34,14 +34,14 @@ class State:
 
     def __init__(self) -> None:
         self.training = True
-        self.all_sum: Callable[[Tensor], Tensor] = _alone
+        self.all_sum: Callable[[Tensor], Tensor] = _one_rank
 
     def train(self, mode: bool = True) -> None:
         """Let calls change the state, or hold it still."""
         self.training = mode
 
     def step(self) -> None:
-        """An optimizer step was made; only schedules care."""
+        """Called after each optimizer step; schedules move on."""
 
     def state_dict(self) -> dict[str, Any]:
         """The saved numbers, plain enough for JSON."""
@@ -51,23 +51,23 @@ class State:
         """Restore what `state_dict` gave.
 
         Raises:
-            ValueError: If the names are other ones.
+            ValueError: If the names differ from those saved here.
         """
         if set(state) != set(self.saved):
-            raise ValueError(f"state: got {sorted(state)}, expected {sorted(self.saved)} as {self!r} keeps")
+            raise ValueError(f"state: got {sorted(state)}, expected {sorted(self.saved)} for {self!r}")
         for name in self.saved:
             setattr(self, name, state[name])
 
     def config(self) -> dict[str, Any]:
-        """As written in a configuration file: its name and settings."""
+        """Name and settings, as written in a configuration file."""
         return {"name": self.name, **{name: getattr(self, name) for name in self.settings}}
 
     def __repr__(self) -> str:
-        """As written in a loss's string."""
+        """Name and settings, as written in a loss's string."""
         return f"{self.name}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.settings)})"
 
     def __eq__(self, other: object) -> bool:
-        """Same kind, settings and state."""
+        """Same name, settings and state."""
         return (
             isinstance(other, State)
             and self.config() == other.config()
@@ -76,263 +76,115 @@ class State:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _totals(self, values: Tensor, keep: Tensor) -> tuple[float, float, float]:
-        """Count, sum and sum of squares over all ranks of the values that count; NaN and infinity never do.
+    def _totals(self, values: Tensor, counted: Tensor) -> tuple[float, float, float]:
+        """Count, sum and sum of squares over all ranks of the values that count.
 
-        One overflowed batch, which a gradient scaler skips, would otherwise stay in the state for good.
+        NaN and infinity are left out: a gradient scaler skips a batch that overflows, but the state would keep it.
         """
-        keep = keep & values.detach().isfinite()
-        kept = torch.where(keep, values.detach(), 0.0).double()
-        sums = self.all_sum(torch.stack([keep.sum().double(), kept.sum(), (kept**2).sum()]))
+        counted = counted & values.detach().isfinite()
+        kept = torch.where(counted, values.detach(), 0.0).double()
+        sums = self.all_sum(torch.stack([counted.sum().double(), kept.sum(), (kept**2).sum()]))
         count, total, squares = sums.tolist()
         return count, total, squares
 
 
-class RewardShift(State):
-    """BCO's reward shift: mean of all rewards seen so far, each counted once, without gradient.
+def from_config(value: Any, *kinds: type[State]) -> Any:
+    """`{"name": "moments", "decay": 0.5}` as the state of that name among `kinds`; anything else unchanged."""
+    if isinstance(value, dict):
+        for kind in kinds:
+            if value.get("name") == kind.name:
+                return kind(**{name: setting for name, setting in value.items() if name != "name"})
+    return value
+
+
+def resolve(name: str, value: Any, *inputs: Any, functions: Mapping[str, Callable[..., Any]] = {}) -> Any:
+    """The value of a hyperparameter for a batch: what its state or function returns, or the fixed value.
+
+    Args:
+        name: Name of the hyperparameter.
+        value: A state, a function, the name of a function, or a fixed value.
+        *inputs: What states and functions are called with.
+        functions: Functions that have a name.
+
+    Raises:
+        ValueError: For the name of a state, such as `"running"`: a state made here would be forgotten after the call.
+    """
+    if isinstance(value, str):
+        if value not in functions:
+            raise ValueError(
+                f"{name}: got {value!r}, expected the object that keeps the state, or a fixed value; "
+                "prefloss.get(...) makes the object"
+            )
+        value = functions[value]
+    return value(*inputs) if callable(value) else value
+
+
+class Schedule(State):
+    """A number that moves from `start` to `end` in `steps` optimizer steps, then stays there.
+
+    Args:
+        start: Value before the first step.
+        end: Value from step `steps` on.
+        steps: Number of optimizer steps, at least 1.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If `steps` is below 1 or a value not finite.
+    """
+
+    saved = ("done",)
+    settings = ("start", "end", "steps")
+
+    def __init__(self, start: float, end: float, steps: int) -> None:
+        super().__init__()
+        for name, value in (("start", start), ("end", end), ("steps", steps)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name}: got {value!r}, expected a number")
+            if not math.isfinite(value):
+                raise ValueError(f"{name}: got {value!r}, expected a finite number")
+        if steps < 1 or steps != int(steps):
+            raise ValueError(f"steps: got {steps!r}, expected a whole number of optimizer steps >= 1")
+        self.start, self.end, self.steps = start, end, int(steps)
+        self.done = 0
+
+    @property
+    def value(self) -> float:
+        """The number now."""
+        return self.start + (self.end - self.start) * self._progress(min(1.0, self.done / self.steps))
+
+    def step(self) -> None:
+        """Move on by one optimizer step; not in evaluation."""
+        if self.training:
+            self.done += 1
+
+    def _progress(self, elapsed: float) -> float:
+        """Share of the way from start to end, after this share of the steps."""
+        raise NotImplementedError
+
+
+class Linear(Schedule):
+    """Moves in a straight line.
 
     Example:
-        >>> shift = RewardShift()
-        >>> keep = torch.tensor([True, True])
-        >>> shift(torch.tensor([1.0, 3.0]), keep), shift(torch.tensor([5.0, 7.0]), keep)
-        (tensor(2.), tensor(4.))
+        >>> beta = Linear(0.5, 0.1, steps=4)
+        >>> beta.step()
+        >>> beta.value
+        0.4
     """
 
-    name = "running_shift"
-    saved = ("total", "count")
-    settings = ()
+    name = "linear"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0.0
-        self.count = 0.0
-
-    def __call__(self, rewards: Tensor, keep: Tensor) -> Tensor:
-        """The shift after taking in the rewards that count, a scalar; 0 while none was seen.
-
-        Args:
-            rewards: beta * h, any shape.
-            keep: True where a reward counts, same shape.
-        """
-        if self.training:
-            count, total, _ = self._totals(rewards, keep)
-            self.total += total
-            self.count += count
-        return rewards.new_tensor(self.total / self.count if self.count else 0.0)
+    def _progress(self, elapsed: float) -> float:
+        return elapsed
 
 
-class Moments(State):
-    """Moving mean and standard deviation of a margin, starting from 0, without gradient.
+class Cosine(Schedule):
+    """Moves along half a cosine: slowly at both ends."""
 
-    The standard deviation is the unbiased one of the global batch; a batch of one leaves it as it is.
+    name = "cosine"
 
-    Args:
-        decay: How much of the past is kept at each batch, in [0, 1).
-    """
-
-    name = "moments"
-    saved = ("mean", "std")
-    settings = ("decay",)
-
-    def __init__(self, decay: float = 0.9) -> None:
-        super().__init__()
-        check_decay(decay)
-        self.decay = decay
-        self.mean = 0.0
-        self.std = 0.0
-
-    def __call__(self, values: Tensor, keep: Tensor) -> tuple[float, float]:
-        """Mean and standard deviation after taking in the values that count, [n]."""
-        if self.training:
-            count, total, squares = self._totals(values, keep)
-            if count:
-                self.mean = self.decay * self.mean + (1 - self.decay) * total / count
-            if count > 1:
-                variance = max(0.0, (squares - total**2 / count) / (count - 1))
-                self.std = self.decay * self.std + (1 - self.decay) * variance**0.5
-        return self.mean, self.std
+    def _progress(self, elapsed: float) -> float:
+        return (1 - math.cos(math.pi * elapsed)) / 2
 
 
-class Draws(State):
-    """Random numbers that a loss draws: reproducible from a seed, continued after a restart.
-
-    Args:
-        seed: Any integer.
-    """
-
-    name = "draws"
-    saved = ("drawn",)
-    settings = ("seed",)
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed: got {seed!r}, expected an integer")
-        self.seed = seed
-        self.drawn = 0
-
-    def __call__(self) -> torch.Generator:
-        """A CPU generator for one call; evaluation draws the same numbers every time."""
-        # Distinct streams for distinct (seed, call) pairs; the constant is prime and larger than any run is long.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.drawn) % 2**63)
-        if self.training:
-            self.drawn += 1
-        return generator
-
-
-class Recent(State):
-    """The last values of a batch-wide quantity on this rank, to judge a batch against; empty at first.
-
-    Args:
-        size: How many values are kept.
-        batch: A batch is filled up to this many with values drawn from those kept.
-        seed: Of the draws, any integer.
-    """
-
-    name = "recent"
-    saved = ("values", "drawn")
-    settings = ("size", "batch", "seed")
-
-    def __init__(self, size: int = 2048, batch: int = 256, seed: int = 0) -> None:
-        super().__init__()
-        for name, value in (("size", size), ("batch", batch)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: got {value!r}, expected a whole number >= 0")
-        self.size, self.batch = size, batch
-        self.draws = Draws(seed)
-        self.values: list[float] = []
-
-    @property
-    def seed(self) -> int:
-        """Seed of the draws."""
-        return self.draws.seed
-
-    @property
-    def drawn(self) -> int:
-        """Calls that have drawn so far."""
-        return self.draws.drawn
-
-    @drawn.setter
-    def drawn(self, value: int) -> None:
-        self.draws.drawn = value
-
-    def train(self, mode: bool = True) -> None:
-        """Let calls change the state, or hold it still."""
-        super().train(mode)
-        self.draws.train(mode)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The saved numbers, plain enough for JSON."""
-        return {"values": list(self.values), "drawn": self.drawn}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave.
-
-        Raises:
-            ValueError: If the names are other ones.
-        """
-        super().load_state_dict(state)
-        self.values = list(self.values)
-
-    def __call__(self, values: Tensor, keep: Tensor) -> list[float]:
-        """Values from earlier batches, drawn without replacement; then, in training, take this batch in.
-
-        Args:
-            values: This batch's, any shape.
-            keep: True where a value counts, same shape.
-        """
-        new = values.detach()[keep & values.detach().isfinite()].tolist()
-        wanted = min(len(self.values), max(0, self.batch - len(new)))
-        order = torch.randperm(len(self.values), generator=self.draws()).tolist()
-        drawn = [self.values[place] for place in order[:wanted]]
-        if self.training:
-            kept = self.values + new
-            self.values = kept[max(0, len(kept) - self.size) :]
-        return drawn
-
-
-def coercion(kind: Callable[..., State], plain: Callable[[Any], Any], wanted: str) -> Callable[[Any], Any]:
-    """Turns what a configuration says of a state into what a loss takes.
-
-    `"running"` and `{"name": ..., **settings}` make a fresh object, an object stays, and anything else is what
-    `plain` makes of it: a value fixed for good.
-
-    Args:
-        kind: Class of the state.
-        plain: Converts a fixed value; raises TypeError or ValueError on anything else.
-        wanted: What is accepted, in words.
-    """
-
-    def coerce(value: Any) -> Any:
-        if isinstance(value, str) and value == "running":
-            return kind()
-        if isinstance(value, State):
-            if type(value) is kind:
-                return value
-            raise TypeError(f"got {value!r}, expected {wanted}")
-        try:
-            if isinstance(value, dict) and value.get("name") == kind.name:  # type: ignore[attr-defined]
-                return kind(**{name: setting for name, setting in value.items() if name != "name"})
-            return plain(value)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"got {value!r}, expected {wanted}") from error
-
-    return coerce
-
-
-def of_batch(name: str, held: Any, values: Tensor, keep: Tensor) -> Any:
-    """What a coerced hyperparameter says of a batch: the state's answer, or the fixed value itself.
-
-    Args:
-        name: Of the hyperparameter.
-        held: What its coercion gave.
-        values: What the state takes in, any shape.
-        keep: True where a value counts, same shape.
-
-    Raises:
-        ValueError: For `"running"`, which would forget its state after each call.
-    """
-    if isinstance(held, State):
-        return held(values, keep)  # type: ignore[operator]
-    if isinstance(held, str):
-        raise ValueError(
-            f"{name}: got {held!r}, expected the object itself, or a fixed value: the state lives in it"
-        )
-    return held
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"got {value!r}, expected a finite number")
-    return float(value)
-
-
-def _numbers(value: Any) -> tuple[float, ...]:
-    if not isinstance(value, list | tuple):
-        raise TypeError(f"got {value!r}, expected a list of numbers")
-    return tuple(map(_number, value))
-
-
-def _mean_and_std(value: Any) -> tuple[float, float]:
-    mean, std = _numbers(value)
-    if std < 0:
-        raise ValueError(f"got std {std!r}, expected >= 0")
-    return mean, std
-
-
-MOMENTS = "'running', two numbers (mean, std >= 0) or Moments"
-DRAWS = "an integer seed or Draws"
-RECENT = "'running', a list of numbers or Recent"
-as_moments = coercion(Moments, _mean_and_std, MOMENTS)
-as_draws = coercion(Draws, Draws, DRAWS)
-as_recent = coercion(Recent, _numbers, RECENT)
-
-
-def check_decay(decay: Any) -> None:
-    """Refuse what is no decay.
-
-    Raises:
-        ValueError: If it is not a number in [0, 1).
-    """
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-        raise ValueError(f"decay: got {decay!r}, expected a number >= 0 and < 1")
+SCHEDULES: tuple[type[Schedule], ...] = (Linear, Cosine)

@@ -1,4 +1,4 @@
-"""Transforms of feedback that several losses and modifiers share: the maths of each stands here once."""
+"""Formulas on feedback that several losses and modifiers share."""
 
 from __future__ import annotations
 
@@ -8,15 +8,74 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from prefloss.feedback import Pairs
+from prefloss.feedback import Pairs, required
 from prefloss.logratios import LogRatios, PerToken
-from prefloss.losses._core.maths import expm1
+from prefloss.losses._core import maths
 
-# exp stays finite in float32 up to 88; beyond the clamp a score is constant and its gradient 0.
-MAX_EXPONENT = 80.0
+
+def nll(ratios: LogRatios) -> Tensor:
+    """Negative log-likelihood under the policy per completion token, [...], nats per token.
+
+    Example:
+        >>> nll(LogRatios(policy=[-20.0], tokens=[10]))
+        tensor([2.])
+    """
+    return -ratios.policy_mean
+
+
+def log_odds(ratios: LogRatios) -> Tensor:
+    r"""Log-odds of the mean token probability :math:`\bar p = \pi(y)^{1/|y|}`, [...], nats.
+
+    Example:
+        >>> log_odds(LogRatios(policy=[-20.0], tokens=[10]))
+        tensor([-1.8546])
+    """
+    return ratios.policy_mean - maths.log1mexp(ratios.policy_mean)
+
+
+def lengths(ratios: LogRatios) -> Tensor:
+    """Token counts, [...], in the log-probs' dtype.
+
+    Raises:
+        ValueError: If they are unknown.
+    """
+    return required(ratios, "tokens").to(ratios.policy.dtype)
+
+
+def scores_of(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Scores of the chosen and of the rejected completions, each [pairs], in the log-ratios' dtype, no gradient.
+
+    Raises:
+        ValueError: If the pairs carry none.
+    """
+    dtype = pairs.chosen.policy.dtype
+    chosen, rejected = required(pairs, "score_chosen"), required(pairs, "score_rejected")
+    return chosen.detach().to(dtype), rejected.detach().to(dtype)
+
+
+def score_gap(pairs: Pairs) -> Tensor:
+    """How much higher the chosen completion is scored, [pairs], in the scores' unit, without gradient.
+
+    Raises:
+        ValueError: If the pairs carry no scores.
+
+    Example:
+        >>> score_gap(Pairs.of([0.0], [0.0], score_chosen=[2.0], score_rejected=[0.5]))
+        tensor([1.5000])
+    """
+    chosen, rejected = scores_of(pairs)
+    return chosen - rejected
+
+
+def per_token(ratios: LogRatios, name: str) -> Tensor:
+    """What the per-token rows hold under a name, [..., T].
+
+    Raises:
+        ValueError: If there are no rows, or they lack it.
+    """
+    return required(required(ratios, "per_token"), name)
 
 
 @dataclass(frozen=True)
@@ -36,29 +95,7 @@ class Divergence:
         return repr(self.name)
 
 
-def forward_kl(h: Tensor) -> Tensor:
-    r"""Score :math:`1 - e^{-h}` of the forward KL; -h above 80 is clamped.
-
-    The 1 cancels in a difference of sums. It is kept, as TRL keeps it, because it does not in a difference of
-    per-token means, and so that a completion on which policy and reference agree has score 0.
-    """
-    return alpha_divergence(h, 1.0)
-
-
-def jensen_shannon(h: Tensor) -> Tensor:
-    r"""Score :math:`\log 2 + \log \sigma(h)` of the Jensen-Shannon divergence."""
-    return torch.log(h.new_tensor(2.0)) + F.logsigmoid(h)
-
-
-def alpha_divergence(h: Tensor, alpha: float) -> Tensor:
-    r"""Score :math:`(1 - e^{-\alpha h}) / \alpha`; -alpha h above 80 is clamped. The limit of alpha to 0 is h."""
-    # expm1 keeps the digits that 1 - exp(x) loses near 0.
-    return -expm1((-alpha * h).clamp(max=MAX_EXPONENT)) / alpha
-
-
-def chi_squared(h: Tensor) -> Tensor:
-    r"""Score :math:`e^h + h` of the mixed chi-squared divergence; h above 80 is clamped in the exponential."""
-    return torch.exp(h.clamp(max=MAX_EXPONENT)) + h
+DIVERGENCES = "'forward_kl', 'js', 'chi_squared' or 'alpha(a)' with 0 < a < 1"
 
 
 def as_divergence(value: Any) -> Divergence:
@@ -66,28 +103,30 @@ def as_divergence(value: Any) -> Divergence:
 
     Raises:
         ValueError: If the name is unknown or alpha outside (0, 1).
-        TypeError: If it is no name.
+        TypeError: If it is not a string.
     """
     if isinstance(value, Divergence):
         return value
     if not isinstance(value, str):
         raise TypeError(f"got {value!r}, expected {DIVERGENCES}")
-    named = {"forward_kl": forward_kl, "js": jensen_shannon, "chi_squared": chi_squared}
+    named = {"forward_kl": maths.forward_kl, "js": maths.jensen_shannon, "chi_squared": maths.chi_squared}
     if value in named:
         return Divergence(value, named[value])
     match = re.fullmatch(r"alpha\(([\d.]+)\)", value)
     if not match or not 0 < float(match.group(1)) < 1:
         raise ValueError(f"got {value!r}, expected {DIVERGENCES}")
     alpha = float(match.group(1))
-    return Divergence(value, lambda h: alpha_divergence(h, alpha))
-
-
-DIVERGENCES = "'forward_kl', 'js', 'chi_squared' or 'alpha(a)' with 0 < a < 1"
+    return Divergence(value, lambda h: maths.alpha_divergence(h, alpha))
 
 
 def scored(pairs: Pairs, score: Callable[[Tensor], Tensor]) -> Pairs:
     """The pairs with s(h) in place of the log-ratio h of each side."""
-    return replace(pairs, chosen=_with_h(pairs.chosen, score), rejected=_with_h(pairs.rejected, score))
+
+    def side(ratios: LogRatios) -> LogRatios:
+        s = score(ratios.h)
+        return replace(ratios, policy=s, reference=torch.zeros_like(s), per_token=None)
+
+    return replace(pairs, chosen=side(pairs.chosen), rejected=side(pairs.rejected))
 
 
 def shifted(pairs: Pairs, nats: Tensor) -> Pairs:
@@ -104,7 +143,7 @@ def reweighted_tail(pairs: Pairs, alpha: float) -> Pairs:
     Raises:
         ValueError: If the pairs carry no per-token values.
     """
-    chosen, rejected = rows_of(pairs.chosen, "chosen"), rows_of(pairs.rejected, "rejected")
+    chosen, rejected = required(pairs.chosen, "per_token"), required(pairs.rejected, "per_token")
     shared = torch.minimum(chosen.mask.sum(-1), rejected.mask.sum(-1))
 
     def side(rows: PerToken) -> LogRatios:
@@ -113,12 +152,8 @@ def reweighted_tail(pairs: Pairs, alpha: float) -> Pairs:
         factor = torch.where(
             place <= shared.unsqueeze(-1), rows.policy.new_ones(()), rows.policy.new_tensor(alpha)
         )
-        scale = replace(
-            rows,
-            policy=rows.policy * factor,
-            reference=None if rows.reference is None else rows.reference * factor,
-        )
-        return scale.log_ratios()
+        scaled_reference = None if rows.reference is None else rows.reference * factor
+        return replace(rows, policy=rows.policy * factor, reference=scaled_reference).log_ratios()
 
     return replace(pairs, chosen=side(chosen), rejected=side(rejected))
 
@@ -129,13 +164,9 @@ def clamped_tokens(ratios: LogRatios, low: float, high: float) -> LogRatios:
     Raises:
         ValueError: If the completions carry no per-token values with a reference.
     """
-    rows = rows_of(ratios, "completions")
-    if rows.reference is None:
-        raise ValueError(
-            "per_token.reference: got None, expected the reference's log-probs of each token, [..., T]"
-        )
-    h = (rows.policy - rows.reference).clamp(low, high)
-    return replace(rows, policy=torch.where(rows.mask, rows.reference + h, 0.0)).log_ratios()
+    rows, reference = required(ratios, "per_token"), per_token(ratios, "reference")
+    h = (rows.policy - reference).clamp(low, high)
+    return replace(rows, policy=torch.where(rows.mask, reference + h, 0.0)).log_ratios()
 
 
 def confidence(pairs: Pairs) -> Tensor:
@@ -147,29 +178,7 @@ def confidence(pairs: Pairs) -> Tensor:
         ValueError: If the pairs carry no `per_token.log_sum_sq`.
     """
     total = pairs.chosen.policy.new_zeros(pairs.shape)
-    for name in ("chosen", "rejected"):
-        rows = rows_of(getattr(pairs, name), name)
-        if rows.log_sum_sq is None:
-            raise ValueError(
-                f"{name}.per_token.log_sum_sq: got None, expected log sum of squared probabilities, [..., T]"
-            )
-        total = total + rows.mean(rows.policy - rows.log_sum_sq).detach()
+    for side in (pairs.chosen, pairs.rejected):
+        rows = required(side, "per_token")
+        total = total + rows.mean(rows.policy - per_token(side, "log_sum_sq")).detach()
     return torch.exp(total.clamp(max=0))
-
-
-def rows_of(ratios: LogRatios, name: str) -> PerToken:
-    """The per-token values of some completions.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if ratios.per_token is None:
-        raise ValueError(
-            f"{name}.per_token: got None, expected the log-probs of each token (keep_per_token=True)"
-        )
-    return ratios.per_token
-
-
-def _with_h(ratios: LogRatios, score: Callable[[Tensor], Tensor]) -> LogRatios:
-    s = score(ratios.h)
-    return replace(ratios, policy=s, reference=torch.zeros_like(s), per_token=None)

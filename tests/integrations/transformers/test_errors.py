@@ -30,9 +30,9 @@ def test_trl_trains_as_before_beside_a_plain_trainer(tmp_path):
 @pytest.mark.parametrize(
     ("loss", "data", "own", "message"),
     [
-        ("dpo", "labels", {}, "feedback: got labelled completions.*single labels do not say"),
-        ("dpo", "rankings", {}, r"which pairs to make .*rankings_as='all', 'adjacent' or 'best_worst'"),
-        ("kto_zero", "rankings", {}, "rankings_as='all'"),
+        ("dpo", "labels", {}, "feedback: got Labels.*single labels do not say"),
+        ("dpo", "rankings", {}, r"which pairs to make .*rankings_as='best_worst' \| 'adjacent' \| 'all'"),
+        ("kto_zero", "rankings", {}, "rankings_as='best_worst'"),
     ],
 )
 def test_feedback_that_gives_no_such_loss_is_refused(tmp_path, loss, data, own, message):

@@ -26,7 +26,7 @@ def exponential():
         return torch.exp(-beta * pairs.margin())
 
     yield "test_exponential"
-    prefloss.losses.unregister("test_exponential")
+    prefloss.registry.unregister("test_exponential")
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_trls_command_line(tmp_path, monkeypatch, command, loss_type, data):
             main(["--import", "command_line_losses", "--kernel", "prefloss", command, *flags])
     finally:
         disable()
-        prefloss.losses.unregister("command_line_loss")
+        prefloss.registry.unregister("command_line_loss")
         del sys.modules["command_line_losses"]
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert scored.called

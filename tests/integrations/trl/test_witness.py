@@ -160,7 +160,7 @@ def test_a_graded_loss_without_scores_says_how_to_pass_them(tmp_path):
 
 
 def test_schedules_move_with_optimizer_steps(tmp_path):
-    callback = PreferenceLossCallback("dpo", beta=prefloss.losses.Linear(0.5, 0.1, steps=4))
+    callback = PreferenceLossCallback("dpo", beta=prefloss.hyperparameters.Linear(0.5, 0.1, steps=4))
     tiny.train("dpo", tmp_path, [callback], max_steps=2, gradient_accumulation_steps=2)
     assert callback.loss.beta == pytest.approx(0.3)
 

@@ -1,4 +1,4 @@
-"""Losses of pairs that few use and that see the whole batch."""
+"""Pair losses with few users that depend on the whole batch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefloss.feedback import Pairs
-from prefloss.losses._core import state
-from prefloss.losses._core.parameters import Coerce, Interval, NonNegative, Positive
-from prefloss.losses._core.registry import register
-from prefloss.losses.listwise import log_softmax
-
-Queue = Annotated[str | tuple[float, ...] | state.Recent, Coerce(state.as_recent, state.RECENT)]
+from prefloss.feedback import Pairs, required
+from prefloss.losses._core import running
+from prefloss.losses._core.catalogue import register
+from prefloss.losses._core.maths import log_softmax
+from prefloss.losses._core.parameters import Interval, NonNegative, Positive
+from prefloss.losses._core.state import resolve
 
 
 @register(needs_reference=False, separable=False, monotone=True, stateful=True, needs=("tokens",))
@@ -25,7 +24,7 @@ def gamma_po(
     gamma: NonNegative = 4.0,
     tau: Positive = 10.0,
     steps: Annotated[int, Interval(ge=1)] = 20,
-    queue: Queue = "running",
+    queue: running.Queue = "running",
     reference: bool = False,
 ) -> Tensor:
     r"""SimPO or DPO with a margin for each pair, larger where the pair is already right (γ-PO).
@@ -41,13 +40,10 @@ def gamma_po(
             `reference`.
         beta: Slope, in tokens per nat; with `reference` the strength of the pull towards it.
         gamma: Mean of the margins, in nats: the paper's ratio gamma/beta times beta.
-        tau: Resistance against uneven margins.
+        tau: Penalty on uneven margins.
         steps: Exponentiated-gradient steps of the search for p.
         queue: Gaps g of earlier batches that fill n up to 256: `"running"`, the last 2048, or numbers.
         reference: Use the gap β (h_w - h_l) of DPO, and subtract γ from its margins so that their mean is 0.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> chosen = LogRatios(policy=[-10.0, -10.0], tokens=[10, 10])
@@ -59,22 +55,22 @@ def gamma_po(
         Single source: the authors' code, whose search this follows: a step of min(0.5 / tau, 1) from even margins, and
         the margins before its last step. Published (beta, gamma/beta, tau): Llama-3 (10, 0.4, 10), the default; Gemma-2
         (10, 0.5, 20); Mistral (2.5, 0.15, 10); Qwen (10, 0.3, 3). Their queue starts with eight normal draws, here it
-        is empty; each rank keeps its own. The raw function takes no `"running"`; `get` makes the state. When to use: as
-        `simpo`, with pairs of uneven quality.
+        is empty; each rank keeps its own. The plain function does not take `"running"`; `get` makes the state. When to
+        use: as `simpo`, with pairs of uneven quality.
 
     Reference: Sun et al. 2025, arXiv:2506.03690.
     """
     counted = pairs.valid
     gaps = beta * (pairs.margin() if reference else pairs.chosen.policy_mean - pairs.rejected.policy_mean)
-    settled = gaps.detach()
-    earlier = state.of_batch("queue", queue, settled, counted)
-    margins = _target_margins(settled, counted, earlier, gamma, tau, steps)
+    fixed_gaps = gaps.detach()
+    earlier = resolve("queue", queue, fixed_gaps, counted)
+    margins = _target_margins(fixed_gaps, counted, earlier, gamma, tau, steps)
     return -F.logsigmoid(gaps - (margins - gamma if reference else margins))
 
 
 @register(separable=False, monotone=True, needs=("embedding",))
 def rpo_relative(pairs: Pairs, *, beta: Positive = 0.1, temperature: Positive = 0.5) -> Tensor:
-    r"""Each chosen completion against every rejected one of the batch, by how alike the prompts are (relative PO).
+    r"""Each chosen against every rejected completion, weighted by the similarity of prompts (relative PO).
 
     .. math::
         \ell_i = -\frac{1}{n} \sum_{j=1}^{n} \log \sigma\left(\beta \omega_{ij} (h_{w,i} - h_{l,j})\right), \quad
@@ -82,29 +78,23 @@ def rpo_relative(pairs: Pairs, *, beta: Positive = 0.1, temperature: Positive = 
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and embeddings x of the prompts, [pairs, D].
-        beta: Strength of the pull towards the reference.
-        temperature: Temperature τ of the likeness of prompts.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
+        temperature: Temperature τ of the similarity of prompts.
 
     Example:
-        >>> alike = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-        >>> rpo_relative(Pairs.of(chosen=[1.5, 0.0], rejected=[-1.0, 0.0], embedding=alike))  # omega 1/2
+        >>> same = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> rpo_relative(Pairs.of(chosen=[1.5, 0.0], rejected=[-1.0, 0.0], embedding=same))  # omega 1/2
         tensor([0.6445, 0.6808])
 
     Note:
-        Low adoption: the authors' repository alone has it. A mean over j, not a sum; the embeddings have no gradient. A
+        Low adoption: only the authors' repository has it. A mean over j, not a sum; the embeddings have no gradient. A
         batch of one is `dpo`. Only the pairs of this rank are compared. The authors also have a form without embeddings
         (0.8 own pair, 0.2 the others) and one for unequal numbers of good and bad completions. One of four methods
-        called RPO. When to use: prompts that are close to one another.
+        called RPO. When to use: batches of similar prompts.
 
     Reference: Yin et al. 2024, arXiv:2402.10958.
     """
-    if pairs.embedding is None:
-        raise ValueError("embedding: got None, expected an embedding of each prompt, [pairs, D]")
     counted = pairs.valid.flatten()
-    prompts = F.normalize(pairs.embedding.detach().to(pairs.chosen.policy.dtype), dim=-1)
+    prompts = F.normalize(required(pairs, "embedding").detach().to(pairs.chosen.policy.dtype), dim=-1)
     prompts = prompts.reshape(-1, prompts.shape[-1])
     others = counted.expand(len(counted), -1)
     weight = torch.exp(log_softmax((prompts @ prompts.T - 1) / temperature, others))
@@ -119,15 +109,15 @@ def _target_margins(
     """Margin of each pair that counts, [pairs]; 0 for the others. With the earlier gaps their mean is gamma."""
     before = gaps.new_tensor(list(earlier))
     known = torch.cat([before, gaps.flatten()])
-    there = torch.cat([torch.ones_like(before, dtype=torch.bool), counted.flatten()])
+    present = torch.cat([torch.ones_like(before, dtype=torch.bool), counted.flatten()])
     # In the gaps' own precision: a number times an integer tensor would be float32.
-    count, rate = there.sum().to(gaps.dtype), min(0.5 / tau, 1.0)
-    log_share = log_softmax(torch.zeros_like(known), there)
+    count, rate = present.sum().to(gaps.dtype), min(0.5 / tau, 1.0)
+    log_share = log_softmax(torch.zeros_like(known), present)
     for _ in range(steps - 1):
         share = torch.exp(log_share)
         # 1e-10 as in the authors' code: it bounds the logarithm of a share that vanishes.
         slope = tau * (1 + torch.log(count * (share + 1e-10)))
         slope = slope + gamma * torch.sigmoid(gamma * count * share - known)
-        log_share = log_softmax(log_share - rate * slope, there)
+        log_share = log_softmax(log_share - rate * slope, present)
     margins = gamma * count * torch.exp(log_share)
     return torch.where(counted, margins[len(before) :].reshape(gaps.shape), 0.0)

@@ -9,33 +9,13 @@ import torch
 
 import prefloss
 from prefloss import LogRatios, Pairs, losses
-from prefloss.losses import RewardShift, two_sided
-from prefloss.losses._core import shift
-from tests.losses.points import FAR, POINT, assert_empty_is_left_out, assert_finite, grid
+from prefloss.hyperparameters import RewardShift
+from prefloss.losses import two_sided
+from tests.losses.points import FAR, POINT, assert_empty_is_left_out, assert_finite, grid, losses_of
 
 LOG_2 = math.log(2)
 
-DEFAULTS = {
-    "apo_zero": {"beta": 0.1},
-    "apo_down": {"beta": 0.1},
-    "nca_pair": {"beta": 0.01},
-    "bco_pair": {"beta": 0.01, "shift": RewardShift()},
-    "sppo_hard": {"beta": 0.001},
-    "dpop": {"beta": 0.1, "penalty": 50.0},
-    "bdpo": {"beta": 0.1, "mixture": 0.5},
-    "cal_dpo": {"beta": 0.001, "calibration_weight": 0.5},
-    "dpo_shift": {"beta": 0.1, "rejected_weight": 0.7},
-}
-
-
-def test_every_loss_of_the_file_is_here():
-    found = {name for name, spec in prefloss.specs.items() if spec.function.__module__ == two_sided.__name__}
-    assert found == set(DEFAULTS)
-
-
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults(name):
-    assert prefloss.get(name).params == DEFAULTS[name]
+NAMES = losses_of(two_sided)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +89,7 @@ def test_nca_holds_the_chosen_side_at_odds_of_two():
     assert gradient.item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("beta", [None, 1.0])
 def test_extremes(name, beta):
     assert_finite(name, *grid(FAR), **({} if beta is None else {"beta": beta}))
@@ -123,7 +103,7 @@ def test_plain_forms_fail_where_these_do_not():
     assert prefloss.get("apo_zero", beta=1.0)(far).item() == pytest.approx(math.exp(-20), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_empty_completion_is_left_out(name):
     assert_empty_is_left_out(name)
 
@@ -174,7 +154,7 @@ def test_the_shift_carries_no_gradient():
 def test_every_rank_counts_as_one():
     loss = prefloss.get("bco_pair", beta=1.0)
     # Another rank whose batch has the mean reward 10.
-    loss.reduce_over(lambda sums: sums + torch.tensor([1.0, 10.0, 100.0]).double())
+    loss.sync_with(lambda sums: sums + torch.tensor([1.0, 10.0, 100.0]).double())
     loss(pairs_of((3.0, 1.0), (3.0, 1.0)))
     assert loss.params["shift"].state_dict() == {"total": 12.0, "count": 2.0}
 
@@ -197,7 +177,7 @@ def test_a_loss_with_a_shift_is_copied_pickled_and_written():
 
 
 def test_the_plain_function_keeps_no_hidden_state():
-    with pytest.raises(ValueError, match=r"shift: got 'running', expected RewardShift\(\) or a number"):
+    with pytest.raises(ValueError, match=r"shift: got 'running', expected the object that keeps the state"):
         losses.bco_pair(POINT)
     shift = RewardShift()
     losses.bco_pair(POINT, beta=1.0, shift=shift)
@@ -219,10 +199,13 @@ def test_shifts_of_another_type(value):
 
 
 def test_a_shift_is_bound_by_name_number_or_object():
-    own = RewardShift()
-    assert shift.as_shift(own) is own
-    assert shift.as_shift(2) == 2.0
-    assert shift.as_shift("running") == shift.as_shift({"name": "running_shift"}) == RewardShift()
+    def bound(shift):
+        return prefloss.get("bco_pair", shift=shift).params["shift"]
+
+    kept = RewardShift()
+    assert bound(kept) is kept
+    assert bound(2) == 2.0
+    assert bound("running") == bound({"name": "running_shift"}) == RewardShift()
 
 
 @pytest.mark.parametrize(

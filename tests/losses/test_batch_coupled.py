@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import prefloss
 from prefloss import LogRatios, Pairs, losses
-from prefloss.losses import Draws, Moments, batch_coupled
+from prefloss.hyperparameters import Draws, Moments
+from prefloss.losses import batch_coupled
 
 NAMES = ("aot", "aot_unpaired", "dr_dpo", "kto_pair", "beta_dpo", "alpha_dpo")
 POINT = Pairs(
@@ -148,7 +149,7 @@ def test_beta_dpo_prefers_pairs_near_the_usual_margin():
     log_weight = torch.log(torch.tensor([8.0, 1.0, 1.0, 0.0]))
     counted = torch.tensor([True, True, True, True])
     draws = Draws(0)
-    counts = sum(batch_coupled._drawn(log_weight, counted, 0.5, draws).float() for _ in range(2000)) / 2000
+    counts = sum(batch_coupled._drawn(log_weight, counted, 0.5, draws()).float() for _ in range(2000)) / 2000
     # Two of weights 8, 1, 1 without replacement: the first is missed with chance 2 * (1/10) * (1/9).
     assert counts[0].item() == pytest.approx(1 - 2 / 90, abs=0.01)
     assert counts[1].item() == pytest.approx((1 + 1 / 45) / 2, abs=0.04)
@@ -161,10 +162,12 @@ def test_beta_dpo_keeps_at_least_one_and_nobody_who_does_not_count():
     counted = torch.tensor([True, False, True])
     for seed in range(20):
         # A weight that underflows entirely still beats one that does not count.
-        kept = batch_coupled._drawn(torch.full((3,), -torch.inf), counted, 1.0, seed)
+        kept = batch_coupled._drawn(torch.full((3,), -torch.inf), counted, 1.0, Draws(seed)())
         assert torch.equal(kept, counted)
-    assert not batch_coupled._drawn(torch.zeros(2), torch.zeros(2, dtype=torch.bool), 0.5, 0).any()
-    assert batch_coupled._drawn(torch.zeros(100), torch.ones(100, dtype=torch.bool), 0.29, 0).sum() == 29
+    assert not batch_coupled._drawn(torch.zeros(2), torch.zeros(2, dtype=torch.bool), 0.5, Draws()()).any()
+    assert (
+        batch_coupled._drawn(torch.zeros(100), torch.ones(100, dtype=torch.bool), 0.29, Draws()()).sum() == 29
+    )
 
 
 def test_beta_dpo_draws_anew_in_training_and_the_same_in_evaluation():
@@ -209,7 +212,7 @@ def test_a_fixed_state_is_stateless():
 
 @pytest.mark.parametrize("name", ["beta_dpo", "alpha_dpo"])
 def test_the_raw_functions_keep_no_state(name):
-    with pytest.raises(ValueError, match="moments: got 'running', expected the object itself"):
+    with pytest.raises(ValueError, match="moments: got 'running', expected the object that keeps the state"):
         getattr(losses, name)(POINT)
     with pytest.raises(TypeError, match=rf"{name}: moments: got 3, expected 'running', two numbers"):
         prefloss.get(name, moments=3)

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from prefloss import LogRatios, Pairs
 from prefloss.losses._core import maths
 
 LOG_2 = math.log(2)
@@ -51,18 +50,6 @@ def test_plain_forms_of_log1mexp_fail_there():
 
 
 @pytest.mark.parametrize(
-    ("policy", "odds"), [(-LOG_2, 0.0), (math.log(0.75), math.log(3)), (-1e-8, 18.420681)]
-)
-def test_log_odds_of_the_mean_probability(policy, odds):
-    ratios = LogRatios(policy=torch.tensor([4 * policy], dtype=torch.float64), tokens=[4])
-    assert maths.log_odds(ratios).item() == pytest.approx(odds, rel=1e-6, abs=1e-12)
-
-
-def test_nll_is_per_token_and_zero_without_tokens():
-    assert maths.nll(LogRatios(policy=[-20.0, -3.0], tokens=[10, 0])).tolist() == [2.0, 0.0]
-
-
-@pytest.mark.parametrize(
     ("z", "q", "value"),
     [
         (0.0, 0.5, 0.0),
@@ -86,29 +73,6 @@ def test_bernoulli_kl_of_opposite_certainties():
     certain = torch.nn.functional.logsigmoid(far), torch.nn.functional.logsigmoid(-far)
     assert maths.bernoulli_kl(-far, *certain).item() == 1e4
     assert maths.bernoulli_kl(far, *certain).item() == 0
-
-
-def test_lengths_take_the_dtype_of_the_log_probs():
-    assert maths.lengths(LogRatios(torch.tensor([-1.0]).double(), tokens=[3])).dtype == torch.float64
-    with pytest.raises(ValueError, match="tokens: got None, expected completion token counts"):
-        maths.lengths(LogRatios(policy=[-1.0]))
-
-
-def test_what_a_loss_misses_is_named():
-    pairs = Pairs.of([0.0], [0.0])
-    with pytest.raises(ValueError, match="gold: got None, expected log-ratios of a third completion"):
-        maths.gold_of(pairs)
-    with pytest.raises(ValueError, match="score_chosen: got None, expected a score of each completion"):
-        maths.score_gap(pairs)
-
-
-def test_scores_have_the_dtype_of_the_log_ratios_and_no_gradient():
-    score = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
-    pairs = Pairs.of([0.0], [0.0], score_chosen=score, score_rejected=[0.5])
-    gap = maths.score_gap(pairs)
-    assert gap.item() == 1.5
-    assert gap.dtype == torch.float32
-    assert not gap.requires_grad
 
 
 def test_refuse_raises_where_values_can_be_read():

@@ -1,4 +1,4 @@
-"""Losses of pairs that few use and that read each token: entropies of the reference, importance weights."""
+"""Pair losses with few users that read each token: entropies of the reference, importance weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefloss.feedback import Pairs
+from prefloss.feedback import Pairs, required
 from prefloss.logratios import LogRatios
 from prefloss.losses._core import transforms
+from prefloss.losses._core.catalogue import register
 from prefloss.losses._core.parameters import Interval, NonNegative, Positive
-from prefloss.losses._core.registry import register
-from prefloss.losses.per_token import column
 
 
 @register(monotone=True, needs=("per_token.reference_entropy",))
@@ -27,11 +26,7 @@ def mallows_dpo(pairs: Pairs, *, beta: Positive = 0.1, dispersion: Positive = 0.
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats, and at each token the reference's entropy over that
             of the uniform distribution, [pairs, T].
-        beta: Strength of the pull towards the reference.
         dispersion: Scale d that brings φ to about 1; a statistic of the data.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> from prefloss.logratios import PerToken
@@ -42,9 +37,9 @@ def mallows_dpo(pairs: Pairs, *, beta: Positive = 0.1, dispersion: Positive = 0.
         tensor([0.6286])
 
     Note:
-        Low adoption: the authors' repositories alone have it. The entropies have no gradient; one below the smallest
-        normal number counts as that. The default of d is the authors' statistic of their data. When to use: prompts of
-        which some have one answer and some have many.
+        Low adoption: only the authors' repositories have it. The entropies have no gradient; one below the smallest
+        normal number counts as that. The default of d is the authors' statistic of their data. When to use: prompts
+        with one answer mixed with prompts that have many.
 
     Reference: Chen et al. 2024, arXiv:2405.14953.
     """
@@ -75,9 +70,6 @@ def rainbowpo(
         mixing: Share α of the reference against the fixed margin.
         dispersion: Scale d of the strength φ, as in `mallows_dpo`.
 
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
-
     Example:
         >>> from prefloss.logratios import PerToken
         >>> tokens, mask, entropy = torch.tensor([[-1.0]]), torch.tensor([[True]]), torch.tensor([[0.1]])
@@ -87,7 +79,7 @@ def rainbowpo(
         tensor([0.4313])
 
     Note:
-        Low adoption: the authors' repository alone has it. The margin stands inside beta and is scaled by 1 - α, unlike
+        Low adoption: only the authors' repository has it. The margin stands inside beta and is scaled by 1 - α, unlike
         that of `simpo`. Defaults are those of the code's classes. The entropies have no gradient. When to use: to try
         which of its parts (length, reference, margin, strength) helps on your data.
 
@@ -111,11 +103,7 @@ def tis_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.0) -> 
     Args:
         pairs: Reads the log-probs of each token under policy and reference, [pairs, T], nats, its weight, and unless
             alpha is 0 its KL.
-        beta: Strength of the pull towards the reference.
         alpha: Weight of the KL offset: 0 in the authors' configuration, 1 in the paper.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> from prefloss.logratios import PerToken
@@ -126,40 +114,40 @@ def tis_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.0) -> 
         tensor([0.5544])
 
     Note:
-        Low adoption: the authors' repository alone has it. The weights are data, worked out beforehand from two
+        Low adoption: only the authors' repository has it. The weights are data, computed beforehand from two
         contrastive models (the code clips them to [0.7, 1.3] or so), and have no gradient. The KL has the policy in
-        front, the reverse of `tdpo1`, and a gradient on both sides. When to use: answers of which a few words decide.
+        front, the reverse of `tdpo1`, and a gradient on both sides. When to use: answers that differ in a few decisive
+        words.
 
     Reference: Liu et al. 2024, arXiv:2410.04350.
     """
-    margin = _weighted(pairs.chosen, "chosen") - _weighted(pairs.rejected, "rejected")
+    margin = _weighted_h(pairs.chosen) - _weighted_h(pairs.rejected)
     if alpha != 0:
-        kl = _weighted_kl(pairs.chosen, "chosen") - _weighted_kl(pairs.rejected, "rejected")
-        margin = margin - alpha * kl
+        margin = margin - alpha * (_weighted_kl(pairs.chosen) - _weighted_kl(pairs.rejected))
     return -F.logsigmoid(beta * margin)
 
 
 def _sharpness(pairs: Pairs, dispersion: float) -> Tensor:
     """Mallows' φ, [pairs], without gradient: large where the reference is sure."""
-    entropy = sum(
-        transforms.rows_of(side, name).mean(column(side, name, "reference_entropy"))
-        for side, name in ((pairs.chosen, "chosen"), (pairs.rejected, "rejected"))
+    chosen, rejected = (
+        required(side, "per_token").mean(transforms.per_token(side, "reference_entropy"))
+        for side in (pairs.chosen, pairs.rejected)
     )
-    assert isinstance(entropy, Tensor)
-    return -dispersion * torch.log((0.5 * entropy).detach().clamp(min=torch.finfo(entropy.dtype).tiny))
+    entropy = (0.5 * (chosen + rejected)).detach()
+    return -dispersion * torch.log(entropy.clamp(min=torch.finfo(entropy.dtype).tiny))
 
 
-def _weights(ratios: LogRatios, side: str) -> Tensor:
+def _weighted(ratios: LogRatios, values: Tensor) -> Tensor:
+    """Sum over tokens of the values times the importance weights, [...]."""
+    rows = required(ratios, "per_token")
     # 0 outside the mask, where a weight may be anything and would reach the gradients.
-    rows = transforms.rows_of(ratios, side)
-    return torch.where(rows.mask, column(ratios, side, "weight").detach(), 0.0)
+    return rows.sum(torch.where(rows.mask, transforms.per_token(ratios, "weight").detach(), 0.0) * values)
 
 
-def _weighted(ratios: LogRatios, side: str) -> Tensor:
-    rows = transforms.rows_of(ratios, side)
-    return rows.sum(_weights(ratios, side) * (rows.policy - column(ratios, side, "reference").detach()))
+def _weighted_h(ratios: LogRatios) -> Tensor:
+    rows = required(ratios, "per_token")
+    return _weighted(ratios, rows.policy - transforms.per_token(ratios, "reference").detach())
 
 
-def _weighted_kl(ratios: LogRatios, side: str) -> Tensor:
-    rows = transforms.rows_of(ratios, side)
-    return rows.sum(_weights(ratios, side) * column(ratios, side, "reverse_kl"))
+def _weighted_kl(ratios: LogRatios) -> Tensor:
+    return _weighted(ratios, transforms.per_token(ratios, "reverse_kl"))

@@ -1,4 +1,4 @@
-"""Losses of a pair's sums that few use: other functions of the margin, and other ways to hold a side."""
+"""Pair losses with few users: other functions of the margin, and other constraints on a side."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefloss.feedback import Pairs
-from prefloss.losses._core import maths
+from prefloss.feedback import Pairs, required
+from prefloss.losses._core import maths, transforms
+from prefloss.losses._core.catalogue import register
+from prefloss.losses._core.maths import MAX_EXPONENT
 from prefloss.losses._core.parameters import NonNegative, Positive
-from prefloss.losses._core.registry import register
-from prefloss.losses._core.transforms import MAX_EXPONENT
 from prefloss.losses.pairwise import dpo
 
 
@@ -23,10 +23,6 @@ def dpo_sigmoid_prob(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     .. math::
         \ell = -\sigma(\beta (h_w - h_l))
-
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
 
     Returns:
         Loss of each pair, [pairs], in [-1, 0]; not reduced.
@@ -51,13 +47,6 @@ def cauchy(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     .. math::
         \ell = -\log\left(\frac{\arctan z}{\pi} + \frac{1}{2}\right), \quad z = \beta (h_w - h_l)
-
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> cauchy(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1)
@@ -96,8 +85,6 @@ def bregman_dpo(
         \ell_\mathrm{lr} = \log(1 + R), \quad R = e^{-\beta (h_w - h_l)}
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         member: Which divergence; `"lr"` is DPO.
         lam: Exponent λ of `"ba"` and `"sba"`.
         scale: Divisor s of `"sba"`.
@@ -145,13 +132,8 @@ def focalpo(pairs: Pairs, *, beta: Positive = 0.1, gamma: NonNegative = 2.0, det
         \ell = -\operatorname{sg}[\sigma(z)^\gamma] \log \sigma(z), \quad z = \beta (h_w - h_l)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         gamma: How strongly; 0 is DPO.
         detach: Give the factor in front no gradient.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> focalpo(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1, gamma=2.0)
@@ -161,8 +143,8 @@ def focalpo(pairs: Pairs, *, beta: Positive = 0.1, gamma: NonNegative = 2.0, det
         Formula from third-party code only, oxRL's: the authors' repository is empty. Whether the paper stops the
         gradient was not settled: write-ups mention no stop, oxRL has one. Without it the gradient turns round below
         sigma(z) = e^(-1/gamma), which is 0.61 at gamma = 2, so that a fresh pair would be pushed the wrong way: then
-        take a small gamma such as 0.05. No default could be verified. It raises the weight of pairs that are right,
-        the reverse of the focal loss in vision. When to use: preferences with many pairs that cannot be learnt.
+        take a small gamma such as 0.05. No default could be verified. It raises the weight of pairs that are right, the
+        reverse of the focal loss in vision. When to use: many pairs that cannot be learnt.
 
     Reference: FocalPO 2025, arXiv:2501.06645.
     """
@@ -171,7 +153,7 @@ def focalpo(pairs: Pairs, *, beta: Positive = 0.1, gamma: NonNegative = 2.0, det
     return -(factor.detach() if detach else factor) * log_p
 
 
-@register
+@register(holds_chosen=True)
 def c2dpo(pairs: Pairs, *, beta: Positive = 0.1, constraint_weight: NonNegative = 2e-4) -> Tensor:
     r"""DPO plus a square that keeps the two log-ratios balanced (C²-DPO).
 
@@ -179,8 +161,6 @@ def c2dpo(pairs: Pairs, *, beta: Positive = 0.1, constraint_weight: NonNegative 
         \ell = -\log \sigma(\beta (h_w - h_l)) + \lambda (h_w + h_l)^2
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         constraint_weight: Weight λ of the square, in 1/nats squared.
 
     Returns:
@@ -199,19 +179,12 @@ def c2dpo(pairs: Pairs, *, beta: Positive = 0.1, constraint_weight: NonNegative 
     return dpo(pairs, beta=beta) + constraint_weight * (pairs.chosen.h + pairs.rejected.h) ** 2
 
 
-@register(monotone=True)
+@register(monotone=True, holds_chosen=True)
 def minor_dpo(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""DPO that stops pushing the rejected completion below the reference (MinorDPO).
 
     .. math::
         \ell = -\log \sigma(\beta (h_w - \max(0, h_l)))
-
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> minor_dpo(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1)
@@ -219,27 +192,22 @@ def minor_dpo(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     Note:
         Formula from third-party code only, oxRL's. At h_l = 0, where training starts, the rejected side has no
-        gradient. When to use: DPO under which the rejected completions fall too far.
+        gradient. When to use: DPO that lowers rejected completions too far.
 
     Reference: Xie et al. 2024, arXiv:2408.09834.
     """
     return -F.logsigmoid(beta * (pairs.chosen.h - torch.relu(pairs.rejected.h)))
 
 
-@register(aliases={"oxrl:bpo": ("oxRL", {"alpha": 1.0})}, monotone=True)
+@register(aliases={"oxrl:bpo": ("oxRL", {"alpha": 1.0})}, monotone=True, holds_chosen=True)
 def balanced_bpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.3) -> Tensor:
-    r"""Logistic loss of the side that is worse off (balanced preference optimization, BPO).
+    r"""Logistic loss of the worse side (balanced preference optimization, BPO).
 
     .. math::
         \ell = -\log \sigma(\beta \min(h_w, -\alpha h_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         alpha: Weight of the rejected side against the chosen one.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
 
     Example:
         >>> balanced_bpo(Pairs.of(chosen=[1.5], rejected=[-1.0]), beta=0.1, alpha=1.0)
@@ -256,7 +224,13 @@ def balanced_bpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.3) -
     return -F.logsigmoid(beta * torch.minimum(pairs.chosen.h, -alpha * pairs.rejected.h))
 
 
-@register(aliases={"turbo:ASFT": "turbo-alignment"}, needs_reference=False, monotone=True, needs=("tokens",))
+@register(
+    aliases={"turbo:ASFT": "turbo-alignment"},
+    needs_reference=False,
+    monotone=True,
+    holds_chosen=True,
+    needs=("tokens",),
+)
 def asft(pairs: Pairs, *, beta: NonNegative = 0.1) -> Tensor:
     r"""NLL of the chosen completion plus unlikelihood of the rejected one (aligned SFT, ASFT).
 
@@ -283,7 +257,7 @@ def asft(pairs: Pairs, *, beta: NonNegative = 0.1) -> Tensor:
 
     Reference: ASFT 2024, arXiv:2409.10571.
     """
-    return (1 + beta) * maths.nll(pairs.chosen) - beta * maths.log1mexp(pairs.rejected.policy_mean)
+    return (1 + beta) * transforms.nll(pairs.chosen) - beta * maths.log1mexp(pairs.rejected.policy_mean)
 
 
 @register(monotone=True, needs=("gold",))
@@ -295,7 +269,6 @@ def selm(pairs: Pairs, *, beta: Positive = 0.01, alpha: NonNegative = 0.001) -> 
 
     Args:
         pairs: Reads the log-ratios h of both sides and of `gold`, a sample of the reference policy, [pairs], nats.
-        beta: Strength of the pull towards the reference.
         alpha: Weight of the exploration term.
 
     Returns:
@@ -307,9 +280,9 @@ def selm(pairs: Pairs, *, beta: Positive = 0.01, alpha: NonNegative = 0.001) -> 
         tensor([0.5559])
 
     Note:
-        Low adoption: the authors' repository alone has it. The sum over tokens, with gradient. Its recipes use beta
-        0.01 and alpha 0.001 (Zephyr, Phi-3) or 0.0001 (Llama-3). When to use: online data, beside `xpo`.
+        Low adoption: only the authors' repository has it. The term is a sum over tokens, with gradient. Its recipes use
+        beta 0.01 and alpha 0.001 (Zephyr, Phi-3) or 0.0001 (Llama-3). When to use: online data, beside `xpo`.
 
     Reference: Zhang et al. 2024, arXiv:2405.19332.
     """
-    return dpo(pairs, beta=beta) + alpha * beta * maths.gold_of(pairs).h
+    return dpo(pairs, beta=beta) + alpha * beta * required(pairs, "gold").h

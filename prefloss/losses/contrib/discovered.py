@@ -1,4 +1,4 @@
-"""The siblings of DiscoPOP: other losses that its language model proposed."""
+"""Other losses that the language model behind DiscoPOP proposed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
+from prefloss.losses._core.catalogue import register
+from prefloss.losses._core.maths import MAX_EXPONENT, batch_mean
 from prefloss.losses._core.parameters import Positive
-from prefloss.losses._core.registry import register
-from prefloss.losses._core.transforms import MAX_EXPONENT
-from prefloss.losses.batch_coupled import batch_mean
 from prefloss.losses.pairwise import dpo, hinge
 
 # The temperature of the batch statistics, a constant in the authors' code.
@@ -24,10 +23,6 @@ def discopop_cell(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
     .. math::
         \ell = \frac{1}{2} e^{-z} - \frac{1}{2} \log \sigma(z), \quad z = \beta (h_w - h_l)
 
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
     Returns:
         Loss of each pair, [pairs]; not reduced.
 
@@ -36,7 +31,7 @@ def discopop_cell(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
         tensor([0.6774])
 
     Note:
-        Low adoption: the authors' repository alone has it. The exponent is clamped at 80, where float32 ends. When to
+        Low adoption: only the authors' repository has it. The exponent is clamped at 80, where float32 ends. When to
         use: to compare with `discopop`.
 
     Reference: Lu et al. 2024, arXiv:2406.08414, appendix.
@@ -52,20 +47,13 @@ def discopop_padll(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
     .. math::
         \ell = -0.9 \left(1 - \frac{1}{2} 1[h_w < h_l]\right) \log \sigma(\beta (h_w - h_l))
 
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
-    Returns:
-        Loss of each pair, [pairs], nats; not reduced.
-
     Example:
         >>> discopop_padll(Pairs.of(chosen=[1.5, -1.0], rejected=[-1.0, 1.5]), beta=0.1)
         tensor([0.5183, 0.3717])
 
     Note:
-        Low adoption: the authors' repository alone has it. The loss jumps up where a pair comes into the right order.
-        When to use: to compare with `discopop`.
+        Low adoption: only the authors' repository has it. The loss jumps up where a pair reaches the right order. When
+        to use: to compare with `discopop`.
 
     Reference: Lu et al. 2024, arXiv:2406.08414, appendix.
     """
@@ -83,7 +71,6 @@ def discopop_pfl(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
 
     Args:
         pairs: Reads the log-ratios h of both sides and the policy log-probs, [pairs], nats.
-        beta: Strength of the pull towards the reference.
 
     Returns:
         Loss of each pair, [pairs]; not reduced.
@@ -96,8 +83,8 @@ def discopop_pfl(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
         tensor([2.5000])
 
     Note:
-        Low adoption: the authors' repository alone has it. The condition compares the policy's sums, so it favours
-        the shorter completion, and the loss jumps there. When to use: to compare with `discopop`.
+        Low adoption: only the authors' repository has it. The condition compares the policy's sums, so it favours the
+        shorter completion, and the loss jumps there. When to use: to compare with `discopop`.
 
     Reference: Lu et al. 2024, arXiv:2406.08414, appendix.
     """
@@ -113,10 +100,6 @@ def discopop_dbaql(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
         \ell = -s \log \sigma(z / 0.9) + (1 - s) e^{-0.9 z}, \quad s = \sigma(\operatorname{var}(z / 0.05)),
         \quad z = \beta (h_w - h_l)
 
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
     Returns:
         Loss of each pair, [pairs]; not reduced.
 
@@ -125,9 +108,9 @@ def discopop_dbaql(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
         tensor([0.6812, 0.6812])
 
     Note:
-        Low adoption: the authors' repository alone has it. The variance is the unbiased one of the pairs that count,
-        with gradient; for one pair it is 0 here, NaN there. The exponent is clamped at 80. When to use: to compare
-        with `discopop`.
+        Low adoption: only the authors' repository has it. The variance is the unbiased one of the pairs that count,
+        with gradient; for one pair it is 0 here, NaN there. The exponent is clamped at 80. When to use: to compare with
+        `discopop`.
 
     Reference: Lu et al. 2024, arXiv:2406.08414, appendix.
     """
@@ -146,10 +129,6 @@ def discopop_aql(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
         \ell = -w \log \sigma(z) + (1 - w) \max(0, 1 - z), \quad w = \sigma(q - u), \;
         q = 0.5 + 0.01 (\sigma(\operatorname{mean} u) - 0.5), \; u = z / 0.05, \; z = \beta (h_w - h_l)
 
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
     Returns:
         Loss of each pair, [pairs]; not reduced.
 
@@ -158,7 +137,7 @@ def discopop_aql(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
         tensor([0.8090])
 
     Note:
-        Low adoption: the authors' repository alone has it. The mean is that of the pairs that count, and the gradient
+        Low adoption: only the authors' repository has it. The mean is that of the pairs that count, and the gradient
         flows through w. When to use: to compare with `discopop`.
 
     Reference: Lu et al. 2024, arXiv:2406.08414, appendix.
@@ -178,10 +157,6 @@ def discopop_aqfl(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
         q = q_0 + 0.05 (\sigma(\operatorname{mean} u) - q_0), \\
         q_0 = \operatorname{std}(u) \operatorname{mean} \sigma(-u), \; u = z / 0.05, \; z = \beta (h_w - h_l)
 
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats.
-        beta: Strength of the pull towards the reference.
-
     Returns:
         Loss of each pair, [pairs]; not reduced.
 
@@ -190,8 +165,8 @@ def discopop_aqfl(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
         tensor([0.8464])
 
     Note:
-        Low adoption: the authors' repository alone has it. The standard deviation is the unbiased one of the pairs
-        that count, with gradient; for one pair it is 0 here, NaN there. When to use: to compare with `discopop`.
+        Low adoption: only the authors' repository has it. The standard deviation is the unbiased one of the pairs that
+        count, with gradient; for one pair it is 0 here, NaN there. When to use: to compare with `discopop`.
 
     Reference: Lu et al. 2024, arXiv:2406.08414, appendix.
     """

@@ -1,0 +1,342 @@
+"""Running statistics and random draws that losses keep between calls, and the hyperparameters that take them.
+
+Each hyperparameter takes the state itself, its configuration (`"running"` or `{"name": ..., **settings}`), or a fixed
+value. `prefloss.get` makes a fresh state; the plain function of a loss needs the object or a fixed value.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from prefloss.feedback import Labels
+from prefloss.logratios import LogRatios
+from prefloss.losses._core.parameters import Coerce
+from prefloss.losses._core.state import State, from_config
+
+
+def _stateful(kind: type[State], fixed: Callable[[Any], Any], expected: str) -> Coerce:
+    """A hyperparameter that takes a state of one kind, its configuration, or a fixed value.
+
+    Args:
+        kind: Class of the state; `"running"` and its name make one with default settings.
+        fixed: Checks and converts any other value; raises TypeError or ValueError.
+        expected: What is accepted, in words.
+    """
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, str) and value in ("running", kind.name):
+            return kind()
+        value = from_config(value, kind)
+        return value if isinstance(value, kind) else fixed(value)
+
+    return Coerce(convert, expected)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        raise ValueError(f"got the unknown name {value!r}, expected a number")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"got {value!r}, expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"got {value!r}, expected a finite number")
+    return float(value)
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"got {value!r}, expected a list of numbers")
+    return tuple(map(_number, value))
+
+
+def _mean_and_std(value: Any) -> tuple[float, ...]:
+    numbers = _numbers(value)
+    if len(numbers) != 2 or numbers[1] < 0:
+        raise ValueError(f"got {value!r}, expected two numbers, the second >= 0")
+    return numbers
+
+
+def _check_decay(decay: Any) -> None:
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+        raise ValueError(f"decay: got {decay!r}, expected a number >= 0 and < 1")
+
+
+class RewardShift(State):
+    """BCO's reward shift: mean of all rewards seen so far, each counted once, without gradient.
+
+    Example:
+        >>> shift = RewardShift()
+        >>> counted = torch.tensor([True, True])
+        >>> shift(torch.tensor([1.0, 3.0]), counted), shift(torch.tensor([5.0, 7.0]), counted)
+        (tensor(2.), tensor(4.))
+    """
+
+    name = "running_shift"
+    saved = ("total", "count")
+    settings = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+        self.count = 0.0
+
+    def __call__(self, rewards: Tensor, counted: Tensor) -> Tensor:
+        """The shift after taking in the rewards that count, a scalar; 0 before the first one.
+
+        Args:
+            rewards: beta * h, any shape.
+            counted: True where a reward counts, same shape.
+        """
+        if self.training:
+            count, total, _ = self._totals(rewards, counted)
+            self.total += total
+            self.count += count
+        return rewards.new_tensor(self.total / self.count if self.count else 0.0)
+
+
+class Moments(State):
+    """Moving mean and standard deviation of a margin, starting from 0, without gradient.
+
+    The standard deviation is the unbiased one of the batch of all ranks; a batch of one value leaves it unchanged.
+
+    Args:
+        decay: How much of the past is kept at each batch, in [0, 1).
+    """
+
+    name = "moments"
+    saved = ("mean", "std")
+    settings = ("decay",)
+
+    def __init__(self, decay: float = 0.9) -> None:
+        super().__init__()
+        _check_decay(decay)
+        self.decay = decay
+        self.mean = 0.0
+        self.std = 0.0
+
+    def __call__(self, values: Tensor, counted: Tensor) -> tuple[float, float]:
+        """Mean and standard deviation after taking in the values that count, [n]."""
+        if self.training:
+            count, total, squares = self._totals(values, counted)
+            if count:
+                self.mean = self.decay * self.mean + (1 - self.decay) * total / count
+            if count > 1:
+                variance = max(0.0, (squares - total**2 / count) / (count - 1))
+                self.std = self.decay * self.std + (1 - self.decay) * variance**0.5
+        return self.mean, self.std
+
+
+def _stream(seed: int, call: int) -> torch.Generator:
+    """A CPU generator for one call."""
+    # Distinct streams for distinct (seed, call) pairs; the constant is prime and larger than any run is long.
+    return torch.Generator().manual_seed((seed * 1_000_003 + call) % 2**63)
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: got {seed!r}, expected an integer")
+
+
+class Draws(State):
+    """Random numbers that a loss draws: reproducible from a seed, continued after a restart.
+
+    Args:
+        seed: Any integer.
+    """
+
+    name = "draws"
+    saved = ("drawn",)
+    settings = ("seed",)
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        _check_seed(seed)
+        self.seed = seed
+        self.drawn = 0
+
+    def __call__(self) -> torch.Generator:
+        """A CPU generator for one call; evaluation draws the same numbers every time."""
+        generator = _stream(self.seed, self.drawn)
+        self.drawn += self.training
+        return generator
+
+
+class Recent(State):
+    """The last values of a quantity on this rank, to compare a batch with; empty at first.
+
+    Args:
+        size: How many values are kept.
+        batch: A batch is filled up to this many with values drawn from those kept.
+        seed: Seed of the draws, any integer.
+    """
+
+    name = "recent"
+    saved = ("values", "drawn")
+    settings = ("size", "batch", "seed")
+
+    def __init__(self, size: int = 2048, batch: int = 256, seed: int = 0) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("batch", batch)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number >= 0")
+        _check_seed(seed)
+        self.size, self.batch, self.seed = size, batch, seed
+        self.values: list[float] = []
+        self.drawn = 0
+
+    def __call__(self, values: Tensor, counted: Tensor) -> list[float]:
+        """Values of earlier batches, drawn without replacement; then, in training, take this batch in.
+
+        Args:
+            values: This batch's, any shape.
+            counted: True where a value counts, same shape.
+        """
+        new = values.detach()[counted & values.detach().isfinite()].tolist()
+        missing = min(len(self.values), max(0, self.batch - len(new)))
+        order = torch.randperm(len(self.values), generator=_stream(self.seed, self.drawn)).tolist()
+        drawn = [self.values[place] for place in order[:missing]]
+        if self.training:
+            self.drawn += 1
+            # A new list: state dicts hold the old one.
+            kept = self.values + new
+            self.values = kept[max(0, len(kept) - self.size) :]
+        return drawn
+
+
+class KLBaseline(Protocol):
+    """Labels -> KL baseline z0, a scalar or [n], nats, without gradient."""
+
+    def __call__(self, labels: Labels, /) -> Tensor:
+        """Estimate the baseline for this batch."""
+        ...
+
+
+def _mismatched(labels: Labels) -> Tensor:
+    """The paper's estimate of KL(policy || reference): mean h of mismatched completions, at least 0."""
+    if labels.mismatched is None:
+        raise ValueError("kl_baseline: 'mismatched' reads labels.mismatched: got None, expected LogRatios")
+    h = labels.mismatched.h.detach()
+    # Completions without tokens have h = 0 and add nothing to the sum. The mean is clamped, as in the paper: clamping
+    # each completion would raise the estimate.
+    return (h.sum() / (~labels.mismatched.empty).sum().clamp(min=1)).clamp(min=0)
+
+
+def _column(labels: Labels) -> Tensor:
+    """A baseline computed elsewhere."""
+    if labels.kl is None:
+        raise ValueError("kl_baseline: 'column' reads labels.kl: got None, expected a scalar or [n] in nats")
+    return labels.kl
+
+
+def _zero(labels: Labels) -> Tensor:
+    """No baseline."""
+    return torch.zeros((), device=labels.completions.device, dtype=labels.completions.policy.dtype)
+
+
+def _auto(labels: Labels) -> Tensor:
+    """What the labels carry: `kl`, else `mismatched`, else 0 with a warning."""
+    if labels.kl is not None:
+        return _column(labels)
+    if labels.mismatched is not None:
+        return _mismatched(labels)
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "kto: the labels carry neither `kl` nor `mismatched`, so the KL baseline is 0; pass one of them, or "
+            "kl_baseline='zero' or 'running_mean' to choose.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return _zero(labels)
+
+
+class RunningMean(State):
+    """KL baseline: mean log-ratio of the examples seen so far, at least 0; works at batch size 1 and in any order.
+
+    A batch is compared with the batches before it, so no example is its own baseline; the first one gets 0. This
+    estimates how far the policy has moved on the data's own completions. It stands in for the paper's mismatched
+    estimate where a second forward pass is too expensive.
+
+    Args:
+        decay: How much of the past is kept at each batch, in [0, 1).
+
+    Example:
+        >>> baseline = RunningMean(decay=0.5)
+        >>> labels = Labels(completions=LogRatios.of([2.0]), desirable=[True])
+        >>> baseline(labels), baseline(labels)
+        (tensor(0.), tensor(2.))
+    """
+
+    name = "running_mean"
+    saved = ("total", "weight")
+    settings = ("decay",)
+
+    def __init__(self, decay: float = 0.9) -> None:
+        super().__init__()
+        _check_decay(decay)
+        self.decay = decay
+        self.total = 0.0
+        self.weight = 0.0
+
+    def __call__(self, labels: Labels) -> Tensor:
+        """The baseline from earlier batches, a scalar; then, in training, take this batch in."""
+        value = _zero(labels) + max(0.0, self.value)
+        if self.training:
+            self._take_in(labels.completions)
+        return value
+
+    @property
+    def value(self) -> float:
+        """Running mean log-ratio, nats; 0 before the first batch."""
+        return self.total / self.weight if self.weight else 0.0
+
+    def _take_in(self, completions: LogRatios) -> None:
+        count, total, _ = self._totals(completions.h, ~completions.empty)
+        if count:
+            # Dividing by the accumulated weight removes the bias towards 0 of the first batches.
+            self.total = self.decay * self.total + total / count
+            self.weight = self.decay * self.weight + 1.0
+
+
+BASELINES: Mapping[str, KLBaseline] = {
+    "auto": _auto,
+    "mismatched": _mismatched,
+    "column": _column,
+    "zero": _zero,
+}
+"""KL baselines without a state, by name."""
+
+
+def _baseline(value: Any) -> Any:
+    if isinstance(value, str) and value not in BASELINES:
+        raise ValueError(f"got {value!r}, expected one of {', '.join(BASELINES)}")
+    if not isinstance(value, str) and not callable(value):
+        raise TypeError(f"got {value!r}, expected a name or a callable")
+    return value
+
+
+_NAMES = ", ".join(map(repr, [*BASELINES, RunningMean.name]))
+DRAWS = _stateful(Draws, Draws, "an integer seed or Draws")
+Shift = Annotated[
+    str | float | RewardShift, _stateful(RewardShift, _number, "'running' or a finite number in nats")
+]
+Spread = Annotated[
+    str | tuple[float, float] | Moments,
+    _stateful(Moments, _mean_and_std, "'running', two numbers (mean, std >= 0) or Moments"),
+]
+Seed = Annotated[int | Draws, DRAWS]
+Queue = Annotated[
+    str | tuple[float, ...] | Recent, _stateful(Recent, _numbers, "'running', a list of numbers or Recent")
+]
+Baseline = Annotated[
+    str | KLBaseline, _stateful(RunningMean, _baseline, f"one of {_NAMES} or a callable Labels -> nats")
+]
+
+
+def generator(draws: int | Draws) -> torch.Generator:
+    """The generator of one call, from a state or a seed."""
+    return DRAWS.function(draws)()

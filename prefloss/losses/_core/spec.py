@@ -1,0 +1,209 @@
+"""What a loss is: read from its signature, its docstring and the traits declared beside it."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast, get_type_hints
+
+from torch import Tensor
+
+from prefloss.feedback import KINDS, NEEDS
+from prefloss.losses._core import docstring
+from prefloss.losses._core.parameters import Parameter
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name of a loss.
+
+    Attributes:
+        peers: The trainers that use it.
+        parameters: Hyperparameters that it sets, where the trainers' form differs from the defaults here.
+    """
+
+    peers: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """The trainers, and what the name sets."""
+        if not self.parameters:
+            return self.peers
+        return f"{self.peers} ({', '.join(f'{name}={value!r}' for name, value in self.parameters.items())})"
+
+
+@dataclass(frozen=True, eq=False)
+class LossSpec:
+    """What a loss is, reads and promises; trainers and checks act on this, never on the name.
+
+    Attributes:
+        name: Its id in the registry.
+        function: The registered function.
+        feedback: The kind of feedback it takes: `Pairs`, `Labels` or `Rankings`.
+        parameters: Its hyperparameters by name.
+        aliases: Names under which trainers know it, each with those trainers and the hyperparameters by which their
+            form of it differs.
+        needs_reference: It reads reference log-probs.
+        separable: The loss of an example depends on that example alone.
+        difference_only: It depends on a pair only through the difference of the two scores.
+        monotone: It never rises when the better completion's score does, at default hyperparameters.
+        holds_chosen: It pulls a chosen (or upvoted) completion that fell far below the reference up at least 1.5
+            times as strongly as it pushes the rejected one down, at default hyperparameters.
+        stateful: It keeps a state between calls at default hyperparameters.
+        beta: Name of the hyperparameter that is the KL strength, which trainers call beta; None if it has none.
+        needs: Fields of the feedback that must be there, such as `tokens`, `scores`, `gold`, `per_token`.
+        reads: Fields that it reads if they are there, such as `kl`; trainers refuse to drop any other.
+        valid: Which examples it counts, feedback -> [n]; None is all without an empty completion.
+        summary: First line of the docstring.
+        formula: Its equation in LaTeX.
+        returns: Shape and unit of its values.
+        paper: arXiv id, as `arXiv:2305.18290`.
+        equation: Equation number in that paper.
+        reference: The whole reference line.
+        note: Where papers and trainers disagree.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    feedback: type
+    parameters: Mapping[str, Parameter]
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
+    needs_reference: bool = True
+    separable: bool = True
+    difference_only: bool = False
+    monotone: bool = False
+    holds_chosen: bool = False
+    stateful: bool = False
+    beta: str | None = None
+    needs: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+    valid: Callable[[Any], Tensor] | None = None
+    summary: str = ""
+    formula: str = ""
+    returns: str = ""
+    paper: str = ""
+    equation: str = ""
+    reference: str = ""
+    note: str = ""
+
+
+TRAITS = (
+    "aliases",
+    "beta",
+    "difference_only",
+    "holds_chosen",
+    "monotone",
+    "needs",
+    "needs_reference",
+    "reads",
+    "separable",
+    "stateful",
+    "valid",
+)
+"""What may be declared beside a function; signature and docstring give the rest."""
+
+
+def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec:
+    """The spec that `register` makes of a function; nothing is registered.
+
+    Args:
+        function: The loss.
+        name: Its name; that of the function if None.
+        **traits: As `register` takes them.
+
+    Raises:
+        ValueError: If the name is not an identifier or a field is unknown.
+        TypeError: If the signature is not that of a loss, or a trait is unknown.
+    """
+    name = name or str(getattr(function, "__name__", ""))
+    if not callable(function):
+        raise TypeError(
+            f"function: got {function!r}, expected a function (feedback, *, hyperparameters) -> values"
+        )
+    if not name.isidentifier():
+        raise ValueError(f"name: got {name!r}, expected an identifier such as 'my_loss'")
+    unknown = sorted(traits.keys() - set(TRAITS))
+    if unknown:
+        raise TypeError(f"{name}: got the unknown trait {unknown[0]!r}, expected {', '.join(TRAITS)}")
+    text = docstring.parse(function)
+    kind, feedback, parameters = _signature(function, name)
+    beta = traits.pop("beta", None) or ("beta" if "beta" in parameters else None)
+    if beta is not None and beta not in parameters:
+        raise TypeError(
+            f"{name}: beta: got {beta!r}, expected one of its hyperparameters {sorted(parameters)}"
+        )
+    strength = beta if traits.get("needs_reference", True) else None
+    described = {**docstring.standard_args(kind, feedback, parameters, strength), **text.args}
+    aliases = {
+        alias: Alias(entry) if isinstance(entry, str) else Alias(*entry)
+        for alias, entry in (traits.pop("aliases", None) or {}).items()
+    }
+    return LossSpec(
+        name=name,
+        function=cast(Any, function),
+        feedback=kind,
+        parameters=types.MappingProxyType(
+            {
+                parameter: Parameter.of(parameter, annotation, default, described.get(parameter, ""))
+                for parameter, (annotation, default) in parameters.items()
+            }
+        ),
+        aliases=types.MappingProxyType(aliases),
+        beta=beta,
+        needs=_fields(name, "needs", traits.pop("needs", ())),
+        reads=_fields(name, "reads", traits.pop("reads", ())),
+        summary=text.summary,
+        formula=text.formula,
+        returns=text.returns or docstring.standard_returns(kind),
+        paper=text.paper,
+        equation=text.equation,
+        reference=text.reference,
+        note=text.note,
+        **traits,
+    )
+
+
+def complete_docstring(spec: LossSpec) -> None:
+    """Give a docstring that has a formula the Args and Returns that every loss shares, so that `help()` shows them."""
+    function = spec.function
+    if spec.formula and isinstance(function, types.FunctionType):
+        feedback = next(iter(inspect.signature(function).parameters))
+        standard = docstring.standard_args(spec.feedback, feedback, (), None)
+        described = {name: parameter.description for name, parameter in spec.parameters.items()}
+        args = {**standard, **described, **docstring.parse(function).args}
+        function.__doc__ = docstring.completed(function, args, spec.returns)
+
+
+def _fields(name: str, trait: str, listed: Iterable[str]) -> frozenset[str]:
+    unknown = sorted(set(listed) - set(NEEDS))
+    if unknown:
+        raise ValueError(f"{name}: {trait}: got {unknown[0]!r}, expected some of {', '.join(NEEDS)}")
+    return frozenset(listed)
+
+
+def _signature(function: Any, name: str) -> tuple[type, str, dict[str, tuple[Any, Any]]]:
+    """Kind of feedback, name of its parameter, and annotation and default of each hyperparameter."""
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise TypeError(
+            f"{name}: an annotation could not be read ({error}); import its names at module level"
+        ) from error
+    first, *rest = inspect.signature(function).parameters.values() or (None,)
+    kind = hints.get(first.name) if first else None
+    if first is None or kind not in KINDS:
+        raise TypeError(
+            f"{name}: first parameter: got annotation {kind!r}, expected Pairs, Labels or Rankings"
+        )
+    for parameter in rest:
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            raise TypeError(
+                f"{name}: {parameter.name}: got a {parameter.kind.description} parameter, expected keyword-only"
+            )
+    return (
+        kind,
+        first.name,
+        {parameter.name: (hints.get(parameter.name, Any), parameter.default) for parameter in rest},
+    )
