@@ -7,6 +7,7 @@ from prefloss.losses._core.parameters import Interval as Interval
 from prefloss.losses._core.parameters import NonNegative as NonNegative
 from prefloss.losses._core.parameters import Parameter as Parameter
 from prefloss.losses._core.parameters import Positive as Positive
+from prefloss.losses._core.parameters import _plain_type as plain_type  # noqa: F401
 from prefloss.losses._core.schedules import Cosine as Cosine
 from prefloss.losses._core.schedules import Linear as Linear
 from prefloss.losses._core.schedules import Schedule as Schedule
