@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 
 import prefloss
 from prefloss import Labels, Pairs, Rankings
-from prefloss.testing import _fields, strategies
+from prefloss.testing import fields, strategies
 
 few = settings(max_examples=15, suppress_health_check=list(HealthCheck))
 
@@ -123,8 +123,8 @@ def test_what_a_failure_prints_makes_the_feedback_again(feedback):
     from prefloss.logratios import LogRatios, PerToken
 
     names = {"torch": torch, "LogRatios": LogRatios, "PerToken": PerToken}
-    again = eval(_fields.show(feedback), {**names, "Pairs": Pairs, "Labels": Labels, "Rankings": Rankings})
-    found, wanted = _fields.tensors(again), _fields.tensors(feedback)
+    again = eval(fields.show(feedback), {**names, "Pairs": Pairs, "Labels": Labels, "Rankings": Rankings})
+    found, wanted = fields.tensors(again), fields.tensors(feedback)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[path], wanted[path]) for path in wanted)
 
@@ -133,9 +133,9 @@ def test_what_a_failure_prints_makes_the_feedback_again(feedback):
 @given(strategies.pairs(size=4, fields=("scores", "gold", "per_token.kl"), weight=True))
 def test_selected_examples_keep_what_belongs_to_them(pairs):
     order = torch.tensor([2, 0])
-    picked = _fields.select(pairs, order)
-    for path, value in _fields.tensors(pairs).items():
-        assert torch.equal(_fields.tensors(picked)[path], value[order])
+    picked = fields.select(pairs, order)
+    for path, value in fields.tensors(pairs).items():
+        assert torch.equal(fields.tensors(picked)[path], value[order])
 
 
 def test_moved_completions_keep_sums_and_rows_together():
@@ -144,7 +144,7 @@ def test_moved_completions_keep_sums_and_rows_together():
     @few
     @given(ratios)
     def holds(ratios):
-        moved = _fields.moved(ratios, policy=-2.0, reference=-1.0)
+        moved = fields.shifted(ratios, policy=-2.0, reference=-1.0)
         torch.testing.assert_close(moved.policy, ratios.policy - 2.0)
         torch.testing.assert_close(moved.reference, ratios.reference - 1.0)
         torch.testing.assert_close(moved.per_token.policy.sum(-1), moved.policy)

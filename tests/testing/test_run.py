@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import prefloss
-from prefloss import Pairs, losses, testing
-from prefloss.losses import Positive
+from prefloss import Pairs, registry, testing
+from prefloss.hyperparameters import Positive
 from prefloss.testing import (
     CannotRun,
     CheckFailed,
@@ -40,16 +40,16 @@ def test_plain_function_with_traits_passes_and_leaves_no_trace():
 
 
 def test_decorated_function_name_spec_and_loss_are_taken():
-    decorated = losses.register(name="decorated_logistic", **TRAITS)(logistic)
+    decorated = registry.register(name="decorated_logistic", **TRAITS)(logistic)
     try:
         for loss in (decorated, "decorated_logistic", prefloss.specs["decorated_logistic"]):
             assert testing.as_loss(loss).name == "decorated_logistic"
         assert "monotone" in check_loss(decorated, max_examples=2).passed
     finally:
-        losses.unregister("decorated_logistic")
+        registry.unregister("decorated_logistic")
 
 
-def test_all_failures_are_told_at_once():
+def test_all_failures_are_reported_at_once():
     with pytest.raises(LossCheckError) as caught:
         check_loss(wrong_twice, max_examples=3)
     report = caught.value.report
@@ -71,14 +71,14 @@ def test_report_is_a_table():
     assert any(line.split() == ["separability", "passed"] for line in lines)
 
 
-def test_what_is_skipped_has_a_reason():
+def test_skipped_checks_need_a_reason():
     with pytest.raises(ValueError, match="expected why the check is left out"):
         check_loss(logistic, skip={"torch_compile": " "})
     with pytest.raises(ValueError, match="got 'no_such_check', expected one of"):
         check_loss(logistic, skip={"no_such_check": "because"})
 
 
-def test_loss_that_gives_no_values_is_told_once():
+def test_loss_that_gives_no_values_is_reported_once():
     def crashes(pairs: Pairs, *, beta: Positive = 0.1):
         raise RuntimeError("out of order")
 
@@ -122,10 +122,10 @@ def test_taken_name_and_traits_of_a_registered_loss_are_refused():
     def dpo(pairs: Pairs, *, beta: Positive = 0.1):
         return -F.logsigmoid(beta * pairs.margin())
 
-    with pytest.raises(ValueError, match="'dpo' is taken"):
+    with pytest.raises(ValueError, match="got 'dpo', which another loss has"):
         check_loss(dpo)
     assert check_loss(dpo, name="my_dpo", max_examples=2, **TRAITS).loss == "my_dpo(beta=0.1)"
-    with pytest.raises(TypeError, match="expected them only for a plain function"):
+    with pytest.raises(TypeError, match=r"got \['monotone'\] beside .*, expected none"):
         check_loss("dpo", monotone=True)
     with pytest.raises(TypeError, match="expected a loss, its spec, its name or its function"):
         check_loss(3)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def test_decorator_runs_on_a_plain_function(loss, check):
     check(loss)
 
 
-def test_missing_hypothesis_is_told():
+def test_missing_hypothesis_is_explained():
     code = (
         "import sys; sys.modules['hypothesis'] = None\n"
         "try:\n    import prefloss.testing\n"
