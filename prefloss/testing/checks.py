@@ -11,6 +11,8 @@ from prefloss.testing.declared import check_pickle as check_pickle
 from prefloss.testing.declared import check_repr as check_repr
 from prefloss.testing.declared import check_state as check_state
 from prefloss.testing.dependence import check_beta as check_beta
+from prefloss.testing.dependence import check_difference_only as check_difference_only
+from prefloss.testing.dependence import check_monotone as check_monotone
 from prefloss.testing.dependence import check_needs as check_needs
 from prefloss.testing.dependence import check_needs_reference as check_needs_reference
 from prefloss.testing.dependence import check_preference as check_preference
@@ -20,12 +22,6 @@ from prefloss.testing.derivatives import check_gradient_nonzero as check_gradien
 from prefloss.testing.derivatives import check_gradients as check_gradients
 from prefloss.testing.derivatives import check_torch_compile as check_torch_compile
 from prefloss.testing.derivatives import check_torch_func as check_torch_func
-from prefloss.testing.direction import check_difference_only as check_difference_only
-from prefloss.testing.direction import check_monotone as check_monotone
-from prefloss.testing.edges import check_empty_examples as check_empty_examples
-from prefloss.testing.edges import check_padding as check_padding
-from prefloss.testing.edges import check_single_example as check_single_example
-from prefloss.testing.edges import check_ties as check_ties
 from prefloss.testing.numerics import check_extremes as check_extremes
 from prefloss.testing.numerics import check_nan as check_nan
 from prefloss.testing.numerics import check_precision as check_precision
@@ -35,6 +31,10 @@ from prefloss.testing.run import loss_checks as loss_checks
 from prefloss.testing.run import names as names
 from prefloss.testing.values import check_batch_permutation as check_batch_permutation
 from prefloss.testing.values import check_determinism as check_determinism
+from prefloss.testing.values import check_empty_examples as check_empty_examples
 from prefloss.testing.values import check_no_mutation as check_no_mutation
+from prefloss.testing.values import check_padding as check_padding
 from prefloss.testing.values import check_shape_and_dtype as check_shape_and_dtype
+from prefloss.testing.values import check_single_example as check_single_example
+from prefloss.testing.values import check_ties as check_ties
 from prefloss.testing.values import check_weights as check_weights

@@ -244,7 +244,9 @@ def _check_alias(subject: Subject, alias: str) -> None:
         loss = get(alias, **_required(subject))
         subject.detached(loss.eval(), subject.seeded(1, size=2))
     except (TypeError, ValueError) as error:
-        raise subject.failed(f"alias {alias!r}", str(error), "a loss", change="") from error
+        raise subject.failed(
+            f"alias {alias!r}", str(error), "a loss", change="give it what the loss needs"
+        ) from error
 
 
 @check(_has_no_hyperparameters)

@@ -261,7 +261,7 @@ def _check_vmap(subject: Subject, feedback: Feedback) -> None:
         path: value for path, value in tensors(feedback).items() if value.shape[:1] == feedback.shape
     }
     values = _transformed(subject, "torch.func.vmap", torch.func.vmap(alone), per_example, feedback)
-    subject.expect("values of torch.func.vmap", values, subject.settled_values(feedback), feedback, "")
+    subject.expect("values of torch.func.vmap", values, subject.settled_values(feedback), feedback)
 
 
 def _check_functional_gradient(subject: Subject, feedback: Feedback) -> None:
@@ -271,4 +271,4 @@ def _check_functional_gradient(subject: Subject, feedback: Feedback) -> None:
     leaves = trainable(feedback)
     gradients = _transformed(subject, "torch.func.grad", torch.func.grad(total), leaves, feedback)
     for path, slope in subject.gradient(subject.settled, feedback, mean=False)[1].items():
-        subject.expect(f"torch.func.grad of {path}", gradients[path], slope, feedback, "")
+        subject.expect(f"torch.func.grad of {path}", gradients[path], slope, feedback)

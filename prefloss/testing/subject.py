@@ -229,7 +229,7 @@ class Subject:
         got: Tensor | str,
         expected: Tensor | str,
         feedback: Feedback | None = None,
-        change: str | None = None,
+        change: str = "",
     ) -> CheckFailed:
         """A failure of this check, to raise.
 
@@ -238,9 +238,9 @@ class Subject:
             got: What it was.
             expected: What it should be.
             feedback: The draw that shows it.
-            change: What to change in the loss; None takes the hint of the check.
+            change: What to change in the loss, if that is not the hint of the check.
         """
-        change = self.change if change is None else change
+        change = change or self.change
         problem = f"{what}: got {shown(got)}, expected {shown(expected)}{f'; {change}' if change else ''}"
         return CheckFailed(self.spec.name, self.check, problem, feedback)
 
@@ -248,14 +248,7 @@ class Subject:
         """A failure, to raise, of values that no batch of a search changed."""
         return self.failed(what, f"the same in {SEARCHED} batches", "other ones somewhere", change=change)
 
-    def expect(
-        self,
-        what: str,
-        got: Tensor,
-        expected: Tensor,
-        feedback: Feedback | None = None,
-        change: str | None = None,
-    ) -> None:
+    def expect(self, what: str, got: Tensor, expected: Tensor, feedback: Feedback, change: str = "") -> None:
         """Fail unless two tensors agree up to rounding; arguments as of `failed`."""
         if not close(got, expected):
             raise self.failed(what, got, expected, feedback, change)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import prefloss
-from prefloss import Pairs, registry, testing
+from prefloss import Pairs, testing
 from prefloss.hyperparameters import Positive
 from prefloss.testing import (
     CannotRun,
@@ -37,16 +37,6 @@ def test_plain_function_with_traits_passes_and_leaves_no_trace():
     assert set(report.passed) | set(report.skipped) == set(checks.names())
     assert "logistic" not in prefloss.specs
     assert not report.failed
-
-
-def test_decorated_function_name_spec_and_loss_are_taken():
-    decorated = registry.register(name="decorated_logistic", **TRAITS)(logistic)
-    try:
-        for loss in (decorated, "decorated_logistic", prefloss.specs["decorated_logistic"]):
-            assert testing.as_loss(loss).name == "decorated_logistic"
-        assert "monotone" in check_loss(decorated, max_examples=2).passed
-    finally:
-        registry.unregister("decorated_logistic")
 
 
 def test_all_failures_are_reported_at_once():
@@ -108,27 +98,6 @@ def test_check_that_does_not_apply_says_why():
     assert found["beta"].reason == "declares no KL strength"
     with pytest.raises(Skip, match="declares no KL strength"):
         checks.check_beta("nll")
-
-
-def test_required_hyperparameters_get_a_value():
-    def needs_alpha(pairs: Pairs, *, alpha: Positive, beta: Positive = 0.1):
-        return -F.logsigmoid(beta * pairs.margin() - alpha)
-
-    assert testing.as_loss(needs_alpha).params["alpha"] == 0.5
-    check_loss(needs_alpha, max_examples=2, **TRAITS)
-
-
-def test_taken_name_and_traits_of_a_registered_loss_are_refused():
-    def dpo(pairs: Pairs, *, beta: Positive = 0.1):
-        return -F.logsigmoid(beta * pairs.margin())
-
-    with pytest.raises(ValueError, match="got 'dpo', which another loss has"):
-        check_loss(dpo)
-    assert check_loss(dpo, name="my_dpo", max_examples=2, **TRAITS).loss == "my_dpo(beta=0.1)"
-    with pytest.raises(TypeError, match=r"got \['monotone'\] beside .*, expected none"):
-        check_loss("dpo", monotone=True)
-    with pytest.raises(TypeError, match="expected a loss, its spec, its name or its function"):
-        check_loss(3)  # type: ignore[arg-type]
 
 
 def test_undocumented_loss_of_a_user_needs_no_page():
