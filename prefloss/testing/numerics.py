@@ -78,7 +78,7 @@ def check_nan(subject: Subject) -> None:
 
 @check()
 def check_extremes(subject: Subject) -> None:
-    """Log-ratios from -1e4 to 1e4 nats, given as float32, bfloat16 or float16, keep all numbers finite in float32."""
+    """Log-ratios from -1e4 to 1e4 nats, in float32, bfloat16 or float16, keep all numbers finite in float32."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         # Likely and unlikely, short and long completions.
         for below, tokens in ((0.0, 1), (1e-6, 2), (20.0, 2000)):

@@ -319,7 +319,7 @@ def as_loss(loss: Checkable, **traits: Any) -> Loss:
         **traits: Of a function that is not registered, as `register` takes them.
 
     Raises:
-        TypeError: If it is none of these, or traits are given for a loss that has its own.
+        TypeError: If it is none of these, or there are traits beside a loss that has its own.
 
     Example:
         >>> def slope(pairs: prefloss.Pairs, *, beta: float = 0.1) -> torch.Tensor:

@@ -177,14 +177,14 @@ def _link(value):
     raise ValueError(f"got {value!r}")
 
 
-@broken("documentation", "a `.. math::` block", "`beta: ...`", **LIKE_DPO)
-def half_documented(pairs: Pairs, *, beta: Positive = 0.1):
+@broken("documentation", "a `.. math::` block", "`scale: ...`", **LIKE_DPO)
+def half_documented(pairs: Pairs, *, scale: Positive = 0.1):
     """Logistic loss.
 
     Args:
         pairs: Reads the log-ratios of both sides.
     """
-    return -F.logsigmoid(beta * pairs.margin())
+    return -F.logsigmoid(scale * pairs.margin())
 
 
 @pytest.mark.parametrize("name", broken.cases)

@@ -93,9 +93,9 @@ def test_failure_names_loss_property_and_draw():
 
 
 def test_check_that_does_not_apply_says_why():
-    found = dict(testing.loss_checks("nll"))
-    assert isinstance(found["beta"], Skip)
-    assert found["beta"].reason == "declares no KL strength"
+    by_name = dict(testing.loss_checks("nll"))
+    assert isinstance(by_name["beta"], Skip)
+    assert by_name["beta"].reason == "declares no KL strength"
     with pytest.raises(Skip, match="declares no KL strength"):
         checks.check_beta("nll")
 
@@ -120,8 +120,8 @@ def marks(decorator, name):
 
 
 def test_decorator_gives_every_check_of_every_loss():
-    found = marks(parametrize_loss_checks(["dpo", logistic]), "dpo")
-    assert set(found) == set(checks.names())
+    of_checks = marks(parametrize_loss_checks(["dpo", logistic]), "dpo")
+    assert set(of_checks) == set(checks.names())
     assert set(marks(parametrize_loss_checks(["dpo"], only=["repr"]), "dpo")) == {"repr"}
 
 
@@ -129,10 +129,10 @@ def test_decorator_shows_skips_and_expected_failures():
     expected = {"extremes": "known", "dpo:monotone": "only here"}
     decorator = parametrize_loss_checks(["dpo", "ipo"], expected_failures=expected)
     for name, strict in (("dpo", ["extremes", "monotone"]), ("ipo", ["extremes"])):
-        found = marks(decorator, name)
-        failing = [check for check, given in found.items() for mark in given if mark.name == "xfail"]
+        of_checks = marks(decorator, name)
+        failing = [check for check, marked in of_checks.items() for mark in marked if mark.name == "xfail"]
         assert sorted(failing) == strict
-        assert all(mark.kwargs["strict"] for check in failing for mark in found[check])
+        assert all(mark.kwargs["strict"] for check in failing for mark in of_checks[check])
     (skipped,) = marks(parametrize_loss_checks(["nll"]), "nll")["beta"]
     assert skipped.kwargs["reason"] == "nll: beta: declares no KL strength"
     with pytest.raises(ValueError, match="expected one of"):
