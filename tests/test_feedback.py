@@ -182,7 +182,7 @@ def test_rankings_become_pairs_as_they_are_told(how, count):
             Pairs,
             None,
             TypeError,
-            r"feedback: got Rankings, expected Pairs; say which pairs .* rankings.to_pairs",
+            r"feedback: got Rankings, expected Pairs; say which pairs .*rankings_as=",
         ),
         (GROUPS, Labels, None, TypeError, "feedback: got Rankings, expected Labels; say which pairs"),
         (GROUPS, Pairs, "some", ValueError, "how: got 'some', expected 'best_worst', 'adjacent', 'all'"),

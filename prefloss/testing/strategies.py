@@ -13,16 +13,15 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
 from prefloss.logratios import LogRatios
-from prefloss.testing import _draws, _fields
-from prefloss.testing._draws import Wanted
-from prefloss.testing._subject import Checkable, Subject, as_loss, registered
+from prefloss.testing.draws import Drawing, Recipe, draw
+from prefloss.testing.fields import available
+from prefloss.testing.subject import Checkable, Subject, as_loss, under_test
 
 try:
     import hypothesis as hypothesis
@@ -42,6 +41,8 @@ STEPS = 1000
 EXTREME = 1e4
 """Log-ratios of the extreme draws, nats."""
 
+_STEPS = st.integers(-STEPS, STEPS)
+
 
 class _Hypothesis:
     """Numbers from hypothesis; the simplest is the middle of the range."""
@@ -49,48 +50,36 @@ class _Hypothesis:
     def __init__(self, draw: DrawFn) -> None:
         self._draw = draw
 
-    def integer(self, low: int, high: int) -> int:
-        return self._draw(st.integers(low, high))
+    def randint(self, a: int, b: int) -> int:
+        return self._draw(st.integers(a, b))
 
-    def number(self, low: float, high: float) -> float:
+    def uniform(self, a: float, b: float) -> float:
         step = self._draw(_STEPS)
-        return round((low + high) / 2 + step * (high - low) / (2 * STEPS), 6)
-
-
-_STEPS = st.integers(-STEPS, STEPS)
+        return round((a + b) / 2 + step * (b - a) / (2 * STEPS), 6)
 
 
 @st.composite
-def _feedback(draw: DrawFn, kind: type, wanted: Wanted) -> Any:
-    return _draws.draw(_Hypothesis(draw), kind, wanted)
+def drawn(draw_from: DrawFn, kind: type, recipe: Recipe) -> Any:
+    """Feedback of a kind with what the recipe says."""
+    return draw(_Hypothesis(draw_from), kind, recipe)
 
 
 @st.composite
 def log_ratios(
-    draw: DrawFn,
-    shape: int | tuple[int, ...] = 3,
-    *,
-    reference: bool = True,
-    tokens: bool = True,
-    per_token: bool = False,
-    magnitude: float = 10.0,
-    dtype: torch.dtype = torch.float32,
+    draw: DrawFn, shape: int | tuple[int, ...] = 3, *, per_token: bool = False, **options: Any
 ) -> LogRatios:
-    """Completions: policy and reference log-probs of at most 0, which differ by at most `magnitude` nats.
+    """Completions: policy and reference log-probs of at most 0.
 
     Args:
         draw: Supplied by hypothesis.
         shape: Leading shape.
-        reference: With reference log-probs.
-        tokens: With token counts.
         per_token: With the log-probs of each token, which add up to the sums.
-        magnitude: Largest log-ratio, nats; with rows, per completion of two tokens.
-        dtype: Of the log-probs.
+        **options: `reference`, `tokens` (bool), `dtype`, and `magnitude`: the largest log-ratio, nats; with rows, per
+            completion of two tokens.
     """
-    fields = frozenset({"per_token"}) if per_token else frozenset[str]()
-    wanted = Wanted(fields=fields, reference=reference, tokens=tokens, magnitude=magnitude, dtype=dtype)
-    leading = (shape,) if isinstance(shape, int) else tuple(shape)
-    return _draws.draw_log_ratios(_Hypothesis(draw), leading, wanted)
+    fields = frozenset({"per_token"} if per_token else ())
+    recipe = Recipe(**{"fields": fields, "dtype": torch.float32, **options})
+    return Drawing(_Hypothesis(draw), recipe).log_ratios((shape,) if isinstance(shape, int) else shape)
 
 
 def pairs(size: int | None = None, fields: Iterable[str] = (), **options: Any) -> SearchStrategy[Pairs]:
@@ -105,7 +94,7 @@ def pairs(size: int | None = None, fields: Iterable[str] = (), **options: Any) -
     Raises:
         ValueError: If pairs have no such field.
     """
-    return _feedback(Pairs, _wanted(Pairs, size, fields, options))
+    return _of(Pairs, size, fields, options)
 
 
 def labels(size: int | None = None, fields: Iterable[str] = (), **options: Any) -> SearchStrategy[Labels]:
@@ -120,7 +109,7 @@ def labels(size: int | None = None, fields: Iterable[str] = (), **options: Any) 
     Raises:
         ValueError: If labels have no such field.
     """
-    return _feedback(Labels, _wanted(Labels, size, fields, options))
+    return _of(Labels, size, fields, options)
 
 
 def rankings(size: int | None = None, fields: Iterable[str] = (), **options: Any) -> SearchStrategy[Rankings]:
@@ -135,7 +124,18 @@ def rankings(size: int | None = None, fields: Iterable[str] = (), **options: Any
     Raises:
         ValueError: If rankings have no such field.
     """
-    return _feedback(Rankings, _wanted(Rankings, size, fields, options))
+    return _of(Rankings, size, fields, options)
+
+
+def _of(kind: type, size: int | None, fields: Iterable[str], options: dict[str, Any]) -> SearchStrategy[Any]:
+    names, known = frozenset(fields), available(kind)
+    unknown = sorted(names.difference(known))
+    if unknown:
+        listed = ", ".join(known)
+        raise ValueError(
+            f"fields: got {unknown[0]!r}, expected some of {listed}: {kind.__name__} have no other"
+        )
+    return drawn(kind, Recipe(**{"size": size, "fields": names, "dtype": torch.float32, **options}))
 
 
 def feedback_for(loss: Checkable, *, extreme: bool = False, **options: Any) -> SearchStrategy[Feedback]:
@@ -144,29 +144,10 @@ def feedback_for(loss: Checkable, *, extreme: bool = False, **options: Any) -> S
     Args:
         loss: A loss, its spec, its name or its function.
         extreme: Log-ratios up to 1e4 nats instead of 10.
-        **options: `size`, and the options of `pairs`; `dtype` is float32 unless given.
+        **options: `size`, and the options of `pairs`; `dtype` is float32 by default.
     """
     bound = as_loss(loss)
-    with registered(bound.spec):
-        subject = Subject(bound)
     magnitude = {"magnitude": EXTREME} if extreme else {}
-    return _feedback(
-        subject.spec.feedback, subject.wanted(**{"dtype": torch.float32, **magnitude, **options})
-    )
-
-
-def wanted_feedback(subject: Subject, **options: Any) -> SearchStrategy[Feedback]:
-    """Feedback for a check: also without what the loss can do without."""
-    kind = subject.spec.feedback
-    return st.one_of([_feedback(kind, subject.wanted(absent, **options)) for absent in subject.absences])
-
-
-def _wanted(kind: type, size: int | None, fields: Iterable[str], options: dict[str, Any]) -> Wanted:
-    names = frozenset(fields)
-    unknown = sorted(names - {*_fields.available(kind)})
-    if unknown:
-        listed = ", ".join(_fields.available(kind))
-        raise ValueError(
-            f"fields: got {unknown[0]!r}, expected some of {listed}: {kind.__name__} have no other"
-        )
-    return replace(Wanted(size=size, fields=names, dtype=torch.float32), **options)
+    with under_test(bound.spec):
+        recipe = Subject(bound).recipe(**{"dtype": torch.float32, **magnitude, **options})
+    return drawn(bound.spec.feedback, recipe)

@@ -5,8 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import prefloss
-from prefloss import Labels, Pairs, Rankings
-from prefloss.testing import _fields, strategies
+from prefloss.testing import strategies
 
 few = settings(max_examples=15, suppress_health_check=list(HealthCheck))
 
@@ -111,42 +110,3 @@ def test_extreme_feedback_is_finite_and_wide(pairs):
 def test_a_field_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"fields: got 'gold', expected some of .*: Labels have no other"):
         strategies.labels(fields=("gold",))
-
-
-@few
-@given(
-    strategies.pairs(fields=("scores", "gold", "per_token.kl"), weight=True)
-    | strategies.labels(fields=("kl", "mismatched"))
-    | strategies.rankings()
-)
-def test_what_a_failure_prints_makes_the_feedback_again(feedback):
-    from prefloss.logratios import LogRatios, PerToken
-
-    names = {"torch": torch, "LogRatios": LogRatios, "PerToken": PerToken}
-    again = eval(_fields.show(feedback), {**names, "Pairs": Pairs, "Labels": Labels, "Rankings": Rankings})
-    found, wanted = _fields.tensors(again), _fields.tensors(feedback)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[path], wanted[path]) for path in wanted)
-
-
-@few
-@given(strategies.pairs(size=4, fields=("scores", "gold", "per_token.kl"), weight=True))
-def test_selected_examples_keep_what_belongs_to_them(pairs):
-    order = torch.tensor([2, 0])
-    picked = _fields.select(pairs, order)
-    for path, value in _fields.tensors(pairs).items():
-        assert torch.equal(_fields.tensors(picked)[path], value[order])
-
-
-def test_moved_completions_keep_sums_and_rows_together():
-    ratios = strategies.log_ratios(3, per_token=True, dtype=torch.float64)
-
-    @few
-    @given(ratios)
-    def holds(ratios):
-        moved = _fields.moved(ratios, policy=-2.0, reference=-1.0)
-        torch.testing.assert_close(moved.policy, ratios.policy - 2.0)
-        torch.testing.assert_close(moved.reference, ratios.reference - 1.0)
-        torch.testing.assert_close(moved.per_token.policy.sum(-1), moved.policy)
-
-    holds()

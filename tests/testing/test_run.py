@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import prefloss
-from prefloss import Pairs, registry, testing
+from prefloss import Pairs, testing
 from prefloss.hyperparameters import Positive
 from prefloss.testing import (
     CannotRun,
@@ -39,17 +39,7 @@ def test_plain_function_with_traits_passes_and_leaves_no_trace():
     assert not report.failed
 
 
-def test_decorated_function_name_spec_and_loss_are_taken():
-    decorated = registry.register(name="decorated_logistic", **TRAITS)(logistic)
-    try:
-        for loss in (decorated, "decorated_logistic", prefloss.specs["decorated_logistic"]):
-            assert testing.as_loss(loss).name == "decorated_logistic"
-        assert "monotone" in check_loss(decorated, max_examples=2).passed
-    finally:
-        registry.unregister("decorated_logistic")
-
-
-def test_all_failures_are_told_at_once():
+def test_all_failures_are_reported_at_once():
     with pytest.raises(LossCheckError) as caught:
         check_loss(wrong_twice, max_examples=3)
     report = caught.value.report
@@ -71,14 +61,14 @@ def test_report_is_a_table():
     assert any(line.split() == ["separability", "passed"] for line in lines)
 
 
-def test_what_is_skipped_has_a_reason():
+def test_skipped_checks_need_a_reason():
     with pytest.raises(ValueError, match="expected why the check is left out"):
         check_loss(logistic, skip={"torch_compile": " "})
     with pytest.raises(ValueError, match="got 'no_such_check', expected one of"):
         check_loss(logistic, skip={"no_such_check": "because"})
 
 
-def test_loss_that_gives_no_values_is_told_once():
+def test_loss_that_gives_no_values_is_reported_once():
     def crashes(pairs: Pairs, *, beta: Positive = 0.1):
         raise RuntimeError("out of order")
 
@@ -103,32 +93,11 @@ def test_failure_names_loss_property_and_draw():
 
 
 def test_check_that_does_not_apply_says_why():
-    found = dict(testing.loss_checks("nll"))
-    assert isinstance(found["beta"], Skip)
-    assert found["beta"].reason == "declares no KL strength"
+    by_name = dict(testing.loss_checks("nll"))
+    assert isinstance(by_name["beta"], Skip)
+    assert by_name["beta"].reason == "declares no KL strength"
     with pytest.raises(Skip, match="declares no KL strength"):
         checks.check_beta("nll")
-
-
-def test_required_hyperparameters_get_a_value():
-    def needs_alpha(pairs: Pairs, *, alpha: Positive, beta: Positive = 0.1):
-        return -F.logsigmoid(beta * pairs.margin() - alpha)
-
-    assert testing.as_loss(needs_alpha).params["alpha"] == 0.5
-    check_loss(needs_alpha, max_examples=2, **TRAITS)
-
-
-def test_taken_name_and_traits_of_a_registered_loss_are_refused():
-    def dpo(pairs: Pairs, *, beta: Positive = 0.1):
-        return -F.logsigmoid(beta * pairs.margin())
-
-    with pytest.raises(ValueError, match="'dpo' is taken"):
-        check_loss(dpo)
-    assert check_loss(dpo, name="my_dpo", max_examples=2, **TRAITS).loss == "my_dpo(beta=0.1)"
-    with pytest.raises(TypeError, match="expected them only for a plain function"):
-        check_loss("dpo", monotone=True)
-    with pytest.raises(TypeError, match="expected a loss, its spec, its name or its function"):
-        check_loss(3)  # type: ignore[arg-type]
 
 
 def test_undocumented_loss_of_a_user_needs_no_page():
@@ -151,8 +120,8 @@ def marks(decorator, name):
 
 
 def test_decorator_gives_every_check_of_every_loss():
-    found = marks(parametrize_loss_checks(["dpo", logistic]), "dpo")
-    assert set(found) == set(checks.names())
+    of_checks = marks(parametrize_loss_checks(["dpo", logistic]), "dpo")
+    assert set(of_checks) == set(checks.names())
     assert set(marks(parametrize_loss_checks(["dpo"], only=["repr"]), "dpo")) == {"repr"}
 
 
@@ -160,10 +129,10 @@ def test_decorator_shows_skips_and_expected_failures():
     expected = {"extremes": "known", "dpo:monotone": "only here"}
     decorator = parametrize_loss_checks(["dpo", "ipo"], expected_failures=expected)
     for name, strict in (("dpo", ["extremes", "monotone"]), ("ipo", ["extremes"])):
-        found = marks(decorator, name)
-        failing = [check for check, given in found.items() for mark in given if mark.name == "xfail"]
+        of_checks = marks(decorator, name)
+        failing = [check for check, marked in of_checks.items() for mark in marked if mark.name == "xfail"]
         assert sorted(failing) == strict
-        assert all(mark.kwargs["strict"] for check in failing for mark in found[check])
+        assert all(mark.kwargs["strict"] for check in failing for mark in of_checks[check])
     (skipped,) = marks(parametrize_loss_checks(["nll"]), "nll")["beta"]
     assert skipped.kwargs["reason"] == "nll: beta: declares no KL strength"
     with pytest.raises(ValueError, match="expected one of"):
@@ -175,7 +144,7 @@ def test_decorator_runs_on_a_plain_function(loss, check):
     check(loss)
 
 
-def test_missing_hypothesis_is_told():
+def test_missing_hypothesis_is_explained():
     code = (
         "import sys; sys.modules['hypothesis'] = None\n"
         "try:\n    import prefloss.testing\n"

@@ -1,10 +1,43 @@
-"""What `check_loss` found: passed, skipped and failed checks, and one error that tells all failures."""
+"""What comes of a check: it does not apply, it failed, and the report of all checks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prefloss.testing._subject import CheckFailed
+from prefloss.feedback import Feedback
+from prefloss.testing.fields import show
+
+
+class Skip(Exception):
+    """A check that does not apply to a loss.
+
+    Attributes:
+        reason: Why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class CheckFailed(AssertionError):
+    """A loss lacks a property.
+
+    Attributes:
+        loss: Name of the loss.
+        property: Name of the check, without `check_`.
+        problem: What it got, what was expected, and what to change.
+        feedback: The draw that shows it, or None.
+    """
+
+    def __init__(self, loss: str, property: str, problem: str, feedback: Feedback | None = None) -> None:
+        self.loss, self.property, self.problem, self.feedback = loss, property, problem, feedback
+        replay = "" if feedback is None else f"\n  To replay:\n    feedback = {show(feedback, ' ' * 8)}"
+        super().__init__(f"{loss}: {property}: {problem}{replay}")
+
+
+class CannotRun(CheckFailed):
+    """The loss raised, or did not return one value per example, on feedback that it declares to take."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +48,7 @@ class Report:
         loss: The loss, with its hyperparameters.
         passed: Names of the checks that it passed.
         skipped: Why a check did not run, by name.
-        failed: What was found, by name.
+        failed: The failures, by name.
     """
 
     loss: str
@@ -26,7 +59,7 @@ class Report:
     def __str__(self) -> str:
         """One line per check."""
         rows = [
-            *((name, "failed", _first_line(error.problem)) for name, error in self.failed.items()),
+            *((name, "failed", error.problem.splitlines()[0]) for name, error in self.failed.items()),
             *((name, "passed", "") for name in self.passed),
             *((name, "skipped", reason) for name, reason in self.skipped.items()),
         ]
@@ -40,14 +73,10 @@ class LossCheckError(AssertionError):
     """A loss failed some of its checks.
 
     Attributes:
-        report: All that was found.
+        report: Every check and what came of it.
     """
 
     def __init__(self, report: Report) -> None:
         self.report = report
         details = "\n\n".join(str(error) for error in report.failed.values())
         super().__init__(f"{report}\n\n{details}")
-
-
-def _first_line(text: str) -> str:
-    return text.splitlines()[0]

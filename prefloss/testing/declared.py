@@ -1,0 +1,296 @@
+"""Checks of what a loss declares beside its values: state, hyperparameters, its string and pickle, its docstring."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_origin
+
+import torch
+from torch import Tensor
+
+from prefloss.feedback import Feedback
+from prefloss.hyperparameters import Coerce, Interval, Parameter, plain_type
+from prefloss.registry import Loss, get, specs
+from prefloss.testing.fields import trainable, with_leaves
+from prefloss.testing.run import check, for_all
+from prefloss.testing.subject import Subject, differs, slopes
+
+STATE = "an object derived from prefloss.hyperparameters.State that is a hyperparameter"
+
+
+@check(change=f"keep what the loss remembers in {STATE}, and declare stateful=True")
+def check_state(subject: Subject) -> None:
+    """A stateless loss forgets each call; a state belongs to one object, is saved and restored, and rests in eval."""
+    first, second = subject.seeded(31, size=4, weight=True), subject.seeded(32, size=4)
+    if not subject.loss.state:
+        _check_stateless(subject, first, second)
+        return
+    if not subject.spec.stateful and not _state_was_passed(subject):
+        states = f"a state in {', '.join(sorted(subject.loss.state))}"
+        raise subject.failed("stateful=False", states, "no state", change="declare stateful=True")
+    _check_moves(subject, first)
+    _check_not_shared(subject, first, second)
+    _check_rests(subject, first, second)
+    _check_restored(subject, first, second)
+
+
+def _state_was_passed(subject: Subject) -> bool:
+    """Whether the state came with a hyperparameter that is not the default, such as a schedule."""
+    parameters = subject.spec.parameters.values()
+    if not parameters or any(parameter.required for parameter in parameters):
+        return bool(subject.loss.state)
+    return subject.loss.state.keys() != get(subject.spec.name).state.keys()
+
+
+def _check_stateless(subject: Subject, first: Feedback, second: Feedback) -> None:
+    if subject.spec.stateful:
+        change = f"keep it in {STATE}, or declare stateful=False"
+        raise subject.failed("stateful=True", "no state at the defaults", "one", change=change)
+    loss = subject.fresh()
+    before = subject.detached(loss, first)
+    subject.detached(loss, second)
+    after = subject.detached(loss, first)
+    if not torch.equal(before, after):
+        what = "values in training after another batch of a loss that declares no state"
+        raise subject.failed(what, after, before, first)
+
+
+def _check_moves(subject: Subject, feedback: Feedback) -> None:
+    loss = subject.fresh()
+    before = copy.deepcopy(loss.state_dict())
+    subject.detached(loss, feedback)
+    loss.step()
+    if loss.state_dict() == before:
+        what, change = "state after a batch and a step in training", "save in state_dict what moves"
+        raise subject.failed(what, str(before), "another one", feedback, change)
+
+
+def _check_not_shared(subject: Subject, first: Feedback, second: Feedback) -> None:
+    used, other = subject.fresh(), subject.fresh()
+    expected = subject.detached(subject.fresh(), first)
+    before = copy.deepcopy(other.state_dict())
+    subject.detached(used, second)
+    values = subject.detached(subject.fresh(), first)
+    if other.state_dict() != before or not torch.equal(values, expected):
+        what = "values of a fresh object after another one was trained"
+        change = "make the state in the constructor (or in Coerce), never in the module or class"
+        raise subject.failed(what, values, expected, first, change)
+    if subject.spec.parameters and not _state_was_passed(subject):
+        one, another = (get(subject.spec.name, **_required(subject)) for _ in range(2))
+        shared = [name for name, state in one.state.items() if another.state[name] is state]
+        if shared:
+            what, change = f"get({subject.spec.name!r}) twice", "let Coerce make it from a string"
+            raise subject.failed(what, f"the same {shared[0]}", "an object for each loss", change=change)
+
+
+def _required(subject: Subject) -> dict[str, Any]:
+    parameters = subject.spec.parameters
+    return {name: subject.loss.params[name] for name in parameters if parameters[name].required}
+
+
+def _check_rests(subject: Subject, first: Feedback, second: Feedback) -> None:
+    loss = subject.fresh()
+    subject.detached(loss, first)
+    loss.eval()
+    before = copy.deepcopy(loss.state_dict())
+    subject.detached(loss, second)
+    loss.step()
+    after = loss.state_dict()
+    if after != before:
+        what, change = "state after a batch in evaluation", "change it only where self.training is True"
+        raise subject.failed(what, str(after), str(before), second, change)
+
+
+def _check_restored(subject: Subject, first: Feedback, second: Feedback) -> None:
+    trained, restored = subject.fresh(), subject.fresh()
+    subject.detached(trained, first)
+    trained.step()
+    saved = trained.state_dict()
+    try:
+        restored.load_state_dict(json.loads(json.dumps(saved)))
+    except (TypeError, ValueError) as error:
+        what, change = f"state {saved} through JSON", "save plain numbers, strings and lists"
+        raise subject.failed(what, str(error), "the same state", change=change) from error
+    for feedback in (second, first):
+        values, expected = subject.detached(restored, feedback), subject.detached(trained, feedback)
+        if not torch.equal(values, expected):
+            what = "values of a loss restored from state_dict, against the one that was not interrupted"
+            change = "list every attribute that moves in `saved`"
+            raise subject.failed(what, values, expected, feedback, change)
+
+
+@check(change="use hyperparameters that are literals or objects with a repr")
+def check_repr(subject: Subject) -> None:
+    """`get(repr(loss))` gives a loss of the same values."""
+    _check_copies(subject, "get(repr(loss))", lambda loss: get(repr(loss)))
+
+
+@check(change="use hyperparameters that pickle can store")
+def check_pickle(subject: Subject) -> None:
+    """A loss comes back from pickle with its settings and its state."""
+    how = "pickle.loads(pickle.dumps(loss))"
+    _check_copies(subject, how, lambda loss: pickle.loads(pickle.dumps(loss)), with_state=True)
+
+
+def _check_copies(
+    subject: Subject, how: str, copied: Callable[[Loss], Loss], with_state: bool = False
+) -> None:
+    def body(feedback: Feedback) -> None:
+        for changes in [{}, *_one_changed_number(subject)]:
+            loss = subject.fresh(**changes)
+            if with_state and loss.state:
+                subject.detached(loss, feedback)
+            try:
+                other = copied(loss)
+            except Exception as error:
+                got = f"{type(error).__name__}: {error}"
+                raise subject.failed(f"{how} of {loss!r}", got, "a loss") from error
+            values, expected = subject.detached(other.train(), feedback), subject.detached(loss, feedback)
+            if not torch.equal(values, expected):
+                raise subject.failed(f"values of {how} of {loss!r}", values, expected, feedback)
+
+    for_all(subject, body, size=3)
+
+
+def _one_changed_number(subject: Subject) -> Iterator[dict[str, Any]]:
+    for name, parameter in subject.spec.parameters.items():
+        others = subject.other_values(name)
+        if others and plain_type(parameter.type) in (int, float):
+            yield {name: others[-1]}
+            return
+
+
+def _has_no_page(subject: Subject) -> str | None:
+    """A loss of prefloss has a page; a user's loss that starts no page needs none."""
+    if subject.is_sum:
+        return "is a sum of losses, which have pages of their own"
+    module = getattr(subject.spec.function, "__module__", "") or ""
+    starts = subject.spec.formula or "\nArgs:\n" in (inspect.getdoc(subject.spec.function) or "")
+    if module.startswith("prefloss.") or starts:
+        return None
+    return "its docstring has no formula and no Args section; with them prefloss makes a page of it"
+
+
+@check(_has_no_page)
+def check_documentation(subject: Subject) -> None:
+    """The docstring has a summary, the formula, and a description of every hyperparameter."""
+    spec = subject.spec
+    undescribed = [name for name, parameter in spec.parameters.items() if not parameter.description]
+    missing = [
+        *(["a first line that says what the loss is"] if not spec.summary else []),
+        *(["a `.. math::` block with the formula"] if not spec.formula else []),
+        *(f"a line `{name}: ...` in its Args section" for name in undescribed),
+    ]
+    if missing:
+        raise subject.failed("docstring", repr(spec.summary), ", ".join(missing))
+
+
+def _has_no_hyperparameters(subject: Subject) -> str | None:
+    return None if subject.spec.parameters else "has no hyperparameters of its own"
+
+
+@check(_has_no_hyperparameters, change="annotate it with an Interval")
+def check_hyperparameters(subject: Subject) -> None:
+    """A hyperparameter out of its range, of another type or of another name is refused when the loss is built."""
+    for name, parameter in subject.spec.parameters.items():
+        for value in _refusable(parameter):
+            _check_refused(subject, name, value, f"its range is {parameter.constraint or parameter.type}")
+    _check_refused(subject, "no_such_hyperparameter", 1.0, "it has none of that name")
+    if specs.get(subject.spec.name) is subject.spec:
+        for alias in subject.spec.aliases:
+            _check_alias(subject, alias)
+
+
+def _refusable(parameter: Parameter) -> Iterator[Any]:
+    if isinstance(parameter.constraint, Coerce):
+        yield object()
+        return
+    kind = plain_type(parameter.type)
+    if get_origin(kind) is Literal:
+        yield "no such choice"
+    elif kind is bool:
+        yield from ("yes", 1)
+    elif kind in (int, float):
+        yield from (math.nan, math.inf, "0.1", True)
+        if isinstance(parameter.constraint, Interval):
+            yield from _outside(parameter.constraint)
+
+
+def _outside(interval: Interval) -> Iterator[float]:
+    yield from (float(bound) for bound in (interval.gt, interval.lt) if bound is not None)
+    yield from (float(bound) - 1e-6 for bound in (interval.ge, interval.gt) if bound is not None)
+    yield from (float(bound) + 1e-6 for bound in (interval.le, interval.lt) if bound is not None)
+
+
+def _check_refused(subject: Subject, name: str, value: Any, why: str) -> None:
+    got, cause = "a loss", None
+    try:
+        subject.fresh(**{name: value})
+    except (TypeError, ValueError) as error:
+        if name in str(error):
+            return
+        got, cause = str(error), error
+    expected = f"a ValueError or TypeError that names {name}: {why}"
+    raise subject.failed(f"get(..., {name}={value!r})", got, expected) from cause
+
+
+def _check_alias(subject: Subject, alias: str) -> None:
+    try:
+        loss = get(alias, **_required(subject))
+        subject.detached(loss.eval(), subject.seeded(1, size=2))
+    except (TypeError, ValueError) as error:
+        raise subject.failed(
+            f"alias {alias!r}", str(error), "a loss", change="give it what the loss needs"
+        ) from error
+
+
+@check(_has_no_hyperparameters)
+def check_hyperparameter_effect(subject: Subject) -> None:
+    """Every hyperparameter changes some value: none is accepted and ignored."""
+    for name in subject.spec.parameters:
+        others = subject.other_values(name)
+        if others and not _has_effect(subject, name, others):
+            what = f"values with {name}={others[0]!r} instead of {subject.loss.params[name]!r}"
+            got, expected = "the same in every batch and with every other choice", "other ones somewhere"
+            change = f"use {name} or take it out of the signature"
+            raise subject.failed(what, got, expected, change=change)
+
+
+def _has_effect(subject: Subject, name: str, others: list[Any]) -> bool:
+    for choices in _choices(subject, name):
+        for feedback in subject.searched(12, reference=True):
+            base = _outcome(subject, feedback, choices)
+            for value in others:
+                other = _outcome(subject, feedback, {**choices, name: value})
+                if base is not None and (other is None or differs(base, other)):
+                    return True
+    return False
+
+
+def _choices(subject: Subject, name: str) -> Iterator[dict[str, Any]]:
+    """The loss as it is, then with each other choice of the hyperparameters that choose between forms."""
+    yield {}
+    for other, parameter in subject.spec.parameters.items():
+        kind = plain_type(parameter.type)
+        chooses = get_origin(kind) is Literal or kind is bool or other.endswith("_weight")
+        if other != name and chooses:
+            for value in subject.other_values(other):
+                yield {other: value}
+
+
+def _outcome(subject: Subject, feedback: Feedback, changes: dict[str, Any]) -> Tensor | None:
+    """Values and gradient of the second batch in training, where a setting of the state shows; None if it raises."""
+    try:
+        loss = subject.fresh(**changes)
+        if subject.loss.state:
+            loss(subject.seeded(12, size=4, reference=True))
+        attached, leaves = with_leaves(feedback, trainable(feedback))
+        values = loss(attached)
+    except (TypeError, ValueError):
+        return None
+    return torch.cat([values.detach(), *(slope.flatten() for slope in slopes(values.sum(), leaves).values())])

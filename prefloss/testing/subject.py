@@ -1,0 +1,355 @@
+"""The loss under test: fresh copies of it, feedback that fits it, and failures that say what to change."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+from torch import Tensor
+
+from prefloss.feedback import Feedback
+from prefloss.hyperparameters import Coerce, Draws, Interval, Parameter, plain_type
+from prefloss.registry import MODIFIERS, Loss, LossSpec, get, quiet, registered, spec_from, specs
+from prefloss.testing.draws import Recipe, draw
+from prefloss.testing.fields import select, trainable, with_leaves
+from prefloss.testing.outcomes import CannotRun, CheckFailed
+
+Checkable = Loss | LossSpec | str | Callable[..., Tensor]
+"""What can be checked: a loss, its spec, its name, or its function."""
+
+MAX_EXAMPLES = 25
+"""Draws that a check makes by default."""
+
+MAGNITUDES = (10.0, 1.0, 100.0, 2000.0)
+"""Largest log-ratios of the draws in which a dependence is searched, nats, one after the other."""
+
+SEARCHED = 40
+"""Batches that a search looks at before it concludes that there is nothing to find."""
+
+ROUNDING = 1e-8
+"""Difference between two float64 values, relative to their size, that counts as rounding."""
+
+DEPENDENCE = 1e-6
+"""Difference between two float64 values, relative to their size, that counts as a dependence."""
+
+
+def close(first: Tensor, second: Tensor, relative: float = ROUNDING) -> bool:
+    """Whether two tensors agree up to rounding; NaN agrees with nothing."""
+    if first.shape != second.shape:
+        return False
+    first, second = first.detach().double(), second.detach().double()
+    size = torch.maximum(first.abs(), second.abs()).clamp(min=1)
+    return bool(((first - second).abs() / size <= relative).all())
+
+
+def differs(first: Tensor, second: Tensor) -> bool:
+    """Whether some value differs by more than rounding can explain."""
+    return not close(first, second, DEPENDENCE)
+
+
+def finite(values: Tensor) -> bool:
+    """Whether every value is finite."""
+    return bool(torch.isfinite(values).all())
+
+
+def shown(values: Tensor | str) -> str:
+    """Numbers as messages show them; text as it is."""
+    if isinstance(values, str):
+        return values
+    numbers = [float(f"{value:.8g}") for value in values.detach().double().flatten().tolist()]
+    return repr(numbers[0] if values.ndim == 0 else numbers)
+
+
+def slopes(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradient of a scalar to each leaf; 0 where there is none."""
+    if not value.requires_grad:
+        return {path: torch.zeros_like(leaf) for path, leaf in leaves.items()}
+    gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
+    return {
+        path: torch.zeros_like(leaf) if slope is None else slope
+        for (path, leaf), slope in zip(leaves.items(), gradients, strict=True)
+    }
+
+
+class Subject:
+    """A loss while it is checked.
+
+    Attributes:
+        spec: What it declares.
+        loss: A copy that is never called, so that its state stays what it was.
+        check: Name of the check that runs.
+        examples: Draws that a check makes.
+        change: What a loss that fails the check should change.
+    """
+
+    def __init__(
+        self, loss: Loss, check: str = "loss", examples: int = MAX_EXAMPLES, change: str = ""
+    ) -> None:
+        self.spec, self.loss = loss.spec, copy.deepcopy(loss)
+        self.check, self.examples, self.change = check, examples, change
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """What it needs or reads."""
+        return self.loss.needs | self.spec.reads
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it reads values of single tokens."""
+        return any(name.startswith("per_token") for name in self.fields)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is a sum of losses, each of which counts its own examples."""
+        return self.loss.terms[0].loss is not self.loss
+
+    @property
+    def modifiers(self) -> list[str]:
+        """Names of the modifiers that change it, so that traits of the plain loss need not hold."""
+        return [name for name in MODIFIERS if name in self.loss.params and name not in self.spec.parameters]
+
+    @property
+    def draws_by_place(self) -> bool:
+        """Whether an example's random numbers depend on its place in the batch; never in a separable loss."""
+        return not self.spec.separable and any(isinstance(state, Draws) for state in self.loss.state.values())
+
+    def fresh(self, **changes: Any) -> Loss:
+        """The loss with its first state, in training; `changes` replace hyperparameters."""
+        return (self.loss.replaced(**changes) if changes else copy.deepcopy(self.loss)).train()
+
+    @cached_property
+    def settled(self) -> Loss:
+        """The loss in evaluation, its state moved by one batch."""
+        loss = self.fresh()
+        if loss.state:
+            self.call(loss, self.seeded(11, size=4))
+        return loss.eval()
+
+    @property
+    def modes(self) -> dict[str, Loss]:
+        """The loss in training and in evaluation."""
+        return {"training": self.fresh(), "evaluation": self.settled}
+
+    def other_values(self, name: str) -> list[Any]:
+        """Other values of a hyperparameter, within its range; none where only code or an object can say them."""
+        parameter, now = self.spec.parameters[name], self.loss.params[name]
+        kind, constraint = plain_type(parameter.type), parameter.constraint
+        if isinstance(constraint, Coerce):
+            return []
+        if get_origin(kind) is Literal:
+            return [choice for choice in get_args(kind) if choice != now]
+        if kind is bool:
+            return [not now]
+        if kind not in (int, float) or isinstance(now, bool) or not isinstance(now, int | float):
+            return []
+        allowed = constraint if isinstance(constraint, Interval) else Interval()
+        candidates = [kind(value) for value in (2 * now, now / 2, now + 1, now - 1, 0.3, 0.7)]
+        return [value for value in candidates if value in allowed and value != now][:3]
+
+    def recipe(self, absent: frozenset[str] = frozenset(), **options: Any) -> Recipe:
+        """What to draw for this loss: all that it reads except `absent`; `options` as of `Recipe`."""
+        options = {"fields": self.fields - absent, **options}
+        if "reference" not in options:
+            options["reference"] = self.reads_reference
+        return Recipe(**options)
+
+    def seeded(self, seed: int, absent: frozenset[str] = frozenset(), **options: Any) -> Feedback:
+        """Feedback from a seed, with all that the loss reads except `absent`."""
+        return draw(random.Random(seed), self.spec.feedback, self.recipe(absent, **options))
+
+    @cached_property
+    def reads_reference(self) -> bool:
+        """Whether it needs reference log-probs: as declared, or in the form that its hyperparameters choose."""
+        if self.spec.needs_reference:
+            return True
+        bare, full = (self.seeded(5, size=3, reference=reference) for reference in (False, True))
+        return not self._works(bare) and self._works(full)
+
+    @cached_property
+    def absences(self) -> list[frozenset[str]]:
+        """Which of the fields that it reads may be left out: nothing, or any one without which it works."""
+        optional = sorted(self.spec.reads - self.loss.needs - {"tokens"})
+        choices = [frozenset[str](), *(frozenset({name}) for name in optional)]
+        return [absent for absent in choices if not absent or self._works(self.seeded(5, absent, size=3))]
+
+    def absence(self, turn: int) -> frozenset[str]:
+        """What to leave out in this turn: each possible absence after the other."""
+        return self.absences[turn % len(self.absences)]
+
+    def searched(self, count: int = SEARCHED, **options: Any) -> Iterator[Feedback]:
+        """Draws in which to look for a dependence: of all magnitudes, with and without what may be absent."""
+        for turn in range(count):
+            magnitude = MAGNITUDES[turn // 2 % len(MAGNITUDES)]
+            yield self.seeded(
+                100 + turn, self.absence(turn), **{"size": 4, "magnitude": magnitude, **options}
+            )
+
+    def call(self, function: Callable[[Feedback], Tensor], feedback: Feedback) -> Tensor:
+        """What the loss, or its mean, returns; CannotRun if it raises or returns no tensor."""
+        try:
+            result = function(feedback)
+        except Exception as error:
+            problem = (
+                f"call: got {type(error).__name__}: {error}, expected values\n  It takes {self._declared()}."
+            )
+            raise CannotRun(self.spec.name, self.check, problem, feedback) from error
+        if not isinstance(result, Tensor):
+            problem = f"call: got {type(result).__name__}, expected a tensor, one value per example"
+            raise CannotRun(self.spec.name, self.check, problem, feedback)
+        return result
+
+    def detached(self, loss: Loss, feedback: Feedback) -> Tensor:
+        """The loss of each example, without gradient."""
+        with torch.no_grad():
+            return self.call(loss, feedback)
+
+    def settled_values(self, feedback: Feedback) -> Tensor:
+        """The settled loss of each example, without gradient."""
+        return self.detached(self.settled, feedback)
+
+    def gradient(self, loss: Loss, feedback: Feedback, mean: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss (or the sum of the values) and its gradient to all that may have one, by path."""
+        attached, leaves = with_leaves(feedback, trainable(feedback))
+        value = self.call(loss.mean, attached) if mean else self.call(loss, attached).sum()
+        return value.detach(), slopes(value, leaves)
+
+    def results(self, loss: Loss, feedback: Feedback) -> dict[str, Tensor]:
+        """The mean loss and its gradients, by the names that messages use."""
+        mean, gradients = self.gradient(loss, feedback)
+        return {"mean": mean, **{f"gradient of {path}": slope for path, slope in gradients.items()}}
+
+    def failed(
+        self,
+        what: str,
+        got: Tensor | str,
+        expected: Tensor | str,
+        feedback: Feedback | None = None,
+        change: str = "",
+    ) -> CheckFailed:
+        """A failure of this check, to raise.
+
+        Args:
+            what: What was looked at.
+            got: What it was.
+            expected: What it should be.
+            feedback: The draw that shows it.
+            change: What to change in the loss, if that is not the hint of the check.
+        """
+        change = change or self.change
+        problem = f"{what}: got {shown(got)}, expected {shown(expected)}{f'; {change}' if change else ''}"
+        return CheckFailed(self.spec.name, self.check, problem, feedback)
+
+    def no_effect(self, what: str, change: str) -> CheckFailed:
+        """A failure, to raise, of values that no batch of a search changed."""
+        return self.failed(what, f"the same in {SEARCHED} batches", "other ones somewhere", change=change)
+
+    def expect(self, what: str, got: Tensor, expected: Tensor, feedback: Feedback, change: str = "") -> None:
+        """Fail unless two tensors agree up to rounding; arguments as of `failed`."""
+        if not close(got, expected):
+            raise self.failed(what, got, expected, feedback, change)
+
+    def expect_finite(self, results: Mapping[str, Tensor], where: str, feedback: Feedback) -> None:
+        """Fail unless all results, by name, are finite."""
+        for what, result in results.items():
+            if not finite(result):
+                raise self.failed(f"{what} {where}", result, "finite numbers", feedback)
+
+    def expect_zero(self, results: Mapping[str, Tensor], where: str, feedback: Feedback) -> None:
+        """Fail unless all results, by name, are 0."""
+        for what, result in results.items():
+            if bool((result != 0).any()):
+                raise self.failed(f"{what} {where}", result, torch.zeros_like(result), feedback)
+
+    def narrowed(self, feedback: Feedback, body: Callable[[Feedback], Any]) -> None:
+        """Call `body` on the feedback; if it fails, fail on the first single example that shows it, or on all."""
+        try:
+            body(feedback)
+            return
+        except CheckFailed as error:
+            failure = error
+        for place in range(feedback.shape[0]):
+            body(select(feedback, torch.tensor([place])))
+        raise failure
+
+    def fails(self, feedback: Feedback, body: Callable[[Feedback], Any]) -> bool:
+        """Whether `body` fails on the feedback; a loss that raises is a failure of the check itself."""
+        try:
+            body(feedback)
+        except CannotRun:
+            raise
+        except CheckFailed:
+            return True
+        return False
+
+    def _declared(self) -> str:
+        needs = ", ".join(sorted(self.loss.needs)) or "nothing"
+        reads = ", ".join(sorted(self.spec.reads)) or "nothing"
+        reference = "a reference" if self.spec.needs_reference else "no reference"
+        return f"{self.spec.feedback.__name__} with {reference}, declares needs: {needs}; reads: {reads}"
+
+    def _works(self, feedback: Feedback) -> bool:
+        try:
+            self.fresh()(feedback)
+        except Exception:
+            return False
+        return True
+
+
+@contextmanager
+def under_test(spec: LossSpec) -> Iterator[None]:
+    """Inside a `with` block a loss is in the registry, and the warnings that unusual feedback causes are silent.
+
+    Raises:
+        ValueError: If another loss has its name.
+    """
+    with registered(spec), quiet():
+        yield
+
+
+def as_loss(loss: Checkable, **traits: Any) -> Loss:
+    """A loss to check: hyperparameters without a default get a value within their range.
+
+    Args:
+        loss: A loss, its spec, its name or expression, or a function, registered or not.
+        **traits: Of a function that is not registered, as `register` takes them.
+
+    Raises:
+        TypeError: If it is none of these, or there are traits beside a loss that has its own.
+
+    Example:
+        >>> def slope(pairs: prefloss.Pairs, *, beta: float = 0.1) -> torch.Tensor:
+        ...     return -beta * pairs.margin()
+        >>> as_loss(slope, difference_only=True, monotone=True)
+        slope(beta=0.1)
+    """
+    if callable(loss) and not isinstance(loss, Loss):
+        known = next((spec for spec in specs.values() if spec.function is loss), None)
+        if known is None:
+            return _bound(spec_from(loss, **traits))
+        loss = known
+    if traits:
+        raise TypeError(f"traits: got {sorted(traits)} beside {loss!r}, expected none: it has its own")
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, LossSpec):
+        return _bound(loss)
+    if isinstance(loss, str):
+        return _bound(specs[loss]) if loss in specs else get(loss)
+    raise TypeError(f"loss: got {loss!r}, expected a loss, its spec, its name or its function")
+
+
+def _bound(spec: LossSpec) -> Loss:
+    values = {name: _within(parameter) for name, parameter in spec.parameters.items() if parameter.required}
+    with under_test(spec):
+        return get(spec.name, **values)
+
+
+def _within(parameter: Parameter) -> Any:
+    if not isinstance(parameter.constraint, Interval):
+        return 0.5
+    return next((value for value in (0.5, 1.5, 0.05, 5.0, -0.5) if value in parameter.constraint), 1)
