@@ -14,6 +14,7 @@ from prefloss.cli._models import Start
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import Task
 from prefloss.cli._trainer import Plan
+from prefloss.data.rows import KIND_WORDS
 
 
 def setting(settings: Settings, start: Start, plan: Plan, trainer: Any) -> str:
@@ -39,7 +40,7 @@ def about(
         "loss_name": loss.name,
         "loss_parameters": {name: _plain(value) for name, value in loss.params.items()},
         "data": "generated world" if settings.data is None else str(settings.data),
-        "data_kind": task.kind.value,
+        "data_kind": KIND_WORDS[task.kind],
         "training_rows": len(trainer.train_dataset),
         "facts": [*task.facts, *start.facts, plan.words],
         "warnings": list(task.warnings),

@@ -10,12 +10,13 @@ from prefloss import data as pdata
 from prefloss.cli._errors import CliError
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import READ_AS, Row, Task, check_needs, fitting
-from prefloss.data import Kind
+from prefloss.data.rows import KIND_WORDS, kind_text
+from prefloss.feedback import Labels, Pairs, Rankings, columns_of
 
 SAMPLES, MEASURED = 64, 500
 
 
-def file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind, path: Path) -> Task:
+def file_task(settings: Settings, loss: prefloss.Loss, wanted: type, path: Path) -> Task:
     """Read a file for a loss that wants this kind of rows.
 
     Raises:
@@ -26,10 +27,11 @@ def file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind, path: Path)
     except (pdata.DataError, OSError) as error:
         raise CliError(str(error)) from error
     form = "conversational" if found.conversational else "plain text"
-    facts = [f"{found.name}: {len(found)} {found.kind.value} rows ({', '.join(found.kind.columns)}), {form}"]
-    if wanted is Kind.PAIRED and found.kind is Kind.LABELLED:
+    columns = ", ".join(columns_of(found.kind))
+    facts = [f"{found.name}: {len(found)} {KIND_WORDS[found.kind]} rows ({columns}), {form}"]
+    if wanted is Pairs and found.kind is Labels:
         raise CliError(
-            f"{loss.name} compares two completions, but {found.name} holds {found.kind} rows; "
+            f"{loss.name} compares two completions, but {found.name} holds {kind_text(found.kind)} rows; "
             f"losses that learn from labels: {fitting(prefloss.Labels)}"
         )
     columns = _columns(found, wanted)
@@ -37,24 +39,24 @@ def file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind, path: Path)
     check_needs(loss, used, found.name)
     facts += _column_facts(loss, found)
     train, held_out = pdata.split(found.rows, settings.eval_fraction, settings.seed)
-    if found.kind is Kind.RANKED:
+    if found.kind is Rankings:
         train, held_out = (pdata.ranked_to_pairs(rows) if len(rows) else rows for rows in (train, held_out))
         facts.append("ranked rows became pairs: the best completion against the worst")
-    pairs = found.kind is not Kind.LABELLED
+    pairs = found.kind is not Labels
     marked = _some(held_out if len(held_out) else train, settings.seed)
     facts.append(_split_fact(train, held_out, marked))
     better, worse = _sides(marked, pairs)
     liked, disliked = _sides(train, pairs)
     warnings = list(found.notes)
-    if wanted is Kind.LABELLED and pairs:
+    if wanted is Labels and pairs:
         train = pdata.pairs_to_labels(train, settings.seed)
         facts.append(
             f"{loss.name} learns from labels: each chosen became an upvote, each rejected a downvote"
         )
-    if wanted is Kind.LABELLED:
+    if wanted is Labels:
         train = train.shuffle(seed=settings.seed)
         warnings += _label_warnings(loss, *pdata.label_counts(train))
-    train = train.select_columns([*wanted.columns, *used])
+    train = train.select_columns([*columns_of(wanted), *used])
     return Task(
         train=train,
         kind=wanted,
@@ -73,13 +75,13 @@ def file_task(settings: Settings, loss: prefloss.Loss, wanted: Kind, path: Path)
     )
 
 
-def _columns(found: pdata.Preferences, wanted: Kind) -> tuple[str, ...]:
+def _columns(found: pdata.Preferences, wanted: type) -> tuple[str, ...]:
     """Optional columns of the training rows, after their conversion to the wanted kind."""
     columns = found.optional
-    if found.kind is Kind.RANKED:
+    if found.kind is Rankings:
         columns = (*columns, "score_chosen", "score_rejected")
-    if wanted is Kind.LABELLED and "score_chosen" in columns:
-        columns = (*(name for name in columns if not name.startswith("score_")), "scores")
+    if wanted is Labels and "score_chosen" in columns:
+        columns = (*(name for name in columns if not name.startswith("score_")), "score")
     return columns
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from prefloss import data as pdata
 from prefloss.cli._errors import CliError
+from prefloss.data.rows import KIND_WORDS
 from prefloss.data.sources import rows_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -100,7 +101,7 @@ def _read(paths: tuple[Path, ...]) -> ReferenceData:
             if found is None:
                 read = pdata.read(path)
                 found, form = read.rows, "messages" if read.conversational else "plain text"
-                facts.append(f"{name}: {len(found)} {read.kind.value} rows, {form}")
+                facts.append(f"{name}: {len(found)} {KIND_WORDS[read.kind]} rows, {form}")
                 warnings += read.notes
                 messages = name if read.conversational else messages
             else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import prefloss
 from prefloss.cli._errors import CliError
-from prefloss.data import Kind
+from prefloss.feedback import KINDS, Rankings, optional_fields
 
 Row = dict[str, Any]
 
@@ -35,7 +35,7 @@ class Task:
     """
 
     train: Any
-    kind: Kind
+    kind: type
     conversational: bool
     better: list[Row]
     worse: list[Row]
@@ -50,20 +50,19 @@ class Task:
     warnings: tuple[str, ...] = field(default=())
 
 
-def kind_for(loss: prefloss.Loss) -> Kind:
+def kind_for(loss: prefloss.Loss) -> type:
     """The kind of rows that a trainer of TRL needs for this loss.
 
     Raises:
         CliError: If TRL has no trainer for it.
     """
-    kinds = {prefloss.Pairs: Kind.PAIRED, prefloss.Labels: Kind.LABELLED}
-    if loss.spec.feedback not in kinds:
+    if loss.spec.feedback is Rankings:
         raise CliError(
             f"{loss.name} takes {loss.spec.feedback.__name__}, and TRL has no trainer for ranked groups; call it from "
             f"your own loop, or train with one that takes pairs ({fitting(prefloss.Pairs)}) or labels "
             f"({fitting(prefloss.Labels)})"
         )
-    return kinds[loss.spec.feedback]
+    return loss.spec.feedback
 
 
 def fitting(feedback: type, most: int = 6) -> str:
@@ -75,7 +74,7 @@ def fitting(feedback: type, most: int = 6) -> str:
 
 
 # Column -> what a loss must read to use it; a weight multiplies any loss.
-READ_AS = {"weight": None, "score_chosen": "scores", "score_rejected": "scores", "scores": "scores"}
+READ_AS = {field.column: field.need for kind in KINDS for field in optional_fields(kind)}
 
 
 def check_needs(loss: prefloss.Loss, columns: Collection[str], source: str) -> None:
@@ -85,7 +84,7 @@ def check_needs(loss: prefloss.Loss, columns: Collection[str], source: str) -> N
         CliError: If a column is missing; the message names it.
     """
     wanted = {
-        "scores": "graded feedback: numbers in the columns score_chosen and score_rejected (of pairs) or scores "
+        "scores": "graded feedback: numbers in the columns score_chosen and score_rejected (of pairs) or score "
         "(of labelled rows)",
         "baseline": "the value of each prompt: numbers in the column baseline (of labelled rows)",
     }

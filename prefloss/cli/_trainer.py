@@ -19,8 +19,8 @@ from prefloss.cli._errors import CliError
 from prefloss.cli._models import Start
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import Task
-from prefloss.data import Kind
 from prefloss.data.tokens import pad_id
+from prefloss.feedback import Pairs, columns_of
 from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback, resolve, wants_mismatched
 from prefloss.losses import Composite
 
@@ -120,7 +120,7 @@ def configure(settings: Settings, task: Task, plan: Plan, loss: prefloss.Loss, f
         # Weights and scores travel with the batch; TRL would take their columns out.
         "remove_unused_columns": not _travellers(task),
     }
-    if task.kind is Kind.PAIRED:
+    if task.kind is Pairs:
         config = DPOConfig(**common, use_weighting="per_token.log_sum_sq" in loss.needs)
     else:
         config = _kto_config(common, loss, plan)
@@ -149,7 +149,7 @@ def build(
         rank: Of a LoRA adapter; None trains the whole model.
         watcher: Sees every step.
     """
-    paired = task.kind is Kind.PAIRED
+    paired = task.kind is Pairs
     collator = None
     if _travellers(task):
         inner = DataCollatorForPreference if paired else DataCollatorForUnpairedPreference
@@ -171,7 +171,7 @@ def build(
 
 def _travellers(task: Task) -> set[str]:
     """Columns that only the loss reads."""
-    return set(task.train.column_names) - set(task.kind.columns)
+    return set(task.train.column_names) - set(columns_of(task.kind))
 
 
 def total_steps(trainer: Any) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import prefloss
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import Row, Task, check_needs
-from prefloss.data import Kind
 from prefloss.demo import world
+from prefloss.feedback import Pairs
 
 ROWS, HELD_OUT, SPOKEN, SAMPLES = 4000, 400, 8000, 256
 
 
-def world_task(settings: Settings, loss: prefloss.Loss, kind: Kind) -> Task:
+def world_task(settings: Settings, loss: prefloss.Loss, kind: type) -> Task:
     """Draw a world.
 
     Raises:
@@ -28,12 +28,12 @@ def world_task(settings: Settings, loss: prefloss.Loss, kind: Kind) -> Task:
     held_out = [drawn.pair() for _ in range(HELD_OUT)]
     asked = [drawn.prompt() for _ in range(SAMPLES)]
     prompts = [asked[i % SAMPLES] for i in range(SAMPLES if settings.samples is None else settings.samples)]
-    draw = drawn.pair if kind is Kind.PAIRED else drawn.labelled
+    draw = drawn.pair if kind is Pairs else drawn.labelled
     rows: list[Row] = [draw() for _ in range(ROWS)]
     rows = [_graded(row, columns) for row in rows]
     if "score_chosen" in columns:
         rows = [row for row in rows if row["score_chosen"] > row["score_rejected"]]
-    what = "judged pairs" if kind is Kind.PAIRED else "thumbs up and down"
+    what = "judged pairs" if kind is Pairs else "thumbs up and down"
     judge = "a judge that gives grades" if columns else "a noisy judge"
     return Task(
         train=Dataset.from_list(rows),
@@ -54,11 +54,11 @@ def world_task(settings: Settings, loss: prefloss.Loss, kind: Kind) -> Task:
     )
 
 
-def _grade_columns(kind: Kind) -> dict[str, str]:
+def _grade_columns(kind: type) -> dict[str, str]:
     """Columns of grades, and the completion that each grades."""
-    if kind is Kind.PAIRED:
+    if kind is Pairs:
         return {"score_chosen": "chosen", "score_rejected": "rejected"}
-    return {"scores": "completion"}
+    return {"score": "completion"}
 
 
 def _graded(row: Row, columns: dict[str, str]) -> Row:

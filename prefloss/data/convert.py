@@ -6,9 +6,9 @@ import json
 import random
 from typing import TYPE_CHECKING, Any
 
-from prefloss.data.kinds import Kind
 from prefloss.data.read import Preferences
-from prefloss.data.rows import is_blank
+from prefloss.data.rows import is_blank, kind_text
+from prefloss.feedback import Labels, Pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,7 +52,7 @@ def pairs_to_labels(rows: Dataset, seed: int = 0) -> Dataset:
 
     made = [
         {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
-        | ({"scores": row[f"score_{name}"]} if f"score_{name}" in row else {})
+        | ({"score": row[f"score_{name}"]} if f"score_{name}" in row else {})
         | ({"weight": row["weight"]} if "weight" in row else {})
         for row in _dicts(rows)
         for name in ("chosen", "rejected")
@@ -99,6 +99,6 @@ def as_pairs(data: Preferences) -> Dataset:
     Raises:
         ValueError: If the data are labelled: which of two answers is better is not known.
     """
-    if data.kind is Kind.LABELLED:
-        raise ValueError(f"{data.name}: expected paired or ranked rows, got {data.kind}")
-    return data.rows if data.kind is Kind.PAIRED else ranked_to_pairs(data.rows)
+    if data.kind is Labels:
+        raise ValueError(f"{data.name}: expected paired or ranked rows, got {kind_text(data.kind)}")
+    return data.rows if data.kind is Pairs else ranked_to_pairs(data.rows)

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prefloss.data.errors import DataError, shown
-from prefloss.data.kinds import Kind, kind_of
-from prefloss.data.rows import clean, is_blank
+from prefloss.data.rows import clean, is_blank, kind_of, with_new_names
 from prefloss.data.tokens import Encoded, encode
+from prefloss.feedback import KINDS, SIDES, Labels, Pairs, Rankings, columns_of, optional_fields
 
 _IDS = {
-    Kind.PAIRED: ("chosen_ids", "rejected_ids"),
-    Kind.LABELLED: ("completion_ids", "label"),
-    Kind.RANKED: ("completions_ids", "scores"),
-}
-_SIDES = {
-    Kind.PAIRED: ("chosen", "rejected"),
-    Kind.LABELLED: ("completion",),
-    Kind.RANKED: ("completions",),
-}
-# Optional columns of numbers, and what the batch calls them.
-_NUMBERS = {
-    Kind.PAIRED: {"score_chosen": "score_chosen", "score_rejected": "score_rejected", "weight": "weight"},
-    Kind.LABELLED: {"score": "scores", "weight": "weight", "kl": "kl", "baseline": "baseline"},
-    Kind.RANKED: {"weight": "weight"},
+    kind: tuple(f"{name}_ids" if name in SIDES[kind] else name for name in columns_of(kind)[1:])
+    for kind in KINDS
 }
 _REFERENCES = {
-    Kind.PAIRED: ("ref_chosen_logps", "ref_rejected_logps"),
-    Kind.LABELLED: ("ref_logps",),
-    Kind.RANKED: ("ref_logps",),
+    Pairs: ("ref_chosen_logps", "ref_rejected_logps"),
+    Labels: ("ref_logps",),
+    Rankings: ("ref_logps",),
+}
+_OPTIONAL = {
+    kind: [*(field.column for field in optional_fields(kind) if field.column), *_REFERENCES[kind]]
+    for kind in KINDS
+}
+# KTOTrainer adds the last one for itself.
+_READ = {
+    kind: {"prompt_ids", *columns_of(kind), *_IDS[kind], *_OPTIONAL[kind], "KL_completion_ids"}
+    for kind in KINDS
 }
 
 
@@ -41,21 +39,23 @@ class Example:
 
     Attributes:
         place: What error messages call it.
-        kind: Pairs, labels or rankings.
+        kind: `Pairs`, `Labels` or `Rankings`.
         rows: Token ids of prompt and completion, for each completion.
         values: Optional feedback by its name in the batch.
         label: Whether a labelled completion was upvoted.
         scores: One per completion of a ranking.
         reference: Reference log-probs of the completions, nats, if they came with the example.
+        unread: Columns that nothing reads.
     """
 
     place: str
-    kind: Kind
+    kind: type
     rows: list[Encoded]
     values: dict[str, float]
     label: bool = False
     scores: tuple[float, ...] = ()
     reference: tuple[float, ...] | None = None
+    unread: tuple[str, ...] = ()
 
 
 def read_example(index: int, example: Mapping[str, Any], tokenizer: Any, place: str | None = None) -> Example:
@@ -78,9 +78,11 @@ def read_example(index: int, example: Mapping[str, Any], tokenizer: Any, place: 
     )
     if kind is None:
         kind = _text_kind(place, row)
+        row = with_new_names(kind, row)
         cleaned = clean(place, row, kind).row
         rows = _encoded(place, kind, cleaned, tokenizer)
     else:
+        row = with_new_names(kind, row)
         rows = _ids(place, kind, row)
         cleaned = _said(place, kind, row, len(rows))
     return Example(
@@ -91,10 +93,19 @@ def read_example(index: int, example: Mapping[str, Any], tokenizer: Any, place: 
         label=cleaned.get("label", False),
         scores=tuple(cleaned.get("scores", ())),
         reference=_reference(place, kind, row, len(rows)),
+        unread=tuple(name for name in row if row[name] is not None and name not in _READ[kind]),
     )
 
 
-def _text_kind(place: str, row: dict[str, Any]) -> Kind:
+def unread_text(kind: type, names: Iterable[str]) -> str:
+    """Columns that nothing reads, and what may be meant, as "'weights' (did you mean 'weight'?), 'id'"."""
+    close = {name: difflib.get_close_matches(name, _OPTIONAL[kind], 1, cutoff=0.8) for name in names}
+    return ", ".join(
+        f"{name!r} (did you mean {like[0]!r}?)" if like else repr(name) for name, like in close.items()
+    )
+
+
+def _text_kind(place: str, row: dict[str, Any]) -> type:
     if not set(row) - {"label", "label_ids", "labels"}:
         left = f"only {', '.join(map(repr, row))}" if row else "no columns"
         raise DataError(
@@ -103,14 +114,14 @@ def _text_kind(place: str, row: dict[str, Any]) -> Kind:
         )
     for kind, names in _IDS.items():
         begun = [name for name in names if name.endswith("_ids") and row.get(name) is not None]
-        if begun and row.get(_SIDES[kind][0]) is None:
+        if begun and row.get(SIDES[kind][0]) is None:
             missing = next(name for name in names if row.get(name) is None)
             has = ", ".join(map(repr, row))
             raise DataError(f"{place}: missing column {missing!r} beside {begun[0]!r}; it has {has}")
     return kind_of(place, row)
 
 
-def _encoded(place: str, kind: Kind, row: dict[str, Any], tokenizer: Any) -> list[Encoded]:
+def _encoded(place: str, kind: type, row: dict[str, Any], tokenizer: Any) -> list[Encoded]:
     if tokenizer is None:
         raise TypeError(
             f"{place}: got text, but tokenizer is None; give PreferenceCollator(tokenizer) or token ids"
@@ -129,18 +140,18 @@ def _encoded(place: str, kind: Kind, row: dict[str, Any], tokenizer: Any) -> lis
     return made
 
 
-def _texts(kind: Kind, row: dict[str, Any]) -> tuple[list[str], list[Any]]:
-    if kind is not Kind.RANKED:
-        return [repr(name) for name in _SIDES[kind]], [row[name] for name in _SIDES[kind]]
+def _texts(kind: type, row: dict[str, Any]) -> tuple[list[str], list[Any]]:
+    if kind is not Rankings:
+        return [repr(name) for name in SIDES[kind]], [row[name] for name in SIDES[kind]]
     texts = row["completions"]
     return [f"'completions'[{i}]" for i in range(len(texts))], texts
 
 
-def _ids(place: str, kind: Kind, row: dict[str, Any]) -> list[Encoded]:
+def _ids(place: str, kind: type, row: dict[str, Any]) -> list[Encoded]:
     if row.get("prompt_ids") is None:
         raise DataError(f"{place}: missing column 'prompt_ids'; it has {', '.join(map(repr, row))}")
     prompt = _id_list(place, "'prompt_ids'", row["prompt_ids"])
-    if kind is Kind.RANKED:
+    if kind is Rankings:
         many = row["completions_ids"]
         if not isinstance(many, list | tuple):
             raise DataError(
@@ -148,7 +159,7 @@ def _ids(place: str, kind: Kind, row: dict[str, Any]) -> list[Encoded]:
             )
         sides = [(f"'completions_ids'[{i}]", value) for i, value in enumerate(many)]
     else:
-        sides = [(f"'{name}_ids'", row[f"{name}_ids"]) for name in _SIDES[kind]]
+        sides = [(f"'{name}_ids'", row[f"{name}_ids"]) for name in SIDES[kind]]
     made = []
     for name, value in sides:
         completion = _id_list(place, name, value)
@@ -168,24 +179,24 @@ def _id_list(place: str, name: str, value: Any) -> list[int]:
     return list(value)
 
 
-def _said(place: str, kind: Kind, row: dict[str, Any], count: int) -> dict[str, Any]:
+def _said(place: str, kind: type, row: dict[str, Any], count: int) -> dict[str, Any]:
     """Label and scores beside token ids, checked as beside text: empty texts stand in for the ids."""
-    if kind is Kind.LABELLED:
+    if kind is Labels:
         return clean(place, {"prompt": "", "completion": "", "label": row["label"]}, kind).row
-    if kind is Kind.RANKED:
+    if kind is Rankings:
         return clean(place, {"prompt": "", "completions": [""] * count, "scores": row["scores"]}, kind).row
     return {}
 
 
-def _numbers(place: str, kind: Kind, row: dict[str, Any]) -> dict[str, float]:
+def _numbers(place: str, kind: type, row: dict[str, Any]) -> dict[str, float]:
     return {
-        item: _number(place, f"column {name!r}", row[name])
-        for name, item in _NUMBERS[kind].items()
-        if row.get(name) is not None
+        field.name: _number(place, f"column {field.column!r}", row[field.column])
+        for field in optional_fields(kind)
+        if field.column and row.get(field.column) is not None
     }
 
 
-def _reference(place: str, kind: Kind, row: dict[str, Any], count: int) -> tuple[float, ...] | None:
+def _reference(place: str, kind: type, row: dict[str, Any], count: int) -> tuple[float, ...] | None:
     names = _REFERENCES[kind]
     there = [name for name in names if row.get(name) is not None]
     if not there:
@@ -193,7 +204,7 @@ def _reference(place: str, kind: Kind, row: dict[str, Any], count: int) -> tuple
     if len(there) < len(names):
         missing = next(name for name in names if name not in there)
         raise DataError(f"{place}: missing column {missing!r} beside {there[0]!r}")
-    if kind is not Kind.RANKED:
+    if kind is not Rankings:
         return tuple(_log_prob(place, f"column {name!r}", row[name]) for name in names)
     values = row[names[0]]
     if not isinstance(values, list | tuple) or len(values) != count:

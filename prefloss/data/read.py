@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefloss.data.errors import DataError
-from prefloss.data.kinds import Kind, kind_of
-from prefloss.data.rows import Clean, clean, is_blank, is_number
+from prefloss.data.rows import Clean, clean, is_blank, is_number, kind_of, kind_text, with_new_names
 from prefloss.data.sources import rows_of
+from prefloss.feedback import KINDS, Labels, Pairs, columns_of, optional_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,16 +23,16 @@ class Preferences:
 
     Attributes:
         rows: One row per judgement, with the columns of its kind and the optional ones.
-        kind: What a row says.
-        optional: Columns of numbers that came along (`Kind.optional`).
-        unused: Columns of the file that are left out, as its first row has them.
+        kind: `Pairs`, `Labels` or `Rankings`.
+        optional: Columns of numbers that came along (`prefloss.feedback.optional_fields`).
+        unused: Columns of the file that are left out.
         conversational: Whether texts are lists of messages (role, content) or plain strings.
         name: Of the file, for messages.
         notes: What was dropped or rewritten, one sentence each, with counts.
     """
 
     rows: Dataset
-    kind: Kind
+    kind: type
     conversational: bool
     name: str
     notes: tuple[str, ...] = ()
@@ -63,8 +63,10 @@ def read(path: str | os.PathLike[str]) -> Preferences:
     kept: list[dict[str, Any]] = []
     head: _Head | None = None
     conversational = False
+    unused: dict[str, None] = {}
     for place, head, checked in _checked(path):
         conversational = checked.conversational
+        unused |= dict.fromkeys(checked.unused)
         if checked.converted:
             notes.add(checked.converted, place)
         reason = _useless(checked.row, head.kind)
@@ -85,7 +87,7 @@ def read(path: str | os.PathLike[str]) -> Preferences:
         path.name,
         notes=notes.sentences(),
         optional=head.optional,
-        unused=head.unused,
+        unused=tuple(unused),
     )
 
 
@@ -94,21 +96,20 @@ class _Head:
     """What the first row says about all rows."""
 
     place: str
-    kind: Kind
+    kind: type
     optional: tuple[str, ...]
-    unused: tuple[str, ...]
 
     @classmethod
     def of(cls, place: str, row: dict[str, Any]) -> _Head:
         kind = kind_of(place, row)
-        optional = tuple(name for name in kind.optional if is_number(row.get(name)))
+        row = with_new_names(kind, row)
+        optional = tuple(f.column for f in optional_fields(kind) if f.column and is_number(row.get(f.column)))
         scores = {"score_chosen", "score_rejected"} & set(optional)
         if len(scores) == 1:
             raise DataError(
                 f"{place}: got column {scores.pop()!r} alone; expected scores of both sides, or of neither"
             )
-        unused = tuple(name for name in row if name not in (*kind.columns, *optional))
-        return cls(place, kind, optional, unused)
+        return cls(place, kind, optional)
 
 
 def _checked(path: Path) -> Iterator[tuple[str, _Head, Clean]]:
@@ -118,6 +119,7 @@ def _checked(path: Path) -> Iterator[tuple[str, _Head, Clean]]:
     for place, row in rows_of(path):
         head = head or _Head.of(place, row)
         _check_kind(place, row, head)
+        row = with_new_names(head.kind, row)
         checked = clean(place, row, head.kind, head.optional)
         form = form or (place, checked.conversational)
         if checked.conversational != form[1]:
@@ -130,16 +132,20 @@ def _checked(path: Path) -> Iterator[tuple[str, _Head, Clean]]:
 
 def _check_kind(place: str, row: dict[str, Any], head: _Head) -> None:
     kind = head.kind
-    missing = [name for name in kind.columns[1:] if name not in row or _padding(row, name)]
+    missing = [name for name in columns_of(kind)[1:] if name not in row or _padding(row, name)]
     if not missing:
         return
-    other = next((k for k in Kind if all(row.get(name) is not None for name in k.columns[1:])), None)
+    other = next((k for k in KINDS if all(row.get(name) is not None for name in columns_of(k)[1:])), None)
     if other is not None and other is not kind:
-        raise DataError(f"{place}: expected a row of kind {kind} as in {_short(head.place)}, got {other}")
+        raise DataError(
+            f"{place}: expected a row of kind {kind_text(kind)} as in {_short(head.place)}, got {kind_text(other)}"
+        )
     absent = [name for name in missing if name not in row]
     if absent:
         has = ", ".join(map(repr, row))
-        raise DataError(f"{place}: missing column {absent[0]!r} of {kind} rows; it has columns {has}")
+        raise DataError(
+            f"{place}: missing column {absent[0]!r} of {kind_text(kind)} rows; it has columns {has}"
+        )
 
 
 def _padding(row: dict[str, Any], name: str) -> bool:
@@ -147,11 +153,11 @@ def _padding(row: dict[str, Any], name: str) -> bool:
     return row[name] is None
 
 
-def _useless(row: dict[str, Any], kind: Kind) -> str:
+def _useless(row: dict[str, Any], kind: type) -> str:
     """Why a row teaches nothing, or "" if it does."""
-    if kind is Kind.LABELLED:
+    if kind is Labels:
         return "empty 'completion'" if is_blank(row["completion"]) else ""
-    if kind is Kind.PAIRED:
+    if kind is Pairs:
         blank = [name for name in ("chosen", "rejected") if is_blank(row[name])]
         if blank:
             return f"empty {' and '.join(map(repr, blank))}"

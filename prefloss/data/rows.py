@@ -3,12 +3,66 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prefloss.data.errors import DataError, shown
-from prefloss.data.kinds import Kind
 from prefloss.data.tokens import Text
+from prefloss.feedback import KINDS, SIDES, Labels, Pairs, Rankings, columns_of, optional_fields
+
+KIND_WORDS: Mapping[type, str] = {Pairs: "paired", Labels: "labelled", Rankings: "ranked"}
+"""What messages call a row of each kind of feedback."""
+
+
+def kind_text(kind: type) -> str:
+    """A kind of rows with its columns, as "paired (prompt, chosen, rejected)"."""
+    return f"{KIND_WORDS[kind]} ({', '.join(columns_of(kind))})"
+
+
+def kind_of(place: str, row: Mapping[str, Any]) -> type:
+    """`Pairs`, `Labels` or `Rankings`, by the columns of a row; the prompt may be absent.
+
+    Raises:
+        DataError: If they fit no kind, or two.
+    """
+    # The prompt may be inside the messages, so it does not decide.
+    required = {kind: set(columns_of(kind)[1:]) for kind in KINDS}
+    filled = {name for name, value in row.items() if value is not None}
+    # A table of mixed rows has every column in every row, null where it does not belong.
+    fitting = [kind for kind in KINDS if required[kind] <= filled] or [
+        kind for kind in KINDS if required[kind] <= set(row)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    has = f"has columns {', '.join(map(repr, row))}" if row else "has no columns"
+    if fitting:
+        kinds = " and ".join(map(kind_text, fitting))
+        raise DataError(f"{place}: {has}, which fit two kinds: {kinds}; expected the columns of one")
+    begun = [kind for kind in KINDS if required[kind] & set(row)]
+    if len(begun) == 1:
+        missing = [name for name in columns_of(begun[0]) if name not in row]
+        names = f"column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
+        raise DataError(f"{place}: missing {names} of {kind_text(begun[0])} rows; it {has}")
+    raise DataError(
+        f"{place}: {has}; expected {', '.join(map(kind_text, KINDS[:-1]))} or {kind_text(KINDS[-1])}"
+    )
+
+
+def with_new_names(kind: type, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with every column under its present name; former names work with a DeprecationWarning."""
+    for field in optional_fields(kind):
+        old, new = field.old_column, field.column
+        if old is None or new is None or row.get(old) is None or row.get(new) is not None:
+            continue
+        warnings.warn(
+            f"column {old!r} of {KIND_WORDS[kind]} rows is now called {new!r}; the old name goes in the next release",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        row = {name: value for name, value in row.items() if name != old} | {new: row[old]}
+    return row
 
 
 @dataclass(frozen=True)
@@ -19,14 +73,16 @@ class Clean:
         row: The columns of its kind, and the optional ones that were asked for.
         conversational: Whether its texts are messages.
         converted: What was rewritten to get there, in words, or "".
+        unused: Names of its other columns.
     """
 
     row: dict[str, Any]
     conversational: bool
     converted: str = ""
+    unused: tuple[str, ...] = ()
 
 
-def clean(place: str, row: dict[str, Any], kind: Kind, optional: tuple[str, ...] = ()) -> Clean:
+def clean(place: str, row: dict[str, Any], kind: type, optional: tuple[str, ...] = ()) -> Clean:
     """Check the columns of one row.
 
     Args:
@@ -41,14 +97,14 @@ def clean(place: str, row: dict[str, Any], kind: Kind, optional: tuple[str, ...]
     sides = _sides(place, row, kind)
     prompt, sides, converted = _with_prompt(place, row, kind, sides)
     conversational = not isinstance(prompt, str)
-    if kind is Kind.PAIRED:
+    if kind is Pairs:
         made = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
-    elif kind is Kind.LABELLED:
+    elif kind is Labels:
         made = {"prompt": prompt, "completion": sides[0], "label": _label(place, row["label"])}
     else:
         made = {"prompt": prompt, "completions": sides, "scores": _scores(place, row["scores"], len(sides))}
     made |= {name: _number(place, name, row.get(name)) for name in optional}
-    return Clean(made, conversational, converted)
+    return Clean(made, conversational, converted, tuple(name for name in row if name not in made))
 
 
 def is_blank(text: Text) -> bool:
@@ -58,21 +114,20 @@ def is_blank(text: Text) -> bool:
     )
 
 
-def _sides(place: str, row: dict[str, Any], kind: Kind) -> list[Text]:
+def _sides(place: str, row: dict[str, Any], kind: type) -> list[Text]:
     """The completions of a row: chosen and rejected, the one, or the ranked ones."""
-    if kind is Kind.RANKED:
+    if kind is Rankings:
         many = row["completions"]
         if not isinstance(many, list):
             raise DataError(
                 f"{place}: column 'completions': expected a list of completions, got {shown(many)}"
             )
         return [_text(place, f"column 'completions'[{i}]", value) for i, value in enumerate(many)]
-    names = kind.columns[1:] if kind is Kind.PAIRED else kind.columns[1:2]
-    return [_text(place, f"column {name!r}", row[name]) for name in names]
+    return [_text(place, f"column {name!r}", row[name]) for name in SIDES[kind]]
 
 
 def _with_prompt(
-    place: str, row: dict[str, Any], kind: Kind, sides: list[Text]
+    place: str, row: dict[str, Any], kind: type, sides: list[Text]
 ) -> tuple[Text, list[Text], str]:
     """Prompt and sides, all plain or all messages."""
     whole = [side for side in sides if not isinstance(side, str) and side and side[0]["role"] != "assistant"]
@@ -86,7 +141,7 @@ def _with_prompt(
             note = "rewritten: the messages that both sides start with became the prompt"
             return whole[0][:shared], [side[shared:] for side in whole], note
     has = ", ".join(map(repr, row))
-    raise DataError(f"{place}: missing column 'prompt' of {kind} rows; it has columns {has}")
+    raise DataError(f"{place}: missing column 'prompt' of {kind_text(kind)} rows; it has columns {has}")
 
 
 def _alike(prompt: Text, sides: list[Text]) -> tuple[Text, list[Text], str]:
@@ -100,9 +155,9 @@ def _alike(prompt: Text, sides: list[Text]) -> tuple[Text, list[Text], str]:
     return prompt, list(wrapped), "rewritten: plain text became messages, as other texts of the row are"
 
 
-def _shared(sides: list[list[dict[str, str]]], kind: Kind) -> int:
+def _shared(sides: list[list[dict[str, str]]], kind: type) -> int:
     """How many messages the conversations start with before a side's own answer."""
-    if kind is Kind.LABELLED or len(sides) == 1:
+    if kind is Labels or len(sides) == 1:
         last = max((i for i, m in enumerate(sides[0]) if m["role"] != "assistant"), default=-1)
         return last + 1
     shared = 0

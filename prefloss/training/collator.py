@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from prefloss.data.errors import DataError
-from prefloss.data.examples import Example, read_example
-from prefloss.data.kinds import Kind
+from prefloss.data.examples import Example, read_example, unread_text
+from prefloss.data.rows import kind_text
 from prefloss.data.tokens import Encoded, pad
-from prefloss.feedback import Labels, Pairs, Rankings
+from prefloss.feedback import Labels, Pairs
 from prefloss.logratios import IGNORE_INDEX
 from prefloss.training.batch import MISMATCHED, REFERENCE, VALUES, Structure
 from prefloss.training.packing import pack
 
-_KINDS = {Kind.PAIRED: Pairs, Kind.LABELLED: Labels, Kind.RANKED: Rankings}
 Layout = Literal["padded", "packed", "shared_prefix"]
 _LAYOUTS = get_args(Layout)
 # So many votes of one kind, and none of the other, are no accident.
@@ -54,7 +53,8 @@ class PreferenceCollator:
 
     Attributes:
         seen: Counts so far, in this process: `examples`, `identical` (two completions of a prompt are the same),
-            `double_end` (two end tokens), `truncated_away`, `upvotes`, `downvotes`.
+            `double_end` (two end tokens), `unread` (columns that nothing reads), `truncated_away`, `upvotes`,
+            `downvotes`.
 
     Example:
         >>> collate = PreferenceCollator()
@@ -110,7 +110,7 @@ class PreferenceCollator:
             raise ValueError("examples: got none, expected at least one")
         _check_alike(read)
         self._notice(read)
-        kind = _KINDS[read[0].kind]
+        kind = read[0].kind
         order = _order(read)
         batch = self._tokens([example.rows for example in read], order)
         batch |= _structure(read, kind)
@@ -135,7 +135,7 @@ class PreferenceCollator:
 
     def _next_completions(self, read: list[Example], kind: type) -> dict[str, Tensor]:
         if kind is not Labels:
-            raise DataError(f"mismatched: got data of {read[0].kind}, expected labelled completions")
+            raise DataError(f"mismatched: got data of {kind_text(kind)}, expected labelled completions")
         if len(read) < 2:
             raise DataError(
                 "mismatched: got a batch of one example, expected two or more; or leave mismatched False and choose "
@@ -159,7 +159,11 @@ class PreferenceCollator:
             if end is not None and any(ids[-2:] == (end, end) for ids in completions):
                 self.seen["double_end"] += 1
                 self._warn("double_end", f"{example.place}: a completion ends in two end-of-sequence tokens")
-            if example.kind is Kind.LABELLED:
+            if example.unread:
+                self.seen["unread"] += 1
+                names = unread_text(example.kind, example.unread)
+                self._warn("unread", f"{example.place}: has columns that nothing reads: {names}")
+            if example.kind is Labels:
                 self.seen["upvotes" if example.label else "downvotes"] += 1
         votes = self.seen["upvotes"] + self.seen["downvotes"]
         if votes >= _ONE_SIDED and votes in (self.seen["upvotes"], self.seen["downvotes"]):
@@ -181,7 +185,8 @@ def _check_alike(read: list[Example]) -> None:
     for example in read[1:]:
         if example.kind is not first.kind:
             raise DataError(
-                f"{example.place}: got a row of {example.kind}, but {first.place} is of {first.kind}"
+                f"{example.place}: got a row of {kind_text(example.kind)}, but {first.place} is of "
+                f"{kind_text(first.kind)}"
             )
         if example.values.keys() != first.values.keys() or (example.reference is None) != (
             first.reference is None
@@ -205,7 +210,7 @@ def _difference(first: Example, example: Example) -> str:
 
 def _order(read: list[Example]) -> list[tuple[int, int]]:
     """Example and completion of each row: all chosen ones first, as TRL does; rankings group by group."""
-    if read[0].kind is Kind.PAIRED:
+    if read[0].kind is Pairs:
         return [(i, side) for side in (0, 1) for i in range(len(read))]
     return [(i, j) for i, example in enumerate(read) for j in range(len(example.rows))]
 

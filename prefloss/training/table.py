@@ -11,10 +11,9 @@ from torch import Tensor
 
 import prefloss
 from prefloss.data.examples import read_example
-from prefloss.data.kinds import Kind
 from prefloss.data.table import Header, ReferenceTable, TableError, as_scored, completion_key
 from prefloss.data.tokens import Encoded
-from prefloss.feedback import Pairs
+from prefloss.feedback import Pairs, Rankings
 from prefloss.training.batch import ROWS, Structure
 from prefloss.training.fingerprint import (
     dtype_of,
@@ -174,12 +173,12 @@ def _columns(
     names = [f"completion {j + 1} of {example.place}" for example in read for j in range(len(example.rows))]
     logps = iter(_find(table, rows, names, tokenizer))
     found = [[next(logps) for _ in example.rows] for example in read]
-    if read[0].kind is Kind.PAIRED:
+    if read[0].kind is Pairs:
         return {
             "ref_chosen_logps": [chosen for chosen, _ in found],
             "ref_rejected_logps": [rejected for _, rejected in found],
         }
-    return {"ref_logps": found if read[0].kind is Kind.RANKED else [logp for (logp,) in found]}
+    return {"ref_logps": found if read[0].kind is Rankings else [logp for (logp,) in found]}
 
 
 def _find(

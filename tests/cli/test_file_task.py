@@ -8,7 +8,7 @@ import prefloss
 from prefloss.cli._file_task import file_task
 from prefloss.cli._settings import Settings
 from prefloss.cli._task import kind_for
-from prefloss.data import Kind
+from prefloss.feedback import Labels, Pairs, columns_of
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def votes(up, down):
 
 def test_pairs_for_a_pair_loss(task):
     made = task("dpo", pairs(20))
-    assert made.kind is Kind.PAIRED
+    assert made.kind is Pairs
     assert made.facts == (
         "data.jsonl: 20 paired rows (prompt, chosen, rejected), plain text",
         "18 rows to train on; 2 held out, none of whose prompts is trained on",
@@ -44,7 +44,7 @@ def test_pairs_for_a_pair_loss(task):
 
 def test_pairs_for_a_label_loss_are_split_and_said_so(task):
     made = task("kto", pairs(20))
-    assert made.kind is Kind.LABELLED
+    assert made.kind is Labels
     assert len(made.train) == 36
     assert "kto learns from labels: each chosen became an upvote, each rejected a downvote" in made.facts
     # Held-out pairs stay pairs, to be compared.
@@ -58,19 +58,19 @@ def test_ranked_groups_become_pairs_and_said_so(task):
     assert made.train[0]["chosen"] == "b"
     assert made.train[0]["rejected"] == "a"
     assert "ranked rows became pairs: the best completion against the worst" in made.facts
-    assert task("rebel", rows).train.column_names == [*Kind.PAIRED.columns, "score_chosen", "score_rejected"]
+    assert task("rebel", rows).train.column_names == [*columns_of(Pairs), "score_chosen", "score_rejected"]
 
 
 def test_columns_that_the_loss_reads_come_along_and_others_are_named(task):
     rows = pairs(10, score_chosen=0.9, score_rejected=0.1, weight=2.0, id="x")
     assert task("rebel", rows).train.column_names == [
-        *Kind.PAIRED.columns,
+        *columns_of(Pairs),
         "weight",
         "score_chosen",
         "score_rejected",
     ]
     made = task("dpo", rows)
-    assert made.train.column_names == [*Kind.PAIRED.columns, "weight"]
+    assert made.train.column_names == [*columns_of(Pairs), "weight"]
     assert "dpo reads also: weight" in made.facts
     assert "columns that dpo does not read: score_chosen, score_rejected, id" in made.facts
 

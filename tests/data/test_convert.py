@@ -3,7 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from prefloss.data import Kind, Preferences, as_pairs, label_counts, pairs_to_labels, ranked_to_pairs, split
+from prefloss.data import Preferences, as_pairs, label_counts, pairs_to_labels, ranked_to_pairs, split
+from prefloss.feedback import Labels
 
 
 def test_ranked_rows_give_best_against_worst_with_scores():
@@ -55,7 +56,7 @@ def test_labels_from_pairs_keep_scores_and_weights():
         "weight": 3.0,
     }
     rows = pairs_to_labels(Dataset.from_list([pair])).to_list()
-    assert {row["completion"]: (row["scores"], row["weight"]) for row in rows} == {
+    assert {row["completion"]: (row["score"], row["weight"]) for row in rows} == {
         "c": (0.9, 3.0),
         "r": (0.2, 3.0),
     }
@@ -84,4 +85,4 @@ def test_split_of_nothing_and_of_one_prompt_holds_nothing_out():
 def test_labelled_rows_give_no_pairs():
     labelled = Dataset.from_list([{"prompt": "p", "completion": "c", "label": True}])
     with pytest.raises(ValueError, match=r"x: expected paired or ranked rows, got labelled"):
-        as_pairs(Preferences(labelled, Kind.LABELLED, False, "x"))
+        as_pairs(Preferences(labelled, Labels, False, "x"))

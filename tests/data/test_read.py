@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from prefloss.data import DataError, Kind, read
+import prefloss.data
+from prefloss.data import DataError, read
+from prefloss.feedback import Labels, Pairs, Rankings
 
 PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 LABELLED = {"prompt": "p", "completion": "good", "label": True}
@@ -36,12 +38,12 @@ def refused(path):
 @pytest.mark.parametrize(
     ("row", "kind", "conversational"),
     [
-        (PAIR, Kind.PAIRED, False),
-        (LABELLED, Kind.LABELLED, False),
-        (RANKED, Kind.RANKED, False),
-        (CHAT, Kind.PAIRED, True),
-        ({"prompt": [USER], "completion": [GOOD], "label": False}, Kind.LABELLED, True),
-        ({"prompt": [USER], "completions": [[GOOD], [BAD]], "scores": [1, 0]}, Kind.RANKED, True),
+        (PAIR, Pairs, False),
+        (LABELLED, Labels, False),
+        (RANKED, Rankings, False),
+        (CHAT, Pairs, True),
+        ({"prompt": [USER], "completion": [GOOD], "label": False}, Labels, True),
+        ({"prompt": [USER], "completions": [[GOOD], [BAD]], "scores": [1, 0]}, Rankings, True),
     ],
 )
 def test_kind_and_form_are_detected(tmp_path, row, kind, conversational):
@@ -266,10 +268,24 @@ def test_plain_text_beside_messages_becomes_messages(tmp_path):
 
 def test_columns_of_numbers_come_along_and_others_are_named(tmp_path):
     row = {**PAIR, "weight": 2, "score_chosen": 0.9, "score_rejected": 0.1, "id": "x", "source": None}
-    found = read(write(tmp_path / "x.jsonl", row))
+    found = read(write(tmp_path / "x.jsonl", row, {**row, "later": 1}))
     assert found.optional == ("weight", "score_chosen", "score_rejected")
-    assert found.unused == ("id", "source")
+    assert found.unused == ("id", "source", "later")
     assert found.rows[0] == {**PAIR, "weight": 2.0, "score_chosen": 0.9, "score_rejected": 0.1}
+
+
+def test_the_old_name_of_the_score_is_read_with_a_warning(tmp_path):
+    with pytest.warns(DeprecationWarning, match="column 'scores' of labelled rows is now called 'score'"):
+        found = read(write(tmp_path / "x.jsonl", {**LABELLED, "scores": 1}, {**LABELLED, "scores": 2}))
+    assert found.optional == ("score",)
+    assert found.unused == ()
+    assert found.rows.to_list() == [{**LABELLED, "score": 1.0}, {**LABELLED, "score": 2.0}]
+
+
+def test_the_enum_of_kinds_is_an_alias_for_one_release():
+    with pytest.warns(DeprecationWarning, match="the kind of a row is now its class of feedback"):
+        kinds = prefloss.data.Kind
+    assert vars(kinds) == {"PAIRED": Pairs, "LABELLED": Labels, "RANKED": Rankings}
 
 
 @pytest.mark.parametrize(("weight", "got"), [(-1, "-1"), ("2", "'2'"), (None, "null")])

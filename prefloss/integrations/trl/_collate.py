@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-# Batch items that only a loss can use, with what a loss must read to take them.
-ITEMS: Mapping[str, str | None] = {
-    "weight": None,
-    "score_chosen": "scores",
-    "score_rejected": "scores",
-    "scores": "scores",
-    "kl": "kl",
-    "baseline": "baseline",
+from prefloss.feedback import Field, Labels, Pairs, optional_fields
+
+FIELDS: Mapping[str, Field] = {
+    column: field
+    for kind in (Pairs, Labels)
+    for field in optional_fields(kind)
+    for column in (field.column, field.old_column)
+    if column
 }
+"""Columns that only a loss can use."""
+
+ITEMS: Mapping[str, str | None] = {field.name: field.need for field in FIELDS.values()}
+"""The same as batch items, with what a loss must read to take them."""
 
 
 class FeedbackCollator:
@@ -40,18 +45,29 @@ class FeedbackCollator:
         """The batch of the wrapped collator, and a tensor [examples] for each column of feedback.
 
         Raises:
-            ValueError: If a column is there for some examples only, or holds something that is no number.
+            ValueError: If a column is there for some examples only, or holds something that is no number; if a column
+                is there under its old and its new name.
         """
-        batch = self.collator([{k: v for k, v in example.items() if k not in ITEMS} for example in examples])
-        for name in ITEMS:
+        batch = self.collator([{k: v for k, v in example.items() if k not in FIELDS} for example in examples])
+        for name, field in FIELDS.items():
             values = [example[name] for example in examples if name in example]
             if not values:
                 continue
+            if name == field.old_column:
+                if field.name in batch:
+                    raise ValueError(
+                        f"{name}: got it beside {field.column}, its new name, expected one of them"
+                    )
+                warnings.warn(
+                    f"column {name!r} is now called {field.column!r}; the old name goes in the next release",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
             if len(values) != len(examples) or any(
                 isinstance(value, bool) or not isinstance(value, int | float) for value in values
             ):
                 raise ValueError(
                     f"{name}: got {values!r} for {len(examples)} examples, expected a number for each"
                 )
-            batch[name] = torch.tensor(values, dtype=torch.float32)
+            batch[field.name] = torch.tensor(values, dtype=torch.float32)
         return batch

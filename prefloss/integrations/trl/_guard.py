@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prefloss.feedback import Labels, Pairs
+from prefloss.feedback import Pairs, optional_fields
 from prefloss.integrations.trl._collate import ITEMS
 from prefloss.losses import Loss
 
-_FIELDS = {
-    Pairs: {"weight", "score_chosen", "score_rejected"},
-    Labels: {"weight", "scores", "kl", "baseline"},
-}
 _HOW = (
     "set remove_unused_columns=False and trainer.data_collator = FeedbackCollator(trainer.data_collator), or take the "
     "column out"
@@ -30,15 +26,16 @@ def check_items(loss: Loss, kind: type, items: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If an item is not read, or scores are missing.
     """
+    names = {field.name for field in optional_fields(kind)}
     for name in items:
         reads = ITEMS[name]
-        if name not in _FIELDS[kind] or (reads is not None and reads not in loss.needs | loss.spec.reads):
+        if name not in names or (reads is not None and reads not in loss.needs | loss.spec.reads):
             raise ValueError(
                 f"batch item {name!r}: {loss.name} does not read it here; take the column out of the data, or choose "
                 "a loss that reads it"
             )
     if "scores" in loss.needs and not items.keys() & {"score_chosen", "scores"}:
-        columns = "score_chosen and score_rejected" if kind is Pairs else "scores"
+        columns = "score_chosen and score_rejected" if kind is Pairs else "score"
         raise ValueError(f"{loss.name}: got a batch without scores, expected {columns}: {_HOW}")
 
 
@@ -54,8 +51,12 @@ def check_columns(loss: Loss, kind: type, columns: Iterable[str], items: Mapping
     Raises:
         ValueError: If such a column did not arrive.
     """
-    for name in _FIELDS[kind].intersection(columns) - items.keys():
-        if ITEMS[name] is None or ITEMS[name] in loss.needs | loss.spec.reads:
+    held = set(columns)
+    for field in optional_fields(kind):
+        name = field.old_column if field.old_column in held else field.column
+        if name not in held or field.name in items:
+            continue
+        if field.need is None or field.need in loss.needs | loss.spec.reads:
             raise ValueError(
                 f"column {name!r}: the data has it and {loss.name} reads it, but TRL drops it: {_HOW}"
             )

@@ -65,6 +65,12 @@ def test_labels_with_everything():
     assert found.baseline.tolist() == [3.0, 3.0]
 
 
+def test_the_old_name_of_the_score_is_read_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="column 'scores' of labelled rows is now called 'score'"):
+        batch = collate({**LABEL, "scores": 0.5})
+    assert batch["scores"].tolist() == [0.5]
+
+
 def test_rankings_of_different_sizes():
     two = {"prompt": "w1", "completions": [" w2", " w3"], "scores": [0, 1], "ref_logps": [-3.0, -4.0]}
     batch = collate(two, {**RANKING, "ref_logps": [-5.0, -6.0, -7.0]})
@@ -169,6 +175,13 @@ def test_a_bad_length_is_refused():
     [
         ({**PAIR, "chosen": PAIR["rejected"]}, "identical", "completions of one prompt are identical"),
         ({**IDS, "chosen_ids": [6, 1, 1]}, "double_end", "ends in two end-of-sequence tokens"),
+        (
+            {**PAIR, "weights": 2.0, "scores_chosen": 1.0, "id": "x", "source": None},
+            "unread",
+            r"nothing reads: 'weights' \(did you mean 'weight'\?\), 'scores_chosen' \(did you mean 'score_chosen'\?\), "
+            r"'id'\. Shown once",
+        ),
+        ({**IDS, "kl": 1.0}, "unread", "nothing reads: 'kl'"),
     ],
 )
 def test_what_is_odd_is_counted_and_said_once(example, name, message, recwarn):

@@ -145,6 +145,15 @@ def test_scores_reach_a_graded_loss(tmp_path):
     trainer.train()
 
 
+def test_the_score_of_a_vote_has_an_old_name():
+    collator = FeedbackCollator(lambda examples: {})
+    assert collator([{"score": 0.5}])["scores"].tolist() == [0.5]
+    with pytest.warns(DeprecationWarning, match="column 'scores' is now called 'score'"):
+        assert collator([{"scores": 0.5}])["scores"].tolist() == [0.5]
+    with pytest.raises(ValueError, match="scores: got it beside score, its new name, expected one of them"):
+        collator([{"score": 0.5, "scores": 0.5}])
+
+
 def test_a_graded_loss_without_scores_says_how_to_pass_them(tmp_path):
     trainer = tiny.build("dpo", tmp_path, [PreferenceLossCallback("margin_dpo")])
     with pytest.raises(ValueError, match=r"margin_dpo: got a batch without scores.*FeedbackCollator"):
