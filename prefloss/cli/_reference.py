@@ -17,8 +17,8 @@ from rich.text import Text
 
 from prefloss import data as pdata
 from prefloss.cli._errors import CliError
+from prefloss.data.files import rows_of
 from prefloss.data.rows import KIND_WORDS
-from prefloss.data.sources import rows_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

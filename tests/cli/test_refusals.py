@@ -85,7 +85,7 @@ def test_a_pair_loss_refuses_votes_and_names_both(labelled):
 
 def test_a_malformed_file_is_named_with_line_and_column(pairs):
     pairs.write_text(json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "chosen": 3}) + "\n")
-    expected = f"Error: {pairs}:2: column 'chosen': expected a string or a list of messages, got 3"
+    expected = f"Error: {pairs}:2: column 'chosen': got 3, expected a string or a list of messages"
     assert refused("--data", pairs) == expected
 
 
