@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 import prefloss
-from prefloss.cli._app import app
-from prefloss.cli._math import unicode_of
+from prefloss.cli.app import app
+from prefloss.cli.formula import unicode_of
 
 
 def shown(*arguments, columns="120"):
@@ -16,12 +16,18 @@ def shown(*arguments, columns="120"):
     return result.output
 
 
-def test_the_table_names_every_loss():
-    table = shown()
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_every_loss_has_one_line_under_its_data(columns):
+    lines = shown(columns=columns).splitlines()
+    assert all(len(line) <= int(columns) for line in lines)
     for name, spec in prefloss.specs.items():
-        line = next(line for line in table.splitlines() if re.match(rf"\s*{name}\s", line))
-        assert spec.feedback.__name__.lower() in line
-        assert spec.paper in line
+        (at,) = [i for i, line in enumerate(lines) if re.match(rf"  {name}\s", line)]
+        heading = next(line for line in reversed(lines[:at]) if line and not line.startswith(" "))
+        group = "Graded scores" if "scores" in spec.needs else spec.feedback.__name__
+        assert heading.startswith(group)
+        assert spec.summary.replace("`", "")[:20] in lines[at]
+        assert ("* " in lines[at]) is not spec.needs_reference
+        assert (spec.paper in lines[at]) or columns == "80"
 
 
 def test_one_loss_in_full():

@@ -1,4 +1,4 @@
-"""What a run found: a table, sentences that read it, and metrics.json."""
+"""The results of a run: a table, sentences that explain it, and metrics.json."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import prefloss
 from prefloss.demo import world
 from prefloss.demo.measure import Measurement
+from prefloss.diagnosis import resisting
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Result:
         losses: (step, training loss).
         ceiling: Held-out accuracy that the true reward itself reaches, if known.
         paired: Whether accuracy compares two answers to one prompt.
-        held_out: Whether what was measured on was kept out of training.
+        held_out: Whether the measured rows were kept out of training.
+        holds_chosen: Whether the loss resists falling chosen completions.
         setting: Model, data and length of the run, in one line.
         warm_loss: Loss at the end of the warm start, nats per token, if there was one.
         prompts: Prompts of the samples, as text.
@@ -42,6 +44,7 @@ class Result:
     ceiling: float | None
     paired: bool
     held_out: bool
+    holds_chosen: bool
     setting: str
     warm_loss: float | None
     prompts: Sequence[str]
@@ -62,6 +65,18 @@ class Result:
     def after(self) -> Measurement:
         """The last one."""
         return self.measurements[-1]
+
+
+def print_report(console: Console, result: Result) -> None:
+    """Print table, sentences and samples."""
+    console.print()
+    console.print(table(result))
+    for sentence in verdict(result):
+        console.print(sentence)
+    texts = samples(result)
+    if texts is not None:
+        console.print()
+        console.print(texts)
 
 
 def table(result: Result) -> Table:
@@ -131,8 +146,10 @@ def verdict(result: Result) -> list[Text]:
         if margin > 0:
             words += (
                 f". That is no bug: the loss raises the margin between {better} and {worse}, here to {margin:+.2f} "
-                f"nats, and both may fall on the way.{_resisting(result)}"
+                f"nats, and both may fall on the way."
             )
+            if result.paired and not result.holds_chosen:
+                words += f" Losses that hold {better} ones up: {', '.join(resisting())}."
         else:
             words += f", and {worse} ones no less so: the margin did not grow."
         said.append(Text(words, style="dim" if margin > 0 else "yellow"))
@@ -178,13 +195,6 @@ def write_metrics(result: Result, path: Path) -> None:
         "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
     }
     path.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
-
-
-def _resisting(result: Result) -> str:
-    names = [name for name in ("dpop", "apo_zero", "dpo_nll") if name in prefloss.specs]
-    if not result.paired or not names or any(result.loss.startswith(f"{name}(") for name in names):
-        return ""
-    return f" Losses that hold {result.sides[0]} ones up: {', '.join(names)}."
 
 
 def _accuracy_words(result: Result) -> str:
