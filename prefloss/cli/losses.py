@@ -39,6 +39,10 @@ _SYMBOLS = {
 }
 
 
+# Longer names push their own summary to the right. A wide terminal has room for the papers, too.
+_NAME_WIDTH, _PAPER_WIDTH, _WIDE = 16, 18, 110
+
+
 def show_losses(name: str | None) -> None:
     """Print all losses, or one in full.
 
@@ -58,21 +62,18 @@ def show_losses(name: str | None) -> None:
 
 def _groups(width: int) -> RenderableType:
     """One line per loss: name, whether it needs a reference model, summary; a wide terminal shows the paper, too."""
-    specs = sorted(prefloss.specs.values(), key=lambda spec: spec.name)
-    indent = max(len(spec.name) for spec in specs) + 5
-    paper = 18 if width >= 110 else 0
+    paper = _PAPER_WIDTH if width >= _WIDE else 0
     parts: list[RenderableType] = []
     for (feedback, scored), title in _GROUPS.items():
         parts.append(Text(f"\n{title}", style="bold"))
-        for spec in specs:
+        for name, spec in sorted(prefloss.specs.items()):
             if spec.feedback is not feedback or ("scores" in spec.needs) is not scored:
                 continue
             mark = " " if spec.needs_reference else "*"
-            room = width - indent - paper
-            summary = textwrap.shorten(
-                spec.summary.replace("`", ""), room, placeholder=" …", break_on_hyphens=False
-            )
-            line = Text.assemble((f"  {spec.name:<{indent - 4}}", "cyan"), (f"{mark} ", "dim"), summary)
+            line = Text.assemble((f"  {name:<{_NAME_WIDTH}}", "cyan"), (f" {mark} ", "dim"))
+            room = max(20, width - line.cell_len - paper)
+            summary = spec.summary.replace("`", "")
+            line.append(textwrap.shorten(summary, room, placeholder=" …", break_on_hyphens=False))
             if paper:
                 line.append(f"{'':<{width - paper - line.cell_len}}{spec.paper:>{paper}}", style="dim")
             parts.append(line)

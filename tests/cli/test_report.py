@@ -1,4 +1,4 @@
-"""The report of a run: table, sentences, picture, numbers; and the screen while it goes on."""
+"""The report of a run: table, sentences, picture, numbers."""
 
 import io
 import json
@@ -7,7 +7,6 @@ import pytest
 from rich.console import Console
 
 from prefloss.cli import report
-from prefloss.cli.console import Screen, sparkline
 from prefloss.cli.picture import write_picture
 from prefloss.demo.measure import Measurement
 
@@ -112,22 +111,3 @@ def test_metrics_are_json_without_nan(tmp_path):
 def test_the_picture_is_a_png(tmp_path, after):
     write_picture(result(after), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_sparkline_spans_its_values():
-    assert sparkline([0.0, 1.0, 2.0]) == "▁▅█"
-    assert sparkline([3.0, 3.0]) == "▁▁"
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_screen_shows_every_measurement(terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=160, color_system=None)
-    with Screen(console) as screen:
-        update = screen.stage("dpo", 9)
-        screen.measured(BEFORE)
-        update(9, "loss 0.1")
-        screen.measured(AFTER)
-    text = console.file.getvalue()
-    assert "+3.00" in text
-    assert ("▁█" in text) is terminal
-    assert ("step    9: reward +3.00, KL 2.00, accuracy 75.0%" in text) is not terminal
