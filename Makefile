@@ -33,9 +33,10 @@ test: $(INSTALLED) ## all tests and docstring examples
 proof: $(INSTALLED) ## the losses alone: every kit check, every oracle point, counted in the closing line
 	$(BIN)/pytest -n $(JOBS) tests/losses tests/oracle tests/testing $(ARGS)
 
-lint: $(INSTALLED) ## ruff: rules and format
+lint: $(INSTALLED) ## ruff: rules and format; import-linter: layers and circles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 format: $(INSTALLED) ## rewrite the code to what `make lint` wants
 	$(BIN)/ruff check --fix .

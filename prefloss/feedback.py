@@ -478,3 +478,24 @@ def _cat_values(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None or second is None:
         return None
     return torch.cat([first.flatten(), second.flatten()])
+
+
+def convert(feedback: Feedback, kind: type, rankings_as: str | None = None) -> Feedback:
+    """The feedback as another kind, where that kind follows from it."""
+    if isinstance(feedback, kind):
+        return feedback
+    if isinstance(feedback, Labels):
+        raise TypeError(
+            f"feedback: got labelled completions, expected {kind.__name__}: single labels do not say what to compare "
+            "them with; choose a loss that takes Labels, such as 'kto'"
+        )
+    if isinstance(feedback, Rankings):
+        if rankings_as is None:
+            raise TypeError(
+                f"feedback: got rankings, expected {kind.__name__}; say which pairs to make of them with "
+                "rankings_as='all', 'adjacent' or 'best_worst', or choose a loss that takes Rankings, such as 'dpo_pl'"
+            )
+        feedback = feedback.to_pairs(rankings_as)
+    if kind is Pairs:
+        return feedback
+    return feedback.to_labels() if kind is Labels else feedback.to_rankings()

@@ -16,3 +16,4 @@ from prefloss.losses._core.registry import spec_of as spec_of
 from prefloss.losses._core.registry import specs as specs
 from prefloss.losses._core.registry import unregister as unregister
 from prefloss.losses._core.sum import Composite as Composite
+from prefloss.losses._core.sum import from_terms as from_terms

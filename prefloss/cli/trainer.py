@@ -21,7 +21,8 @@ from prefloss.cli.options import TrainOptions
 from prefloss.cli.task import Task
 from prefloss.data.tokens import pad_id
 from prefloss.feedback import Pairs, columns_of
-from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback, resolve, wants_mismatched
+from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback
+from prefloss.integrations.trl.options import resolve
 
 _BUILT_IN_RATE, _WHOLE_RATE, _LORA_RATE = 2e-4, 1e-6, 1e-5
 _WORLD_STEPS, _MEASUREMENTS = 400, 10
@@ -113,7 +114,7 @@ def configuration(options: TrainOptions, task: Task, plan: Plan, loss: prefloss.
     }
     if task.kind is Pairs:
         config = DPOConfig(**common, use_weighting="per_token.log_sum_sq" in loss.needs)
-    elif not wants_mismatched(loss):
+    elif not loss.reads_mismatched:
         # TRL takes its loss type here as "build mismatched completions or not".
         config = KTOConfig(**common, loss_type="apo_zero_unpaired", train_sampling_strategy="random")
     elif plan.batch_size >= 2:
@@ -128,9 +129,8 @@ def configuration(options: TrainOptions, task: Task, plan: Plan, loss: prefloss.
             f"{config.n_gpu} GPUs are visible, and prefloss train runs on one: set CUDA_VISIBLE_DEVICES=0, or use "
             "PreferenceLossCallback in a script of your own under accelerate launch"
         )
-    is_sum = loss.terms[0].loss is not loss
     try:
-        resolve(config, repr(loss) if is_sum else loss.name, dict(loss.params))
+        resolve(config, loss)
     except (TypeError, ValueError) as error:
         raise CliError(str(error)) from error
     return config

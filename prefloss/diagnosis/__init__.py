@@ -1,6 +1,6 @@
 """What goes wrong in a training, reported in plain words while it runs; torch only, for every trainer."""
 
-from prefloss.diagnosis.findings import NAMES as NAMES
+from prefloss.diagnosis.figures import NAMES as NAMES
 from prefloss.diagnosis.findings import Diagnosis as Diagnosis
 from prefloss.diagnosis.findings import DiagnosisWarning as DiagnosisWarning
 from prefloss.diagnosis.findings import Finding as Finding

@@ -1,8 +1,8 @@
-"""What goes wrong in a training, said in plain words while it runs; torch only, for every trainer.
+"""Warnings about a training that goes wrong.
 
-Each training batch gives a few sums and counts (`Diagnosis.figures`), which trainers add up over batches and ranks with
-their other figures. From these, whenever figures are logged, a `Diagnosis` finds what the trainer's user should know,
-and says so once: a `DiagnosisWarning` on the first process, again only when it gets materially worse, or comes back.
+Each training batch gives a few sums and counts (`Diagnosis.figures`), which trainers add up over batches and processes
+with their other metrics. Whenever metrics are logged, `Diagnosis.judge` compares them with thresholds and issues a
+`DiagnosisWarning` on the first process: once, and again when the figure gets much worse or comes back.
 """
 
 from __future__ import annotations
@@ -15,53 +15,45 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from prefloss.diagnosis.figures import LENGTH, ratio_figures
 from prefloss.diagnosis.finite import log_probs
-from prefloss.diagnosis.gradients import check_gradients, gradients, sizes_at_start, standing_still
-from prefloss.feedback import Feedback, Labels, Pairs, Rankings
+from prefloss.diagnosis.gradients import check_gradients, frozen_state, gradients, sizes_at_start
+from prefloss.feedback import Feedback, Labels, Pairs
 from prefloss.logratios import LogRatios
-from prefloss.losses import Evaluation, Loss, get
 from prefloss.metrics import Stat
+from prefloss.registry import Evaluation, Loss, get
 
-_MOMENTS = "length/"
-_LENGTH = tuple(_MOMENTS + name for name in ("x", "y", "xx", "yy", "xy"))
-NAMES = frozenset(
-    ("falling_pairs", "saturated", "zero_gradient", "batch_without_gradient", "kl_per_token", *_LENGTH)
-)
-"""What `Diagnosis.figures` gives, if it gives it."""
-
-# A finding is over when its figure has fallen to this part of the threshold.
+# A finding ends when its figure falls to this fraction of the threshold.
 _OVER = 0.8
+_CANDIDATES = ("dpop", "apo_zero", "nca_pair")
 # Variances, tokens squared and nats squared.
 _LENGTHS_ALIKE, _MARGINS_ALIKE = 1e-2, 1e-4
-# Of losses that may help against falling chosen completions, those that `resists_falling` confirms are named.
-_CANDIDATES = ("dpop", "apo_zero", "nca_pair")
 
 
 class DiagnosisWarning(UserWarning):
-    """Something about the training that its user should know; `warnings.simplefilter` treats it by this class."""
+    """A problem in the training; filter it by this class with `warnings.simplefilter`."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a diagnosis speaks. A threshold of None, or False, switches its finding off.
+    """When a diagnosis warns. A threshold of None, or False, switches its finding off.
 
     Attributes:
         falling: Share of pairs whose chosen completion fell while the margin grew, in (0, 1].
-        fall: By how much it must have fallen against the reference to count, nats, >= 0.
-        saturated: Share of examples whose gradient is gone, in (0, 1].
-        gone: A gradient smaller than this part of the one at the start is gone, in (0, 1).
-        length: Size of the correlation of margin and difference in length, in (0, 1].
+        fall: How far it must have fallen below the reference to count, nats, >= 0.
+        saturated: Share of examples whose gradient has vanished, in (0, 1].
+        gone: A gradient below this fraction of the one at the start has vanished, in (0, 1).
+        length: Absolute correlation of margin and difference in length, in (0, 1].
         kl: Estimated KL(reference || policy) on the data's completions, nats per token, > 0.
         zero: Share of batches since the last log in which no example has a gradient, in (0, 1].
-        non_finite: Whether to stop at a gradient that is NaN or infinite.
-        examples: Fewer recent examples than this say nothing, >= 1.
-        memory: Over how many examples shares and correlations look back, >= 1; older ones fade out.
+        non_finite: Stop at a gradient that is NaN or infinite.
+        examples: Smallest number of recent examples that gives a verdict, >= 1.
+        memory: Number of examples that shares and correlations look back over, >= 1; older ones fade out.
 
     Raises:
         ValueError: If one is out of its range.
-        TypeError: If one is no number.
+        TypeError: If one is not a number.
     """
 
     falling: float | None = 0.5
@@ -98,13 +90,13 @@ _RANGES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something found.
+    """A threshold that was passed.
 
     Attributes:
-        name: Which of the thresholds was passed.
+        name: Name of the threshold.
         value: The figure that passed it.
-        since: Optimizer step of the first log at which it had.
-        message: It in words.
+        since: Optimizer step of the first log at which it did.
+        message: The finding in words.
     """
 
     name: str
@@ -118,10 +110,10 @@ class Diagnosis:
 
     Args:
         loss: The loss that trains.
-        thresholds: When to speak.
+        thresholds: When to warn.
 
     Attributes:
-        findings: All that was said, in order.
+        findings: Everything reported so far, in order.
 
     Example:
         >>> diagnosis = Diagnosis(prefloss.get("dpo", beta=0.1), Thresholds(examples=2))
@@ -138,12 +130,12 @@ class Diagnosis:
         self._recent: dict[str, tuple[float, float]] = {}
         self._window: dict[str, tuple[float, float]] = {}
         self._since: dict[str, int] = {}
-        self._said: dict[str, float] = {}
+        self._reported: dict[str, float] = {}
         self._example = ""
 
     @classmethod
     def of(cls, loss: Loss, diagnose: Thresholds | Mapping[str, Any] | bool | None) -> Diagnosis | None:
-        """From what a trainer's user gives: True for the default thresholds, False or None for none at all.
+        """From the argument `diagnose` of trainers: True for the default thresholds, False or None for no diagnosis.
 
         Raises:
             TypeError: If it is something else.
@@ -154,7 +146,7 @@ class Diagnosis:
         if diagnose is True:
             return cls(loss)
         if isinstance(diagnose, Mapping):
-            # As a checkpoint keeps it.
+            # From a checkpoint.
             return cls(loss, Thresholds(**diagnose))
         if not isinstance(diagnose, Thresholds):
             raise TypeError(
@@ -166,53 +158,55 @@ class Diagnosis:
         self,
         feedback: Feedback,
         seen: Feedback | None = None,
-        evaluated: Evaluation | None = None,
+        evaluation: Evaluation | None = None,
         *,
         copies: int = 1,
     ) -> dict[str, Stat]:
-        """Sums and counts of a training batch, to be added up over batches and ranks.
+        """Sums and counts of a training batch, to be added up over batches and processes.
 
         Args:
-            feedback: What the batch says.
-            seen: The same as the loss took it, if it took another kind.
-            evaluated: What `loss.evaluate(seen)` gave, before its backward pass.
-            copies: How many processes give the same `seen`: all of them, where it was gathered from all.
+            feedback: The batch.
+            seen: The batch as the loss took it, if that is another kind.
+            evaluation: What `loss.evaluate(seen)` gave, before its backward pass.
+            copies: Number of processes that give the same `seen`: all of them, where it was gathered.
 
         Raises:
             FloatingPointError: If a gradient is not finite; example and term are named.
         """
-        found = _of_ratios(feedback, self.thresholds)
-        if evaluated is not None:
-            stats = self._of_gradients(feedback if seen is None else seen, evaluated)
-            found |= {name: Stat(stat.sum / copies, stat.count / copies) for name, stat in stats.items()}
-        return found
+        stats = ratio_figures(feedback, self.thresholds.fall)
+        if evaluation is not None:
+            of_gradients = self._gradient_figures(feedback if seen is None else seen, evaluation)
+            stats |= {
+                name: Stat(stat.sum / copies, stat.count / copies) for name, stat in of_gradients.items()
+            }
+        return stats
 
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
-        """Take sums and counts of all ranks, under the names that `figures` gave."""
+        """Add sums and counts over all processes, under the names that `figures` gave."""
         self._window = _merged(self._window, sums, 1.0)
-        # A loss that looks across the ranks has gradients of all examples on each of them.
-        known = [sums[name][1] for name in (_LENGTH[0], "falling_pairs", "zero_gradient") if name in sums]
-        examples = known[0] if known else 0.0
+        # A loss that couples the batch has gradients of all examples on each process, so other counts come first.
+        counts = [sums[name][1] for name in (LENGTH[0], "falling_pairs", "zero_gradient") if name in sums]
+        examples = counts[0] if counts else 0.0
         self._recent = _merged(self._recent, sums, math.exp(-examples / self.thresholds.memory))
 
     def shown(self) -> dict[str, float]:
         """The figures worth logging, over the recent examples; those that counted nothing are left out."""
-        found = {
+        means = {
             name: total / count
             for name, (total, count) in self._recent.items()
-            if count and not name.startswith(_MOMENTS)
+            if count and name not in LENGTH
         }
         correlation = self._correlation()
-        return found if math.isnan(correlation) else {**found, "length_correlation": correlation}
+        return means if math.isnan(correlation) else {**means, "length_correlation": correlation}
 
     def judge(self, step: int) -> list[Finding]:
-        """Say what is found. To be called on every rank when figures are logged.
+        """Compare the figures with the thresholds and warn. Call it on every process when metrics are logged.
 
         Args:
             step: Optimizer steps made so far.
 
         Returns:
-            What was said now.
+            The new findings.
         """
         shown, limits, before = self.shown(), self.thresholds, len(self.findings)
         self._look("falling", shown.get("falling_pairs"), limits.falling, step, self._falling)
@@ -224,34 +218,35 @@ class Diagnosis:
         self._window, self._example = {}, ""
         return self.findings[before:]
 
-    def _of_gradients(self, seen: Feedback, evaluated: Evaluation) -> dict[str, Stat]:
-        found = gradients(self.loss, evaluated, seen)
-        if found is None:
+    def _gradient_figures(self, seen: Feedback, evaluation: Evaluation) -> dict[str, Stat]:
+        slopes = gradients(self.loss, evaluation, seen)
+        if slopes is None:
             return {}
-        counted = self.loss.counted(seen) if len(evaluated.terms) == 1 else seen.valid
-        any_counts, pulls = counted.any(), ((found.sizes != 0) & counted).any()
-        # One wait for the device.
-        finite, none = torch.stack([found.finite, any_counts & ~pulls]).tolist()
+        counted = self.loss.counted(seen) if len(evaluation.terms) == 1 else seen.valid
+        any_counts, any_gradient = counted.any(), ((slopes.sizes != 0) & counted).any()
+        # One synchronisation with the device.
+        finite, none = torch.stack([slopes.finite, any_counts & ~any_gradient]).tolist()
         if not finite and self.thresholds.non_finite:
-            check_gradients(self.loss, evaluated, seen)
+            check_gradients(self.loss, evaluation, seen)
         if none and not self._example:
             first = int(counted.nonzero()[0, 0])
-            self._example = f"{', '.join(evaluated.terms)} of example {first} ({log_probs(seen, first)})"
+            self._example = f"{', '.join(evaluation.terms)} of example {first} ({log_probs(seen, first)})"
         stats = {
-            "zero_gradient": _stat(found.sizes == 0, counted),
-            "batch_without_gradient": _stat(~pulls, any_counts),
+            "zero_gradient": Stat.over(slopes.sizes == 0, counted),
+            "batch_without_gradient": Stat.over(~any_gradient, any_counts),
         }
         start = None if self.thresholds.saturated is None else sizes_at_start(self.loss, seen)
         if start is not None:
-            stats["saturated"] = _stat(found.sizes < self.thresholds.gone * start, counted & (start > 0))
+            vanished = slopes.sizes < self.thresholds.gone * start
+            stats["saturated"] = Stat.over(vanished, counted & (start > 0))
         return stats
 
     def _correlation(self) -> float:
-        if any(self._recent.get(name, (0.0, 0.0))[1] < 2 for name in _LENGTH):
+        if any(self._recent.get(name, (0.0, 0.0))[1] < 2 for name in LENGTH):
             return math.nan
-        x, y, xx, yy, xy = (total / count for total, count in (self._recent[name] for name in _LENGTH))
+        x, y, xx, yy, xy = (total / count for total, count in (self._recent[name] for name in LENGTH))
         of_lengths, of_margins = xx - x * x, yy - y * y
-        # Lengths that are all the same, and margins of no more than rounding, correlate with nothing.
+        # Equal lengths, or margins of rounding size, have no meaningful correlation.
         if of_lengths < _LENGTHS_ALIKE or of_margins < _MARGINS_ALIKE:
             return math.nan
         return max(-1.0, min(1.0, (xy - x * y) / math.sqrt(of_lengths * of_margins)))
@@ -271,32 +266,31 @@ class Diagnosis:
         if value < threshold:
             if value <= _OVER * threshold:
                 self._since.pop(name, None)
-                self._said.pop(name, None)
+                self._reported.pop(name, None)
             return
         since = self._since.setdefault(name, step)
-        said = self._said.get(name)
-        if said is not None and value < (2 * said if twice else said + 0.2):
+        reported = self._reported.get(name)
+        if reported is not None and value < (2 * reported if twice else reported + 0.2):
             return
-        self._said[name] = value
-        again = "" if said is None else " (worse than when this was last said)"
+        self._reported[name] = value
+        again = "" if reported is None else " (worse than at the last warning)"
         message = f"{words(value)} Seen at every log since step {since}{again}."
         self.findings.append(Finding(name, value, since, message))
         if _is_first_process():
             warnings.warn(f"step {step}: {message}", DiagnosisWarning, stacklevel=2)
 
     def _has_enough(self, name: str) -> bool:
-        source = {"falling": "falling_pairs", "length": _LENGTH[0], "kl": "falling_pairs"}.get(name, name)
+        source = {"falling": "falling_pairs", "length": LENGTH[0], "kl": "falling_pairs"}.get(name, name)
         return self._recent.get(source, (0.0, 0.0))[1] >= self.thresholds.examples
 
     def _falling(self, share: float) -> str:
         if resists_falling(self.loss):
-            why = f"{self.loss.name} pulls such completions up, so look at its weights and the learning rate."
+            why = f"{self.loss.name} pulls such completions up, so check its weights and the learning rate."
         else:
-            others = ", ".join(resisting()) or "none of the usual ones"
             why = (
                 f"{self.loss.name} does not pull a fallen chosen completion up more than it pushes the rejected one "
-                f"down. Losses that do: {others}; a sum with an NLL term ('1.0*dpo + 1.0*nll') does, too. A larger "
-                "beta or a smaller learning rate keeps the policy closer to the reference."
+                f"down. Losses that do: {', '.join(resisting())}; a sum with an NLL term ('1.0*dpo + 1.0*nll') does, "
+                "too. A larger beta or a smaller learning rate keeps the policy closer to the reference."
             )
         return (
             f"Chosen completions are becoming less likely: {share:.0%} of recent pairs have a chosen completion that "
@@ -307,17 +301,17 @@ class Diagnosis:
     def _saturated(self, share: float) -> str:
         return (
             f"The loss is saturated: {share:.0%} of recent examples have less than {self.thresholds.gone:.0%} of the "
-            f"gradient that {self.loss.name} has where policy and reference agree. What is left trains on the others "
-            "alone: stop earlier, take more data or fewer epochs, or a smaller beta."
+            f"gradient that {self.loss.name} has where policy and reference agree. Only the other examples still train "
+            "the model: stop earlier, use more data, fewer epochs or a smaller beta."
         )
 
     def _length(self, size: float) -> str:
-        correlation, (x, count) = self._correlation(), self._recent[_LENGTH[0]]
+        correlation, (x, count) = self._correlation(), self._recent[LENGTH[0]]
         longer = "longer" if correlation > 0 else "shorter"
         return (
             f"The implicit reward follows length: margin and difference in length correlate by {correlation:+.2f} "
             f"(recent pairs; chosen completions are {x / count:+.1f} tokens longer on average), so {longer} "
-            "completions win. Balance the lengths in the data, or take a loss that accounts for length, such as ipo, "
+            "completions win. Balance the lengths in the data, or use a loss that accounts for length, such as ipo, "
             "simpo, r_dpo or ld_dpo."
         )
 
@@ -338,7 +332,7 @@ class Diagnosis:
 
 
 def config_of(diagnosis: Diagnosis | None) -> dict[str, Any] | bool:
-    """A diagnosis as a checkpoint keeps it: its thresholds, or False for none; `Diagnosis.of` reads it."""
+    """What a checkpoint keeps of a diagnosis: its thresholds, or False for none; `Diagnosis.of` reads it."""
     return False if diagnosis is None else asdict(diagnosis.thresholds)
 
 
@@ -366,7 +360,7 @@ def _pull_and_push(loss: Loss, chosen: float, rejected: float) -> tuple[float, f
     sides = [LogRatios(side, torch.full((1,), -40.0), torch.tensor([20])) for side in policy]
     pairs = Pairs(sides[0], sides[1])
     votes = loss.spec.feedback is Labels
-    with standing_still(loss), torch.enable_grad():
+    with frozen_state(loss), torch.enable_grad():
         values = loss(replace(pairs.to_labels(), kl=torch.tensor(0.0)) if votes else pairs)
         up, down = torch.autograd.grad(values.sum(), policy, allow_unused=True)
     return (0.0 if up is None else -float(up)), (0.0 if down is None else float(down))
@@ -375,45 +369,6 @@ def _pull_and_push(loss: Loss, chosen: float, rejected: float) -> tuple[float, f
 def resisting(names: Iterable[str] = _CANDIDATES) -> list[str]:
     """Which of these losses resist falling chosen completions, at their default hyperparameters."""
     return [name for name in names if resists_falling(get(name))]
-
-
-def _of_ratios(feedback: Feedback, thresholds: Thresholds) -> dict[str, Stat]:
-    if isinstance(feedback, Rankings):
-        feedback = feedback.to_pairs("best_worst")
-    parts = feedback.parts[:2] if isinstance(feedback, Pairs) else (feedback.completions,)
-    if any(part.reference is None for part in parts):
-        return {}
-    found = _fallen(feedback, thresholds.fall)
-    if any(part.tokens is None for part in parts):
-        return found
-    tokens = [part.tokens for part in parts if part.tokens is not None]
-    drop = torch.stack([torch.where(feedback.valid, -part.h.detach(), 0.0).sum() for part in parts]).sum()
-    found["kl_per_token"] = Stat(
-        drop, torch.stack([torch.where(feedback.valid, n, 0).sum() for n in tokens]).sum()
-    )
-    if isinstance(feedback, Pairs):
-        x, y = (tokens[0] - tokens[1]).to(drop.dtype), feedback.margin().detach()
-    else:
-        x, y = tokens[0].to(drop.dtype), feedback.completions.h.detach()
-    for name, values in zip(_LENGTH, (x, y, x * x, y * y, x * y), strict=True):
-        found[name] = _stat(values, feedback.valid)
-    return found
-
-
-def _fallen(feedback: Pairs | Labels, fall: float) -> dict[str, Stat]:
-    if isinstance(feedback, Pairs):
-        fell = (feedback.chosen.h.detach() < -fall) & (feedback.margin().detach() > 0)
-        return {"falling_pairs": _stat(fell, feedback.valid)}
-    # A vote has no other side: its margin is over the mean of the downvotes beside it.
-    h, down = feedback.completions.h.detach(), feedback.valid & ~feedback.desirable
-    others = torch.where(down, h, 0.0).sum() / down.sum().clamp(min=1)
-    fell = (h < -fall) & (h > others) & down.any()
-    return {"falling_pairs": _stat(fell, feedback.valid & feedback.desirable)}
-
-
-def _stat(values: Tensor, keep: Tensor) -> Stat:
-    values = values if values.is_floating_point() else values.float()
-    return Stat(torch.where(keep, values, 0.0).sum(), keep.sum())
 
 
 def _merged(

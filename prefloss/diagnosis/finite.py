@@ -1,4 +1,4 @@
-"""Stop at numbers that are not finite, naming the example; torch only, for every trainer."""
+"""Stop at a loss that is not finite and name the example; torch only, for every trainer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prefloss.feedback import Feedback, Labels, Pairs, Rankings
-from prefloss.losses import Loss
-
-SIDES = {Pairs: ("chosen", "rejected"), Labels: ("completion",), Rankings: ("completions",)}
-"""What each kind of feedback calls its completions, in the order of its `parts`."""
+from prefloss.feedback import SIDES, Feedback
+from prefloss.registry import Loss
 
 
 def check_finite(loss: Loss, terms: Mapping[str, Tensor], feedback: Feedback) -> None:
@@ -25,7 +22,7 @@ def check_finite(loss: Loss, terms: Mapping[str, Tensor], feedback: Feedback) ->
     Raises:
         FloatingPointError: If some value is not finite.
     """
-    # One wait for the device in the usual case, however many terms there are.
+    # Usually one device synchronisation, whatever the number of terms.
     if not terms or bool(torch.stack([torch.isfinite(values).all() for values in terms.values()]).all()):
         return
     for term, values in terms.items():
@@ -38,7 +35,7 @@ def check_finite(loss: Loss, terms: Mapping[str, Tensor], feedback: Feedback) ->
 
 
 def log_probs(feedback: Feedback, example: int) -> str:
-    """The log-probs of an example in words, side by side."""
+    """The log-probs of each completion of an example, for messages."""
     return "; ".join(
         f"{side}: policy {_shown(part.policy, example)}, reference {_shown(part.reference, example)}"
         for side, part in zip(SIDES[type(feedback)], feedback.parts, strict=False)

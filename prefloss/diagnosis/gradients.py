@@ -1,8 +1,7 @@
-"""What each example pulls at: the gradient of its loss in the log-probs of its completions.
+"""The gradient of each example's loss with respect to the log-probs of its completions.
 
-Taken before the backward pass through the model, from log-probs to loss alone, which is a few operations on [n]. A hook
-in the backward pass itself would see gradients that gradient accumulation, mixed precision and the shares of the ranks
-have scaled.
+Computed before the backward pass through the model, from log-probs to loss alone: a few operations on [n]. A hook in
+the backward pass itself would see gradients scaled by accumulation, mixed precision and the number of processes.
 """
 
 from __future__ import annotations
@@ -15,34 +14,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefloss.diagnosis.finite import SIDES, log_probs
-from prefloss.feedback import Feedback, Labels, Pairs
+from prefloss.diagnosis.finite import log_probs
+from prefloss.feedback import SIDES, Feedback, Labels, Pairs
 from prefloss.logratios import LogRatios
-from prefloss.losses import Composite, Evaluation, Loss
+from prefloss.registry import Evaluation, Loss
 
 
 class Gradients(NamedTuple):
     """Gradients of one batch.
 
     Attributes:
-        sizes: Largest gradient that an example's loss has in a log-prob of its completions, [n], without sign.
-        finite: Whether all are finite; a bool tensor, scalar.
+        sizes: Largest absolute gradient of an example's loss in a log-prob of its completions, [n].
+        finite: True if all are finite; a bool tensor, scalar.
     """
 
     sizes: Tensor
     finite: Tensor
 
 
-def gradients(loss: Loss, evaluated: Evaluation, feedback: Feedback) -> Gradients | None:
+def gradients(loss: Loss, evaluation: Evaluation, feedback: Feedback) -> Gradients | None:
     """Gradients of an evaluation in the log-probs that it read; None if none of them has one.
 
     Args:
         loss: The loss.
-        evaluated: What `loss.evaluate(feedback)` gave; its graph stays as it is.
+        evaluation: What `loss.evaluate(feedback)` gave; its graph stays as it is.
         feedback: What was evaluated.
     """
     total = sum(
-        weight * values.sum() for weight, values in zip(_weights(loss), evaluated.terms.values(), strict=True)
+        term.weight * values.sum() for term, values in zip(loss.terms, evaluation.terms.values(), strict=True)
     )
     sides = _per_side(total, feedback) if isinstance(total, Tensor) and total.requires_grad else []
     if not sides:
@@ -51,15 +50,15 @@ def gradients(loss: Loss, evaluated: Evaluation, feedback: Feedback) -> Gradient
     return Gradients(sizes, torch.isfinite(sizes).all())
 
 
-def check_gradients(loss: Loss, evaluated: Evaluation, feedback: Feedback) -> None:
+def check_gradients(loss: Loss, evaluation: Evaluation, feedback: Feedback) -> None:
     """Name the example and the term of a gradient that is not finite.
 
     Raises:
         FloatingPointError: If there is one.
     """
     names = SIDES[type(feedback)]
-    terms = list(evaluated.terms.items())
-    # The last resort: finite terms whose sum is not.
+    terms = list(evaluation.terms.items())
+    # Finite terms may have a sum that is not.
     whole = sum(values.sum() for _, values in terms)
     for term, total in [*((name, values.sum()) for name, values in terms), ("the sum of its terms", whole)]:
         if not isinstance(total, Tensor) or not total.requires_grad:
@@ -78,21 +77,17 @@ def check_gradients(loss: Loss, evaluated: Evaluation, feedback: Feedback) -> No
 
 
 def sizes_at_start(loss: Loss, feedback: Feedback) -> Tensor | None:
-    """Gradient sizes that the loss would have where policy and reference agree, [n].
+    """Gradient sizes of the loss where policy and reference agree, [n]; leaves the state of the loss alone.
 
-    Without a reference: where all tokens are equally likely. The loss's state stays as it is, and no rank is asked.
-    None if there is no such place: token counts are unknown.
+    Without a reference: where all tokens are equally likely. None without token counts. Processes do not
+    communicate.
     """
-    there = _at_start(feedback)
-    if there is None:
+    at_start = _at_start(feedback)
+    if at_start is None:
         return None
-    with standing_still(loss), torch.enable_grad():
-        found = gradients(loss, loss.evaluate(there), there)
-    return None if found is None else found.sizes
-
-
-def _weights(loss: Loss) -> list[float]:
-    return [weight for weight, _ in loss.terms] if isinstance(loss, Composite) else [1.0]
+    with frozen_state(loss), torch.enable_grad():
+        result = gradients(loss, loss.evaluate(at_start), at_start)
+    return None if result is None else result.sizes
 
 
 def _per_side(total: Tensor, feedback: Feedback) -> list[Tensor]:
@@ -100,19 +95,19 @@ def _per_side(total: Tensor, feedback: Feedback) -> list[Tensor]:
     parts = [part for part in feedback.parts if part.policy.requires_grad or _rows_of(part) is not None]
     leaves = [(part.policy, _rows_of(part)) for part in parts]
     inputs = [value for pair in leaves for value in pair if value is not None and value.requires_grad]
-    found = iter(torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True))
+    slopes = iter(torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True))
     sides = []
     for sums, rows in leaves:
-        of_sums = next(found) if sums.requires_grad else None
-        of_rows = next(found) if rows is not None else None
+        of_sums = next(slopes) if sums.requires_grad else None
+        of_rows = next(slopes) if rows is not None else None
         of_sums = torch.zeros_like(sums) if of_sums is None else of_sums
-        # A sum passes its gradient on to each of its tokens.
+        # The gradient of a sum is that of each of its tokens.
         sides.append(of_sums if of_rows is None else of_rows + of_sums.unsqueeze(-1))
     return sides
 
 
 def _largest(values: Tensor, leading: int) -> Tensor:
-    """Over all dimensions after the leading ones; there may be no example at all."""
+    """Maximum over all dimensions after the leading ones; the batch may be empty."""
     return values.flatten(leading).amax(-1) if values.ndim > leading else values
 
 
@@ -141,7 +136,7 @@ def _at_start(feedback: Feedback) -> Feedback | None:
 
 
 def _moved(ratios: LogRatios, level: Any) -> LogRatios:
-    """A policy like the reference, or `level` nats at every token."""
+    """The same completions under a policy equal to the reference, or with `level` nats at every token."""
     if ratios.reference is not None:
         policy = ratios.reference.clone()
     else:
@@ -155,8 +150,8 @@ def _moved(ratios: LogRatios, level: Any) -> LogRatios:
 
 
 @contextmanager
-def standing_still(loss: Loss) -> Iterator[None]:
-    """Inside, calls leave the loss's state as it is and ask no other rank."""
+def frozen_state(loss: Loss) -> Iterator[None]:
+    """Inside, calls neither change the state of the loss nor communicate with other processes."""
     states = list(loss.state.values())
     before = [(state.training, state.all_sum) for state in states]
     try:

@@ -1,7 +1,7 @@
-"""Any pair loss in the form that many training loops call: four log-prob tensors in, losses and rewards out.
+"""Any pair loss with the signature of many training loops: four log-prob tensors in, losses and rewards out.
 
 - `FourTensorLoss`: one loss per pair, for loops of your own.
-- `OpenRLHFLoss`: for `loss_fn` of OpenRLHF's DPOTrainer, which wants the mean.
+- `OpenRLHFLoss`: for `loss_fn` of OpenRLHF's DPOTrainer, which takes the mean.
 - `TorchtuneLoss`: for `loss` in the configurations of torchtune's DPO recipes, which pass two objects.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prefloss import metrics
 from prefloss.feedback import Pairs
 from prefloss.logratios import LogRatios
-from prefloss.losses import Loss, get
+from prefloss.registry import Loss, get
 
 
 class FourTensorLoss:
@@ -102,20 +102,20 @@ class FourTensorLoss:
 
 
 def _check_fed(loss: Loss, slot: str) -> None:
-    """Refuse at once what would fail in the first step: a loss, or hyperparameters, that want more than sums."""
+    """Refuse now what would fail in the first step: a loss, or hyperparameters, that need more than sums."""
     reference = [0.0] if loss.spec.needs_reference else None
     side = LogRatios([-1.0], reference)  # type: ignore[arg-type]
     try:
         loss.eval()(Pairs(side, side))
     except ValueError as error:
         raise ValueError(
-            f"loss: got {loss!r}, expected one that sums of log-probs are enough for, which is all that {slot} is given "
+            f"loss: got {loss!r}, expected one that needs only sums of log-probs, which is all that {slot} receives "
             f"({error})"
         ) from error
 
 
 class _Slot(nn.Module):
-    """A loss in a trainer's slot, which knows sums of log-probs and nothing else of the batch."""
+    """A loss in a trainer that supplies sums of log-probs and nothing else of the batch."""
 
     def __init__(self, loss: str | Loss, **parameters: Any) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class _Slot(nn.Module):
         _check_fed(self.four.loss, type(self).__name__)
 
     def _pairs(self, chosen: LogRatios, rejected: LogRatios) -> Pairs:
-        # These trainers evaluate without gradient, and say so in no other way: states must not move then.
+        # In these trainers, disabled gradients are the only sign of evaluation, where states must not change.
         self.four.loss.train(torch.is_grad_enabled())
         return Pairs(chosen=chosen, rejected=rejected)
 

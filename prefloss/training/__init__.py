@@ -1,5 +1,14 @@
-"""The training core: batches, forward passes, references and one step, for every trainer; it imports none."""
+"""The training core: batches, forward passes, references and one step, for every trainer; it imports none.
 
+- `PreferenceCollator(tokenizer)`: rows of a data set -> a `PreferenceBatch`.
+- `PreferenceObjective("dpo", reference=...)`: called with a model and a batch, gives the loss to differentiate.
+- `FeedbackObjective("dpo")`: the same from log-ratios, for trainers that compute log-probs themselves.
+- `Reference`: a frozen model, adapters off, another adapter, a table, cached sums, or none.
+- `model_logps`: completion log-probs of a model without its logits.
+- `write_reference_table`, `with_reference_logps`: what `prefloss reference` does, and its tables as columns of data.
+"""
+
+from prefloss.training.batch import PreferenceBatch as PreferenceBatch
 from prefloss.training.build_table import Built as Built
 from prefloss.training.build_table import ReferenceBuilder as ReferenceBuilder
 from prefloss.training.build_table import parts_folder as parts_folder
@@ -9,9 +18,12 @@ from prefloss.training.forward import ModelLogps as ModelLogps
 from prefloss.training.forward import model_logps as model_logps
 from prefloss.training.head import HeadSpec as HeadSpec
 from prefloss.training.objective import PreferenceObjective as PreferenceObjective
+from prefloss.training.objective import Result as Result
 from prefloss.training.reference import Reference as Reference
 from prefloss.training.score import Score as Score
+from prefloss.training.score import batch_logps as batch_logps
 from prefloss.training.score import score_rows as score_rows
-from prefloss.training.table import header_of as header_of
-from prefloss.training.table import reads_table as reads_table
-from prefloss.training.table import with_reference_logps as with_reference_logps
+from prefloss.training.step import FeedbackObjective as FeedbackObjective
+from prefloss.training.step import Router as Router
+from prefloss.training.table_lookup import header_of as header_of
+from prefloss.training.table_lookup import with_reference_logps as with_reference_logps

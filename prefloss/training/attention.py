@@ -1,4 +1,4 @@
-"""How the attention of a model is told which tokens of a packed batch belong together."""
+"""Inputs and masks that keep the sequences of a packed batch apart in a model's attention."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefloss.training.packing import Arranged, Packed
+from prefloss.training.layouts import Arranged, Packed
 
 _MASKED = ("sdpa", "eager", "flex_attention")
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-def why_not(policy: nn.Module, shares: bool) -> str | None:
-    """Why a model cannot take a packed batch, as far as its class and configuration say; None if they do not.
+def unsupported(policy: nn.Module, shares: bool) -> str | None:
+    """Why a model's class or configuration rules out packed batches; None if nothing does.
 
     Args:
         policy: The model, unwrapped.
-        shares: Whether completions of the batch share a prompt.
+        shares: True if completions of the batch share a prompt.
     """
     config: Any = policy.config
     config = config.get_text_config()
@@ -32,41 +32,43 @@ def why_not(policy: nn.Module, shares: bool) -> str | None:
         getattr(item, "is_prompt_learning", False) for item in getattr(policy, "peft_config", {}).values()
     ):
         return "its adapter puts tokens of its own before every row"
-    taken = inspect.signature(_inner(policy).forward).parameters
-    if "position_ids" not in taken and not any(item.kind is item.VAR_KEYWORD for item in taken.values()):
+    arguments = inspect.signature(_inner(policy).forward).parameters
+    if "position_ids" not in arguments and not any(
+        item.kind is item.VAR_KEYWORD for item in arguments.values()
+    ):
         return "its forward takes no position_ids"
     if shares and _attention(config) not in _MASKED:
-        return f"its attention, {_attention(config)}, takes no mask; load it with attn_implementation='sdpa'"
+        return f"its attention, {_attention(config)}, takes no mask; load the model with attn_implementation='sdpa'"
     if shares and getattr(config, "output_router_logits", False):
         return "its router loss would weigh a shared prompt once"
     return None
 
 
 def arranged(policy: nn.Module, packed: Packed, one_row: bool = False) -> Arranged:
-    """The tokens of a batch with everything that the model's attention needs to keep its sequences apart.
+    """The tokens of a batch with what the model's attention needs to keep its sequences apart.
 
-    Without a shared prompt that is the position ids: transformers tells from them where a sequence begins.
+    Without a shared prompt that is the position ids: transformers derives the starts of sequences from them.
 
     Args:
         policy: The model, unwrapped.
         packed: The batch.
-        one_row: Whether all sequences must lie in one row, whatever that costs.
+        one_row: Put all sequences into one row, whatever that costs.
     """
     config: Any = policy.config
     config = config.get_text_config()
     attention = _attention(config)
-    # Padding would go into the figures of a router; flash and flex attention skip what lies between sequences.
+    # A router's statistics would count padding; flash and flex attention skip what lies between sequences.
     one_row = (
         one_row or attention not in ("sdpa", "eager") or bool(getattr(config, "output_router_logits", False))
     )
-    found = packed.arranged(one_row)
+    tokens = packed.arranged(one_row)
     if packed.shares:
-        found.inputs["attention_mask"] = _masks(policy, config, attention, found)
-    return found
+        tokens.inputs["attention_mask"] = _masks(policy, config, attention, tokens)
+    return tokens
 
 
 def _inner(policy: Any) -> Any:
-    """The transformers model inside PEFT, whose own forward takes anything."""
+    """The transformers model inside PEFT, whose forward accepts any argument."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
@@ -74,27 +76,29 @@ def _attention(config: Any) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
-def _masks(policy: Any, config: Any, attention: str, found: Arranged) -> Any:
+def _masks(policy: Any, config: Any, attention: str, tokens: Arranged) -> Any:
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     window = getattr(config, "sliding_window", None)
     if not kinds:
-        # A window without layer types is that of every layer.
+        # Without layer types, the window applies to every layer.
         kinds = ["sliding_attention" if window else "full_attention"]
-    reach = int(found.inputs["position_ids"].max()) + 1
+    reach = int(tokens.inputs["position_ids"].max()) + 1
     chunk = getattr(config, "attention_chunk_size", None)
     limits = {
         "full_attention": None,
         "sliding_attention": window if window and window < reach else None,
         "chunked_attention": chunk if chunk and chunk < reach else None,
     }
-    made: dict[Any, Any] = {}
+    masks_by_kind: dict[Any, Any] = {}
 
     def mask(kind: str) -> Any:
         limit = limits[kind]
         key = None if limit is None else kind
-        if key not in made:
-            made[key] = _MAKERS[attention](policy, found, None if limit is None else _within(kind, limit))
-        return made[key]
+        if key not in masks_by_kind:
+            masks_by_kind[key] = _MAKERS[attention](
+                policy, tokens, None if limit is None else _within(kind, limit)
+            )
+        return masks_by_kind[key]
 
     masks = {kind: mask(kind) for kind in kinds}
     return masks if len(kinds) > 1 else masks[kinds[0]]
@@ -107,9 +111,9 @@ def _within(kind: str, limit: int) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda query, key: query // limit == key // limit
 
 
-def _allowed(found: Arranged, within: Callable[[Tensor, Tensor], Tensor] | None) -> Tensor:
+def _allowed(tokens: Arranged, within: Callable[[Tensor, Tensor], Tensor] | None) -> Tensor:
     """Whether each token may attend to each other one, [B, 1, T, T]."""
-    sequences, rows, positions = found.sequences, found.rows, found.inputs["position_ids"]
+    sequences, rows, positions = tokens.sequences, tokens.rows, tokens.inputs["position_ids"]
     width = sequences.shape[1]
     same = sequences[:, :, None] == sequences[:, None, :]
     shared_or_own = (rows[:, None, :] < 0) | (rows[:, :, None] == rows[:, None, :])
@@ -120,26 +124,26 @@ def _allowed(found: Arranged, within: Callable[[Tensor, Tensor], Tensor] | None)
     return allowed[:, None]
 
 
-def _for_sdpa(policy: Any, found: Arranged, within: Any) -> Tensor:
-    allowed = _allowed(found, within)
+def _for_sdpa(policy: Any, tokens: Arranged, within: Any) -> Tensor:
+    allowed = _allowed(tokens, within)
     if allowed.device.type != "cpu" or policy.dtype != torch.float32:
         return allowed
-    # On a CPU every layer would make this of a boolean mask.
+    # On a CPU, SDPA converts a boolean mask like this in every layer.
     return torch.zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
 
 
-def _additive(policy: Any, found: Arranged, within: Any) -> Tensor:
-    """For attention written out, which adds its mask to the scores."""
-    allowed = _allowed(found, within)
+def _additive(policy: Any, tokens: Arranged, within: Any) -> Tensor:
+    """For eager attention, which adds its mask to the scores."""
+    allowed = _allowed(tokens, within)
     zeros = torch.zeros(allowed.shape, dtype=policy.dtype, device=allowed.device)
     return zeros.masked_fill_(~allowed, torch.finfo(policy.dtype).min)
 
 
-def _blocks(policy: Any, found: Arranged, within: Any) -> Any:
+def _blocks(policy: Any, tokens: Arranged, within: Any) -> Any:
     """For FlexAttention: only blocks that hold an allowed pair are computed."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    sequences, rows, positions = found.sequences, found.rows, found.inputs["position_ids"]
+    sequences, rows, positions = tokens.sequences, tokens.rows, tokens.inputs["position_ids"]
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         same = sequences[b, q] == sequences[b, k]

@@ -1,234 +1,210 @@
-"""The structure of a batch: which rows are compared with which, what people said of them, and who counts.
+"""A batch of preferences: rows of tokens, which rows are compared, and what people said about them.
 
-A batch is one padded block of rows, or one row without padding (`_packing`), whatever the feedback; a few tensors
-beside it say which rows belong together. The collator writes them, the training step takes them out again before the
-model sees the batch.
+The rows are one padded block, or one row without padding (`layouts`), for every kind of feedback. A few tensors beside
+them say which rows belong together. A batch is a dict of tensors, so that any trainer can move it to a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefloss.feedback import Feedback, Labels, Pairs, Rankings
+from prefloss.feedback import SIDES, Feedback, Labels, Pairs, Rankings, optional_fields
 from prefloss.logratios import IGNORE_INDEX, LogRatios, completion_targets
-from prefloss.losses import Composite, Loss
-from prefloss.training import packing
-from prefloss.training.packing import Packed
+from prefloss.training import layouts
+from prefloss.training.layouts import Packed
 
-ROWS: Mapping[type, tuple[str, ...]] = {
+SIDE_ROWS: Mapping[type, tuple[str, ...]] = {
     Pairs: ("chosen_rows", "rejected_rows"),
     Labels: ("completion_rows",),
     Rankings: ("group_rows",),
 }
-"""Index tensors of each kind: [pairs] twice, [n], or [groups, K] with -1 where a group has fewer than K."""
-
-VALUES: Mapping[type, tuple[str, ...]] = {
-    Pairs: ("weight", "score_chosen", "score_rejected"),
-    Labels: ("weight", "scores", "kl", "baseline"),
-    Rankings: ("weight",),
-}
-"""Tensors of optional feedback, one value per example."""
+"""Row numbers by kind of feedback: [pairs] twice, [n], or [groups, K] with -1 where a group has fewer than K."""
 
 REFERENCE = "ref_logps"
 """Reference log-probs computed beforehand, [rows], nats."""
 
 COUNTS = "prefloss_counts"
-"""Examples that each term of the loss counts in the whole optimizer step, on all ranks, and its micro-batches,
-[terms + 1]."""
+"""Examples that each term of the loss counts in the whole optimizer step on all ranks, then its number of
+micro-batches, [terms + 1]."""
 
 MISMATCHED = "kl_"
-"""Begins the names of the tokens of prompts with the completions of other examples."""
+"""Prefix of the tokens of prompts paired with completions of other examples."""
 
-_OTHERS = ("completion_mask", "label", "scores", "labels", REFERENCE, COUNTS, *packing.NAMES)
-_HOWS = ("all", "adjacent", "best_worst")
+_OTHER_NAMES = frozenset(("completion_mask", "label", "scores", "labels", REFERENCE, COUNTS, *layouts.NAMES))
 
 
 @dataclass(frozen=True)
-class Structure:
-    """What a batch holds beside the model's inputs.
+class Rows:
+    """The tokens of a batch.
 
     Attributes:
-        kind: `Pairs`, `Labels` or `Rankings`.
-        targets: Token that each position predicts, [rows, T], `IGNORE_INDEX` where nothing is scored.
-        items: The other tensors by name.
-        packed: The tokens of a batch without padding; then `targets` are the first of each row.
-        mismatched: The same of prompts with the completions of other examples, and what is the model's of those.
+        inputs: Keyword arguments of the model; of a packed batch, what is not in `packed`.
+        targets: Token that each position predicts, [rows, T], `IGNORE_INDEX` where nothing is scored. In a packed batch
+            they are left-aligned in each row.
+        packed: The tokens of a batch without padding, or None.
     """
 
-    kind: type
+    inputs: dict[str, Any]
     targets: Tensor
-    items: Mapping[str, Tensor]
     packed: Packed | None = None
-    mismatched: tuple[Structure, dict[str, Any]] | None = None
-
-    @classmethod
-    def split(cls, inputs: Mapping[str, Any]) -> tuple[Structure, dict[str, Any]]:
-        """The structure of a batch, and what is the model's.
-
-        Raises:
-            ValueError: If the batch was not made by a `PreferenceCollator`, or by something that writes as it does.
-        """
-        kind = next((kind for kind, names in ROWS.items() if all(name in inputs for name in names)), None)
-        if kind is None or not {"completion_mask", packing.SOURCES} & inputs.keys():
-            raise ValueError(
-                f"batch: got {sorted(inputs)}, expected what PreferenceCollator writes; give the trainer "
-                "data_collator=PreferenceCollator(tokenizer)"
-            )
-        apart = {name: value for name, value in inputs.items() if name.startswith(MISMATCHED)}
-        own = {*_OTHERS, *apart, *(name for names in (*ROWS.values(), *VALUES.values()) for name in names)}
-        items = {name: value for name, value in inputs.items() if name in own and name not in apart}
-        of_model = {name: value for name, value in inputs.items() if name not in own}
-        found = cls._of_tokens(kind, inputs, items)
-        _check_whole(found)
-        if apart:
-            tokens = {name.removeprefix(MISMATCHED): value for name, value in apart.items()}
-            other = cls._of_tokens(kind, tokens, {"completion_rows": items["completion_rows"]})
-            rest = {name: value for name, value in tokens.items() if name not in own}
-            found = replace(found, mismatched=(other, rest))
-        return found, of_model
-
-    @classmethod
-    def _of_tokens(cls, kind: type, tokens: Mapping[str, Any], items: Mapping[str, Tensor]) -> Structure:
-        if packing.SOURCES in tokens:
-            return cls(kind, tokens[packing.TARGETS], items, Packed.read(tokens))
-        return cls(kind, completion_targets(tokens["input_ids"], tokens["completion_mask"]), items)
 
     @property
     def tokens(self) -> Tensor:
         """Completion tokens of each row, [rows]."""
         return (self.targets >= 0).sum(-1)
 
-    @property
-    def examples(self) -> int:
-        """Number of pairs, labelled completions or groups."""
-        return len(self.items[ROWS[self.kind][0]])
-
-    def first(self, count: int) -> Structure:
-        """The same rows, with the first examples alone."""
-        by_example = {*ROWS[self.kind], *VALUES[self.kind], "label", "scores", "labels"}
-        items = {name: value[:count] if name in by_example else value for name, value in self.items.items()}
-        return replace(self, items=items)
-
-    def completions(self, inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
-        """Token ids of prompt and completion of each row, cut as the batch cut them.
-
-        Args:
-            inputs: The model's share of the batch.
-        """
+    def token_ids(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Prompt and completion ids of each row, truncated as in the batch."""
         if self.packed is not None:
-            rows = [self.packed.ids[places].tolist() for places in self.packed.whole_rows()]
+            rows = [self.packed.ids[tokens].tolist() for tokens in self.packed.whole_rows()]
         else:
-            mask = inputs["attention_mask"].bool()
-            rows = [ids[kept].tolist() for ids, kept in zip(inputs["input_ids"], mask, strict=True)]
+            mask = self.inputs["attention_mask"].bool()
+            rows = [ids[kept].tolist() for ids, kept in zip(self.inputs["input_ids"], mask, strict=True)]
         for ids, count in zip(rows, self.tokens.tolist(), strict=True):
             yield ids[: len(ids) - count], ids[len(ids) - count :]
 
-    def per_example(self, values: Tensor) -> Tensor:
-        """Values of rows, [rows], by example: [pairs, 2], [n], or [groups, K] with `IGNORE_INDEX` where none is."""
-        sides = [self.items[name] for name in ROWS[self.kind]]
-        if self.kind is Pairs:
-            return torch.stack([values[side] for side in sides], dim=-1)
-        return torch.where(sides[0] >= 0, values[sides[0].clamp(min=0)], float(IGNORE_INDEX))
 
-    def feedback(self, ratios: LogRatios, mismatched: LogRatios | None = None) -> Feedback:
-        """The feedback of the batch from the log-ratios of its rows, [rows], and of mismatched completions."""
-        sides = [self.items[name] for name in ROWS[self.kind]]
-        values: dict[str, Any] = {name: self.items.get(name) for name in VALUES[self.kind]}
+class PreferenceBatch(dict[str, Any]):
+    """The tensors of a batch by name, with what they mean. `PreferenceCollator` makes it.
+
+    Trainers move a batch by building another one of its class from moved tensors.
+    """
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> PreferenceBatch:
+        """A batch as a trainer hands it over, checked.
+
+        Raises:
+            ValueError: If it does not come from a `PreferenceCollator`, or was sliced or joined since.
+        """
+        typed = batch if isinstance(batch, PreferenceBatch) else cls(batch)
+        typed._check_whole()
+        return typed
+
+    @staticmethod
+    def recognizes(batch: Mapping[str, Any]) -> bool:
+        """Whether the names are those that `PreferenceCollator` writes."""
+        return _kind(batch) is not None and bool({"completion_mask", layouts.SOURCES} & batch.keys())
+
+    @cached_property
+    def kind(self) -> type:
+        """`Pairs`, `Labels` or `Rankings`."""
+        kind = _kind(self)
+        if kind is None or not self.recognizes(self):
+            raise ValueError(
+                f"batch: got {sorted(self)}, expected what PreferenceCollator writes; give the trainer "
+                "data_collator=PreferenceCollator(tokenizer)"
+            )
+        return kind
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows to train on."""
+        return self._rows({name: value for name, value in self.items() if not name.startswith(MISMATCHED)})
+
+    @cached_property
+    def mismatched(self) -> Rows | None:
+        """Prompts with the completions of other examples, for KTO's estimate of the KL; None if there are none."""
+        prefixed = {name for name in self if name.startswith(MISMATCHED)}
+        if not prefixed:
+            return None
+        return self._rows({name.removeprefix(MISMATCHED): self[name] for name in prefixed})
+
+    @property
+    def sides(self) -> list[Tensor]:
+        """Row numbers of each side, see `SIDE_ROWS`."""
+        return [self[name] for name in SIDE_ROWS[self.kind]]
+
+    @property
+    def examples(self) -> int:
+        """Number of pairs, labelled completions or groups."""
+        return len(self.sides[0])
+
+    def feedback(
+        self, ratios: LogRatios, mismatched: LogRatios | None = None, *, examples: int | None = None
+    ) -> Feedback:
+        """The feedback of the batch.
+
+        Args:
+            ratios: Log-ratios of its rows, [rows].
+            mismatched: Log-ratios of the mismatched rows.
+            examples: Only the first so many examples; None for all.
+        """
+        sides = [side[:examples] for side in self.sides]
+        names = [field.name for field in optional_fields(self.kind) if field.name in self]
+        values = {name: self[name][:examples] for name in names}
         if self.kind is Pairs:
             return Pairs(ratios[sides[0]], ratios[sides[1]], **values)
         if self.kind is Labels:
-            return Labels(ratios[sides[0]], self.items["label"].bool(), mismatched=mismatched, **values)
-        return Rankings(ratios[sides[0].clamp(min=0)], self.items["scores"], mask=sides[0] >= 0, **values)
+            desirable = self["label"][:examples].bool()
+            return Labels(ratios[sides[0]], desirable, mismatched=mismatched, **values)
+        scores = self["scores"][:examples]
+        return Rankings(ratios[sides[0].clamp(min=0)], scores, mask=sides[0] >= 0, **values)
 
     def blank(self) -> Feedback:
-        """The same feedback with every log-prob 0: enough to know which examples count."""
-        zeros = torch.zeros(len(self.targets), device=self.targets.device)
-        return self.feedback(LogRatios(zeros, zeros, self.tokens))
+        """The same feedback with every log-prob 0: enough to count examples."""
+        zeros = torch.zeros(len(self.rows.targets), device=self.rows.targets.device)
+        return self.feedback(LogRatios(zeros, zeros, self.rows.tokens))
 
+    def per_example(self, values: Tensor) -> Tensor:
+        """Values of rows, [rows], by example: [pairs, 2], [n], or [groups, K] with `IGNORE_INDEX` where none is."""
+        if self.kind is Pairs:
+            return torch.stack([values[side] for side in self.sides], dim=-1)
+        side = self.sides[0]
+        return torch.where(side >= 0, values[side.clamp(min=0)], float(IGNORE_INDEX))
 
-def _check_whole(structure: Structure) -> None:
-    """Refuse a batch of which something made another, by slicing or joining its tensors.
+    def row_names(self) -> dict[int, str]:
+        """What each row is to the user, for messages."""
+        sides = [side.tolist() for side in self.sides]
+        if self.kind is Pairs:
+            return {
+                row: f"{side} completion of example {i}"
+                for side, rows in zip(SIDES[Pairs], sides, strict=True)
+                for i, row in enumerate(rows)
+            }
+        groups = [row if isinstance(row, list) else [row] for row in sides[0]]
+        return {
+            row: f"completion {j} of example {i}"
+            for i, group in enumerate(groups)
+            for j, row in enumerate(group)
+        }
 
-    Raises:
-        ValueError: If its rows are not as many as its examples speak of.
-    """
-    if structure.kind is Rankings:
-        # How many completions a group has is on the device; this much is known.
-        fits = structure.items["group_rows"].shape == structure.items["scores"].shape
-    else:
-        fits = len(structure.targets) == len(ROWS[structure.kind]) * structure.examples
-    if not fits:
-        raise ValueError(
-            f"batch: got {len(structure.targets)} rows for {structure.examples} examples; the tensors of a "
-            "PreferenceCollator's batch belong together and cannot be sliced or joined; accelerate does so with "
-            "streamed data: set accelerator_config={'dispatch_batches': False}"
-        )
+    def _rows(self, tensors: Mapping[str, Any]) -> Rows:
+        optional = {field.name for field in optional_fields(self.kind)}
+        ours = _OTHER_NAMES | optional | set(SIDE_ROWS[self.kind])
+        inputs = {name: value for name, value in tensors.items() if name not in ours}
+        if layouts.SOURCES in tensors:
+            return Rows(inputs, tensors[layouts.TARGETS], Packed.of(tensors))
+        return Rows(inputs, completion_targets(tensors["input_ids"], tensors["completion_mask"]))
 
+    def _check_whole(self) -> None:
+        """Refuse a batch whose tensors were sliced or joined.
 
-def as_wanted(feedback: Feedback, loss: Loss, pairs: str | None) -> Feedback:
-    """The feedback in the kind that a loss takes, where that kind follows from it.
-
-    Args:
-        feedback: Of the batch.
-        loss: The loss.
-        pairs: How rankings become pairs: "all", "adjacent" or "best_worst".
-
-    Raises:
-        TypeError: If it does not follow, or rankings meet a pair loss and `pairs` is None.
-        ValueError: If pairs become rankings and a chosen completion is not scored above the rejected one.
-    """
-    wanted = loss.spec.feedback
-    if isinstance(feedback, wanted):
-        return feedback
-    if isinstance(feedback, Labels):
-        raise TypeError(
-            f"data: got labelled completions (prompt, completion, label), but {loss.name} takes {wanted.__name__}, and "
-            "single votes do not say what to compare them with; choose a loss that takes Labels, such as 'kto'"
-        )
-    if isinstance(feedback, Rankings):
-        if pairs is None:
-            raise TypeError(
-                f"data: got rankings (prompt, completions, scores), but {loss.name} takes {wanted.__name__}; say which "
-                "pairs to make of them with PreferenceLossCallback(..., pairs='all' | 'adjacent' | 'best_worst'), or "
-                "choose a loss that takes Rankings, such as 'dpo_pl'"
+        Raises:
+            ValueError: If the number of rows does not fit the examples.
+        """
+        if self.kind is Rankings:
+            # The number of completions in each group is on the device; shapes are known without a wait.
+            fits = self["group_rows"].shape == self["scores"].shape
+        else:
+            fits = len(self.rows.targets) == len(SIDE_ROWS[self.kind]) * self.examples
+        if not fits:
+            raise ValueError(
+                f"batch: got {len(self.rows.targets)} rows for {self.examples} examples; the tensors of a "
+                "PreferenceCollator's batch belong together and cannot be sliced or joined; accelerate does so with "
+                "streamed data: set accelerator_config={'dispatch_batches': False}"
             )
-        feedback = feedback.to_pairs(pairs)
-    if wanted is Pairs:
-        return feedback
-    return feedback.to_labels() if wanted is Labels else feedback.to_rankings()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle the tensors alone, not what was derived from them."""
+        return type(self), (dict(self),)
 
 
-def check_pairs(pairs: str | None) -> None:
-    """Refuse what is no way to make pairs of rankings.
-
-    Raises:
-        ValueError: If it is none of the three, nor None.
-    """
-    if pairs is not None and pairs not in _HOWS:
-        raise ValueError(f"pairs: got {pairs!r}, expected one of {', '.join(map(repr, _HOWS))} or None")
-
-
-def terms_of(loss: Loss) -> tuple[tuple[float, Loss], ...]:
-    """Weight and loss of each term of a sum; a plain loss is a sum of one."""
-    return loss.terms if isinstance(loss, Composite) else ((1.0, loss),)
-
-
-def looks_across(loss: Loss) -> bool:
-    """Whether an example's loss depends on the others of its batch."""
-    # The other baselines of the KTO family come from earlier batches, or from nowhere.
-    own = ("auto", "mismatched")
-    return any(
-        not term.spec.separable and term.params.get("kl_baseline", own[0]) in own
-        for _, term in terms_of(loss)
-    )
-
-
-def counts(loss: Loss, feedback: Feedback) -> Tensor:
-    """How many examples each term counts, [terms]; a term may leave out others than an empty completion."""
-    seen = [(term, as_wanted(feedback, term, None)) for _, term in terms_of(loss)]
-    return torch.stack([term.counted(given).sum() for term, given in seen])
+def _kind(batch: Mapping[str, Any]) -> type | None:
+    return next((kind for kind, names in SIDE_ROWS.items() if all(name in batch for name in names)), None)

@@ -1,9 +1,9 @@
-"""Score a data set into a reference table, in one process or several, from nothing or from where it was killed.
+"""Score a data set into a reference table, in one process or several, resuming after a kill.
 
-The rows of the data are cut into chunks. A chunk is scored whole and written as a small table of its own into a folder
-beside the output; its name is a hash of the completions in it, so that any later run, of any number of processes, knows
-what is there. When all are, one process merges them. Every file appears whole or not at all, and a chunk is scored in
-the same batches whoever does it, so that a run that was killed ends in the same file as one that was not.
+The data is split into chunks. Each chunk is scored and written as a small table into a folder beside the output,
+under a hash of its completions, so that a later run with any number of processes finds what is done. Then one process
+merges the parts. Files are written atomically, and the batches of a chunk do not depend on the process that scores
+it, so a resumed run gives the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from prefloss.data.table import Header, ReferenceTable, TableError, as_scored, c
 from prefloss.data.tokens import Encoded
 from prefloss.training import distributed
 from prefloss.training.score import Score, score_rows
-from prefloss.training.table import header_of
+from prefloss.training.table_lookup import header_of
 
 CHUNK = 256
-"""Rows of the data that are scored before they are written: what a killed run loses, in each process."""
+"""Rows of the data in a part: a killed run loses at most this many in each process."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What came of it.
+    """A finished table.
 
     Attributes:
         table: The table.
         scored: Completions that this run scored, on all processes.
-        empty: Completions that the cut left no token of; they are in no table.
+        empty: Completions without tokens after truncation; tables leave them out.
     """
 
     table: ReferenceTable
@@ -54,13 +54,13 @@ class ReferenceBuilder:
 
     Args:
         output: The table.
-        header: What it is scored with.
+        header: Model, tokenizer and settings of the scores.
         score: Scores completions.
         tokenizer: For text; None if the data holds token ids.
         chunk: Rows of the data in a part.
 
     Raises:
-        TableError: If the output, or what a killed run left beside it, was scored otherwise; or cannot be read.
+        TableError: If the output, or a part that a killed run left, has another header or cannot be read.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class ReferenceBuilder:
 
         Args:
             data: Data sets by name, for messages: rows with the columns that `PreferenceCollator` reads.
-            on_chunk: Told how many rows each chunk of this process had.
+            on_chunk: Called with the number of rows of each chunk of this process.
 
         Raises:
             DataError: If a row is malformed.
-            TableError: If another run is at it, or a part cannot be read or is missing in the end.
+            TableError: If another run writes the same table, or a part cannot be read or is missing in the end.
             FloatingPointError: If a log-prob is not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ class ReferenceBuilder:
                 parts.append(path)
                 scored += new
             on_chunk(len(rows))
-        # Waits for the slowest process; only then are all parts there.
+        # Waits for the slowest process, so that all parts exist.
         everyone = distributed.gather((parts, scored, empty))
         if distributed.rank() == 0:
             self._merge([name for names, _, _ in everyone for name in names])
@@ -126,23 +126,23 @@ class ReferenceBuilder:
                 yield name, range(start, min(start + self.chunk, len(rows)))
 
     def _fresh(self, name: str, data: Sequence[Any], rows: range) -> tuple[dict[bytes, Encoded], int]:
-        """Completions of a chunk that the table does not have, and how many have no token to score."""
-        found: dict[bytes, Encoded] = {}
+        """Completions of a chunk that the table lacks, and the number of completions without tokens."""
+        fresh: dict[bytes, Encoded] = {}
         empty = 0
         for i in rows:
             for encoded in read_example(i, data[i], self.tokenizer, place=f"{name}: row {i + 1}").rows:
                 prompt, completion = as_scored(encoded, self.header.max_length)
                 if completion:
-                    found.setdefault(completion_key(prompt, completion), (prompt, completion))
+                    fresh.setdefault(completion_key(prompt, completion), (prompt, completion))
                 else:
                     empty += 1
-        if self.known is not None and found:
-            there = self.known.find(list(found))
-            found = {key: value for (key, value), row in zip(found.items(), there, strict=True) if row < 0}
-        return found, empty
+        if self.known is not None and fresh:
+            places = self.known.find(list(fresh))
+            fresh = {key: row for (key, row), place in zip(fresh.items(), places, strict=True) if place < 0}
+        return fresh, empty
 
     def _part(self, place: str, rows: dict[bytes, Encoded]) -> tuple[str, int]:
-        """Score a chunk, unless that is done; its file, and how many completions were scored."""
+        """Score a chunk unless its part exists; the file name, and the number of completions scored."""
         path = self.folder / f"{hashlib.blake2b(b''.join(rows), digest_size=16).hexdigest()}.parquet"
         if path.exists():
             _check_same(ReferenceTable.read(path), self.header)
@@ -158,14 +158,14 @@ class ReferenceBuilder:
         return path.name, len(rows)
 
     def _merge(self, names: list[str]) -> None:
-        """One table of what was known and all parts; then the parts go."""
+        """Merge the known table and all parts, then delete the parts."""
         lost = [name for name in names if not (self.folder / name).exists()]
         if lost:
             raise TableError(
-                f"{self.folder}: {len(lost)} of {len(names)} parts are not there; expected a folder that all "
+                f"{self.folder}: {len(lost)} of {len(names)} parts are missing; expected a folder that all "
                 "processes share"
             )
-        # In one order whoever scored them: where two parts have a completion, rounding may tell them apart.
+        # A fixed order: two parts may hold the same completion with different rounding.
         tables = [ReferenceTable.read(self.folder / name) for name in sorted(set(names))]
         if self.known is not None:
             tables.insert(0, self.known)
@@ -177,7 +177,7 @@ class ReferenceBuilder:
                 [logp for table in tables for logp in table.logps.tolist()],
                 [count for table in tables for count in table.tokens.tolist()],
             )
-        # What a run left that was killed while it merged.
+        # Left over from a run that was killed while merging.
         for stale in self.output.parent.glob(f".{glob.escape(self.output.name)}.*.unfinished"):
             stale.unlink()
         shutil.rmtree(self.folder)
@@ -192,13 +192,13 @@ def write_reference_table(
     max_length: int | None = None,
     batch_size: int = 8,
 ) -> ReferenceTable:
-    """What `prefloss reference` does, from Python: score a data set, or what the table does not have of it.
+    """Score a data set into a table, or add what the table lacks: `prefloss reference` from Python.
 
     Under torch.distributed the processes share the work, and each must call this.
 
     Args:
         path: Table to write or to add to.
-        model: The reference: a model of transformers where it shall compute, with the adapters that are on.
+        model: The reference, a model of transformers on the device it runs on, with its active adapters.
         data: Rows with the columns that `PreferenceCollator` reads.
         tokenizer: For text and messages.
         max_length: Tokens of prompt and completion together, at most, as in training.
@@ -209,7 +209,7 @@ def write_reference_table(
 
     Raises:
         DataError: If a row is malformed.
-        TableError: If the table was scored otherwise, cannot be read, or another run is writing it.
+        TableError: If the table has another header, cannot be read, or another run is writing it.
         FloatingPointError: If a log-prob is not finite.
     """
     builder = ReferenceBuilder(
@@ -222,13 +222,13 @@ def write_reference_table(
 
 
 def parts_folder(output: Path) -> Path:
-    """Where the parts of an unfinished table are."""
+    """Folder of the parts of an unfinished table."""
     return output.with_name(output.name + ".parts")
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Refuse a second run on the same folder, such as one whose launcher was killed and whose workers live on."""
+    """Refuse a second run on the same folder, such as workers that outlived their launcher."""
     try:
         import fcntl
     except ModuleNotFoundError:
@@ -237,7 +237,7 @@ def _alone(folder: Path) -> Iterator[None]:
         return
     with (folder / "lock").open("w") as file:
         try:
-            # Held as long as the process lives, whatever ends it.
+            # The system releases the lock when the process ends, however it ends.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise TableError(f"{folder}: another run is writing there; wait for it, or end it") from error
@@ -245,7 +245,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _check_same(table: ReferenceTable, header: Header) -> None:
-    """Refuse to add to a table that was scored otherwise."""
+    """Refuse to add to a table with another header."""
     apart = table.header.differences(header)
     if apart:
         raise TableError(

@@ -1,111 +1,120 @@
-"""Refusals: settings that would go unused, data that the loss does not read."""
+"""Checks before a step: what the loss needs is there, and nothing comes that the loss would ignore."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
 from typing import Any
 
-from prefloss.feedback import Labels, Pairs, Rankings
-from prefloss.losses import Loss
-from prefloss.training.batch import REFERENCE, Structure, terms_of
+from prefloss.feedback import FIELDS, Field, fields_of, optional_fields
+from prefloss.registry import Loss
+from prefloss.training.batch import REFERENCE, PreferenceBatch
+from prefloss.training.reference import CHOICES, Reference
 
-_FED = {
-    Pairs: {"tokens", "scores", "per_token"},
-    Labels: {"tokens", "scores", "per_token", "kl", "baseline"},
-    Rankings: {"tokens", "scores", "per_token"},
-}
-_READS = {
-    "score_chosen": "scores",
-    "score_rejected": "scores",
-    "scores": "scores",
-    "kl": "kl",
-    "baseline": "baseline",
-}
+# What forward passes and a collator give besides the optional columns of the data.
+_COMPUTED = frozenset(("tokens", "per_token"))
+_VALUES = frozenset(field.name for field in FIELDS if field.column)
 
 
-def check_fed(loss: Loss) -> None:
-    """Refuse a loss that needs what a forward pass and a data set do not give.
+def current_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options under their present names; a former name still works for one release, with a warning."""
+    if "pairs" not in options:
+        return options
+    warnings.warn(
+        "pairs= is now rankings_as=; the old name goes in the next release", DeprecationWarning, stacklevel=4
+    )
+    return {
+        **{name: value for name, value in options.items() if name != "pairs"},
+        "rankings_as": options["pairs"],
+    }
+
+
+def check_computable(loss: Loss) -> None:
+    """Refuse a loss that needs something that neither a forward pass nor a data set gives.
 
     Raises:
-        ValueError: If there is such a need.
+        ValueError: If a term of the loss needs such an input.
     """
-    for _, term in terms_of(loss):
-        for need in sorted(term.needs - _FED[term.spec.feedback]):
+    for _, term in loss.terms:
+        columns = {field.need for field in optional_fields(term.spec.feedback)}
+        for need in sorted(term.needs - columns - _COMPUTED):
             raise ValueError(
-                f"{term.name}: needs {need}, which PreferenceLossCallback does not compute; use a loop of your own"
+                f"{term.name}: needs {need}, which PreferenceObjective does not compute; use a loop of your own"
             )
 
 
-def check_args(args: Any) -> None:
-    """Refuse training arguments that belong to another trainer, or that the loss would go around.
+def check_reference(loss: Loss, reference: Reference) -> None:
+    """Refuse a reference that does not give what the loss reads.
 
     Raises:
-        TypeError: If they are those of a TRL trainer.
-        ValueError: If they smooth labels, or spread one process over several devices.
+        ValueError: If there is none, or it holds sums only and the loss reads tokens.
     """
-    if any(kind.__module__.split(".")[0] == "trl" for kind in type(args).__mro__):
-        raise TypeError(
-            f"args: got {type(args).__name__}, the configuration of a TRL trainer, which makes its own batches; use "
-            "PreferenceLossCallback of prefloss.integrations.trl there"
-        )
-    if args.label_smoothing_factor:
+    if loss.spec.needs_reference and reference.kind == "none":
         raise ValueError(
-            f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it smooths the next token; "
-            "preferences are smoothed by the loss's own label_smoothing"
+            f"reference: got {reference!r} with {loss.name}, which reads log-ratios; expected {CHOICES}"
         )
-    if args.n_gpu > 1:
+    if reference.kind in ("cached", "table") and any(name.startswith("per_token") for name in loss.needs):
         raise ValueError(
-            f"n_gpu: got {args.n_gpu} devices in one process (DataParallel), expected one; start with torchrun or "
-            "accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+            f"reference: got {reference!r} with {loss.name}, which reads the log-prob of each token; it holds only "
+            "their sums; expected a reference that is computed"
         )
 
 
-def check_trainer(trainer: Any) -> None:
-    """Refuse a second loss.
+def check_batch(loss: Loss, batch: PreferenceBatch, reference: Reference) -> None:
+    """Refuse values that the loss does not read, and a batch without values that it needs.
 
     Raises:
-        ValueError: If the trainer has a `compute_loss_func`.
+        ValueError: If the batch holds an unread value, or lacks a needed one.
     """
-    if trainer.compute_loss_func is not None:
+    check_fields(loss, batch.kind, batch.keys())
+    if batch.mismatched is not None:
+        if not loss.reads_mismatched:
+            raise ValueError(
+                f"mismatched: got mismatched completions with {loss!r}, which does not read them; expected "
+                "PreferenceCollator(mismatched=False)"
+            )
+        if reference.kind in ("cached", "table", "none"):
+            raise ValueError(
+                f"mismatched: got {reference!r}, which gives no log-probs of mismatched completions; expected a "
+                "reference that is computed, or PreferenceCollator(..., mismatched=False) and "
+                "kl_baseline='running_mean'"
+            )
+    if REFERENCE in batch and reference.kind != "cached":
         raise ValueError(
-            "compute_loss_func: got one beside PreferenceLossCallback, expected None: it would go unused"
+            "columns ref_*logps: got reference log-probs with the data, but the reference is computed; choose "
+            "reference=Reference.cached(), or remove the columns"
         )
 
 
-def check_items(loss: Loss, structure: Structure, cached: bool) -> None:
-    """Refuse columns that the loss does not read, and a batch without the scores that it needs.
+def check_fields(loss: Loss, kind: type, present: Collection[str], how: str = "") -> None:
+    """Refuse optional fields that the loss does not read, and missing ones that it needs.
 
     Args:
         loss: The loss to train with.
-        structure: Of the batch.
-        cached: Whether the reference's log-probs come with the batch.
+        kind: `Pairs`, `Labels` or `Rankings`: what the data is.
+        present: Names of the batch's values.
+        how: How to supply a missing column in this trainer; follows the message.
 
     Raises:
-        ValueError: If a column is not read, or scores are missing.
+        ValueError: Naming the column.
     """
-    items, read = structure.items, loss.needs | loss.spec.reads
-    if loss.spec.feedback is Rankings:
-        read |= {"scores"}
-    for item, need in _READS.items():
-        is_graded = structure.kind is Rankings and item == "scores"
-        if item in items and need not in read and not is_graded:
-            column = "score" if item == "scores" else item
+    by_name = {field.name: field for field in fields_of(kind)}
+    for name in sorted(_VALUES.intersection(present)):
+        field = by_name.get(name)
+        if field is None or not reads(loss, field):
+            column = name if field is None else field.column
             raise ValueError(
-                f"column {column!r}: {loss.name} does not read it; take it out of the data, or choose a loss that does"
+                f"column {column!r}: {loss.name} does not read it; remove it from the data, or choose a loss that "
+                "reads it"
             )
-    if structure.mismatched is not None and not any(
-        "mismatched" in term.spec.reads and term.params.get("kl_baseline") in ("auto", "mismatched")
-        for _, term in terms_of(loss)
-    ):
-        raise ValueError(
-            f"mismatched: {loss!r} does not read mismatched completions; expected PreferenceCollator(mismatched=False)"
-        )
-    if REFERENCE in items and not cached:
-        raise ValueError(
-            "columns ref_*logps: got reference log-probs with the data, but the reference is computed; choose "
-            "reference=Reference.cached(), or take the columns out"
-        )
-    for need in ("scores", "kl", "baseline"):
-        given = "score_chosen" if structure.kind is Pairs and need == "scores" else need
-        if need in loss.needs and given not in items:
-            wanted = {"score_chosen": "score_chosen and score_rejected", "scores": "score"}.get(given, given)
-            raise ValueError(f"{loss.name}: got data without {need}, expected the column {wanted}")
+    for need in sorted(loss.needs & {field.need for field in FIELDS if field.column and field.need}):
+        # The scores of rankings are required, so no loss of rankings lists them as a need.
+        fields = [field for field in fields_of(kind) if need in (field.need, field.name)]
+        columns = " and ".join(str(field.column) for field in fields) or need
+        if not fields or any(field.name not in present for field in fields):
+            raise ValueError(f"{loss.name}: got data without {need}, expected the column {columns}{how}")
+
+
+def reads(loss: Loss, field: Field) -> bool:
+    """Whether a loss uses a field of the feedback."""
+    return field.need is None or field.need in loss.needs | loss.spec.reads

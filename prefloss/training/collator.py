@@ -1,4 +1,4 @@
-"""Examples of any feedback -> one padded batch."""
+"""Examples of any feedback -> one batch."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from prefloss.data.rows import kind_text
 from prefloss.data.tokens import Encoded, pad
 from prefloss.feedback import Labels, Pairs
 from prefloss.logratios import IGNORE_INDEX
-from prefloss.training.batch import MISMATCHED, REFERENCE, VALUES, Structure
-from prefloss.training.packing import pack
+from prefloss.training.batch import MISMATCHED, REFERENCE, PreferenceBatch
+from prefloss.training.layouts import pack
 
 Layout = Literal["padded", "packed", "shared_prefix"]
 _LAYOUTS = get_args(Layout)
-# So many votes of one kind, and none of the other, are no accident.
+# This many labels of one kind, and none of the other, suggest a mistake.
 _ONE_SIDED = 64
 
 
 class PreferenceCollator:
-    """Data collator for preferences: pairs, labelled completions or rankings, told apart by their columns.
+    """Data collator for preferences. The columns say whether a row is a pair, a label or a ranking.
 
     - Pairs: `prompt`, `chosen`, `rejected`; optional `score_chosen` and `score_rejected`, `weight`.
     - Labels: `prompt`, `completion`, `label`; optional `score`, `weight`, `kl`, `baseline`.
     - Rankings: `prompt`, `completions`, `scores` (higher is better, any number of completions); optional `weight`.
 
     Texts are strings (an end token is added) or messages (the chat template is applied), split into prompt and
-    completion where TRL splits them. Token ids go in as they are: `prompt_ids` with `chosen_ids` and `rejected_ids`,
-    `completion_ids` or `completions_ids`. Reference log-probs computed beforehand (sums over the completion, nats)
-    come as `ref_chosen_logps` and `ref_rejected_logps`, or `ref_logps`.
+    completion where TRL splits them. Token ids are used unchanged: `prompt_ids` with `chosen_ids` and `rejected_ids`,
+    `completion_ids` or `completions_ids`. Columns for reference log-probs computed beforehand (sums over the
+    completion, nats) are `ref_chosen_logps` and `ref_rejected_logps`, or `ref_logps`.
 
-    The trainer must be given `remove_unused_columns=False`.
+    Set `remove_unused_columns=False` in the trainer's arguments.
 
     Args:
         tokenizer: For text and messages; not needed for token ids.
-        pad_token_id: What fills rows up; the tokenizer's, or 0. It is masked, so any id of the vocabulary will do.
-        max_length: Tokens of a row, prompt and completion, at most; longer rows lose their end. A completion cut
-            away whole has no tokens, and the losses leave it out.
-        layout: How tokens lie in a batch; the log-probs are the same. "padded": a row each, filled up to the longest.
-            "packed": no padding, sequence after sequence in one row. "shared_prefix": the same, and completions of the
-            same prompt follow it in one sequence, so that it is computed once; each attends to the prompt and itself.
-            A model that cannot do so (state-space layers, attention without masks) gets padded rows, with a warning.
-        mismatched: Whether to score each prompt of labelled data with the completion of the next example, too: KTO's
-            estimate of the KL. Costs two more forward passes; needs batches of two examples or more.
+        pad_token_id: Padding; the tokenizer's by default, or 0. It is masked, so any id of the vocabulary works.
+        max_length: Tokens of a row, prompt and completion, at most; longer rows lose their end. Losses leave out a
+            completion that was cut away entirely.
+        layout: Arrangement of the tokens; the log-probs are the same. "padded": one row each, padded to the longest.
+            "packed": no padding, all sequences in one row. "shared_prefix": packed, with each prompt once, followed
+            by all its completions; each completion attends to the prompt and to itself. Models without support
+            (state-space layers, attention without masks) get padded rows, with a warning.
+        mismatched: Also score each prompt of labelled data with the completion of the next example, for KTO's estimate
+            of the KL. Costs two more forward passes; needs batches of two examples or more.
 
     Attributes:
         seen: Counts so far, in this process: `examples`, `identical` (two completions of a prompt are the same),
@@ -89,8 +89,8 @@ class PreferenceCollator:
         self.seen: Counter[str] = Counter()
         self._warned: set[str] = set()
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch: tokens of its rows, and tensors that say which rows belong together.
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+        """Make a batch: the tokens of its rows, and tensors that say which rows belong together.
 
         Returns:
             `input_ids`, `attention_mask`, `completion_mask`, right-padded rows [rows, T] (the other layouts: one row
@@ -98,8 +98,8 @@ class PreferenceCollator:
             `rejected_rows` [pairs] (chosen rows come first), `completion_rows` and `label` [n], or `group_rows` and
             `scores` [groups, K] (-1 and 0 where a group has fewer); the optional feedback under its column's name
             (`scores` for `score`); `ref_logps` [rows]; and `labels` [examples], 1 or -100, as transformers' trainer
-            counts examples that can be compared. With `mismatched`, the same tokens again under names that begin with
-            `kl_`.
+            counts examples that can be compared. With `mismatched`, the tokens of mismatched rows under names that
+            begin with `kl_`.
 
         Raises:
             ValueError: If an example is not what its columns say, or unlike the others.
@@ -112,20 +112,18 @@ class PreferenceCollator:
         self._notice(read)
         kind = read[0].kind
         order = _order(read)
-        batch = self._tokens([example.rows for example in read], order)
-        batch |= _structure(read, kind)
-        for name in VALUES[kind]:
-            if name in read[0].values:
-                batch[name] = torch.tensor([example.values[name] for example in read], dtype=torch.float32)
+        batch = PreferenceBatch(self._tokens([example.rows for example in read], order))
+        batch |= _side_rows(read, kind)
+        for name in read[0].values:
+            batch[name] = torch.tensor([example.values[name] for example in read], dtype=torch.float32)
         if read[0].reference is not None:
             batch[REFERENCE] = torch.tensor(
                 [(read[i].reference or ())[j] for i, j in order], dtype=torch.float32
             )
         if self.mismatched:
             batch |= self._next_completions(read, kind)
-        structure, _ = Structure.split(batch)
-        self.seen["truncated_away"] += int((structure.tokens == 0).sum())
-        batch["labels"] = torch.where(structure.blank().valid, 1, IGNORE_INDEX)
+        self.seen["truncated_away"] += int((batch.rows.tokens == 0).sum())
+        batch["labels"] = torch.where(batch.blank().valid, 1, IGNORE_INDEX)
         return batch
 
     def _tokens(self, rows: list[list[Encoded]], order: list[tuple[int, int]]) -> dict[str, Tensor]:
@@ -135,7 +133,7 @@ class PreferenceCollator:
 
     def _next_completions(self, read: list[Example], kind: type) -> dict[str, Tensor]:
         if kind is not Labels:
-            raise DataError(f"mismatched: got data of {kind_text(kind)}, expected labelled completions")
+            raise DataError(f"mismatched: got data of {kind_text(kind)}, expected labels")
         if len(read) < 2:
             raise DataError(
                 "mismatched: got a batch of one example, expected two or more; or leave mismatched False and choose "
@@ -154,7 +152,8 @@ class PreferenceCollator:
             if len(set(completions)) < len(completions):
                 self.seen["identical"] += 1
                 self._warn(
-                    "identical", f"{example.place}: completions of one prompt are identical and teach nothing"
+                    "identical",
+                    f"{example.place}: completions of one prompt are identical; they have no gradient",
                 )
             if end is not None and any(ids[-2:] == (end, end) for ids in completions):
                 self.seen["double_end"] += 1
@@ -165,12 +164,10 @@ class PreferenceCollator:
                 self._warn("unread", f"{example.place}: has columns that nothing reads: {names}")
             if example.kind is Labels:
                 self.seen["upvotes" if example.label else "downvotes"] += 1
-        votes = self.seen["upvotes"] + self.seen["downvotes"]
-        if votes >= _ONE_SIDED and votes in (self.seen["upvotes"], self.seen["downvotes"]):
+        labels = self.seen["upvotes"] + self.seen["downvotes"]
+        if labels >= _ONE_SIDED and labels in (self.seen["upvotes"], self.seen["downvotes"]):
             side = "upvotes" if self.seen["upvotes"] else "downvotes"
-            self._warn(
-                "one_sided", f"the first {votes} labels are all {side}; is the column 'label' read rightly?"
-            )
+            self._warn("one_sided", f"the first {labels} labels are all {side}; check the column 'label'")
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
@@ -215,7 +212,7 @@ def _order(read: list[Example]) -> list[tuple[int, int]]:
     return [(i, j) for i, example in enumerate(read) for j in range(len(example.rows))]
 
 
-def _structure(read: list[Example], kind: type) -> dict[str, Tensor]:
+def _side_rows(read: list[Example], kind: type) -> dict[str, Tensor]:
     rows = torch.arange(len(read))
     if kind is Pairs:
         return {"chosen_rows": rows, "rejected_rows": rows + len(read)}

@@ -1,4 +1,4 @@
-"""Short hashes of a model's weights and of a tokenizer: enough to notice that they are others."""
+"""Short hashes of a model's weights and of a tokenizer, to detect different ones."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLED = 4096
-"""Values taken of each parameter, evenly spread. Training moves all of them, and a whole model takes long to hash."""
+"""Values sampled from each parameter, evenly spaced. Training changes all of them; hashing all would take long."""
 
 
 def weights_fingerprint(model: nn.Module, *, adapters: bool = True) -> str | None:
     """Hash of a model's parameters: names, shapes, and a sample of the values.
 
-    It is the same for one model in float32 and, if the values are the same, in half precision; and for a PEFT model
-    whose adapters do not count it is that of the base model.
+    The same values in float32 and in half precision give the same hash. Without adapters, a PEFT model has the hash of
+    its base model.
 
     Args:
         model: A model of transformers, or a PEFT model.
-        adapters: Whether the parameters of PEFT adapters count.
+        adapters: Include the parameters of PEFT adapters.
 
     Returns:
-        32 hexadecimal digits; None where the parameters are spread over processes.
+        32 hexadecimal digits; None if the parameters are sharded over processes.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(_named(model, adapters)):
         if type(value.data) is not Tensor or value.is_meta or not value.numel():
-            # A DTensor (FSDP2), or what DeepSpeed leaves of a parameter that is elsewhere.
+            # A DTensor (FSDP2), or the placeholder of a parameter that DeepSpeed sharded.
             return None
         digest.update(f"{name} {tuple(value.shape)};".encode())
         flat = value.detach().reshape(-1)
@@ -40,13 +40,13 @@ def weights_fingerprint(model: nn.Module, *, adapters: bool = True) -> str | Non
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """That of the largest floating parameter; norms are often kept in float32."""
+    """Dtype of the largest floating-point parameter; norms are often kept in float32."""
     floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     return max(floating, key=torch.Tensor.numel).dtype if floating else None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """Hash of all that turns text into ids, without the chat template; None without a tokenizer."""
+    """Hash of everything that turns text into ids, except the chat template; None without a tokenizer."""
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -54,10 +54,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
         spec = dict(tokenizer.get_vocab())
     else:
         spec = json.loads(backend.to_str())
-        # Settings of the last call, not of the tokenizer.
+        # Left over from the last call.
         spec.pop("truncation", None)
         spec.pop("padding", None)
-    # The end token closes plain text.
+    # Plain text gets the end token.
     return text_hash(json.dumps([spec, str(tokenizer.eos_token)], sort_keys=True))
 
 
@@ -73,7 +73,7 @@ def text_hash(text: str) -> str:
 
 
 def _named(model: Any, adapters: bool) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under names that PEFT does not change, those of adapters under one that is not the adapter's own."""
+    """Parameters under names without PEFT's prefixes; adapters under a common name instead of their own."""
     config = getattr(model, "peft_config", {})
     for name, value in model.named_parameters():
         parts = name.split(".")

@@ -1,9 +1,9 @@
 """One forward pass of a causal model that ends in log-probs instead of logits.
 
-The model runs whole, wrapped as it may be, with all its inputs, so that hooks of DDP, FSDP and DeepSpeed fire. Only
-its output head is stood in for: where it would multiply by [V, H], the completion tokens are scored, and a probe of a
-few known numbers goes on in place of the logits. What the model makes of the probe shows whether its transform of the
-logits is the one that was read from its configuration.
+The model runs with all its wrappers and inputs, so that the hooks of DDP, FSDP and DeepSpeed fire. Only the forward of
+its output head is replaced: it scores the completion tokens and returns a probe of a few known numbers instead of
+logits. The model's outputs for the probe show whether its transform of the logits is the one that its configuration
+names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PROBE = (-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 30.0)
 
 
 class ModelLogps(NamedTuple):
-    """What a scored forward pass gives.
+    """Results of a scored forward pass.
 
     Attributes:
         logps: Log-prob of each target, [rows, T], nats, float32; 0 where ignored.
@@ -47,12 +47,12 @@ def model_logps(
     """Log-probs of targets under a causal language model, without its logits.
 
     Args:
-        model: A causal language model of transformers; wrapped by DDP, FSDP, an engine or PEFT if you like.
-        inputs: Everything the model takes: input ids, attention mask, position ids, images. No labels.
+        model: A causal language model of transformers, possibly wrapped by DDP, FSDP, an engine or PEFT.
+        inputs: Keyword arguments of the model: input ids, attention mask, position ids, images. No labels.
         targets: Token that each position predicts, [rows, T], `IGNORE_INDEX` where nothing is scored:
             `prefloss.logratios.completion_targets`.
-        positions: Position that predicts each target, as an index into all of the inputs' positions, row after row;
-            of the shape of `targets`, which may then be any. None: `targets` lie as the inputs do.
+        positions: Position that predicts each target, as an index into the flattened inputs; `targets` may then have
+            any shape, and `positions` has the same. None: `targets` have the shape of the inputs.
         temperature: Divides the logits, > 0.
         impl: As for `prefloss.linear_token_logps`.
 
@@ -60,40 +60,42 @@ def model_logps(
         Log-probs, and the router loss if the model gave one.
 
     Raises:
-        TypeError: If the model's head has no exact form here; the message says why.
+        TypeError: If the model's head is not supported; the message says why.
         ValueError: If targets and hidden states (or positions) differ in shape, or labels are among the inputs.
     """
     if "labels" in inputs:
         raise ValueError(
-            "inputs: got labels, expected them as targets: the model would compute a loss from no logits"
+            "inputs: got labels, expected them as targets: the model would compute a loss without logits"
         )
     spec = HeadSpec.of(unwrapped(model))
-    found: list[Tensor] = []
+    scored: list[Tensor] = []
 
     def score(hidden: Any) -> Any:
         whole = hidden.full_tensor() if hasattr(hidden, "full_tensor") else hidden
-        at_targets, wanted = _at_targets(_real(whole, inputs), targets, positions)
-        logps = _head_logps(spec, at_targets, wanted, temperature, impl)
-        found.append(logps if positions is None else _spread(logps, targets))
+        at_targets, ids = _at_targets(_without_virtual(whole, inputs), targets, positions)
+        logps = _head_logps(spec, at_targets, ids, temperature, impl)
+        scored.append(logps if positions is None else _spread(logps, targets))
         probe = torch.tensor(_PROBE, dtype=_dtype(spec), device=whole.device)
-        # DDP looks for the parameters in use from the model's outputs, so these must lead to the log-probs (see
-        # _Through, too); where() hands on nothing of them, not even NaN.
-        probe = torch.where(torch.zeros_like(probe, dtype=torch.bool), found[-1].sum().to(probe.dtype), probe)
+        # DDP finds the parameters in use from the model's outputs, so the outputs must depend on the log-probs (see
+        # also _Through). where() passes on none of their values, not even NaN.
+        probe = torch.where(
+            torch.zeros_like(probe, dtype=torch.bool), scored[-1].sum().to(probe.dtype), probe
+        )
         return _like(hidden, probe.expand(*whole.shape[:-1], len(_PROBE)))
 
-    with _standing_in(spec.module, score):
+    with _replaced_forward(spec.module, score):
         outputs = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
-    if len(found) != 1:
-        raise TypeError(f"model: got {len(found)} calls of the output head in a forward pass, expected one")
+    if len(scored) != 1:
+        raise TypeError(f"model: got {len(scored)} calls of the output head in a forward pass, expected one")
     _check_transform(spec, outputs.logits, type(unwrapped(model)).__name__)
-    return ModelLogps(_Through.apply(found[0], outputs.logits), getattr(outputs, "aux_loss", None))
+    return ModelLogps(_Through.apply(scored[0], outputs.logits), getattr(outputs, "aux_loss", None))
 
 
 class _Through(torch.autograd.Function):
-    """Log-probs as they are; in the backward pass the model's output has its gradient, 0, before them.
+    """Identity that makes the model's output a parent of the log-probs in the graph.
 
-    FSDP and DeepSpeed bring a module's weights back when its output gets a gradient. The log-probs left the head by
-    another way; so they wait for that of its output, which the probe makes depend on them.
+    FSDP and DeepSpeed re-gather a module's weights when its output receives a gradient. The log-probs left the head by
+    another path, so the backward pass must reach the output, with gradient 0, before the head.
     """
 
     @staticmethod
@@ -107,7 +109,7 @@ class _Through(torch.autograd.Function):
 
 
 def _head_logps(spec: HeadSpec, hidden: Tensor, targets: Tensor, temperature: float, impl: str) -> Tensor:
-    """Log-probs of targets from hidden states, by the whole head or by each process's part of it."""
+    """Log-probs of targets from hidden states, by the whole head or by this process's shard of it."""
     transform: dict[str, Any] = {
         "temperature": temperature,
         "logit_scale": spec.logit_scale,
@@ -136,7 +138,7 @@ def _dtype(spec: HeadSpec) -> torch.dtype:
 
 
 def _like(hidden: Any, probe: Tensor) -> Any:
-    """The probe as the hooks of a tensor-parallel head expect its output: on a mesh, if the input came on one."""
+    """The probe as a DTensor if the hidden states are one: hooks of a tensor-parallel head expect that."""
     if not hasattr(hidden, "device_mesh"):
         return probe
     from torch.distributed.tensor import DTensor, Replicate
@@ -145,18 +147,18 @@ def _like(hidden: Any, probe: Tensor) -> Any:
     return DTensor.from_local(probe, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _real(hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """Hidden states of the inputs' own positions: adapters of the prompt-learning kind put some before them."""
+def _without_virtual(hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Hidden states of the input tokens: prompt-learning adapters prepend virtual ones."""
     ids = inputs.get("input_ids")
     return hidden if ids is None or hidden.ndim < 3 else hidden[:, -ids.shape[1] :]
 
 
 def _at_targets(hidden: Tensor, targets: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Hidden states and the targets that they predict, [..., H] and [...]."""
+    """Hidden states that predict something, [..., H], and the tokens they predict, [...]."""
     if positions is None:
         if hidden.shape[:-1] != targets.shape:
             raise ValueError(
-                f"targets: got shape {list(targets.shape)}, expected {list(hidden.shape[:-1])} as the hidden states have"
+                f"targets: got shape {list(targets.shape)}, expected {list(hidden.shape[:-1])} as hidden states have"
             )
         return hidden, targets
     if positions.shape != targets.shape:
@@ -168,13 +170,13 @@ def _at_targets(hidden: Tensor, targets: Tensor, positions: Tensor | None) -> tu
 
 
 def _spread(logps: Tensor, targets: Tensor) -> Tensor:
-    """Log-probs of the targets that count, [n], where they lie among all."""
+    """Log-probs of scored targets, [n], at their places in the shape of `targets`; 0 elsewhere."""
     return logps.new_zeros(targets.shape).masked_scatter(targets != IGNORE_INDEX, logps)
 
 
 @contextmanager
-def _standing_in(head: nn.Module, score: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let `score` take the place of the head's forward; its hooks still fire."""
+def _replaced_forward(head: nn.Module, score: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Run `score` as the head's forward; the head's hooks still fire."""
     own = head.__dict__.get("forward")
     head.forward = lambda hidden, *args, **kwargs: score(hidden)  # type: ignore[method-assign]
     try:
@@ -188,16 +190,16 @@ def _standing_in(head: nn.Module, score: Callable[[Tensor], Tensor]) -> Iterator
 
 def _check_transform(spec: HeadSpec, logits: Tensor, model: str) -> None:
     probe = torch.tensor(_PROBE, dtype=logits.dtype, device=logits.device)
-    wanted = spec.transformed(probe)
-    # The last position: prefixes of padding or images do not matter to a transform of single numbers.
-    found = logits.reshape(-1, logits.shape[-1])[-1]
+    expected = spec.transformed(probe)
+    # Any position does, since the transform acts on single numbers; the last one always exists.
+    actual = logits.reshape(-1, logits.shape[-1])[-1]
     tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance):
-        made = [round(x, 4) for x in found.detach().float().tolist()]
+    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
+        outputs = [round(x, 4) for x in actual.detach().float().tolist()]
         raise TypeError(
-            f"model: {model} turns logits {list(_PROBE)} into {made}, which is "
-            f"not a scale of {spec.logit_scale} and a softcap of {spec.softcap} as read from its configuration; its "
-            "log-probs cannot be computed without its logits"
+            f"model: got {model}, which turns logits {list(_PROBE)} into {outputs}; expected the scale of "
+            f"{spec.logit_scale} and the softcap of {spec.softcap} that its configuration names. Its log-probs cannot "
+            "be computed without its logits"
         )
 
 

@@ -1,4 +1,4 @@
-"""The output head of a causal model: what it multiplies by, and what the model does to the logits after it."""
+"""The output head of a causal model: its weight and bias, and the model's transform of the logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-# Settings by which architectures multiply or divide their logits, and bend them.
+# Configuration names of factors on the logits and of softcaps.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # HyperCLOVA X multiplies by the setting that Granite and MiniCPM divide by.
@@ -34,8 +34,8 @@ class HeadSpec:
         """Read the head of a causal language model.
 
         Raises:
-            TypeError: If the model has no output head, or its head is quantised or adapted in a way that has no exact
-                form here.
+            TypeError: If the model has no output head, or one that is quantised or has an adapter other than plain
+                LoRA.
         """
         get_head: Any = getattr(model, "get_output_embeddings", None)
         module: Any = None if get_head is None else get_head()
@@ -43,16 +43,16 @@ class HeadSpec:
             name = type(model).__name__
             raise TypeError(f"model: got {name} without output embeddings, expected a causal language model")
         spec = cls(module, *_transform(model))
-        spec.weight_and_bias()  # Refuse a head without an exact form now.
+        spec.weight_and_bias()  # Raises now for an unsupported head.
         return spec
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, H] and bias [V] as the forward pass would use them; call it inside the head's forward.
+        """Weight [V, H] and bias [V] as the forward pass uses them; call this inside the head's forward.
 
         A LoRA adapter on the head is merged, with gradients to its factors. Sharded tensors are gathered.
 
         Raises:
-            TypeError: If the head is quantised, or adapted in another way.
+            TypeError: If the head is quantised, or has another kind of adapter.
         """
         module: Any = self.module
         if hasattr(module, "base_layer"):
@@ -65,13 +65,13 @@ class HeadSpec:
         return _whole(weight), _whole(getattr(module, "bias", None))
 
     def shard(self) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias of a head whose vocabulary tensor parallelism divides among processes; None for others."""
+        """This process's weight and bias if tensor parallelism splits the vocabulary; None otherwise."""
         module: Any = self.module
         weight = getattr(module, "weight", None)
         return (weight, getattr(module, "bias", None)) if _by_vocabulary(weight) else None
 
     def transformed(self, logits: Tensor) -> Tensor:
-        """What the model makes of the head's output."""
+        """The logits after the model's scale and softcap."""
         logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -99,9 +99,9 @@ def _with_lora(module: Any) -> tuple[Tensor, Tensor | None]:
     if getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
         return weight, bias
     for name in module.active_adapters:
-        plain = name in getattr(module, "lora_A", {}) and not getattr(module, "use_dora", {}).get(name)
-        dropout: Any = module.lora_dropout[name] if plain else None
-        if not plain or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training):
+        is_plain = name in getattr(module, "lora_A", {}) and not getattr(module, "use_dora", {}).get(name)
+        dropout: Any = module.lora_dropout[name] if is_plain else None
+        if not is_plain or (isinstance(dropout, nn.Dropout) and dropout.p > 0 and module.training):
             raise TypeError(
                 f"model: got the adapter {name!r} ({type(module).__name__}) on the output head, expected plain LoRA "
                 "without dropout there; take the head out of target_modules"
@@ -120,5 +120,5 @@ def _by_vocabulary(weight: Any) -> TypeGuard[Tensor]:
 
 
 def _whole(tensor: Any) -> Any:
-    """A sharded tensor gathered; anything else unchanged."""
+    """A sharded tensor gathered from all processes; anything else unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

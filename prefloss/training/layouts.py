@@ -1,103 +1,205 @@
-"""Log-probs of a batch's completions under a model, however the batch lays out its tokens."""
+"""Batches without padding: sequences one after another in one row, each prompt once where completions share it.
+
+`pack` writes the batch for the collator; `Packed` reads it and arranges the tokens for a model.
+"""
 
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Mapping
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from prefloss.training import attention, distributed
-from prefloss.training.batch import Structure
-from prefloss.training.forward import ModelLogps, model_logps, unwrapped
-from prefloss.training.packing import TARGETS, Arranged, Packed, pack
+from prefloss.data.tokens import Encoded
+from prefloss.logratios import IGNORE_INDEX
 
-# Log-probs of the probe may differ by rounding alone, nats: in half precision, and in float32 for each square root of
-# layers times width, by which rounding grows. The effect of a wrong mask grows much faster.
-_HALF, _SINGLE = 5e-2, 2.5e-6
+SEQUENCES, ROWS, TARGETS, SOURCES, SHARED = "sequence_ids", "row_ids", "targets", "sources", "shared"
+NAMES = (SEQUENCES, ROWS, TARGETS, SOURCES, SHARED)
+"""What a packed batch holds besides `input_ids` and `position_ids`, [1, N]:
 
-_verdicts: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
+- `sequence_ids`, [1, N]: attention stays within a sequence.
+- `row_ids`, [1, N]: the completion that a token belongs to, -1 for tokens that the rows of a sequence share.
+- `targets`, [rows, C]: tokens to score, left-aligned in each row, `IGNORE_INDEX` beyond.
+- `sources`, [rows, C]: position in 0..N of the token that predicts each target, 0 beyond.
+- `shared`, [1]: True for the layout with shared prompts. A flag of the layout, not of the batch's contents: a batch may
+  have no two rows with one prompt, and all processes must take the same path.
+"""
 
 
-def score(model: nn.Module, structure: Structure, inputs: Mapping[str, Any]) -> ModelLogps:
-    """Log-prob of each target of a batch, [rows, T] as `structure.targets`.
-
-    A packed batch is given to the model as it is if the model computes the same log-probs from it as from padded rows.
-    That is tried once for each model, on the first two rows; where it fails, batches are laid out as padded
-    rows, and a warning says why.
+def pack(
+    examples: Sequence[Sequence[Encoded]],
+    order: Sequence[tuple[int, int]],
+    share: bool,
+    max_length: int | None,
+) -> dict[str, Tensor]:
+    """One row of tokens; positions restart with each sequence.
 
     Args:
-        model: A causal language model, wrapped as it is trained.
-        structure: Of the batch.
-        inputs: The model's share of the batch.
+        examples: Prompt and completion token ids of the completions of each example.
+        order: Example and completion of each row of the batch.
+        share: Put rows with the same prompt into one sequence: the prompt once, then each completion. Where the prompts
+            of an example differ at their end, their common start is shared.
+        max_length: Tokens of a row, prompt and completion, at most; None for all.
     """
-    if structure.packed is None:
-        return model_logps(model, inputs, structure.targets)
-    packed, policy = structure.packed, unwrapped(model)
-    shares = packed.shares
-    known = _verdicts.setdefault(policy, {})
-    if shares not in known:
-        reason = attention.why_not(policy, shares) or _tried(model, structure, shares)
-        known[shares] = reason is None
-        if reason is not None:
-            what = "share a prompt" if shares else "train on packed batches"
-            warnings.warn(
-                f"layout: {type(policy).__name__} cannot {what}: {reason}. Its batches are laid out as padded rows.",
-                UserWarning,
-                stacklevel=2,
-            )
-    found = attention.arranged(policy, packed) if known[shares] else packed.duplicated()
-    return _scored(model, found, structure.targets)
+    sequences: dict[Any, list[int]] = {}
+    rows: list[_Row] = []
+    for number, (i, j) in enumerate(order):
+        prompt, completion = examples[i][j]
+        ids = (prompt + completion)[:max_length]
+        start = min(_common([one for one, _ in examples[i]]) if share else len(prompt), len(ids))
+        rows.append(_Row(ids[:start], ids[start:], max(0, len(prompt) - start)))
+        sequences.setdefault(tuple(ids[:start]) if share and start else number, []).append(number)
+    return {**_flat(list(sequences.values()), rows), SHARED: torch.tensor([share])}
 
 
-def _scored(model: nn.Module, found: Arranged, targets: Tensor) -> ModelLogps:
-    return model_logps(model, found.inputs, targets, positions=found.positions)
+class _Row(NamedTuple):
+    """Tokens of a row: those that it may share, its own, and how many of its own still belong to the prompt."""
+
+    start: list[int]
+    end: list[int]
+    unscored: int
 
 
-def _tried(model: nn.Module, structure: Structure, shares: bool) -> str | None:
-    """What is wrong with the model's log-probs of the first rows, packed, against padded rows; None if nothing.
+def _common(prompts: list[list[int]]) -> int:
+    """Length of the longest common prefix."""
+    same = (len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False))
+    return sum(itertools.takewhile(bool, same))
 
-    All processes make the same forward passes and come to the same verdict.
+
+def _flat(sequences: list[list[int]], rows: list[_Row]) -> dict[str, Tensor]:
+    columns: tuple[list[int], ...] = ([], [], [], [])
+    width = max(1, *(len(row.end) - row.unscored for row in rows))
+    targets = torch.full((len(rows), width), IGNORE_INDEX)
+    sources = torch.zeros(len(rows), width, dtype=torch.long)
+
+    def write(tokens: list[int], position: int, sequence: int, row: int) -> None:
+        count = len(tokens)
+        values = (tokens, range(position, position + count), [sequence] * count, [row] * count)
+        for column, new in zip(columns, values, strict=True):
+            column.extend(new)
+
+    for sequence, members in enumerate(sequences):
+        start = rows[members[0]].start
+        write(start, 0, sequence, -1)
+        last_shared = len(columns[0]) - 1 if start else -1
+        for number in members:
+            _, end, unscored = rows[number]
+            first = len(columns[0])
+            write(end, len(start), sequence, number)
+            for column, token in enumerate(end[unscored:]):
+                position = first + unscored + column
+                source = position - 1 if position > first else last_shared
+                if source >= 0:
+                    targets[number, column], sources[number, column] = token, source
+    names = ("input_ids", "position_ids", SEQUENCES, ROWS)
+    batch = {name: torch.tensor([column]) for name, column in zip(names, columns, strict=True)}
+    return {**batch, TARGETS: targets, SOURCES: sources}
+
+
+class Arranged(NamedTuple):
+    """The tokens of a packed batch in the form that a model takes.
+
+    Attributes:
+        inputs: Keyword arguments of the model, [B, T] each.
+        positions: Position in 0..B*T that predicts each target, [rows, C].
+        sequences: Sequence of each token, [B, T], -1 in padding.
+        rows: Row of each token, [B, T], -1 for shared tokens and padding.
     """
-    part, targets = _probe(structure, shares)
-    policy, training = unwrapped(model), model.training
-    model.eval()
-    problem = None
-    with torch.no_grad():
-        padded = _scored(model, part.duplicated(), targets).logps
-        try:
-            ours = _scored(model, attention.arranged(policy, part, one_row=True), targets).logps
-            apart = float((ours - padded).abs().max())
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            problem, apart = f"its forward refuses ({type(error).__name__}: {error})", float("inf")
-    model.train(training)
-    # NaN is apart, too.
-    fails = problem is not None or not apart <= _tolerance(policy, targets.device)
-    if not bool(distributed.all_sum(torch.tensor(int(fails), device=targets.device))):
-        return None
-    return problem or f"its log-probs differ from those of padded rows by {apart:.2g} nats"
+
+    inputs: dict[str, Any]
+    positions: Tensor
+    sequences: Tensor
+    rows: Tensor
 
 
-def _probe(structure: Structure, shares: bool) -> tuple[Packed, Tensor]:
-    """Of the first two rows, the first prompt with both completions, and the second row; with their targets.
+@dataclass(frozen=True)
+class Packed:
+    """The tokens of a packed batch, [N] each, and the positions that predict its targets, [rows, C].
 
-    So a prompt is shared, where the layout shares any, and sequences lie side by side, whatever the batch has.
+    Attributes:
+        shares: True if a sequence may hold several rows.
     """
-    rows = list(itertools.islice(structure.completions({}), 2))
-    (prompt, _), (_, other) = rows[0], rows[-1]
-    examples = [[rows[0], (prompt, other)], [rows[-1]]]
-    batch = pack(examples, [(0, 0), (0, 1), (1, 0)], shares, None)
-    batch = {name: value.to(structure.targets.device) for name, value in batch.items()}
-    return Packed.read(batch), batch[TARGETS]
+
+    ids: Tensor
+    positions: Tensor
+    sequences: Tensor
+    rows: Tensor
+    sources: Tensor
+    shares: bool
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Packed:
+        """Read the tensors that `pack` wrote."""
+        ids, positions, sequences, rows = (
+            batch[name].reshape(-1) for name in ("input_ids", "position_ids", SEQUENCES, ROWS)
+        )
+        return cls(ids, positions, sequences, rows, batch[SOURCES], bool(batch[SHARED]))
+
+    def arranged(self, one_row: bool) -> Arranged:
+        """All sequences in one row, or in as few rows as possible of the longest sequence's length.
+
+        Attention costs the square of a row's length unless its kernel skips what lies between sequences.
+        """
+        lengths = torch.bincount(self.sequences).tolist()
+        width = sum(lengths) if one_row else max(lengths)
+        count, firsts = _bins(lengths, width)
+        device = self.ids.device
+        starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
+        shift = torch.tensor(firsts, device=device) - starts
+        positions = torch.arange(len(self.ids), device=device) + shift[self.sequences]
+
+        def spread(values: Tensor, padding: int) -> Tensor:
+            grid = values.new_full((count * width,), padding)
+            return grid.index_copy_(0, positions, values).view(count, width)
+
+        return Arranged(
+            {"input_ids": spread(self.ids, 0), "position_ids": spread(self.positions, 0)},
+            positions[self.sources],
+            spread(self.sequences, -1),
+            spread(self.rows, -1),
+        )
+
+    def padded(self) -> Arranged:
+        """Padded rows, each with its own copy of the prompt, for models that support nothing else."""
+        whole = self.whole_rows()
+        shape = (len(whole), max(map(len, whole)))
+        ids, mask = self.ids.new_zeros(shape), self.ids.new_zeros(shape)
+        positions = torch.zeros_like(self.sources)
+        for row, tokens in enumerate(whole):
+            ids[row, : len(tokens)] = self.ids[tokens]
+            mask[row, : len(tokens)] = 1
+            column = torch.searchsorted(tokens, self.sources[row]).clamp(max=len(tokens) - 1)
+            positions[row] = row * shape[1] + column
+        numbers = torch.arange(len(whole), device=mask.device)[:, None].expand(shape)
+        rows = torch.where(mask.bool(), numbers, -1)
+        return Arranged({"input_ids": ids, "attention_mask": mask}, positions, rows, rows)
+
+    def whole_rows(self) -> list[Tensor]:
+        """Positions of the tokens of each row in order, the shared prompt first.
+
+        Models reject empty rows, so a row whose completion was cut away keeps one token.
+        """
+        rows = []
+        for row in range(len(self.sources)):
+            own = self.rows == row
+            sequence = self.sequences[own][:1] if own.any() else self.sequences.new_full((1,), -1)
+            in_row = own | ((self.rows < 0) & (self.sequences == sequence))
+            tokens = in_row.nonzero().squeeze(-1)
+            rows.append(tokens if len(tokens) else tokens.new_zeros(1))
+        return rows
 
 
-def _tolerance(policy: nn.Module, device: torch.device) -> float:
-    if next(policy.parameters()).dtype.itemsize == 2 or torch.is_autocast_enabled(device.type):
-        return _HALF
-    config: Any = policy.config
-    config = config.get_text_config()
-    return _SINGLE * max(64, config.num_hidden_layers * config.hidden_size) ** 0.5
+def _bins(lengths: list[int], width: int) -> tuple[int, list[int]]:
+    """First-fit packing, longest first: number of rows of that width, and the offset of each sequence."""
+    free: list[int] = []
+    firsts = [0] * len(lengths)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row, space in enumerate(free) if space >= lengths[index]), len(free))
+        if row == len(free):
+            free.append(width)
+        firsts[index] = row * width + width - free[row]
+        free[row] -= lengths[index]
+    return len(free), firsts

@@ -1,40 +1,53 @@
-"""Loss and reference as one object that training loops call with a model and a batch; no trainer is known here."""
+"""A loss on the batches of a `PreferenceCollator`: forward passes, reference, step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from prefloss.diagnosis import NAMES, Diagnosis, Thresholds
-from prefloss.losses import Loss, get
-from prefloss.training import batch as _batch
-from prefloss.training import checks, distributed, step, totals
+from prefloss.logratios import LogRatios
+from prefloss.registry import Loss
+from prefloss.training import checks, step_zero
+from prefloss.training.batch import COUNTS, PreferenceBatch, Rows
 from prefloss.training.forward import unwrapped
-from prefloss.training.reference import CHOICES, Reference
+from prefloss.training.reference import Reference
+from prefloss.training.score import batch_logps
+from prefloss.training.step import FeedbackObjective, Router, sum_counts
 
 
-class PreferenceObjective:
+class Result(NamedTuple):
+    """The loss of a batch.
+
+    Attributes:
+        loss: The scalar to differentiate.
+        outputs: The loss, and each completion's log-prob under policy (`logps`) and reference (`ref_logps`), by
+            example.
+    """
+
+    loss: Tensor
+    outputs: dict[str, Tensor]
+
+
+class PreferenceObjective(FeedbackObjective):
     """A loss on the batches of a `PreferenceCollator`, for training loops of your own.
 
-    Called with a model and a batch it gives the loss to differentiate. Losses of several micro-batches add up to the
-    mean over all examples of the optimizer step that the loss counts, on all processes, if `count` is told of them
-    first; gradients are taken to be averaged over the processes, as DDP and FSDP do. Without `count`, every batch is
-    an optimizer step.
+    Called with a model and a batch, it gives the loss to differentiate. If `count` was called with all micro-batches
+    of an optimizer step, their losses add up to the mean over all examples of the step that the loss counts, on all
+    processes; gradients are taken to be averaged over the processes, as DDP and FSDP do. Without `count`, every batch
+    is an optimizer step.
 
     Args:
-        loss: Name of a registered loss, with hyperparameters if you like (`"ipo(tau=0.1)"`), or a `Loss`.
-        reference: A `Reference`, or a model of its own (`Reference.model`). None only for a loss that needs none.
-        check_step_zero: Stop if policy and reference differ at the first training batch. False where they need not
-            coincide: a policy trained further than its reference, a reference that is another model.
-        pairs: How rankings become pairs for a pair loss: "all", "adjacent" or "best_worst".
+        loss: Name of a registered loss, with hyperparameters if needed (`"ipo(tau=0.1)"`), or a `Loss`.
+        reference: A `Reference`, or a separate model (`Reference.model`). None only for a loss that needs none.
+        check_step_zero: Stop if policy and reference differ at the first training batch. Pass False if they need not
+            agree: the policy was trained further than its reference, or the reference is another model.
         autocast: Makes the context that a reference model computes in, such as `accelerator.autocast`, where the
-            policy's own forward brings it along.
-        diagnose: Whether to watch the training and say what goes wrong, see `prefloss.diagnosis`: `Thresholds`, True
-            for the default ones, or False.
-        **hyperparameters: Of the loss, if given by name.
+            policy's own forward sets it up itself.
+        **options: `rankings_as`, `diagnose` and hyperparameters of the loss, as for `FeedbackObjective`.
 
     Raises:
         ValueError: If the loss is unknown, a hyperparameter out of range, or a reference missing.
@@ -51,152 +64,150 @@ class PreferenceObjective:
         *,
         reference: Any = None,
         check_step_zero: bool = True,
-        pairs: str | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        diagnose: Thresholds | Mapping[str, Any] | bool | None = True,
-        **hyperparameters: Any,
+        **options: Any,
     ) -> None:
-        if isinstance(loss, Loss) and hyperparameters:
-            raise TypeError(
-                f"hyperparameters: got {sorted(hyperparameters)} with a Loss, expected them in the Loss"
-            )
-        self.loss = loss if isinstance(loss, Loss) else get(loss, **hyperparameters)
+        super().__init__(loss, **checks.current_options(options))
         self.reference = Reference.of(reference)
-        _batch.check_pairs(pairs)
-        checks.check_fed(self.loss)
-        _check_reference(self.loss, self.reference)
-        self.pairs = pairs
+        checks.check_computable(self.loss)
+        checks.check_reference(self.loss, self.reference)
         self.check_step_zero = check_step_zero
         self.autocast = autocast
-        self.diagnosis = Diagnosis.of(self.loss, diagnose)
+        # Whether the policy is still at its start, where it must agree with the reference.
         self.fresh = check_step_zero
-        self.steps = 0
         self._policy: nn.Module | None = None
-        self._totals = {True: totals.Totals(), False: totals.Totals()}
 
     def count(self, batches: Sequence[dict[str, Any]], *, over_processes: bool = True) -> None:
-        """Tell the micro-batches of an optimizer step, before the first of them is used, what the whole step counts.
+        """Write the counts of an optimizer step into its micro-batches, before the first of them is used.
 
         Every process must call this at every step.
 
         Args:
-            batches: The micro-batches of this process, which get one more item.
-            over_processes: False where processes cannot talk yet, as in a data loader; the item `prefloss_counts` must
-                then be summed over them before a batch is used.
+            batches: The micro-batches of this process; each gets the item `prefloss_counts`.
+            over_processes: False where processes cannot communicate yet, as in a data loader; sum `prefloss_counts`
+                over the processes before a batch is used.
 
         Raises:
             ValueError: If there are none, or one was not made by a `PreferenceCollator`.
         """
         if not batches:
             raise ValueError("batches: got none, expected the micro-batches of an optimizer step")
-        step.count(self._setting, batches, over_processes=over_processes)
+        counts = [self.counts(PreferenceBatch.of(batch).blank()) for batch in batches]
+        total = sum_counts(counts, over_processes=over_processes)
+        for batch in batches:
+            batch[COUNTS] = total
 
-    def __call__(
-        self, model: nn.Module, batch: Mapping[str, Any], *, examples: int | None = None
-    ) -> step.Result:
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any], *, examples: int | None = None) -> Result:
         """The loss of a batch.
 
         Args:
-            model: The policy, wrapped as it is trained. In training mode, and only then, states of the loss move.
+            model: The policy, wrapped as it is trained. The state of the loss changes only in training mode.
             batch: From a `PreferenceCollator`, on the model's device.
-            examples: How many of the batch's examples count, where a distributed sampler filled the last batch up;
+            examples: Number of the batch's examples that count, where a distributed sampler filled up the last batch;
                 None for all.
-
-        Returns:
-            Loss, outputs and figures; the figures are in `metrics` too.
 
         Raises:
             ValueError: If the batch lacks something that the loss needs, or has something that it does not read.
-            TypeError: If the feedback is of a kind that does not give what the loss takes.
-            RuntimeError: If policy and reference should coincide and do not.
-            FloatingPointError: If the loss of an example is not finite.
+            TypeError: If the feedback does not give what the loss takes.
+            RuntimeError: If policy and reference should agree and do not.
+            FloatingPointError: If the loss of an example, or its gradient, is not finite.
         """
         self.bind(model)
-        check = self.fresh and model.training
-        result = step.compute(self._setting, model, batch, examples, check)
-        if model.training:
-            self.fresh = self.fresh and not result.judged
-        self._totals[model.training].add(result.figures)
-        return result
+        batch = PreferenceBatch.of(batch)
+        checks.check_batch(self.loss, batch, self.reference)
+        mismatched = self._mismatched(model, batch)
+        # The reference first: switching adapters must not come between the policy's forward and backward.
+        reference_logps = self.reference.logps(model, batch, self.autocast)
+        logps, aux_loss = batch_logps(model, batch.rows)
+        ratios = self._log_ratios(batch.rows, logps, reference_logps)
+        if self.fresh and model.training and reference_logps is not None:
+            self.fresh = not self._check_start(batch, ratios, mismatched, logps, reference_logps)
+        total = self.share(
+            batch.feedback(ratios, mismatched, examples=examples),
+            training=model.training,
+            step_counts=batch.get(COUNTS),
+            whole_step=model.training,
+            router=_router(model, aux_loss),
+        )
+        outputs = {"loss": total, "logps": batch.per_example(ratios.policy.detach())}
+        if ratios.reference is not None:
+            outputs["ref_logps"] = batch.per_example(ratios.reference)
+        return Result(total, outputs)
 
     def step(self) -> None:
-        """To be called after each optimizer step: moves the loss's schedules on."""
+        """Call after each optimizer step: moves the loss's schedules on."""
+        super().step()
         self.fresh = False
-        self.steps += 1
-        self.loss.train().step()
 
     def bind(self, model: nn.Module) -> None:
-        """Check the reference against the policy and freeze it; done by the first call.
+        """Check the reference against the policy and freeze it; the first call does it.
 
         Raises:
             ValueError: If it shares trainable weights with the policy, or is an adapter that is absent or in use.
-            TypeError: If it speaks of adapters and the policy has none.
+            TypeError: If it names adapters and the policy has none.
         """
         policy = unwrapped(model)
         if policy is not self._policy:
             self.reference.bind(policy)
             self._policy = policy
 
-    def metrics(self, *, training: bool = True) -> dict[str, float]:
-        """Means over all batches and processes since the last call, under TRL's names; also `loss`.
-
-        Every process must call this at the same time.
-
-        Args:
-            training: Of the batches in training mode, or of the others.
-        """
-        sums = self._totals[training].take(distributed.all_sum)
-        watched = {name: sums.pop(name) for name in [*sums] if name in NAMES}
-        means = totals.means(sums)
-        terms = {
-            name: weight
-            for name, (weight, _) in zip(self._term_names(), _batch.terms_of(self.loss), strict=True)
-        }
-        router = 0.0 if self._policy is None else step.router_weight(self._policy)
-        loss = totals.total_loss(means, terms, router)
-        found = totals.named({**means, **self._diagnosed(watched)} if training else means)
-        return found if loss is None else {**found, "loss": loss}
-
-    def _diagnosed(self, sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        if self.diagnosis is None:
-            return {}
-        self.diagnosis.add(sums)
-        self.diagnosis.judge(self.steps)
-        return self.diagnosis.shown()
-
-    def forget_metrics(self) -> None:
-        """Start the training figures anew."""
-        self._totals[True] = totals.Totals()
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of the loss, such as a running mean; plain numbers and lists."""
-        return self.loss.state_dict()
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint: the policy has left its reference, so step 0 is not checked."""
-        self.loss.load_state_dict(state)
+        """Continue from a checkpoint; the policy has left its reference, so step 0 is not checked."""
+        super().load_state_dict(state)
         self.fresh = False
 
-    @property
-    def _setting(self) -> step.Setting:
-        return step.Setting(self.loss, self.reference, self.pairs, self.autocast, self.diagnosis)
+    def _log_ratios(self, rows: Rows, logps: Tensor, reference: Tensor | None) -> LogRatios:
+        mask = rows.targets >= 0
+        if reference is None or reference.ndim == 2:
+            keep = any(name.startswith("per_token") for name in self.loss.needs | self.loss.spec.reads)
+            return LogRatios.from_token_logps(logps, mask, reference, keep_per_token=keep)
+        summed = LogRatios.from_token_logps(logps, mask)
+        return LogRatios(summed.policy, reference, summed.tokens)
 
-    def _term_names(self) -> list[str]:
-        return list(self.loss.term_names)
+    def _mismatched(self, model: nn.Module, batch: PreferenceBatch) -> LogRatios | None:
+        """Log-ratios of the mismatched rows, without gradient; None if the batch has none."""
+        rows = batch.mismatched
+        if rows is None:
+            return None
+        with torch.no_grad():
+            reference = self.reference.computed_logps(model, rows, self.autocast)
+            return LogRatios.from_token_logps(batch_logps(model, rows).logps, rows.targets >= 0, reference)
+
+    def _check_start(
+        self,
+        batch: PreferenceBatch,
+        ratios: LogRatios,
+        mismatched: LogRatios | None,
+        logps: Tensor,
+        reference_logps: Tensor,
+    ) -> bool:
+        """Run the step-0 check; whether the batch allowed a verdict."""
+        with self.autocast():
+            half = torch.is_autocast_enabled(logps.device.type)
+        policy = self._policy
+        assert policy is not None
+        return step_zero.check(
+            step_zero.Start(policy, half, self.loss, self.reference),
+            step_zero.distance(logps, reference_logps, batch.rows.targets >= 0),
+            lambda at_zero: self._converted(
+                batch.feedback(
+                    step_zero.at_zero(ratios) if at_zero else ratios.detach(),
+                    step_zero.at_zero(mismatched) if at_zero and mismatched is not None else mismatched,
+                )
+            ),
+        )
 
     def __repr__(self) -> str:
         """Loss and reference."""
         return f"{type(self).__name__}({self.loss!r}, reference={self.reference!r})"
 
 
-def _check_reference(loss: Loss, reference: Reference) -> None:
-    if loss.spec.needs_reference and reference.kind == "none":
-        raise ValueError(
-            f"reference: got {reference!r} with {loss.name}, which reads log-ratios; expected {CHOICES}"
-        )
-    if reference.kind in ("cached", "table") and any(name.startswith("per_token") for name in loss.needs):
-        held = "a cache" if reference.kind == "cached" else "a table"
-        raise ValueError(
-            f"reference: got {reference!r} with {loss.name}, which reads the log-prob of each token; {held} holds "
-            "their sums; expected a reference that is computed"
-        )
+def router_weight(policy: nn.Module) -> float:
+    """Weight of the router loss of a mixture of experts; 0 for other models."""
+    config: Any = policy.config
+    return float(getattr(config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
+
+
+def _router(model: nn.Module, aux_loss: Tensor | None) -> Router | None:
+    weight = router_weight(unwrapped(model))
+    return Router(aux_loss, weight) if aux_loss is not None and weight else None

@@ -1,20 +1,22 @@
-"""The reference policy, said once and in words: a model, adapters off, another adapter, a table, cached sums, none."""
+"""The reference policy: a model, adapters off, another adapter, a table, cached sums, or none."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prefloss.data.table import ReferenceTable
-from prefloss.training import table
-from prefloss.training.batch import REFERENCE, Structure
+from prefloss.training.batch import REFERENCE, PreferenceBatch, Rows
 from prefloss.training.forward import unwrapped
-from prefloss.training.layouts import score
+from prefloss.training.score import batch_logps
+from prefloss.training.table_lookup import look_up
+
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 CHOICES = (
     "Reference.model(copy.deepcopy(model)), Reference.adapter_off() for a PEFT model, Reference.adapter(name), "
@@ -23,10 +25,9 @@ CHOICES = (
 
 
 class Reference:
-    """Where reference log-probs come from. Made by one of its class methods.
+    """Where reference log-probs come from. Use one of the class methods to make it.
 
-    Whatever it is, it is computed in evaluation mode (no dropout), without gradient, and in the precision that the
-    trainer computes the policy in.
+    A reference is computed in evaluation mode (no dropout), without gradient, in the precision of the policy.
 
     Example:
         >>> Reference.adapter("sft")
@@ -39,12 +40,12 @@ class Reference:
 
     @classmethod
     def model(cls, model: nn.Module) -> Reference:
-        """A model of its own, frozen when training begins: `copy.deepcopy(policy)`, or one loaded a second time.
+        """A separate model, frozen when training begins: `copy.deepcopy(policy)`, or one loaded a second time.
 
-        It is moved to the device of the batches if it is elsewhere.
+        It is moved to the device of the batches if it is on another.
 
         Raises:
-            TypeError: If it is no module.
+            TypeError: If it is not a module.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -59,12 +60,12 @@ class Reference:
 
     @classmethod
     def adapter(cls, name: str) -> Reference:
-        """Another, frozen adapter of the policy: a copy of the one in training, loaded under this name."""
+        """Another adapter of the policy, frozen: a copy of the one in training, loaded under this name."""
         return cls("adapter", name)
 
     @classmethod
     def cached(cls) -> Reference:
-        """Sums computed beforehand, which come with the data as `ref_*logps` columns, nats."""
+        """Sums computed beforehand that come with the data as `ref_*logps` columns, nats."""
         return cls("cached")
 
     @classmethod
@@ -72,7 +73,7 @@ class Reference:
         """Sums that `prefloss reference` computed beforehand, looked up by the token ids of each completion.
 
         Raises:
-            TableError: If the file is absent, damaged or no such table.
+            TableError: If the file is absent, damaged or not such a table.
             ModuleNotFoundError: If pyarrow is missing.
         """
         return cls("table", ReferenceTable.read(path))
@@ -84,7 +85,7 @@ class Reference:
 
     @classmethod
     def of(cls, value: Any) -> Reference:
-        """What a user gave: a `Reference`, a module (a model of its own), or None (none).
+        """From a `Reference`, a module (a separate model), None (none), or `config()` of a checkpoint.
 
         Raises:
             TypeError: If it is something else.
@@ -107,16 +108,16 @@ class Reference:
         raise TypeError(f"reference: got {value!r}, expected {CHOICES}")
 
     def config(self) -> dict[str, Any]:
-        """As a checkpoint keeps it: a model is only named, a table by its path."""
+        """What a checkpoint keeps: the kind, an adapter's name, a table's path."""
         value = str(self.value.path) if self.kind == "table" else self.value
         return {"kind": self.kind, "value": value if self.kind in ("adapter", "table") else None}
 
     def bind(self, policy: nn.Module) -> None:
-        """Check the reference against the unwrapped policy, and freeze a model of its own.
+        """Check the reference against the unwrapped policy, and freeze a separate model.
 
         Raises:
             ValueError: If it shares trainable weights with the policy, or is an adapter that is absent or in use.
-            TypeError: If it speaks of adapters and the policy has none.
+            TypeError: If it names adapters and the policy has none.
         """
         if self.kind == "model":
             _check_apart(self.value, policy)
@@ -125,22 +126,17 @@ class Reference:
             _check_adapters(self, policy)
 
     def logps(
-        self,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        structure: Structure,
+        self, model: nn.Module, batch: PreferenceBatch, autocast: Autocast = nullcontext
     ) -> Tensor | None:
         """Reference log-probs of a batch, without gradient.
 
         Args:
-            autocast: Makes the context that a model of its own computes in.
             model: The policy, wrapped as it is trained.
-            inputs: The model's inputs.
-            structure: Of the batch.
+            batch: The batch.
+            autocast: Makes the context that a separate model computes in.
 
         Returns:
-            Log-prob of each target, [rows, T]; their sums, [rows], if cached or of a table; None without reference.
+            Log-prob of each target, [rows, T]; their sums, [rows], if cached or from a table; None without reference.
 
         Raises:
             ValueError: If cached sums are not in the batch, or a row is not in the table.
@@ -148,20 +144,24 @@ class Reference:
         if self.kind == "none":
             return None
         if self.kind == "cached":
-            if REFERENCE not in structure.items:
+            if REFERENCE not in batch:
                 raise ValueError(
                     "reference: got Reference.cached() and data without ref_chosen_logps and ref_rejected_logps "
                     "(pairs) or ref_logps; expected these columns, as sums of log-probs in nats"
                 )
-            return structure.items[REFERENCE]
+            return batch[REFERENCE]
         if self.kind == "table":
-            return table.look_up(self.value, structure, inputs)
-        with torch.no_grad(), self._as_reference(autocast, model, structure.targets.device) as reference:
-            return score(reference, structure, inputs).logps
+            return look_up(self.value, batch)
+        return self.computed_logps(model, batch.rows, autocast)
+
+    def computed_logps(self, model: nn.Module, rows: Rows, autocast: Autocast = nullcontext) -> Tensor:
+        """Log-prob of each target, [rows, T], without gradient, from a reference that is a model or an adapter."""
+        with torch.no_grad(), self._as_reference(autocast, model, rows.targets.device) as reference:
+            return batch_logps(reference, rows).logps
 
     @contextmanager
     def _as_reference(
-        self, autocast: Callable[[], AbstractContextManager[Any]], model: nn.Module, device: torch.device
+        self, autocast: Autocast, model: nn.Module, device: torch.device
     ) -> Iterator[nn.Module]:
         if self.kind == "model":
             _move(self.value, device)
@@ -191,9 +191,9 @@ class Reference:
 def _check_apart(reference: nn.Module, policy: nn.Module) -> None:
     own = {id(parameter) for parameter in policy.parameters()}
     if any(id(parameter) in own for parameter in reference.parameters()):
-        # get_peft_model works in place: the model it was given is the policy's own.
+        # get_peft_model works in place: its argument becomes the policy's base model.
         raise ValueError(
-            "reference: got a model that shares its weights with the policy, so it would train along; expected "
+            "reference: got a model that shares its weights with the policy, so training would change it; expected "
             "copy.deepcopy(model), made before training, or Reference.adapter_off() for a PEFT model"
         )
 
@@ -201,8 +201,8 @@ def _check_apart(reference: nn.Module, policy: nn.Module) -> None:
 def _check_adapters(reference: Reference, policy: Any) -> None:
     if not hasattr(policy, "disable_adapter") or not hasattr(policy, "peft_config"):
         raise TypeError(
-            f"reference: got {reference!r}, but the policy is a {type(policy).__name__} without PEFT adapters; expected "
-            "a PeftModel, or Reference.model(copy.deepcopy(model))"
+            f"reference: got {reference!r}, but the policy is a {type(policy).__name__} without PEFT adapters; "
+            "expected a PeftModel, or Reference.model(copy.deepcopy(model))"
         )
     if reference.kind == "adapter":
         name, there = reference.value, sorted(policy.peft_config)
@@ -223,9 +223,9 @@ def _check_adapters(reference: Reference, policy: Any) -> None:
 
 @contextmanager
 def _switched(policy: Any, name: str | None) -> Iterator[None]:
-    """Another adapter in place of the active one, or (None) no adapter.
+    """Switch to another adapter, or (None) to no adapter; restore on exit.
 
-    PEFT makes the whole active adapter trainable when it switches back; what the user froze of it stays frozen here.
+    PEFT makes the whole active adapter trainable when it switches back; parameters that were frozen are frozen again.
     """
     before = policy.active_adapter
     trainable = {key: value.requires_grad for key, value in policy.named_parameters()}
@@ -244,7 +244,7 @@ def _switched(policy: Any, name: str | None) -> Iterator[None]:
 
 
 def _move(model: Any, device: torch.device) -> None:
-    """To the device of the batch, unless the model was spread over devices when it was loaded."""
+    """Move to the device of the batch, unless the model was loaded across several devices."""
     first = next(model.parameters(), None)
     if first is not None and first.device != device and not getattr(model, "hf_device_map", None):
         model.to(device)

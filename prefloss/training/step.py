@@ -1,210 +1,241 @@
-"""One loss computation: forward passes, feedback, loss, figures; and its share of an optimizer step."""
+"""One step of a loss in training: from feedback to the scalar to differentiate, with metrics and diagnosis.
+
+Trainers differ in how they get log-probs. From log-ratios on, all of them run `FeedbackObjective`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefloss import metrics
-from prefloss.diagnosis import Diagnosis
+from prefloss.diagnosis import NAMES, Diagnosis, Thresholds
 from prefloss.diagnosis.finite import check_finite
-from prefloss.feedback import Feedback
-from prefloss.logratios import LogRatios
-from prefloss.losses import Loss
-from prefloss.metrics import Stat
-from prefloss.training import across, checks, distributed, step_zero, totals
-from prefloss.training.across import Seen, share
-from prefloss.training.batch import (
-    COUNTS,
-    Structure,
-    as_wanted,
-    counts,
-)
-from prefloss.training.forward import unwrapped
-from prefloss.training.layouts import score
-from prefloss.training.reference import Reference
+from prefloss.feedback import Feedback, convert
+from prefloss.metrics import Stat, Totals
+from prefloss.registry import Evaluation, Loss, get
+from prefloss.training import distributed
+
+_TERM = "loss/"
+_ROUTER = "aux_loss"
+_RANKINGS_AS = ("all", "adjacent", "best_worst")
 
 
-class Setting(NamedTuple):
-    """What an objective was told.
+class Router(NamedTuple):
+    """Load-balancing loss of a mixture of experts for one batch, a scalar, and its weight."""
+
+    loss: Tensor
+    weight: float
+
+
+class FeedbackObjective:
+    """A loss in training, on feedback: its share of each optimizer step, its metrics, its diagnosis, its state.
+
+    Args:
+        loss: Name of a registered loss, with hyperparameters if needed (`"ipo(tau=0.1)"`), or a `Loss`.
+        rankings_as: How rankings become pairs for a pair loss: "all", "adjacent" or "best_worst".
+        diagnose: Watch the training and warn when it goes wrong, see `prefloss.diagnosis`: `Thresholds`, True for the
+            default ones, or False.
+        **hyperparameters: Of the loss, if given by name.
 
     Attributes:
         loss: The loss.
-        reference: Where reference log-probs come from.
-        pairs: How rankings become pairs, or None.
-        autocast: Makes the context that a reference model computes in.
-        diagnosis: What watches training batches, or None.
+        diagnosis: Watches training batches; None if switched off.
+        steps: Optimizer steps made so far.
+
+    Raises:
+        ValueError: If the loss is unknown or a hyperparameter out of range.
+        TypeError: If a hyperparameter is unknown or of the wrong type, or hyperparameters accompany a `Loss`.
     """
 
-    loss: Loss
-    reference: Reference
-    pairs: str | None
-    autocast: Callable[[], AbstractContextManager[Any]]
-    diagnosis: Diagnosis | None = None
+    def __init__(
+        self,
+        loss: str | Loss,
+        *,
+        rankings_as: str | None = None,
+        diagnose: Thresholds | Mapping[str, Any] | bool | None = True,
+        **hyperparameters: Any,
+    ) -> None:
+        if isinstance(loss, Loss) and hyperparameters:
+            raise TypeError(
+                f"hyperparameters: got {sorted(hyperparameters)} with a Loss, expected them in the Loss"
+            )
+        if rankings_as is not None and rankings_as not in _RANKINGS_AS:
+            choices = ", ".join(map(repr, _RANKINGS_AS))
+            raise ValueError(f"rankings_as: got {rankings_as!r}, expected one of {choices} or None")
+        self.loss = loss if isinstance(loss, Loss) else get(loss, **hyperparameters)
+        self.rankings_as = rankings_as
+        self.diagnosis = Diagnosis.of(self.loss, diagnose)
+        self.steps = 0
+        self._totals = {True: Totals(), False: Totals()}
+        self._router_weight = 0.0
+
+    def replace_loss(self, loss: Loss) -> None:
+        """Train with another loss, such as the same with hyperparameters from a trainer's configuration."""
+        self.loss = loss
+        if self.diagnosis is not None:
+            self.diagnosis.loss = loss
+
+    def share(
+        self,
+        feedback: Feedback,
+        *,
+        training: bool,
+        step_counts: Tensor | None = None,
+        whole_step: bool = True,
+        router: Router | None = None,
+    ) -> Tensor:
+        """This batch's share of the mean loss of an optimizer step, a scalar; adds the batch to the metrics.
+
+        The mean is over all examples that the loss counts, on all processes. Shares are scaled for gradients that are
+        averaged over processes, as DDP and FSDP do.
+
+        Args:
+            feedback: This process's batch, of any kind that gives what the loss takes.
+            training: True to update the state of the loss and the diagnosis.
+            step_counts: `counts` of the whole optimizer step on all processes. None: see `whole_step`.
+            whole_step: Without `step_counts`, True makes this batch on all processes the optimizer step; every process
+                must then call this. False gives the mean of this process's examples.
+            router: Router loss of the batch.
+
+        Raises:
+            TypeError: If the feedback does not give what the loss takes.
+            ValueError: If the feedback lacks something that the loss needs.
+            FloatingPointError: If the loss of an example, or its gradient, is not finite.
+        """
+        batch = self._evaluate(feedback, training)
+        if step_counts is None and whole_step:
+            step_counts = distributed.all_sum(_with_batch(batch.counts))
+        total = batch.evaluation.mean if step_counts is None else self._share(batch, step_counts[:-1])
+        if router is not None:
+            # The mean over the micro-batches of the step; the factor undoes the mean over processes.
+            scale = 1.0 if step_counts is None else distributed.size() / step_counts[-1]
+            total = total + router.weight * router.loss * scale
+            self._router_weight = router.weight
+        self._record(feedback, batch, training, router)
+        return total
+
+    def counts(self, feedback: Feedback) -> Tensor:
+        """Examples that each term counts in a batch, then 1 for the batch, [terms + 1]; add them up over a step."""
+        return _with_batch(self.loss.counts(self._converted(feedback)))
+
+    def step(self) -> None:
+        """Call after each optimizer step: moves the loss's schedules on."""
+        self.steps += 1
+        self.loss.train().step()
+
+    def metrics(self, *, training: bool = True) -> dict[str, float]:
+        """Means over all batches and processes since the last call, and `loss`; judges the diagnosis.
+
+        Every process must call this at the same time.
+
+        Args:
+            training: Of the batches in training mode, or of the others.
+
+        Returns:
+            TRL's names where TRL has the metric (`rewards/accuracies`), others under `prefloss/`.
+        """
+        sums = self._totals[training].take(distributed.all_sum)
+        watched = {name: sums.pop(name) for name in [*sums] if name in NAMES}
+        means = {name: total / count for name, (total, count) in sums.items() if count}
+        loss = self._mean_loss(means)
+        if len(self.loss.terms) == 1:
+            means = {name: mean for name, mean in means.items() if not name.startswith(_TERM)}
+        if training and self.diagnosis is not None:
+            self.diagnosis.add(watched)
+            self.diagnosis.judge(self.steps)
+            means |= self.diagnosis.shown()
+        named = metrics.logged_names(means)
+        return named if loss is None else {**named, "loss": loss}
+
+    def forget_metrics(self) -> None:
+        """Start the training metrics anew."""
+        self._totals[True] = Totals()
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the loss, such as a running mean; plain numbers and lists."""
+        return self.loss.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.loss.load_state_dict(state)
+
+    def _converted(self, feedback: Feedback) -> Feedback:
+        return convert(feedback, self.loss.spec.feedback, self.rankings_as)
+
+    def _evaluate(self, feedback: Feedback, training: bool) -> _Batch:
+        """The loss of this process's examples, or of all processes' where it couples the examples of a batch."""
+        own = self._converted(feedback)
+        counts = self.loss.counts(own)
+        couples = self.loss.couples_batch
+        # With all examples on every process, states must not be summed over processes.
+        self.loss.sync_with(torch.clone if couples else distributed.all_sum)
+        seen = distributed.gather_feedback(own) if couples else own
+        evaluation = self.loss.train(training).evaluate(seen)
+        check_finite(self.loss, evaluation.terms, seen)
+        copies = distributed.size() if couples else 1
+        return _Batch(seen, evaluation, counts, self.loss.counts(seen), copies)
+
+    def _share(self, batch: _Batch, step_counts: Tensor) -> Tensor:
+        # Gradients are averaged over processes, so each share is multiplied by their number.
+        parts = batch.seen_counts.clamp(min=1) / step_counts.clamp(min=1) * distributed.size()
+        means = batch.evaluation.means.values()
+        total = torch.stack(
+            [
+                term.weight * mean * part
+                for term, mean, part in zip(self.loss.terms, means, parts, strict=True)
+            ]
+        ).sum()
+        # Where all processes hold all examples, the value is scaled down so that the mean over processes is right.
+        return total if batch.copies == 1 else total - total.detach() * (1 - 1 / batch.copies)
+
+    def _record(self, feedback: Feedback, batch: _Batch, training: bool, router: Router | None) -> None:
+        stats = dict(metrics.metrics(feedback, beta=self.loss.beta or 1.0))
+        for (name, mean), count in zip(batch.evaluation.means.items(), batch.seen_counts, strict=True):
+            stats[_TERM + name] = Stat(mean.detach() * count, count)
+        if router is not None:
+            stats[_ROUTER] = Stat(router.loss.detach(), torch.ones_like(router.loss))
+        if training and self.diagnosis is not None:
+            stats |= self.diagnosis.figures(feedback, batch.seen, batch.evaluation, copies=batch.copies)
+        self._totals[training].add(stats)
+
+    def _mean_loss(self, means: Mapping[str, float]) -> float | None:
+        """The loss from the means of its terms; None if no example counted."""
+        names = zip(self.loss.terms, self.loss.term_names, strict=True)
+        terms = [term.weight * means[_TERM + name] for term, name in names if _TERM + name in means]
+        return sum(terms) + self._router_weight * means.get(_ROUTER, 0.0) if terms else None
+
+    def __repr__(self) -> str:
+        """The loss."""
+        return f"{type(self).__name__}({self.loss!r})"
 
 
-class Result(NamedTuple):
-    """What came of a batch.
+class _Batch(NamedTuple):
+    """A loss on one batch.
 
     Attributes:
-        loss: What to take the gradient of, a scalar.
-        outputs: As a model's outputs: the loss, and each completion's log-prob under policy and reference, by example.
-        figures: Sums and counts to log.
-        judged: Whether the step-0 check was made.
+        seen: What the loss saw: this process's examples, or those of all.
+        evaluation: Its values.
+        counts: Examples that each term counts of this process's, [terms].
+        seen_counts: Examples that each term counted in `seen`, [terms].
+        copies: Number of processes that saw the same.
     """
 
-    loss: Tensor
-    outputs: dict[str, Tensor]
-    figures: Mapping[str, Stat]
-    judged: bool
+    seen: Feedback
+    evaluation: Evaluation
+    counts: Tensor
+    seen_counts: Tensor
+    copies: int
 
 
-def compute(
-    setting: Setting,
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    examples: int | None,
-    check_step_zero: bool,
-) -> Result:
-    """The loss of a batch, scaled so that the micro-batches of an optimizer step add up to its mean.
-
-    Args:
-        setting: Loss and reference.
-        model: The policy, wrapped as it is trained.
-        inputs: The batch.
-        examples: How many of its examples count; None for all.
-        check_step_zero: Whether policy and reference must coincide here.
-
-    Raises:
-        ValueError: If the batch lacks something that the loss needs, or has something that it does not read.
-        TypeError: If the feedback is of a kind that does not give what the loss takes.
-        RuntimeError: If policy and reference should coincide and do not.
-        FloatingPointError: If the loss of an example is not finite, or its gradient.
-    """
-    loss, reference, pairs, autocast, diagnosis = setting
-    structure, inputs = Structure.split(inputs)
-    checks.check_items(loss, structure, reference.kind == "cached")
-    apart = _mismatched(setting, model, structure)
-    # The reference first: switching adapters must not come between the policy's forward and backward.
-    known = reference.logps(autocast, model, inputs, structure)
-    policy, aux_loss = score(model, structure, inputs)
-    ratios = _ratios(loss, structure, policy, known)
-    own = structure if examples is None else structure.first(examples)
-    feedback = own.feedback(ratios, apart)
-    wanted = as_wanted(feedback, loss, pairs)
-    judged = False
-    if check_step_zero and known is not None:
-        found = distributed.all_sum(step_zero.distance(policy, known, structure.targets >= 0))
-        with autocast():
-            half = torch.is_autocast_enabled(policy.device.type)
-        given = _given(loss, structure, ratios, apart, pairs)
-        judged = step_zero.check(unwrapped(model), half, loss, reference, found, given)
-    seen = across.evaluate(loss, wanted, model.training)
-    check_finite(loss, seen.evaluated.terms, seen.feedback)
-    whole = structure.items.get(COUNTS)
-    if whole is None and model.training:
-        whole = distributed.all_sum(_with_one(seen.own))
-    router = router_weight(unwrapped(model))
-    total = _total(loss, seen, whole, aux_loss if router else None, router)
-    figures = {
-        **metrics.metrics(feedback, beta=loss.beta or 1.0),
-        **totals.losses(seen.evaluated.means, seen.counted, aux_loss if router else None),
-    }
-    if diagnosis is not None and model.training:
-        figures |= diagnosis.figures(feedback, seen.feedback, seen.evaluated, copies=seen.copies)
-    outputs = {"loss": total, "logps": structure.per_example(ratios.policy.detach())}
-    if ratios.reference is not None:
-        outputs["ref_logps"] = structure.per_example(ratios.reference)
-    return Result(total, outputs, figures, judged)
+def _with_batch(counts: Tensor) -> Tensor:
+    return torch.cat([counts, counts.new_ones(1)])
 
 
-def count(setting: Setting, batches: Sequence[dict[str, Any]], *, over_processes: bool = True) -> None:
-    """Tell every micro-batch of an optimizer step how many examples the whole step counts.
-
-    Args:
-        setting: Loss and reference.
-        batches: The micro-batches, which get one more item.
-        over_processes: Whether on all ranks, or on this one.
-    """
-    found = []
-    for batch in batches:
-        feedback = as_wanted(Structure.split(batch)[0].blank(), setting.loss, setting.pairs)
-        found.append(_with_one(counts(setting.loss, feedback)))
-    total = torch.stack(found).sum(0)
-    if over_processes:
-        total = distributed.all_sum(total)
-    for batch in batches:
-        batch[COUNTS] = total
-
-
-def router_weight(policy: nn.Module) -> float:
-    """Weight of the router loss of a mixture of experts; 0 for other models."""
-    config: Any = policy.config
-    return float(getattr(config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
-
-
-def _with_one(counted: Tensor) -> Tensor:
-    """The counts of a batch, and that it is one batch."""
-    return torch.cat([counted, counted.new_ones(1)])
-
-
-def _ratios(loss: Loss, structure: Structure, policy: Tensor, reference: Tensor | None) -> LogRatios:
-    keep = any(name.startswith("per_token") for name in loss.needs | loss.spec.reads)
-    mask = structure.targets >= 0
-    if reference is None or reference.ndim == 2:
-        return LogRatios.from_token_logps(policy, mask, reference, keep_per_token=keep)
-    summed = LogRatios.from_token_logps(policy, mask)
-    return LogRatios(summed.policy, reference, summed.tokens)
-
-
-def _mismatched(setting: Setting, model: nn.Module, structure: Structure) -> LogRatios | None:
-    """Log-ratios of prompts with the completions of other examples, without gradient; None if the batch has none.
-
-    Raises:
-        ValueError: If the reference is a cache, which knows the batch's own rows only.
-    """
-    if structure.mismatched is None:
-        return None
-    if setting.reference.kind in ("cached", "table", "none"):
-        raise ValueError(
-            f"mismatched: got {setting.reference!r}, which gives no log-probs of mismatched completions; expected a "
-            "reference that is computed, or PreferenceCollator(..., mismatched=False) and "
-            "kl_baseline='running_mean'"
-        )
-    other, inputs = structure.mismatched
-    with torch.no_grad():
-        known = setting.reference.logps(setting.autocast, model, inputs, other)
-        return LogRatios.from_token_logps(score(model, other, inputs).logps, other.targets >= 0, known)
-
-
-def _given(
-    loss: Loss, structure: Structure, ratios: LogRatios, apart: LogRatios | None, pairs: str | None
-) -> Callable[[bool], Feedback]:
-    def feedback(at_zero: bool) -> Feedback:
-        found, other = ratios.detach(), apart
-        if at_zero:
-            found, other = _at_zero(found), None if apart is None else _at_zero(apart)
-        return as_wanted(structure.feedback(found, other), loss, pairs)
-
-    return feedback
-
-
-def _at_zero(ratios: LogRatios) -> LogRatios:
-    """The same completions under a policy that is the reference."""
-    assert ratios.reference is not None
-    rows = ratios.per_token
-    if rows is not None and rows.reference is not None:
-        rows = type(rows)(rows.reference, rows.reference, rows.mask)
-    return LogRatios(ratios.reference, ratios.reference, ratios.tokens, rows)
-
-
-def _total(loss: Loss, seen: Seen, whole: Tensor | None, aux_loss: Tensor | None, router: float) -> Tensor:
-    """The batch's share of the mean over the optimizer step, `whole`, or its own mean in evaluation."""
-    if whole is None:
-        return seen.evaluated.mean if aux_loss is None else seen.evaluated.mean + router * aux_loss
-    total = share(loss, seen, whole[:-1])
-    return total if aux_loss is None else total + router * aux_loss * distributed.size() / whole[-1]
+def sum_counts(batches: Sequence[Tensor], *, over_processes: bool = True) -> Tensor:
+    """Counts of an optimizer step from those of its micro-batches, [terms + 1]."""
+    total = torch.stack([*batches]).sum(0)
+    return distributed.all_sum(total) if over_processes else total

@@ -1,25 +1,28 @@
-"""The check at the first training batch: before any step, policy and reference are the same model."""
+"""The check at the first training batch: before any optimizer step, policy and reference are the same model."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from prefloss.data.table import Header
 from prefloss.feedback import Feedback
-from prefloss.losses import Loss
+from prefloss.logratios import LogRatios
+from prefloss.registry import Loss
+from prefloss.training import distributed
 from prefloss.training.fingerprint import dtype_of, weights_fingerprint
 from prefloss.training.reference import Reference
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {True: 2e-2, False: 1e-4}
-"""Mean distance of the log-probs that rounding explains, nats per token, in half precision or not."""
+"""Mean distance of the log-probs that rounding explains, nats per token; the key is True for half precision."""
 
 
 def distance(policy: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
@@ -32,52 +35,67 @@ def distance(policy: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     """
     policy = torch.where(mask, policy.detach(), 0.0)
     if reference.ndim == 1:
-        # A row without tokens has a cached sum that nothing reads.
-        apart = (policy.sum(-1) - reference) * mask.any(-1)
+        # The cached sum of a row without tokens has no meaning.
+        difference = (policy.sum(-1) - reference) * mask.any(-1)
     else:
-        apart = policy - torch.where(mask, reference, 0.0)
-    return torch.stack([apart.abs().sum().double(), mask.sum().double()])
+        difference = policy - torch.where(mask, reference, 0.0)
+    return torch.stack([difference.abs().sum().double(), mask.sum().double()])
 
 
-def check(
-    policy: nn.Module,
-    half: bool,
-    loss: Loss,
-    reference: Reference,
-    found: Tensor,
-    loss_of: Callable[[bool], Feedback],
-) -> bool:
-    """Stop training whose policy does not start at its reference.
+def at_zero(ratios: LogRatios) -> LogRatios:
+    """The same completions under a policy that equals the reference: every log-ratio 0."""
+    assert ratios.reference is not None
+    rows = ratios.per_token
+    if rows is not None and rows.reference is not None:
+        rows = replace(rows, policy=rows.reference)
+    return LogRatios(ratios.reference, ratios.reference, ratios.tokens, rows)
 
-    Args:
+
+class Start(NamedTuple):
+    """A training before its first step.
+
+    Attributes:
         policy: The policy, unwrapped.
-        half: Whether it computes in half precision though its weights need not be.
+        half: True if it computes in half precision, whatever the dtype of its weights.
         loss: The loss to train with.
         reference: The reference.
-        found: `distance` of the batch, summed over the ranks.
-        loss_of: The feedback of the batch as the loss takes it: as it is, or (True) with every log-ratio 0.
+    """
+
+    policy: nn.Module
+    half: bool
+    loss: Loss
+    reference: Reference
+
+
+def check(start: Start, local_distance: Tensor, feedback: Callable[[bool], Feedback]) -> bool:
+    """Stop a training whose policy does not start at its reference. Every process must call this.
+
+    Args:
+        start: What trains.
+        local_distance: `distance` of this process's batch.
+        feedback: Makes the feedback of the batch as the loss takes it: as it is, or (True) with every log-ratio 0.
 
     Returns:
-        Whether the batch could be judged; one without completion tokens, or with NaN, cannot.
+        True if the batch allowed a verdict; one without completion tokens, or with NaN, does not.
 
     Raises:
         RuntimeError: If they differ; the message names the likely causes.
     """
-    apart, tokens = found.tolist()
+    policy, half, loss, reference = start
+    apart, tokens = distributed.all_sum(local_distance).tolist()
     if not tokens or not math.isfinite(apart):
-        # What is not finite is named with its example when the loss is.
+        # The check of the loss names the example with a value that is not finite.
         return False
     half = half or dtype_of(policy) in (torch.float16, torch.bfloat16)
     if apart / tokens > TOLERANCE[half]:
         raise RuntimeError(
             f"step-0 check: before the first step policy and {reference!r} should be the same model, but their "
             f"log-probs differ by {apart / tokens:.3g} nats per token (rounding explains {TOLERANCE[half]:g}). "
-            f"Likely causes: {'; '.join(_causes(policy, reference))}. If they need not coincide (say, the policy was "
-            "trained further than its reference, or the reference is another model), pass "
-            "check_step_zero=False"
+            f"Likely causes: {'; '.join(_causes(policy, reference))}. If they need not agree (the policy was trained "
+            "further than its reference, or the reference is another model), pass check_step_zero=False"
         )
     with torch.no_grad():
-        value, known = (float(loss.eval().mean(loss_of(at_zero))) for at_zero in (False, True))
+        value, known = (float(loss.eval().mean(feedback(zero))) for zero in (False, True))
     if not abs(value - known) <= 0.05 * max(1.0, abs(known)):
         raise RuntimeError(
             f"step-0 check: policy and reference agree, but {loss!r} is {value:.6g} where equal log-probs make it "
@@ -91,18 +109,18 @@ def check(
 
 def _causes(policy: nn.Module, reference: Reference) -> list[str]:
     """What is known to be wrong, or else what could be."""
-    found = list(_dropout(policy))
+    causes = list(_dropout(policy))
     if reference.kind == "model":
-        found += _unlike(policy, reference.value)
+        causes += _unlike(policy, reference.value)
     if reference.kind in ("adapter_off", "adapter"):
-        found += _adapters(policy, reference)
+        causes += _adapters(policy, reference)
     if reference.kind == "cached":
-        found.append(
-            "the cached sums are of other weights, another chat template or truncation, another dtype, or other rows"
+        causes.append(
+            "the cached sums come from other weights, another chat template or truncation, another dtype, or other rows"
         )
     if reference.kind == "table":
-        found += _unlike_table(policy, reference.value.header)
-    return found or ["other weights, another adapter, dropout, another dtype"]
+        causes += _unlike_table(policy, reference.value.header)
+    return causes or ["other weights, another adapter, dropout, another dtype"]
 
 
 def _dropout(policy: Any) -> Iterator[str]:
@@ -140,7 +158,7 @@ def _unlike_table(policy: Any, header: Header) -> Iterator[str]:
     dtype = str(dtype_of(policy)).removeprefix("torch.")
     if dtype != header.dtype:
         yield f"the table was scored in {header.dtype} weights, the policy has {dtype}"
-        # Rounded, they are other weights too.
+        # Rounding changed the weights too, so comparing them says nothing.
         return
     # A policy that trains a new adapter starts at its base model.
     weights = {weights_fingerprint(policy, adapters=on) for on in (True, False)}
@@ -163,6 +181,6 @@ def _adapters(policy: Any, reference: Reference) -> Iterator[str]:
             yield f"the adapter {reference.value!r} holds other weights than {shown}"
     elif any("lora_B" in name and bool(value.any()) for name, value in own.items()):
         yield (
-            f"the adapter {shown} does not start at zero (trained before, or not initialised so); its reference is "
-            "then a frozen copy of it: Reference.adapter(name)"
+            f"the adapter {shown} does not start at zero (it was trained before, or initialised otherwise); its "
+            "reference is then a frozen copy of it: Reference.adapter(name)"
         )

@@ -17,8 +17,7 @@ from prefloss.cli import reference
 from prefloss.cli.app import app
 from prefloss.data.table import ReferenceTable
 from prefloss.integrations.transformers import Reference
-from tests.integrations.transformers import plain
-from tests.integrations.trl import tiny
+from tests import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +59,9 @@ def test_a_training_reads_the_table(tmp_path):
     table = ReferenceTable.read("t.parquet")
     assert (table.header.model, table.header.dtype, table.header.max_length) == ("model", "float32", 9)
     own = {"reference": Reference.table("t.parquet")}
-    one = plain.train(tmp_path, "dpo", tiny.pairs(12), own=own, max_length=9)
-    other = plain.train(tmp_path, "dpo", tiny.pairs(12), max_length=9)
-    assert plain.losses(one) == pytest.approx(plain.losses(other), abs=1e-6)
+    one = tiny.plain_train(tmp_path, "dpo", tiny.pairs(12), own=own, max_length=9)
+    other = tiny.plain_train(tmp_path, "dpo", tiny.pairs(12), max_length=9)
+    assert tiny.losses_of(one) == pytest.approx(tiny.losses_of(other), abs=1e-6)
 
 
 def test_a_second_run_adds_what_is_new():

@@ -14,8 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from prefloss.integrations.transformers import write_reference_table
-from tests.integrations.transformers import plain
-from tests.integrations.trl import tiny
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "accelerate_loop.py"
@@ -28,7 +27,7 @@ def folder(tmp_path, monkeypatch):
     tiny.model().save_pretrained("model")
     tiny.tokenizer().save_pretrained("model")
     # As many as fill all batches, and none that reading drops: accelerate would repeat rows to make up for them.
-    ranked = [row for row in plain.rankings(60) if len(set(row["scores"])) > 1][:24]
+    ranked = [row for row in tiny.rankings(60) if len(set(row["scores"])) > 1][:24]
     for name, rows in (("pairs", tiny.pairs(24)), ("votes", tiny.labels(24)), ("ranked", ranked)):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

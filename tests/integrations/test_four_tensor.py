@@ -138,7 +138,7 @@ def test_in_the_slot_of_torchtune():
 
 @pytest.mark.parametrize("slot", [OpenRLHFLoss, TorchtuneLoss])
 def test_a_slot_refuses_what_it_cannot_feed(slot):
-    with pytest.raises(ValueError, match=rf"ipo\(.*which is all that {slot.__name__} is given.*tokens"):
+    with pytest.raises(ValueError, match=rf"ipo\(.*which is all that {slot.__name__} receives.*tokens"):
         slot("ipo")
     slot("ipo", per_token=False)
     with pytest.raises(ValueError, match=r"odpo\(.*score"):

@@ -11,14 +11,14 @@ import importlib
 import os
 import sys
 
-from prefloss.integrations.trl._enable import enable
-from prefloss.integrations.trl._kernel import KERNELS
+from prefloss.integrations.trl.enable import enable
+from prefloss.integrations.trl.kernel import KERNELS
 
 COMMANDS = ("dpo", "kto")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse our own arguments, hand TRL the rest."""
+    """Parse our own arguments; pass the rest to TRL."""
     parser = argparse.ArgumentParser(
         prog="python -m prefloss.integrations.trl", description=__doc__, allow_abbrev=False
     )
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS, help="TRL's training command")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="TRL's own arguments; --help lists them")
     parsed = parser.parse_args(argv)
-    # As `python script.py` would, so that a module beside the user is found.
+    # As `python script.py` does, so that modules in the working directory can be imported.
     sys.path.insert(0, os.getcwd())
     for module in parsed.modules:
         importlib.import_module(module)

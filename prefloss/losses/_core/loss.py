@@ -73,6 +73,29 @@ class Loss:
         """A name for each term, all different; the keys of `Evaluation.terms`."""
         return (self.name,)
 
+    @property
+    def couples_batch(self) -> bool:
+        """Whether an example's loss depends on the other examples of its batch."""
+        of_batch = ("auto", "mismatched")
+        return any(
+            not term.spec.separable and term.params.get("kl_baseline", "auto") in of_batch
+            for _, term in self.terms
+        )
+
+    @property
+    def reads_mismatched(self) -> bool:
+        """Whether the loss reads completions under prompts they do not belong to."""
+        return any(
+            "mismatched" in term.spec.reads and term.params.get("kl_baseline") in ("auto", "mismatched")
+            for _, term in self.terms
+        )
+
+    def counts(self, feedback: _feedback.Feedback) -> Tensor:
+        """How many examples each term counts, [terms]."""
+        return torch.stack(
+            [term.counted(_feedback.convert(feedback, term.spec.feedback)).sum() for _, term in self.terms]
+        )
+
     def replaced(self, **changes: Any) -> Loss:
         """A copy with these hyperparameters in place of its own, checked as `get` does.
 
@@ -185,6 +208,11 @@ class Loss:
         """Tell the schedules that an optimizer step was made."""
         for value in self.state.values():
             value.step()
+
+    def sync_with(self, all_sum: Callable[[Tensor], Tensor]) -> None:
+        """Let the state see all ranks: `all_sum` sums a tensor over them."""
+        for value in self.state.values():
+            value.all_sum = all_sum
 
     def reduce_over(self, all_sum: Callable[[Tensor], Tensor]) -> None:
         """Let the state see all ranks: `all_sum` sums a tensor over them."""

@@ -101,6 +101,12 @@ class Composite(Loss):
         return Composite, (self.terms,)
 
 
+def from_terms(terms: Sequence[tuple[float, Loss]]) -> Loss:
+    """The weighted sum of losses; a single term of weight 1 is the loss itself."""
+    terms = list(terms)
+    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 else Composite(terms)
+
+
 def _spec_of(terms: Sequence[tuple[float, Loss]]) -> LossSpec:
     specs = [loss.spec for _, loss in terms]
     kinds = {spec.feedback for spec in specs}

@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from prefloss.integrations.lightning import PreferenceLossCallback, PreferenceModule
 from prefloss.integrations.transformers import PreferenceCollator, Reference
-from tests.integrations.transformers import plain
-from tests.integrations.trl import tiny
+from tests import tiny
 
 pytestmark = [
     # Advice for real trainings, and Lightning's own use of torch.
@@ -78,7 +77,7 @@ def losses(made):
 CASES = {
     "dpo": tiny.pairs,
     "kto(kl_baseline=running_mean)": tiny.labels,
-    "dpo_pl": plain.rankings,
+    "dpo_pl": tiny.rankings,
 }
 
 
@@ -90,7 +89,7 @@ def test_as_the_transformers_trainer(tmp_path, loss, accumulate):
     one = module(loss)
     options = {"max_length": 8, "max_steps": 5}
     ours = fit(tmp_path, one, data, accumulate_grad_batches=accumulate, **options)
-    theirs = plain.train(
+    theirs = tiny.plain_train(
         tmp_path,
         loss,
         data,
@@ -102,10 +101,10 @@ def test_as_the_transformers_trainer(tmp_path, loss, accumulate):
         train_sampling_strategy="sequential",
         **options,
     )
-    torch.testing.assert_close(plain.weights(one.model), plain.weights(theirs.model), rtol=0, atol=1e-6)
-    assert not torch.equal(plain.weights(one.model), plain.weights(tiny.model()))
-    assert losses(ours) == pytest.approx(plain.losses(theirs), abs=1e-5)
-    for line, entry in zip(ours.logger.lines, plain.steps(theirs), strict=True):
+    torch.testing.assert_close(tiny.weights(one.model), tiny.weights(theirs.model), rtol=0, atol=1e-6)
+    assert not torch.equal(tiny.weights(one.model), tiny.weights(tiny.model()))
+    assert losses(ours) == pytest.approx(tiny.losses_of(theirs), abs=1e-5)
+    for line, entry in zip(ours.logger.lines, tiny.steps_of(theirs), strict=True):
         assert {name for name in entry if "/" in name} <= line.keys()
 
 
@@ -118,7 +117,7 @@ def test_micro_batches_add_up(tmp_path, loss):
     options = {"max_length": 5, "max_steps": 2}
     fit(tmp_path, one, data, batch_size=3, accumulate_grad_batches=4, **options)
     fit(tmp_path, other, data, batch_size=12, **options)
-    torch.testing.assert_close(plain.weights(one.model), plain.weights(other.model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiny.weights(one.model), tiny.weights(other.model), rtol=0, atol=1e-6)
 
 
 def test_a_limited_epoch_counts_what_it_uses(tmp_path):
@@ -127,7 +126,7 @@ def test_a_limited_epoch_counts_what_it_uses(tmp_path):
     fit(tmp_path, one, data, accumulate_grad_batches=4, limit_train_batches=5, max_steps=2)
     fit(tmp_path, other, [*data.select(range(16))], batch_size=16, max_steps=1)
     fit(tmp_path, other, [*data.select(range(16, 20))], max_steps=1)
-    torch.testing.assert_close(plain.weights(one.model), plain.weights(other.model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiny.weights(one.model), tiny.weights(other.model), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["kto(kl_baseline=running_mean)", "dpo(beta=linear(0.1, 0.5, steps=6))"])
@@ -141,7 +140,7 @@ def test_resumed_as_if_never_stopped(tmp_path, loss):
     resumed = module(loss)
     # The reference comes with the module; a checkpoint has the policy alone.
     fit(tmp_path, resumed, data, max_epochs=3, resume=tmp_path / "two.ckpt", **options)
-    assert torch.equal(plain.weights(resumed.model), plain.weights(whole.model))
+    assert torch.equal(tiny.weights(resumed.model), tiny.weights(whole.model))
     assert resumed.preference.objective.state_dict() == whole.preference.objective.state_dict()
     saved = torch.load(tmp_path / "two.ckpt", weights_only=False)
     assert all(name.startswith("model.") for name in saved["state_dict"])
@@ -152,9 +151,9 @@ def test_validation_metrics(tmp_path):
     one = module()
     made = fit(tmp_path, one, data, val=tiny.pairs(10, seed=3), max_steps=-1, max_epochs=1)
     found = {name: float(value) for name, value in made.callback_metrics.items() if name.startswith("eval_")}
-    theirs = plain.build(
+    theirs = tiny.plain_build(
         tmp_path,
-        plain.callback(tiny.model(), "dpo"),
+        tiny.plain_callback(tiny.model(), "dpo"),
         one.model,
         data=data,
         eval_data=tiny.pairs(10, seed=3),
@@ -179,7 +178,7 @@ def test_clipping_scheduler_and_precision(tmp_path):
     one = module(**options)
     made = fit(tmp_path, one, tiny.pairs(12), gradient_clip_val=1e-9, max_steps=3)
     assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 / 8)
-    torch.testing.assert_close(plain.weights(one.model), plain.weights(tiny.model()), rtol=0, atol=1e-8)
+    torch.testing.assert_close(tiny.weights(one.model), tiny.weights(tiny.model()), rtol=0, atol=1e-8)
     fit(tmp_path, module(), tiny.pairs(12), precision="bf16-mixed")
 
 
@@ -215,7 +214,7 @@ def test_two_processes_are_one_with_the_batch_of_both(tmp_path, accumulate, monk
     made = fit(
         tmp_path, both, None, accumulate_grad_batches=accumulate, strategy="ddp_fork", devices=2, **options
     )
-    torch.testing.assert_close(plain.weights(both.model), plain.weights(one.model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiny.weights(both.model), tiny.weights(one.model), rtol=0, atol=1e-6)
     for name, value in wanted.callback_metrics.items():
         if name.startswith("eval_"):
             assert float(made.callback_metrics[name]) == pytest.approx(float(value), abs=1e-5), name
@@ -239,7 +238,7 @@ def test_a_module_of_ones_own(tmp_path):
     own, other = Own(callback), module()
     made = fit(tmp_path, own, tiny.pairs(12), callbacks=[callback], accumulate_grad_batches=2)
     wanted = fit(tmp_path, other, tiny.pairs(12), accumulate_grad_batches=2)
-    assert torch.equal(plain.weights(own.model), plain.weights(other.model))
+    assert torch.equal(tiny.weights(own.model), tiny.weights(other.model))
     assert made.logger.lines == wanted.logger.lines
 
 

@@ -7,9 +7,8 @@ from transformers import TrainerCallback
 import prefloss
 from prefloss.integrations.transformers import PreferenceCollator, PreferenceLossCallback, Reference
 from prefloss.integrations.trl import PreferenceLossCallback as TrlCallback
-from prefloss.training.batch import Structure
-from tests.integrations.transformers import plain
-from tests.integrations.trl import tiny
+from prefloss.training import PreferenceBatch
+from tests import tiny
 
 
 def test_each_trainer_has_its_own_callback(tmp_path):
@@ -17,44 +16,44 @@ def test_each_trainer_has_its_own_callback(tmp_path):
     with pytest.raises(
         TypeError, match=r"got DPOConfig.*PreferenceLossCallback of prefloss.integrations.trl"
     ):
-        tiny.build("dpo", tmp_path, [plain.callback(policy, "dpo")])
+        tiny.build("dpo", tmp_path, [tiny.plain_callback(policy, "dpo")])
     with pytest.raises(TypeError, match="expected TRL's DPOTrainer"):
-        plain.build(tmp_path, TrlCallback("dpo"), policy, data=tiny.pairs(4))
+        tiny.plain_build(tmp_path, TrlCallback("dpo"), policy, data=tiny.pairs(4))
 
 
 def test_trl_trains_as_before_beside_a_plain_trainer(tmp_path):
     before = tiny.train("dpo", tmp_path, max_steps=2).losses
-    plain.train(tmp_path, "hinge", tiny.pairs(8), max_steps=1)
+    tiny.plain_train(tmp_path, "hinge", tiny.pairs(8), max_steps=1)
     assert tiny.train("dpo", tmp_path, max_steps=2).losses == before
 
 
 @pytest.mark.parametrize(
     ("loss", "data", "own", "message"),
     [
-        ("dpo", "labels", {}, "data: got labelled completions.*single votes do not say"),
-        ("dpo", "rankings", {}, r"which\s+pairs to make.*pairs='all' \| 'adjacent' \| 'best_worst'"),
-        ("kto_zero", "rankings", {}, "pairs='all'"),
+        ("dpo", "labels", {}, "feedback: got labelled completions.*single labels do not say"),
+        ("dpo", "rankings", {}, r"which pairs to make .*rankings_as='all', 'adjacent' or 'best_worst'"),
+        ("kto_zero", "rankings", {}, "rankings_as='all'"),
     ],
 )
 def test_feedback_that_gives_no_such_loss_is_refused(tmp_path, loss, data, own, message):
-    rows = {"labels": tiny.labels, "rankings": plain.rankings}[data](8)
+    rows = {"labels": tiny.labels, "rankings": tiny.rankings}[data](8)
     with pytest.raises(TypeError, match=message):
-        plain.train(tmp_path, loss, rows, own=own)
+        tiny.plain_train(tmp_path, loss, rows, own=own)
 
 
 def test_columns_that_the_loss_does_not_read_are_refused(tmp_path):
     with pytest.raises(ValueError, match="column 'score_chosen': dpo does not read it"):
-        plain.train(tmp_path, "dpo", plain.scored_pairs(8))
+        tiny.plain_train(tmp_path, "dpo", tiny.scored_pairs(8))
     rows = [{**row, "score": 1.0} for row in tiny.labels(8)]
     with pytest.raises(ValueError, match="column 'score': kto_zero does not read it"):
-        plain.train(tmp_path, "kto_zero", rows)
+        tiny.plain_train(tmp_path, "kto_zero", rows)
 
 
 def test_scores_that_the_loss_needs_are_asked_for(tmp_path):
     with pytest.raises(
         ValueError, match="odpo: got data without scores, expected the column score_chosen and score_rejected"
     ):
-        plain.train(tmp_path, "odpo", tiny.pairs(8))
+        tiny.plain_train(tmp_path, "odpo", tiny.pairs(8))
 
 
 @pytest.mark.parametrize("loss", ["tdpo1", "xpo", "wpo"])
@@ -67,18 +66,22 @@ def test_hyperparameters_belong_in_the_loss():
     with pytest.raises(TypeError, match=r"hyperparameters: got \['beta'\] with a Loss"):
         PreferenceLossCallback(prefloss.get("dpo"), reference=Reference.cached(), beta=0.2)
     with pytest.raises(
-        ValueError, match="pairs: got 'some', expected one of 'all', 'adjacent', 'best_worst' or None"
+        ValueError, match="rankings_as: got 'some', expected one of 'all', 'adjacent', 'best_worst' or None"
     ):
-        PreferenceLossCallback("dpo", reference=Reference.cached(), pairs="some")
+        PreferenceLossCallback("dpo", reference=Reference.cached(), rankings_as="some")
 
 
 def test_settings_that_would_go_unused_are_refused(tmp_path):
     policy = tiny.model()
     with pytest.raises(ValueError, match=r"label_smoothing_factor: got 0\.1, expected 0"):
-        plain.build(
-            tmp_path, plain.callback(policy, "dpo"), policy, data=tiny.pairs(4), label_smoothing_factor=0.1
+        tiny.plain_build(
+            tmp_path,
+            tiny.plain_callback(policy, "dpo"),
+            policy,
+            data=tiny.pairs(4),
+            label_smoothing_factor=0.1,
         )
-    trainer = plain.build(tmp_path, plain.callback(policy, "dpo"), policy, data=tiny.pairs(4))
+    trainer = tiny.plain_build(tmp_path, tiny.plain_callback(policy, "dpo"), policy, data=tiny.pairs(4))
     trainer.compute_loss_func = lambda *args, **kwargs: 0.0
     with pytest.raises(ValueError, match="compute_loss_func: got one beside PreferenceLossCallback"):
         trainer.train()
@@ -86,29 +89,31 @@ def test_settings_that_would_go_unused_are_refused(tmp_path):
 
 def test_one_callback_serves_one_trainer(tmp_path):
     policy = tiny.model()
-    item = plain.callback(policy, "dpo")
-    trainer = plain.build(tmp_path, item, policy, data=tiny.pairs(4))
+    item = tiny.plain_callback(policy, "dpo")
+    trainer = tiny.plain_build(tmp_path, item, policy, data=tiny.pairs(4))
     with pytest.raises(RuntimeError, match="is in another trainer already"):
-        plain.build(tmp_path, item, policy, data=tiny.pairs(4))
-    trainer.add_callback(plain.callback(policy, "ipo"))
+        tiny.plain_build(tmp_path, item, policy, data=tiny.pairs(4))
+    trainer.add_callback(tiny.plain_callback(policy, "ipo"))
     with pytest.raises(ValueError, match="expected one PreferenceLossCallback"):
         trainer.train()
 
 
 def test_a_trainer_that_goes_around_the_loss_is_stopped(tmp_path):
-    class Around(plain.Trainer):
+    class Around(tiny.Trainer):
         def compute_loss(self, model, inputs, **kwargs):
             return model(inputs["input_ids"]).logits.mean()
 
     policy = tiny.model()
-    trainer = plain.build(tmp_path, plain.callback(policy, "dpo"), policy, data=tiny.pairs(8), kind=Around)
+    trainer = tiny.plain_build(
+        tmp_path, tiny.plain_callback(policy, "dpo"), policy, data=tiny.pairs(8), kind=Around
+    )
     with pytest.raises(RuntimeError, match="was not used in a training step"):
         trainer.train()
 
 
 def test_a_batch_of_another_collator_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected what PreferenceCollator writes"):
-        plain.train(
+        tiny.plain_train(
             tmp_path,
             "dpo",
             tiny.pairs(8),
@@ -123,14 +128,14 @@ def test_a_loss_that_is_not_finite_names_its_example(tmp_path):
     rows = [{"prompt": "w1", "chosen": " w2", "rejected": " w3"} for _ in range(4)]
     rows[2] = {"prompt": "w39", "chosen": " w2", "rejected": " w3"}
 
-    class Ordered(plain.Trainer):
+    class Ordered(tiny.Trainer):
         def _get_train_sampler(self, *args):
             return None
 
     with pytest.raises(
         FloatingPointError, match=r"dpo of example 2 of this batch is nan \(1 of 4.*chosen: policy nan"
     ):
-        plain.train(tmp_path, "dpo", rows, policy, kind=Ordered)
+        tiny.plain_train(tmp_path, "dpo", rows, policy, kind=Ordered)
 
 
 def test_a_loss_across_the_batch_says_what_accumulation_does(tmp_path):
@@ -139,7 +144,7 @@ def test_a_loss_across_the_batch_says_what_accumulation_does(tmp_path):
     with pytest.warns(
         UserWarning, match="aot: an example's loss depends on its batch.*accumulation does not enlarge it"
     ):
-        plain.build(tmp_path, plain.callback(policy, "aot"), policy, **options)
+        tiny.plain_build(tmp_path, tiny.plain_callback(policy, "aot"), policy, **options)
 
 
 def test_another_callback_sees_the_figures(tmp_path):
@@ -150,7 +155,7 @@ def test_another_callback_sees_the_figures(tmp_path):
             self.seen = self.seen or dict(logs)
 
     item = Sees()
-    plain.train(tmp_path, "dpo", tiny.pairs(8), callbacks=[item], max_steps=1)
+    tiny.plain_train(tmp_path, "dpo", tiny.pairs(8), callbacks=[item], max_steps=1)
     assert item.seen["rewards/accuracies"] == 0.0
 
 
@@ -159,4 +164,4 @@ def test_a_batch_that_was_sliced_is_refused():
     # As accelerate's dispatcher does: the first half of all tensors.
     half = {name: value[: len(batch["input_ids"]) // 2] for name, value in batch.items()}
     with pytest.raises(ValueError, match=r"batch: got 4 rows for 4 examples; .*'dispatch_batches': False"):
-        Structure.split(half)
+        PreferenceBatch.of(half)

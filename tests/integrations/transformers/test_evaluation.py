@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-from tests.integrations.transformers import plain
-from tests.integrations.trl import tiny
+from tests import tiny
 
 
 def test_evaluation_is_exact_and_chooses_the_best_model(tmp_path):
     held_out = tiny.pairs(10, seed=5)
-    trainer = plain.train(
+    trainer = tiny.plain_train(
         tmp_path,
         "0.7*dpo + 0.3*nll",
         tiny.pairs(),
@@ -42,8 +41,8 @@ def test_evaluation_is_exact_and_chooses_the_best_model(tmp_path):
 def test_evaluation_counts_examples_and_not_batches(tmp_path):
     policy = tiny.model()
     options = {"data": tiny.pairs(4), "eval_data": tiny.pairs(10, seed=5), "max_length": 5}
-    item = plain.callback(policy, "simpo", reference=None, beta=2.0)
-    trainer = plain.build(tmp_path, item, policy, **options)
+    item = tiny.plain_callback(policy, "simpo", reference=None, beta=2.0)
+    trainer = tiny.plain_build(tmp_path, item, policy, **options)
     found = trainer.evaluate()
     assert found["eval_prefloss/empty"] > 0
     trainer.args.per_device_eval_batch_size = 10
@@ -52,7 +51,7 @@ def test_evaluation_counts_examples_and_not_batches(tmp_path):
 
 def test_prediction_gives_log_probs_and_metrics(tmp_path):
     policy = tiny.model()
-    trainer = plain.build(tmp_path, plain.callback(policy, "dpo"), policy, data=tiny.pairs(4))
+    trainer = tiny.plain_build(tmp_path, tiny.plain_callback(policy, "dpo"), policy, data=tiny.pairs(4))
     output = trainer.predict(tiny.pairs(6))
     assert output.metrics["test_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert output.metrics["test_rewards/accuracies"] == 0.0
@@ -67,14 +66,14 @@ def test_resumed_training_equals_uninterrupted_training(tmp_path):
             "kl_baseline": {"name": "running_mean", "decay": 0.5},
             "beta": {"name": "linear", "start": 0.5, "end": 0.1, "steps": 6},
         }
-        return plain.train(
+        return tiny.plain_train(
             folder, "kto", tiny.labels(), own=own, save_strategy="steps", save_steps=4, max_steps=8, **options
         )
 
     whole = run(tmp_path / "whole")
     resumed = run(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-4"))
-    torch.testing.assert_close(plain.weights(resumed.model), plain.weights(whole.model), rtol=0, atol=1e-6)
-    states = [plain.attached(trainer).loss_state for trainer in (whole, resumed)]
+    torch.testing.assert_close(tiny.weights(resumed.model), tiny.weights(whole.model), rtol=0, atol=1e-6)
+    states = [tiny.callback_of(trainer).loss_state for trainer in (whole, resumed)]
     assert states[0] == states[1]
     assert states[0]["kl_baseline"]["weight"] > 1
     assert states[0]["beta"] == {"done": 8}
@@ -88,8 +87,8 @@ def test_resumed_with_restored_callbacks(tmp_path):
         "restore_callback_states_from_checkpoint": True,
     }
     own = {"reference": None, "beta": {"name": "linear", "start": 3.0, "end": 2.0, "steps": 4}}
-    whole = plain.train(tmp_path / "whole", "simpo", tiny.pairs(), own=own, **options)
-    resumed = plain.train(
+    whole = tiny.plain_train(tmp_path / "whole", "simpo", tiny.pairs(), own=own, **options)
+    resumed = tiny.plain_train(
         tmp_path / "resumed",
         "simpo",
         tiny.pairs(),
@@ -97,18 +96,18 @@ def test_resumed_with_restored_callbacks(tmp_path):
         resume=str(tmp_path / "whole" / "checkpoint-2"),
         **options,
     )
-    torch.testing.assert_close(plain.weights(resumed.model), plain.weights(whole.model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiny.weights(resumed.model), tiny.weights(whole.model), rtol=0, atol=1e-6)
 
 
 def test_a_callback_cannot_be_made_anew_without_its_model(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": True}
-    plain.train(tmp_path, "dpo", tiny.pairs(), max_steps=1, **options)
+    tiny.plain_train(tmp_path, "dpo", tiny.pairs(), max_steps=1, **options)
     with pytest.raises(TypeError, match="holds no reference model; leave restore_callback_states"):
-        plain.train(tmp_path, "dpo", tiny.pairs(), resume=str(tmp_path / "checkpoint-1"), **options)
+        tiny.plain_train(tmp_path, "dpo", tiny.pairs(), resume=str(tmp_path / "checkpoint-1"), **options)
 
 
 def test_state_and_schedules_stand_still_in_evaluation(tmp_path):
     policy = tiny.model()
-    item = plain.callback(policy, "kto", kl_baseline="running_mean")
-    plain.build(tmp_path, item, policy, data=tiny.labels(8), eval_data=tiny.labels(8)).evaluate()
+    item = tiny.plain_callback(policy, "kto", kl_baseline="running_mean")
+    tiny.plain_build(tmp_path, item, policy, data=tiny.labels(8), eval_data=tiny.labels(8)).evaluate()
     assert item.loss_state["kl_baseline"]["weight"] == 0

@@ -1,4 +1,4 @@
-"""State-space models, experts, adapters, checkpointing, mixed precision."""
+"""State-space models, tiny.experts, adapters, checkpointing, mixed precision."""
 
 import copy
 import math
@@ -10,9 +10,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from prefloss.integrations.transformers import Reference, model_logps
 from prefloss.logratios import completion_targets
-from tests.integrations.transformers import plain
-from tests.integrations.trl import tiny
-from tests.integrations.trl.test_training import experts
+from tests import tiny
 
 
 def mamba():
@@ -26,9 +24,9 @@ def mamba():
 
 @pytest.mark.filterwarnings("ignore:.*fast path")
 def test_a_state_space_model_trains(tmp_path):
-    trainer = plain.train(tmp_path, "dpo", tiny.pairs(16), mamba(), max_steps=8, learning_rate=5e-3)
-    assert plain.losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert min(plain.losses(trainer)) < 0.69
+    trainer = tiny.plain_train(tmp_path, "dpo", tiny.pairs(16), mamba(), max_steps=8, learning_rate=5e-3)
+    assert tiny.losses_of(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert min(tiny.losses_of(trainer)) < 0.69
 
 
 def test_ddp_finds_the_parameters_in_use(tmp_path):
@@ -52,9 +50,9 @@ def test_ddp_finds_the_parameters_in_use(tmp_path):
 
 
 def test_router_loss_of_experts_is_kept(tmp_path):
-    policy = experts()
+    policy = tiny.experts()
     for accumulate in (1, 2):
-        trainer = plain.train(
+        trainer = tiny.plain_train(
             tmp_path,
             "dpo",
             tiny.pairs(),
@@ -63,7 +61,7 @@ def test_router_loss_of_experts_is_kept(tmp_path):
             gradient_accumulation_steps=accumulate,
             eval_data=tiny.pairs(8),
         )
-        first = plain.steps(trainer)[0]
+        first = tiny.steps_of(trainer)[0]
         assert first["aux_loss"] > 0
         assert first["loss"] == pytest.approx(math.log(2) + 0.5 * first["aux_loss"], abs=1e-4)
     found = trainer.evaluate()
@@ -77,11 +75,11 @@ def adapted(policy=None, **options):
 
 def test_adapters_train_against_the_model_without_them(tmp_path):
     lora = adapted()
-    ours = plain.train(
+    ours = tiny.plain_train(
         tmp_path, "dpo", tiny.pairs(), lora, own={"reference": Reference.adapter_off()}, learning_rate=1e-2
     )
-    assert plain.losses(ours)[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert plain.losses(ours)[-1] != plain.losses(ours)[0]
+    assert tiny.losses_of(ours)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert tiny.losses_of(ours)[-1] != tiny.losses_of(ours)[0]
     base = tiny.model().state_dict()
     kept = {
         name.replace("base_model.model.", "").replace(".base_layer", ""): value
@@ -99,16 +97,18 @@ def test_an_adapter_is_the_reference_of_another(tmp_path):
             value.data.copy_(source[name.replace(".sft.", ".default.")])
             value.requires_grad_(False)
     before = {name: value.requires_grad for name, value in lora.named_parameters()}
-    trainer = plain.train(tmp_path, "dpo", tiny.pairs(), lora, own={"reference": Reference.adapter("sft")})
-    assert plain.losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert plain.losses(trainer)[-1] != plain.losses(trainer)[0]
+    trainer = tiny.plain_train(
+        tmp_path, "dpo", tiny.pairs(), lora, own={"reference": Reference.adapter("sft")}
+    )
+    assert tiny.losses_of(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert tiny.losses_of(trainer)[-1] != tiny.losses_of(trainer)[0]
     assert {name: value.requires_grad for name, value in lora.named_parameters()} == before
     assert lora.active_adapter == "default"
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"bf16": True}], ids=str)
 def test_checkpointing_and_mixed_precision(tmp_path, options):
-    usual = plain.train(tmp_path, "dpo", tiny.pairs())
-    other = plain.train(tmp_path, "dpo", tiny.pairs(), **options)
-    assert plain.losses(other)[0] == pytest.approx(math.log(2), abs=1e-4)
-    assert plain.losses(other) == pytest.approx(plain.losses(usual), abs=1e-2)
+    usual = tiny.plain_train(tmp_path, "dpo", tiny.pairs())
+    other = tiny.plain_train(tmp_path, "dpo", tiny.pairs(), **options)
+    assert tiny.losses_of(other)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert tiny.losses_of(other) == pytest.approx(tiny.losses_of(usual), abs=1e-2)

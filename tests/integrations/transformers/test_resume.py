@@ -12,9 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from prefloss.integrations.transformers import PreferenceCollator
-from tests.integrations.transformers import plain
-from tests.integrations.transformers import two_processes as two
-from tests.integrations.trl import tiny
+from tests import tiny
+from tests import two_processes as two
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED = 4, 2
@@ -23,9 +22,9 @@ STEPS, SAVED = 4, 2
 def trained(folder, *, size=4, resume=None, callbacks=()):
     """BCO, whose shift is a running mean; on two processes each has half of the batch."""
     policy = tiny.model()
-    trainer = plain.build(
+    trainer = tiny.plain_build(
         folder,
-        plain.callback(policy, "bco"),
+        tiny.plain_callback(policy, "bco"),
         policy,
         data=tiny.labels(24),
         collator=PreferenceCollator(tiny.tokenizer()),
@@ -39,7 +38,7 @@ def trained(folder, *, size=4, resume=None, callbacks=()):
         ddp_find_unused_parameters=False,
     )
     trainer.train(resume_from_checkpoint=resume)
-    return plain.weights(trainer.model), plain.attached(trainer).loss_state
+    return tiny.weights(trainer.model), tiny.callback_of(trainer).loss_state
 
 
 def same(found, wanted):

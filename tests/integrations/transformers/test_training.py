@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from prefloss.integrations.transformers import PreferenceLossCallback
-from tests.integrations.transformers import plain
-from tests.integrations.trl import tiny
+from tests import tiny
 
 DATA = {
     "pairs": tiny.pairs,
     "labels": tiny.labels,
-    "rankings": plain.rankings,
-    "scored": plain.scored_pairs,
+    "rankings": tiny.rankings,
+    "scored": tiny.scored_pairs,
 }
 STEPS = {
     ("dpo", "pairs"): {},
@@ -24,8 +23,8 @@ STEPS = {
     ("npo", "labels"): {},
     ("dpo_pl", "rankings"): {},
     ("dpo_pl", "pairs"): {},
-    ("dpo", "rankings"): {"pairs": "all"},
-    ("ipo", "rankings"): {"pairs": "best_worst"},
+    ("dpo", "rankings"): {"rankings_as": "all"},
+    ("ipo", "rankings"): {"rankings_as": "best_worst"},
     ("margin_dpo", "scored"): {},
     ("ld_dpo", "pairs"): {},
     ("0.8*dpo + 0.2*nll", "pairs"): {},
@@ -37,13 +36,13 @@ STEPS = {
     ("loss", "data"), STEPS, ids=lambda pair: "-".join(pair) if isinstance(pair, tuple) else str(pair)
 )
 def test_feedback_of_every_kind_trains(tmp_path, loss, data):
-    trainer = plain.train(
+    trainer = tiny.plain_train(
         tmp_path, loss, DATA[data](16), own=STEPS[loss, data], max_steps=8, learning_rate=5e-3
     )
-    found = plain.losses(trainer)
+    found = tiny.losses_of(trainer)
     assert all(map(math.isfinite, found))
     assert len(set(found)) == 8
-    assert "rewards/margins" in plain.steps(trainer)[-1] or loss == "simpo" or data == "labels"
+    assert "rewards/margins" in tiny.steps_of(trainer)[-1] or loss == "simpo" or data == "labels"
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -55,16 +54,16 @@ def test_ten_steps_are_those_of_trl(tmp_path, accumulate):
         "learning_rate": 1e-3,
     }
     theirs = tiny.train("dpo", tmp_path, gradient_checkpointing=False, **options)
-    ours = plain.train(tmp_path, "dpo", tiny.pairs(), **options)
-    assert plain.losses(ours) == pytest.approx(theirs.losses, abs=1e-5)
-    torch.testing.assert_close(plain.weights(ours.model), theirs.weights, rtol=0, atol=1e-5)
+    ours = tiny.plain_train(tmp_path, "dpo", tiny.pairs(), **options)
+    assert tiny.losses_of(ours) == pytest.approx(theirs.losses, abs=1e-5)
+    torch.testing.assert_close(tiny.weights(ours.model), theirs.weights, rtol=0, atol=1e-5)
     for name in ("rewards/chosen", "rewards/margins", "rewards/accuracies"):
-        assert plain.steps(ours)[-1][name] == pytest.approx(theirs.logs[-1][name], abs=1e-4)
+        assert tiny.steps_of(ours)[-1][name] == pytest.approx(theirs.logs[-1][name], abs=1e-4)
 
 
 def test_the_trainer_has_its_own_loss_back_without_the_callback(tmp_path):
     policy = tiny.model()
-    trainer = plain.build(tmp_path, plain.callback(policy, "dpo"), policy, data=tiny.pairs(8))
+    trainer = tiny.plain_build(tmp_path, tiny.plain_callback(policy, "dpo"), policy, data=tiny.pairs(8))
     trainer.remove_callback(PreferenceLossCallback)
     ids = torch.tensor([[3, 4, 5]])
     batch = {"input_ids": ids, "labels": ids}

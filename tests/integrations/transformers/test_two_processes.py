@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.integrations.transformers import two_processes as two
+from tests import two_processes as two
 
 pytestmark = pytest.mark.slow
 SHARDED = ["dpo", "aot", "kto", "bco", "shared_prefix"]

@@ -7,8 +7,8 @@ from trl import DPOTrainer
 
 import prefloss
 from prefloss.integrations.trl import PreferenceLossCallback, attach, detach
-from prefloss.integrations.trl._callback import attached
-from tests.integrations.trl import tiny
+from prefloss.integrations.trl.callback import attached
+from tests import tiny
 
 
 def batch_loss(trainer):

@@ -10,10 +10,11 @@ import torch
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 import prefloss
-from prefloss.integrations.trl import PreferenceLossCallback, _kernel, _options, disable, enable
+from prefloss.integrations.trl import PreferenceLossCallback, disable, enable, options
+from prefloss.integrations.trl import kernel as kernel_module
 from prefloss.integrations.trl.__main__ import main
-from prefloss.integrations.trl._callback import attached
-from tests.integrations.trl import tiny
+from prefloss.integrations.trl.callback import attached
+from tests import tiny
 
 
 @pytest.fixture
@@ -38,10 +39,10 @@ def enabled():
 def test_names_that_trl_knows_are_those_of_this_version():
     source = inspect.getsource(DPOTrainer._compute_loss)
     named = {line.split('"')[1] for line in source.splitlines() if 'if loss_type == "' in line}
-    assert named == _options._OWN_LOSS_TYPES[DPOConfig]
+    assert named == options._OWN_LOSS_TYPES[DPOConfig]
     assert (
         set(KTOConfig.__dataclass_fields__["loss_type"].metadata["choices"])
-        == _options._OWN_LOSS_TYPES[KTOConfig]
+        == options._OWN_LOSS_TYPES[KTOConfig]
     )
 
 
@@ -136,9 +137,9 @@ def test_trls_command_line(tmp_path, monkeypatch, command, loss_type, data):
     }
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     monkeypatch.setattr(sys, "path", [*sys.path])
-    stats = _kernel.linear_token_stats
+    stats = kernel_module.linear_token_stats
     try:
-        with mock.patch.object(_kernel, "linear_token_stats", wraps=stats) as scored:
+        with mock.patch.object(kernel_module, "linear_token_stats", wraps=stats) as scored:
             main(["--import", "command_line_losses", "--kernel", "prefloss", command, *flags])
     finally:
         disable()

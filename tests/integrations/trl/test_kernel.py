@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 from trl.trainer import utils
 
 from prefloss import plan
-from prefloss.integrations.trl import PreferenceLossCallback, _kernel, attach, disable, enable
-from prefloss.integrations.trl._callback import attached
-from tests.integrations.trl import tiny
+from prefloss.integrations.trl import PreferenceLossCallback, attach, disable, enable
+from prefloss.integrations.trl import kernel as kernel_module
+from prefloss.integrations.trl.callback import attached
+from tests import tiny
 
 SIZES = {
     "vocab_size": 43,
@@ -99,16 +100,18 @@ def assert_same_run(ours, theirs, figures=1e-4, weights=1e-5):
 def test_ten_steps_are_those_of_trls_kernel(tmp_path, kind, setting):
     # The cache of references is found again by model and data; ours must not be TRL's.
     theirs = train(kind, tmp_path, "trl", **SETTINGS[setting])
-    with mock.patch.object(_kernel, "linear_token_stats", wraps=_kernel.linear_token_stats) as scored:
+    with mock.patch.object(
+        kernel_module, "linear_token_stats", wraps=kernel_module.linear_token_stats
+    ) as scored:
         ours = train(kind, tmp_path, "prefloss", **SETTINGS[setting])
     assert scored.call_count >= 10
     assert_same_run(ours, theirs)
     assert {"entropy", "logits/chosen"} <= ours.logs[-1].keys()
-    assert utils._ChunkedLogProbFunction is not _kernel._Scores
+    assert utils._ChunkedLogProbFunction is not kernel_module._Scores
 
 
 def test_wpo_reads_the_sum_of_squares(tmp_path):
-    runs = [train("dpo", tmp_path, kernel, use_weighting=True) for kernel in _kernel.KERNELS]
+    runs = [train("dpo", tmp_path, kernel, use_weighting=True) for kernel in kernel_module.KERNELS]
     assert_same_run(*runs)
 
 
@@ -121,8 +124,8 @@ def test_only_completion_tokens_are_scored(tmp_path):
         seen.append(len(hidden))
         return stats(hidden, *args, **kwargs)
 
-    stats = _kernel.linear_token_stats
-    with mock.patch.object(_kernel, "linear_token_stats", count):
+    stats = kernel_module.linear_token_stats
+    with mock.patch.object(kernel_module, "linear_token_stats", count):
         trainer.compute_loss(trainer.model, batch).backward()
     assert seen == [int(batch["completion_mask"][:, 1:].sum())]
 
@@ -141,8 +144,8 @@ def test_trls_function_is_back_after_an_error(tmp_path):
     before = utils._ChunkedLogProbFunction, utils._use_triton
     with pytest.raises(KeyError):
         trainer.compute_loss(trainer.model, {})
-    with _kernel.scoring("prefloss"):
-        assert utils._ChunkedLogProbFunction is _kernel._Scores
+    with kernel_module.scoring("prefloss"):
+        assert utils._ChunkedLogProbFunction is kernel_module._Scores
     assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
 
 
@@ -151,8 +154,8 @@ def test_half_precision_is_closer_to_float64_than_trls():
     targets = torch.randint(301, (30,))
     wanted = (hidden.double() @ weight.double().T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     error = {}
-    for kernel in _kernel.KERNELS:
-        with _kernel.scoring(kernel):
+    for kernel in kernel_module.KERNELS:
+        with kernel_module.scoring(kernel):
             found = utils._ChunkedLogProbFunction.apply(
                 hidden, weight, None, targets, 1.0, 32768, None, 1.0, ()
             )
@@ -162,7 +165,7 @@ def test_half_precision_is_closer_to_float64_than_trls():
 
 def test_autocast_trains(tmp_path):
     runs = []
-    for kernel in _kernel.KERNELS:
+    for kernel in kernel_module.KERNELS:
         trainer = tiny.build("dpo", tmp_path, [PreferenceLossCallback("dpo", kernel=kernel)], max_steps=2)
         batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -176,18 +179,20 @@ def test_autocast_trains(tmp_path):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_mean_logits_are_those_of_all_logits(softcap, monkeypatch):
-    monkeypatch.setattr(_kernel, "_SLICE", 50)
+    monkeypatch.setattr(kernel_module, "_SLICE", 50)
     hidden, weight, bias = torch.randn(7, 5), torch.randn(11, 5), torch.randn(11)
     logits = 3.0 * (hidden @ weight.T + bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    found = _kernel.mean_logits(hidden, weight, bias, temperature=0.5, logit_scale=3.0, softcap=softcap)
+    found = kernel_module.mean_logits(hidden, weight, bias, temperature=0.5, logit_scale=3.0, softcap=softcap)
     torch.testing.assert_close(found, logits.mean(-1) / 0.5)
 
 
 def test_attach_scores_with_it_and_detach_takes_it_away(tmp_path):
     trainer = tiny.build("dpo", tmp_path, max_steps=1)
     attach(trainer, "dpo", kernel="prefloss")
-    with mock.patch.object(_kernel, "linear_token_stats", wraps=_kernel.linear_token_stats) as scored:
+    with mock.patch.object(
+        kernel_module, "linear_token_stats", wraps=kernel_module.linear_token_stats
+    ) as scored:
         trainer.train()
     assert scored.called
     assert attached(trainer).state()["args"]["kernel"] == "prefloss"
@@ -198,7 +203,7 @@ def test_enable_scores_references_too(tmp_path, kind):
     enable(kernel="prefloss")
     loss = ["dpo(beta=0.3)"] if kind == "dpo" else "kto(beta=0.3, kl_baseline='zero')"
     try:
-        with mock.patch.object(_kernel, "scoring", wraps=_kernel.scoring) as scoring:
+        with mock.patch.object(kernel_module, "scoring", wraps=kernel_module.scoring) as scoring:
             trainer = tiny.build(kind, tmp_path, loss_type=loss, precompute_ref_log_probs=True)
         with pytest.raises(ValueError, match="kernel: got 'trl', but enabled with 'prefloss'"):
             enable()
@@ -236,4 +241,4 @@ def test_a_head_sharded_by_zero_3_is_refused():
     weight = torch.nn.Parameter(torch.randn(5, 3))
     weight.ds_id = 0
     with pytest.raises(TypeError, match="ZeRO-3"):
-        _kernel._Scores.apply(torch.randn(2, 3), weight, None, torch.tensor([0, 1]), 1.0, 32768)
+        kernel_module._Scores.apply(torch.randn(2, 3), weight, None, torch.tensor([0, 1]), 1.0, 32768)

@@ -3,7 +3,7 @@
 import pytest
 
 from prefloss.integrations.trl import PreferenceLossCallback
-from tests.integrations.trl import tiny
+from tests import tiny
 
 
 def resolved(tmp_path, kind, loss, given=None, **options):

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 from prefloss.integrations.trl import PreferenceLossCallback, attach
-from tests.integrations.trl import tiny
+from tests import tiny
 
 LOSSES = {
     "sigmoid": ("dpo", "dpo"),

@@ -3,38 +3,17 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import prefloss
 from prefloss.integrations.trl import PreferenceLossCallback
-from prefloss.integrations.trl._callback import attached
-from tests.integrations.trl import tiny
-
-
-def experts():
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=43,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            max_position_embeddings=64,
-            router_aux_loss_coef=0.5,
-            output_router_logits=True,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
+from prefloss.integrations.trl.callback import attached
+from tests import tiny
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_router_loss_of_experts_is_kept(tmp_path, kind):
-    theirs = tiny.train(kind, tmp_path, policy=experts(), max_steps=3)
-    ours = tiny.train(kind, tmp_path, [PreferenceLossCallback(kind)], policy=experts(), max_steps=3)
+    theirs = tiny.train(kind, tmp_path, policy=tiny.experts(), max_steps=3)
+    ours = tiny.train(kind, tmp_path, [PreferenceLossCallback(kind)], policy=tiny.experts(), max_steps=3)
     assert ours.losses == pytest.approx(theirs.losses, abs=1e-5)
     assert ours.logs[-1]["aux_loss"] > 0
 
@@ -132,14 +111,14 @@ def test_a_truncated_completion_is_left_out(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="1 of 4 examples have a completion without tokens"):
         loss = trainer.compute_loss(trainer.model, batch)
     assert loss.item() == pytest.approx(0.693147, abs=1e-5)
-    assert trainer._metrics["eval"]["prefloss/empty"] == [0.25]
+    assert attached(trainer).objective.metrics(training=False)["prefloss/empty"] == 0.25
 
 
 @pytest.mark.parametrize("item", ["score_chosen", "scores", "kl"])
 def test_a_batch_item_that_the_loss_does_not_read_is_refused(tmp_path, item):
     trainer = tiny.build("dpo", tmp_path, [PreferenceLossCallback("dpo")])
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    with pytest.raises(ValueError, match=f"batch item '{item}': dpo does not read it"):
+    with pytest.raises(ValueError, match=f"column '{item}': dpo does not read it"):
         trainer.compute_loss(trainer.model, {**batch, item: torch.ones(4)})
 
 

@@ -9,8 +9,8 @@ import torch
 
 from prefloss.integrations.transformers import PreferenceCollator
 from prefloss.integrations.trl import PreferenceLossCallback
-from tests.integrations.transformers import two_processes as two
-from tests.integrations.trl import tiny
+from tests import tiny
+from tests import two_processes as two
 
 pytestmark = pytest.mark.slow
 CASES = {

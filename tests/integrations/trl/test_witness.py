@@ -6,7 +6,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import prefloss
 from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback, attach, detach
-from tests.integrations.trl import tiny
+from tests import tiny
 
 # TRL's loss type and options -> our name, with what we must be told where TRL's form is not the paper's.
 WITNESSED = {
@@ -111,13 +111,12 @@ def test_a_sum_of_losses_is_trls(tmp_path, moved):
     )
     theirs, their_gradient = batch_loss_and_gradient(trainer)
     expression = "0.8*dpo(beta=0.1) + 0.2*bco_pair(beta=0.1, shift=0.0) + 1.0*nll(average='batch')"
-    attach(trainer, expression)
+    callback = attach(trainer, expression)
     ours, our_gradient = batch_loss_and_gradient(trainer)
     assert ours == pytest.approx(theirs, rel=1e-5)
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-5)
-    assert {"prefloss/loss/dpo", "prefloss/loss/bco_pair", "prefloss/loss/nll"} <= trainer._metrics[
-        "train"
-    ].keys()
+    names = {"prefloss/loss/dpo", "prefloss/loss/bco_pair", "prefloss/loss/nll"}
+    assert names <= callback.objective.metrics().keys()
 
 
 def test_unpaired_apo_is_kto_without_a_baseline(tmp_path):
@@ -156,7 +155,7 @@ def test_the_score_of_a_vote_has_an_old_name():
 
 def test_a_graded_loss_without_scores_says_how_to_pass_them(tmp_path):
     trainer = tiny.build("dpo", tmp_path, [PreferenceLossCallback("margin_dpo")])
-    with pytest.raises(ValueError, match=r"margin_dpo: got a batch without scores.*FeedbackCollator"):
+    with pytest.raises(ValueError, match=r"margin_dpo: got data without scores, .*FeedbackCollator"):
         trainer.train()
 
 

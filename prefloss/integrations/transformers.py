@@ -1,0 +1,250 @@
+"""prefloss in `transformers.Trainer`, on any feedback.
+
+`PreferenceLossCallback("dpo", reference=...)` among a trainer's callbacks trains with that loss, on batches of a
+`PreferenceCollator`. transformers hands a callback no trainer. So the first callback wraps three methods of the
+class, once per process: `compute_loss`, `log`, and `get_batch_samples`, which sees the batches of an optimizer step
+together. Each wrapper looks for a `PreferenceLossCallback` in the trainer's list of callbacks; without one it only
+calls the trainer's method. Nothing is stored on the trainer. Subclasses that override `compute_loss`, as TRL's do,
+are unaffected.
+"""
+
+from __future__ import annotations
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    # An import error inside transformers does not mean that transformers is missing.
+    if error.name != "transformers":
+        raise
+    raise ModuleNotFoundError(
+        "prefloss.integrations.transformers needs transformers: pip install 'prefloss[transformers]'",
+        name="transformers",
+    ) from error
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.trainer import Trainer
+from transformers.utils import logging
+
+from prefloss._deprecated import moved
+from prefloss.integrations.binding import (
+    LossCallback,
+    attached,
+    evaluation_prefix,
+    own_examples,
+    wrap_method,
+)
+from prefloss.registry import Loss
+from prefloss.training import HeadSpec as HeadSpec
+from prefloss.training import ModelLogps as ModelLogps
+from prefloss.training import PreferenceCollator as PreferenceCollator
+from prefloss.training import PreferenceObjective as PreferenceObjective
+from prefloss.training import Reference as Reference
+from prefloss.training import model_logps as model_logps
+from prefloss.training import with_reference_logps as with_reference_logps
+from prefloss.training import write_reference_table as write_reference_table
+from prefloss.training.batch import COUNTS
+
+__getattr__ = moved(__name__, {"reads_table": "prefloss.integrations.trl:trainer_with_table"})
+
+logger = logging.get_logger(__name__)
+
+
+class PreferenceLossCallback(LossCallback):
+    """Train `transformers.Trainer` with a prefloss loss, on any feedback.
+
+    Give the trainer `data_collator=PreferenceCollator(tokenizer)` and `remove_unused_columns=False`. Pairs become
+    labels for a loss of labels, and groups of two for a listwise one; rankings become pairs as `rankings_as` says. One
+    callback serves one trainer. In TRL's trainers use the callback of `prefloss.integrations.trl`.
+
+    With gradient accumulation and several processes, an optimizer step minimises the mean over all examples of the step
+    that the loss counts, however they fall into micro-batches. A loss that couples the examples of its batch
+    (`spec.separable` is False, such as `aot`) sees one micro-batch of all processes.
+
+    `Trainer.evaluate` gives the loss and TRL's metrics (`eval_rewards/accuracies` and others) as means over the whole
+    evaluation; `Trainer.predict` gives each completion's log-prob under policy and reference, nats.
+
+    Args:
+        loss: Name of a registered loss, with hyperparameters if needed (`"ipo(tau=0.1)"`), or a `Loss`.
+        **options: `reference`, `check_step_zero`, `rankings_as`, `diagnose` and hyperparameters of the loss, as for
+            `PreferenceObjective`.
+
+    Raises:
+        ValueError: If the loss is unknown, a hyperparameter out of range, or a reference missing.
+        TypeError: If a hyperparameter is unknown or of the wrong type, or hyperparameters accompany a `Loss`.
+
+    Example:
+        >>> PreferenceLossCallback("dpo", beta=0.2, reference=Reference.adapter_off())
+        PreferenceLossCallback(dpo(beta=0.2), reference=Reference.adapter_off())
+    """
+
+    compute_loss_of = "transformers'"
+    objective: PreferenceObjective
+
+    def __init__(self, loss: str | Loss, **options: Any) -> None:
+        super().__init__(PreferenceObjective(loss, **options))
+        self._checked_trainer = False
+        _install()
+
+    @property
+    def reference(self) -> Reference:
+        """The reference."""
+        return self.objective.reference
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the loss's state from the checkpoint that training resumes from."""
+        super().on_train_begin(args, state, control, **kwargs)
+        # A resumed policy has left its reference, and so has one that trains a second time.
+        self.objective.fresh = self.objective.check_step_zero and not state.global_step and not self._used
+
+    def on_predict(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Add the metrics of `Trainer.predict`."""
+        self._add_metrics(metrics)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "loss": repr(self.loss),
+            "reference": self.reference.config(),
+            "check_step_zero": self.objective.check_step_zero,
+            "rankings_as": self.objective.rankings_as,
+            **super()._settings(),
+        }
+
+    def _check_args(self, args: Any) -> None:
+        _check_args(args)
+        logger.info(f"prefloss trains this model with {self!r}")
+        if args.gradient_accumulation_steps > 1 and self.loss.couples_batch:
+            warnings.warn(
+                f"{self.loss.name}: an example's loss depends on its batch, one micro-batch of "
+                f"{args.per_device_train_batch_size} examples on each process; accumulation does not enlarge it",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _count(self, batches: Sequence[dict[str, Any]]) -> None:
+        # The last fetch of an epoch may be empty.
+        if batches:
+            self.objective.count(batches)
+
+    def _compute(self, trainer: Any, model: Any, batch: Any, num_items: Any) -> dict[str, Tensor]:
+        self._bind(trainer.args)
+        self._check_trainer(trainer)
+        counted = COUNTS in batch
+        examples = None if model.training else own_examples(trainer, batch)
+        result = self.objective(model, batch, examples=examples)
+        if not model.training:
+            return result.outputs
+        self._used = True
+        # A subclass that fetches its batches in its own way has not had them counted: then the step's loss is the mean
+        # of the micro-batches' means.
+        factor = 1.0 if counted else 1 / _micro_batches(trainer)
+        if _divides(trainer, num_items):
+            factor *= _micro_batches(trainer)
+        return {**result.outputs, "loss": result.loss * factor}
+
+    def _check_trainer(self, trainer: Any) -> None:
+        if self._checked_trainer:
+            return
+        if trainer.compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func: got one beside PreferenceLossCallback, expected None: it would not be used"
+            )
+        self.objective.autocast = trainer.accelerator.autocast
+        self._checked_trainer = True
+
+    def _add_metrics(self, logs: dict[str, float]) -> None:
+        """Add to what the trainer logs; `evaluate` returns the same dictionary."""
+        if not self._checked_trainer:
+            return
+        prefix = evaluation_prefix(logs)
+        if prefix is not None:
+            # `loss` replaces the trainer's, which is a mean of batch means.
+            metrics = self.objective.metrics(training=False)
+            logs.update({f"{prefix}_{name}": value for name, value in metrics.items()})
+        elif "loss" in logs:
+            metrics = self.objective.metrics()
+            logs.update({name: value for name, value in metrics.items() if name != "loss"})
+
+    def __repr__(self) -> str:
+        """The callback with its loss and reference."""
+        return f"{type(self).__name__}({self.loss!r}, reference={self.reference!r})"
+
+
+def _install() -> None:
+    for name, wrapper in (("compute_loss", _computing), ("log", _logging), ("get_batch_samples", _counting)):
+        wrap_method(Trainer, name, wrapper)
+
+
+def _computing(method: Any) -> Any:
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        callback = attached(self, PreferenceLossCallback)
+        if callback is None:
+            return method(self, model, inputs, return_outputs, num_items_in_batch)
+        outputs = callback._compute(self, model, inputs, num_items_in_batch)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    return compute_loss
+
+
+def _logging(method: Any) -> Any:
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        callback = attached(self, PreferenceLossCallback)
+        if callback is not None:
+            callback._add_metrics(logs)
+        return method(self, logs, *args, **kwargs)
+
+    return log
+
+
+def _counting(method: Any) -> Any:
+    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batches, num_items = method(self, *args, **kwargs)
+        callback = attached(self, PreferenceLossCallback)
+        if callback is not None:
+            callback._count(batches)
+        return batches, num_items
+
+    return get_batch_samples
+
+
+def _check_args(args: Any) -> None:
+    """Refuse training arguments that belong to another trainer, or that bypass the loss.
+
+    Raises:
+        TypeError: If they are those of a TRL trainer.
+        ValueError: If they smooth labels, or use several devices in one process.
+    """
+    if any(kind.__module__.split(".")[0] == "trl" for kind in type(args).__mro__):
+        raise TypeError(
+            f"args: got {type(args).__name__}, the configuration of a TRL trainer, which makes its own batches; use "
+            "PreferenceLossCallback of prefloss.integrations.trl there"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0: it smooths the next token; "
+            "preferences are smoothed by the loss's own label_smoothing"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"n_gpu: got {args.n_gpu} devices in one process (DataParallel), expected one; start with torchrun or "
+            "accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+        )
+
+
+def _micro_batches(trainer: Any) -> int:
+    """Micro-batches of this optimizer step; the last step of an epoch may have fewer."""
+    # The trainer sets the attribute when training begins.
+    return getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+
+
+def _divides(trainer: Any, num_items: Any) -> bool:
+    """Whether the trainer will divide the loss by the number of micro-batches, though it is a share of the step."""
+    stated = getattr(trainer, "loss_is_scaled_for_ga", None)
+    return not (trainer.model_accepts_loss_kwargs and num_items is not None if stated is None else stated)

@@ -1,0 +1,190 @@
+"""The function that turns hidden states into log-probs inside a TRL trainer: TRL's chunked one, or our fused one.
+
+TRL gives each model a forward that ends in `trl.trainer.utils._ChunkedLogProbFunction`, looked up at every call.
+`scoring("prefloss")` replaces it temporarily. Without a GPU, `_use_triton` makes TRL's forward score every position,
+prompts and padding included; it is replaced too, so that only completion tokens are scored on every device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from trl.trainer import utils
+
+from prefloss.integrations.binding import replaced
+from prefloss.logprobs import linear_token_logps, linear_token_stats
+
+KERNELS = ("trl", "prefloss")
+
+_SEAM = ("_ChunkedLogProbFunction", "_use_triton")
+_ARGUMENTS = (
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+# Logits in a slice of tokens, for the mean under a softcap: 64 MiB in float32.
+_SLICE = 2**24
+
+
+def check_kernel(kernel: str) -> None:
+    """Refuse an unknown kernel, or one that this TRL cannot use.
+
+    Raises:
+        ValueError: If it is neither "trl" nor "prefloss".
+        RuntimeError: If this TRL scores completions in an unknown way.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel: got {kernel!r}, expected 'trl' or 'prefloss'")
+    if kernel == "trl":
+        return
+    function = getattr(utils, _SEAM[0], None)
+    arguments = tuple(inspect.signature(function.forward).parameters)[1:] if function is not None else ()
+    names = _names_in(utils.add_fused_lm_head.__code__)
+    if arguments != _ARGUMENTS or not names.issuperset(_SEAM) or not hasattr(utils, _SEAM[1]):
+        raise RuntimeError(
+            f"kernel: got 'prefloss', but TRL {trl.__version__} scores completions in a way that prefloss does not "
+            f"know ({_SEAM[0]} of trl.trainer.utils takes {list(arguments)}); use kernel='trl', and please report it"
+        )
+
+
+@contextmanager
+def scoring(kernel: str) -> Iterator[None]:
+    """Score TRL's forward passes with `kernel` inside.
+
+    Args:
+        kernel: "trl" or "prefloss", after `check_kernel`.
+    """
+    ours: dict[str, Any] = {}
+    if kernel == "prefloss":
+        ours = {"_ChunkedLogProbFunction": _Scores, "_use_triton": _completions_alone}
+    with replaced(utils, ours):
+        yield
+
+
+def references_by(own: Callable[..., Any], kernel_of: Callable[[Any], str]) -> Callable[..., Any]:
+    """TRL's `_precompute_ref_logps`, scored by the kernel that `kernel_of(trainer)` names.
+
+    TRL caches the results in a file named by a hash of model and data; ours go to another file.
+    """
+
+    def _precompute_ref_logps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernel = kernel_of(self)
+        if kernel == "trl":
+            return own(self, *args, **kwargs)
+        model_hash = self._precompute_model_hash
+        self._precompute_model_hash = f"{model_hash}-{kernel}"
+        try:
+            with scoring(kernel):
+                return own(self, *args, **kwargs)
+        finally:
+            self._precompute_model_hash = model_hash
+
+    return _precompute_ref_logps
+
+
+def mixes_kernels(trainer: Any) -> bool:
+    """Whether references rounded by TRL's kernel would differ visibly from ours: in half precision."""
+    half = trainer.args.bf16 or trainer.args.fp16 or trainer.model.dtype in (torch.bfloat16, torch.float16)
+    return bool(trainer.precompute_ref_logps and half)
+
+
+class _Scores:
+    """Replaces TRL's autograd function; only `apply` is called."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = (),
+    ) -> tuple[Tensor | None, ...]:
+        """Log-probs of completion tokens, [n], and the statistics named in `outputs`."""
+        if hasattr(weight, "ds_id"):
+            raise TypeError(
+                "kernel: got 'prefloss' with an output head that DeepSpeed ZeRO-3 shards, which it cannot gather again "
+                "in the backward pass; use kernel='trl'"
+            )
+        # As TRL does: what autocast says, or else the dtype of the hidden states.
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        transform: dict[str, Any] = {
+            "temperature": temperature,
+            "logit_scale": logit_scale,
+            "softcap": final_logit_softcapping,
+        }
+        if not {"entropy", "log_sum_sq_probs", "is_top1"}.intersection(outputs):
+            logps = linear_token_logps(hidden, weight, targets, bias=bias, **transform)
+            results: list[Tensor | None] = [logps, None, None, None, None]
+        else:
+            stats = linear_token_stats(hidden, weight, targets, bias=bias, **transform)
+            results = [stats.logps, stats.entropy, stats.log_sum_sq, None, stats.top1]
+        if "mean_logits" in outputs:
+            results[3] = mean_logits(hidden, weight, bias, **transform)
+        return tuple(results)
+
+
+@torch.no_grad()
+def mean_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Mean over the vocabulary of each token's transformed logits, [n], without gradient.
+
+    Without a softcap, the mean of the logits is the logit of the mean row of the head. A softcap is not linear, so all
+    logits are computed again, a slice of tokens at a time.
+
+    Args:
+        hidden: Hidden states, [n, H].
+        weight: Weight of the head, [V, H].
+        bias: Its bias, [V], or None.
+        temperature: Divides the logits last.
+        logit_scale: Multiplies them first.
+        softcap: Bounds the scaled ones, or None.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if softcap is None:
+            mean = hidden.to(wide) @ weight.mean(0, dtype=wide)
+            mean = mean if bias is None else mean + bias.mean(dtype=wide)
+            return mean * (logit_scale / temperature)
+        means = hidden.new_empty(len(hidden), dtype=wide)
+        step = max(1, _SLICE // len(weight))
+        for start in range(0, len(hidden), step):
+            logits = torch.nn.functional.linear(hidden[start : start + step], weight, bias).to(wide)
+            capped = logits.mul_(logit_scale / softcap).tanh_()
+            means[start : start + step] = capped.mean(-1) * (softcap / temperature)
+        return means
+
+
+def _completions_alone(device: torch.device) -> bool:
+    """Replaces `_use_triton`: True makes TRL's forward select the completion tokens."""
+    return True
+
+
+def _names_in(code: Any) -> set[str]:
+    inner = [part for part in code.co_consts if inspect.iscode(part)]
+    return {*code.co_names, *(name for part in inner for name in _names_in(part))}

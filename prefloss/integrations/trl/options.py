@@ -1,0 +1,230 @@
+"""Loss options of TRL's configurations: each is taken over by the loss, or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from trl import DPOConfig, KTOConfig
+
+from prefloss.feedback import Labels, Pairs
+from prefloss.registry import Loss, LossSpec, admitted, from_terms, get, parse, spec_of
+
+# Options of TRL's configurations that change its loss.
+_LOSS_OPTIONS = {
+    DPOConfig: (
+        "beta",
+        "label_smoothing",
+        "ld_alpha",
+        "f_divergence_type",
+        "f_alpha_divergence_coef",
+        "use_weighting",
+        "discopop_tau",
+    ),
+    KTOConfig: ("beta", "desirable_weight", "undesirable_weight"),
+}
+_OWN_LOSS_TYPES = {
+    DPOConfig: frozenset(
+        (
+            "sigmoid",
+            "sigmoid_norm",
+            "hinge",
+            "ipo",
+            "exo_pair",
+            "nca_pair",
+            "robust",
+            "bco_pair",
+            "sppo_hard",
+            "aot",
+            "aot_unpaired",
+            "apo_zero",
+            "apo_down",
+            "discopop",
+            "sft",
+        )
+    ),
+    KTOConfig: frozenset(("kto", "apo_zero_unpaired")),
+}
+# What each trainer supplies to a loss; scores and the like come with the batch.
+_SUPPLIES = {
+    DPOConfig: frozenset(("tokens", "scores", "per_token", "per_token.log_sum_sq")),
+    KTOConfig: frozenset(("tokens", "scores", "per_token", "mismatched", "kl", "baseline")),
+}
+
+
+def config_class(args: Any) -> type:
+    """Which of TRL's two configurations `args` is.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    for kind in _LOSS_OPTIONS:
+        if isinstance(args, kind):
+            return kind
+    raise TypeError(
+        f"trainer: got one with {type(args).__name__}, expected TRL's DPOTrainer (DPOConfig) or KTOTrainer (KTOConfig)"
+    )
+
+
+def known_to_trl(args: Any, name: str) -> bool:
+    """Whether TRL itself has a loss of that name for this configuration."""
+    return name in _OWN_LOSS_TYPES[config_class(args)]
+
+
+def resolve(args: Any, loss: Loss) -> Loss:
+    """The loss with its hyperparameters: those stated, those the trainer's configuration sets, the loss's defaults.
+
+    An option at TRL's default counts as unset. In a sum of losses, an option goes to each term that has it.
+
+    Args:
+        args: The trainer's configuration.
+        loss: The loss that the user asked for.
+
+    Raises:
+        ValueError: If the configuration sets an option that no term of the loss has, or contradicts a stated one,
+            or the trainer cannot supply what the loss needs.
+        TypeError: If the loss takes a kind of feedback that this trainer cannot give.
+    """
+    kind = config_class(args)
+    _check_feedback(kind, loss.spec)
+    options = _set_options(args, kind)
+    used: set[str] = set()
+    terms = []
+    for weight, term in loss.terms:
+        changes, read = _inherited(kind, term, options)
+        used |= read
+        terms.append((weight, term.replaced(**changes) if changes else term))
+    unread = sorted(options.keys() - used)
+    if unread:
+        raise ValueError(
+            f"{kind.__name__}.{unread[0]}: got {options[unread[0]]!r}, but {loss.name} does not read it; leave it at "
+            "its default or choose a loss that does"
+        )
+    loss = from_terms(terms)
+    _check_loss_type(args, kind, loss)
+    _check_supplied(args, kind, loss)
+    _check_baseline(args, kind, loss)
+    return loss
+
+
+def resolve_named(args: Any, name: str, given: Mapping[str, Any]) -> Loss:
+    """Former form of `resolve`, with name and hyperparameters."""
+    return resolve(args, get(name, **given))
+
+
+def reads_mismatched(loss: Loss) -> bool:
+    """Former form of `Loss.reads_mismatched`."""
+    return loss.reads_mismatched
+
+
+def _set_options(args: Any, kind: type) -> dict[str, Any]:
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    changed = {
+        name: getattr(args, name) for name in _LOSS_OPTIONS[kind] if getattr(args, name) != defaults[name]
+    }
+    if "f_alpha_divergence_coef" in changed and args.f_divergence_type == "alpha_divergence":
+        del changed["f_alpha_divergence_coef"]  # Becomes part of the type below.
+    if changed.get("f_divergence_type") == "alpha_divergence":
+        changed["f_divergence_type"] = f"alpha({1 - args.f_alpha_divergence_coef:g})"
+    return changed
+
+
+def _inherited(kind: type, loss: Loss, options: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Hyperparameters that a loss takes over from TRL's options, and the options that it reads."""
+    changes, read = {}, set()
+    for option, value in options.items():
+        parameter, meaning = _parameter(loss.spec, option, value)
+        if parameter is None:
+            continue
+        read.add(option)
+        if parameter and loss.stated.get(parameter, meaning) != meaning:
+            raise ValueError(
+                f"{kind.__name__}.{option}: got {value!r}, but {loss.name} was given "
+                f"{parameter}={loss.stated[parameter]!r}; set it in one place"
+            )
+        if parameter:
+            changes[parameter] = meaning
+    return changes, read
+
+
+def _parameter(spec: LossSpec, option: str, value: Any) -> tuple[str | None, Any]:
+    """The loss's name and value for a TRL option; None if it has no such hyperparameter, "" if nothing is to be set."""
+    if option == "beta":
+        return spec.beta, value
+    if option == "label_smoothing" and "epsilon" in spec.parameters:
+        return "epsilon", value
+    if option == "discopop_tau":
+        return ("tau" if spec.name == "discopop" else None), value
+    if option == "use_weighting" and "per_token.log_sum_sq" in spec.needs:
+        return "", value
+    names = {"f_divergence_type": "divergence", "use_weighting": "wpo"}
+    meanings = {"js_divergence": "js"}
+    name = names.get(option, option)
+    return (name if name in spec.parameters or name in admitted(spec) else None), meanings.get(value, value)
+
+
+def _check_feedback(kind: type, spec: LossSpec) -> None:
+    kinds = (Pairs, Labels) if kind is DPOConfig else (Labels,)
+    if spec.feedback not in kinds:
+        raise TypeError(
+            f"loss: got {spec.name!r}, which takes {spec.feedback.__name__}, but "
+            f"{kind.__name__.replace('Config', 'Trainer')} gives {' or '.join(item.__name__ for item in kinds)}"
+        )
+
+
+def _check_supplied(args: Any, kind: type, loss: Loss) -> None:
+    trainer = kind.__name__.replace("Config", "Trainer")
+    for need in sorted(loss.needs - _SUPPLIES[kind]):
+        raise ValueError(
+            f"{loss.name}: needs {need}, which {trainer} does not compute; use a loop of your own"
+        )
+    if "per_token.log_sum_sq" in loss.needs and not args.use_weighting:
+        raise ValueError(
+            f"{loss.name}: needs per_token.log_sum_sq; DPOConfig(use_weighting=True) makes DPOTrainer compute it"
+        )
+    if any(need.startswith("per_token") for need in loss.needs) and args.precompute_ref_log_probs:
+        raise ValueError(
+            f"{loss.name}: needs per_token, but with precompute_ref_log_probs=True {trainer} keeps only the "
+            "reference's sums; leave it False"
+        )
+
+
+def _check_loss_type(args: Any, kind: type, loss: Loss) -> None:
+    """Refuse a `loss_type` beside ours that means another loss; TRL's defaults count as unset."""
+    names = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    # KTO's two names only decide whether TRL builds mismatched completions.
+    if names == ["sigmoid"] or (kind is KTOConfig and known_to_trl(args, names[0])):
+        return
+    meant = [term.name for term in parse(expression(names, getattr(args, "loss_weights", None)))]
+    trained = [term.spec for _, term in loss.terms]
+    if [spec_of(name) for name in meant] != trained:
+        raise ValueError(
+            f"{kind.__name__}.loss_type: got {args.loss_type!r}, but the loss to train is {loss!r}"
+        )
+
+
+def expression(names: list[str], weights: list[float] | None) -> str:
+    """TRL's list of loss types and weights as one expression."""
+    if len(names) == 1 and weights in (None, [1.0]):
+        return names[0]
+    return " + ".join(
+        f"{weight!r}*{name}" for name, weight in zip(names, weights or [1.0] * len(names), strict=True)
+    )
+
+
+def _check_baseline(args: Any, kind: type, loss: Loss) -> None:
+    for _, term in loss.terms:
+        if not term.reads_mismatched:
+            continue
+        got = f"{term.name}: kl_baseline: got {term.params['kl_baseline']!r}"
+        if kind is DPOConfig:
+            raise ValueError(
+                f"{got}, but DPOTrainer scores no mismatched completions; choose 'running_mean' or 'zero', or train it "
+                "with KTOTrainer"
+            )
+        if args.loss_type == "apo_zero_unpaired":
+            raise ValueError(
+                f"{got}, but with loss_type='apo_zero_unpaired' KTOTrainer builds no mismatched completions; choose "
+                "'running_mean' or 'zero', or leave loss_type='kto'"
+            )

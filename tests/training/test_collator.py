@@ -1,0 +1,240 @@
+"""Examples of every kind become one batch; a bad one is named."""
+
+import pytest
+import torch
+
+from prefloss.feedback import Labels, Pairs, Rankings
+from prefloss.integrations.transformers import PreferenceCollator
+from prefloss.logratios import LogRatios
+from prefloss.training import PreferenceBatch
+from tests import tiny
+
+PAIR = {"prompt": "w1 w2", "chosen": " w3 w4", "rejected": " w5"}
+LABEL = {"prompt": "w1 w2", "completion": " w3", "label": True}
+RANKING = {"prompt": "w1", "completions": [" w2", " w3 w4", " w5"], "scores": [0.5, 2.0, 1.0]}
+IDS = {"prompt_ids": [4, 5], "chosen_ids": [6, 7, 1], "rejected_ids": [8, 1]}
+
+
+def collate(*examples, **options):
+    return PreferenceCollator(tiny.tokenizer(), **options)(examples)
+
+
+def feedback(batch):
+    """What a model that gives row i a log-prob of -i would make of the batch."""
+    rows = -torch.arange(len(batch["input_ids"])).float()
+    batch = PreferenceBatch.of(batch)
+    assert batch.rows.inputs.keys() == {"input_ids", "attention_mask"}
+    return batch.feedback(LogRatios(rows, None, batch.rows.tokens))
+
+
+def test_pairs_text_and_ids_are_the_same():
+    text = collate(PAIR, PAIR)
+    ids = PreferenceCollator()([IDS, IDS])
+    assert text.keys() == ids.keys()
+    assert all(torch.equal(text[name], ids[name]) for name in text)
+    assert text["input_ids"].tolist() == [[4, 5, 6, 7, 1]] * 2 + [[4, 5, 8, 1, 0]] * 2
+    assert text["completion_mask"].sum(-1).tolist() == [3, 3, 2, 2]
+    found = feedback(text)
+    assert isinstance(found, Pairs)
+    assert found.chosen.policy.tolist() == [0, -1]
+    assert found.rejected.policy.tolist() == [-2, -3]
+
+
+def test_messages_go_through_the_template():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <eos> {% endfor %}"
+    row = {
+        "prompt": [{"role": "user", "content": "w1 w2"}],
+        "completion": [{"role": "assistant", "content": "w3"}],
+        "label": False,
+    }
+    batch = PreferenceCollator(tokenizer)([row])
+    assert batch["input_ids"].tolist() == [[4, 5, 1, 6, 1]]
+    assert batch["completion_mask"].tolist() == [[0, 0, 0, 1, 1]]
+
+
+def test_labels_with_everything():
+    found = feedback(
+        collate(*({**LABEL, "label": i, "score": i, "weight": 2.0, "kl": 0.1, "baseline": 3} for i in (1, 0)))
+    )
+    assert isinstance(found, Labels)
+    assert found.desirable.tolist() == [True, False]
+    assert found.scores.tolist() == [1.0, 0.0]
+    assert found.weight.tolist() == [2.0, 2.0]
+    assert found.baseline.tolist() == [3.0, 3.0]
+
+
+def test_the_old_name_of_the_score_is_read_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="column 'scores' of labelled rows is now called 'score'"):
+        batch = collate({**LABEL, "scores": 0.5})
+    assert batch["scores"].tolist() == [0.5]
+
+
+def test_rankings_of_different_sizes():
+    two = {"prompt": "w1", "completions": [" w2", " w3"], "scores": [0, 1], "ref_logps": [-3.0, -4.0]}
+    batch = collate(two, {**RANKING, "ref_logps": [-5.0, -6.0, -7.0]})
+    assert batch["group_rows"].tolist() == [[0, 1, -1], [2, 3, 4]]
+    assert batch["ref_logps"].tolist() == [-3, -4, -5, -6, -7]
+    found = feedback(batch)
+    assert isinstance(found, Rankings)
+    assert found.present.tolist() == [[True, True, False], [True, True, True]]
+    assert found.completions.policy[1].tolist() == [-2, -3, -4]
+
+
+def test_references_beside_pairs_follow_the_rows():
+    rows = [{**PAIR, "ref_chosen_logps": -1.0 - i, "ref_rejected_logps": -11.0 - i} for i in range(2)]
+    assert collate(*rows)["ref_logps"].tolist() == [-1, -2, -11, -12]
+
+
+def test_a_completion_cut_away_is_kept_and_not_counted():
+    collator = PreferenceCollator(tiny.tokenizer(), max_length=3)
+    batch = collator([PAIR, {**PAIR, "prompt": "w1 w2 w3"}])
+    assert batch["input_ids"].shape == (4, 3)
+    assert batch["labels"].tolist() == [1, -100]
+    assert collator.seen["truncated_away"] == 2
+
+
+def test_tensors_and_arrays_are_read():
+    data = tiny.Dataset.from_list([IDS, IDS]).with_format("torch")
+    assert torch.equal(PreferenceCollator()([data[0]])["input_ids"], PreferenceCollator()([IDS])["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (
+            [PAIR, {**PAIR, "chosen": None}],
+            r"example 1 of the batch: column 'chosen': got null, expected a string",
+        ),
+        ([PAIR, {"prompt": "w1", "chosen": " w2"}], r"example 1 of the batch: missing column 'rejected'"),
+        ([{**PAIR, "rejected": " "}], r"example 0 of the batch: column 'rejected': got an empty completion"),
+        (
+            [{**RANKING, "completions": [" w1", "", " w2"]}],
+            r"column 'completions'\[1\]: got an empty completion",
+        ),
+        (
+            [{**RANKING, "scores": [1.0, 2.0]}],
+            r"column 'scores': got 2 scores, expected one for each of 3 completions",
+        ),
+        ([{**LABEL, "label": 0.5}], r"column 'label': got 0.5, expected true or false"),
+        ([{**PAIR, "weight": float("nan")}], r"column 'weight': got nan, expected a finite number"),
+        (
+            [PAIR, LABEL],
+            r"example 1 of the batch: got a row of labelled.*but example 0 of the batch is of paired",
+        ),
+        (
+            [{**PAIR, "weight": 1.0}, PAIR],
+            r"example 1 of the batch: lacks the column 'weight', which example 0",
+        ),
+        ([{**PAIR, "score_chosen": 1.0}], r"missing column 'score_rejected' beside 'score_chosen'"),
+        (
+            [{**PAIR, "ref_chosen_logps": -1.0}],
+            r"missing column 'ref_rejected_logps' beside 'ref_chosen_logps'",
+        ),
+        (
+            [{**LABEL, "ref_logps": 3.0}],
+            r"column 'ref_logps': got 3.0, expected a log-prob in nats, at most 0",
+        ),
+        (
+            [{**RANKING, "ref_logps": [-1.0]}],
+            r"column 'ref_logps': got \[-1.0\], expected a log-prob for each of 3 completions",
+        ),
+        ([{**IDS, "chosen_ids": []}], r"column 'chosen_ids': got an empty completion"),
+        (
+            [{**IDS, "chosen_ids": [1.5]}],
+            r"column 'chosen_ids': got \[1.5\], expected a list of token ids >= 0",
+        ),
+        ([{"prompt_ids": [1], "chosen_ids": [2]}], r"missing column 'rejected_ids' beside 'chosen_ids'"),
+        ([{"chosen_ids": [1], "rejected_ids": [2]}], r"missing column 'prompt_ids'"),
+        ([{}], r"has no columns; the trainer took the others out because remove_unused_columns is True"),
+        (
+            [{"label": 1}],
+            r"has only 'label'; the trainer took the others out because remove_unused_columns is True",
+        ),
+        ([], r"examples: got none, expected at least one"),
+    ],
+)
+def test_a_bad_example_is_named(examples, message):
+    with pytest.raises(ValueError, match=message):
+        collate(*examples)
+
+
+def test_text_needs_a_tokenizer():
+    with pytest.raises(TypeError, match="example 0 of the batch: got text, but tokenizer is None"):
+        PreferenceCollator()([PAIR])
+
+
+def test_a_bad_length_is_refused():
+    with pytest.raises(ValueError, match="max_length: got 0, expected a whole number >= 2"):
+        PreferenceCollator(max_length=0)
+
+
+@pytest.mark.parametrize(
+    ("example", "name", "message"),
+    [
+        ({**PAIR, "chosen": PAIR["rejected"]}, "identical", "completions of one prompt are identical"),
+        ({**IDS, "chosen_ids": [6, 1, 1]}, "double_end", "ends in two end-of-sequence tokens"),
+        (
+            {**PAIR, "weights": 2.0, "scores_chosen": 1.0, "id": "x", "source": None},
+            "unread",
+            r"nothing reads: 'weights' \(did you mean 'weight'\?\), 'scores_chosen' \(did you mean 'score_chosen'\?\), "
+            r"'id'\. Shown once",
+        ),
+        ({**IDS, "kl": 1.0}, "unread", "nothing reads: 'kl'"),
+    ],
+)
+def test_what_is_odd_is_counted_and_said_once(example, name, message, recwarn):
+    collator = PreferenceCollator(tiny.tokenizer())
+    with pytest.warns(UserWarning, match=message):
+        collator([example, example])
+    collator([example])
+    assert collator.seen[name] == 3
+    assert not recwarn.list
+
+
+def test_votes_of_one_kind_are_noticed():
+    collator = PreferenceCollator(tiny.tokenizer())
+    collator([LABEL] * 63)
+    with pytest.warns(UserWarning, match="the first 64 labels are all upvotes"):
+        collator([LABEL])
+
+
+def test_the_trainer_says_why_columns_are_gone(tmp_path):
+    policy = tiny.model()
+    rows = [dict(row) for row in tiny.pairs(4)]
+    trainer = tiny.plain_build(
+        tmp_path, tiny.plain_callback(policy, "dpo"), policy, data=rows, remove_unused_columns=True
+    )
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        trainer.train()
+
+
+VOTES = [
+    {"prompt_ids": [5, 6], "completion_ids": [7, 1], "label": True},
+    {"prompt_ids": [8], "completion_ids": [9, 10, 1], "label": False},
+    {"prompt_ids": [11, 12, 13], "completion_ids": [14], "label": True},
+]
+
+
+def test_mismatched_completions_are_those_of_the_next_example():
+    batch = PreferenceCollator(mismatched=True)(VOTES)
+    assert batch["kl_input_ids"].tolist() == [[5, 6, 9, 10, 1], [8, 14, 0, 0, 0], [11, 12, 13, 7, 1]]
+    assert batch["kl_completion_mask"].tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (
+            VOTES[:1],
+            "mismatched: got a batch of one example, expected two or more; .* kl_baseline='running_mean'",
+        ),
+        (
+            [{"prompt_ids": [5], "chosen_ids": [7], "rejected_ids": [8]}] * 2,
+            "mismatched: got data of paired .*, expected labels",
+        ),
+    ],
+)
+def test_mismatched_completions_that_cannot_be_are_errors(examples, message):
+    with pytest.raises(ValueError, match=message):
+        PreferenceCollator(mismatched=True)(examples)

@@ -1,0 +1,249 @@
+"""Log-probs of real architectures without their logits, against their own logits in float64."""
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from prefloss.integrations.transformers import HeadSpec, model_logps
+from prefloss.logratios import IGNORE_INDEX, completion_targets
+
+V = 61
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HEADS = {**SMALL, "head_dim": 8}
+OLD = {"vocab_size": V, "bos_token_id": 1, "eos_token_id": 2}
+GPT = {**OLD, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+STATE = {**OLD, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "pad_token_id": 0}
+CONFIGS = {
+    "llama": lambda: hf.LlamaConfig(**SMALL),
+    "llama_tied": lambda: hf.LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "mistral": lambda: hf.MistralConfig(**SMALL),
+    "mixtral": lambda: hf.MixtralConfig(**SMALL, num_local_experts=4, output_router_logits=True),
+    "qwen3": lambda: hf.Qwen3Config(**HEADS),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(
+        **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, output_router_logits=True
+    ),
+    "gemma2": lambda: hf.Gemma2Config(**HEADS, final_logit_softcapping=5.0, query_pre_attn_scalar=8),
+    "gemma3": lambda: hf.Gemma3TextConfig(**HEADS, final_logit_softcapping=4.0, query_pre_attn_scalar=8),
+    "cohere": lambda: hf.CohereConfig(**SMALL, logit_scale=0.3),
+    "cohere2": lambda: hf.Cohere2Config(**SMALL, logit_scale=0.3),
+    "granite": lambda: hf.GraniteConfig(**SMALL, logits_scaling=3.0),
+    "gpt2": lambda: hf.GPT2Config(**GPT),
+    "gptj": lambda: hf.GPTJConfig(**GPT, rotary_dim=8),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
+    "phi": lambda: hf.PhiConfig(**SMALL),
+    "olmo2": lambda: hf.Olmo2Config(**SMALL),
+    "falcon_h1": lambda: hf.FalconH1Config(
+        **HEADS,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        lm_head_multiplier=0.5,
+    ),
+    "recurrent_gemma": lambda: hf.RecurrentGemmaConfig(
+        **{
+            **STATE,
+            "num_hidden_layers": 3,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "lru_width": 32,
+        },
+        attention_window_size=16,
+        logits_soft_cap=6.0,
+    ),
+    "mamba": lambda: hf.MambaConfig(**STATE),
+    "mamba2": lambda: hf.Mamba2Config(**STATE, num_heads=8, head_dim=8, n_groups=1, expand=2),
+    "rwkv": lambda: hf.RwkvConfig(
+        **OLD, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=64
+    ),
+    "bloom": lambda: hf.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4),
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=V,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    ),
+}
+# Architectures that cast their logits to float32, whatever the model's dtype.
+SINGLE = ("mamba", "mamba2", "gptj")
+# Its recurrence writes in place over what its own backward needs.
+NO_BACKWARD = ("rwkv",)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def built(name):
+    torch.manual_seed(0)
+    config = CONFIGS[name]()
+    # The grouped matmul of experts has no float64 form.
+    config._experts_implementation = "eager"
+    return hf.AutoModelForCausalLM.from_config(config).double().eval()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, V, (2, 9), generator=generator)
+    completion = torch.zeros(2, 9, dtype=torch.bool)
+    completion[0, 4:] = True
+    completion[1, 3:7] = True
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, completion_targets(ids, completion)
+
+
+def expected(model, inputs, targets):
+    logits = model(**inputs).logits.double()
+    found = torch.log_softmax(logits, -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(targets == IGNORE_INDEX, 0.0, found)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_log_probs_and_gradients_are_the_models_own(name, batch):
+    model, (inputs, targets) = built(name), batch
+    tolerance = {"rtol": 1e-5, "atol": 2e-6} if name in SINGLE else {"rtol": 1e-9, "atol": 1e-10}
+    if name in NO_BACKWARD:
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model_logps(model, inputs, targets).logps, expected(model, inputs, targets)
+            )
+        return
+    wanted = expected(model, inputs, targets)
+    found = model_logps(model, inputs, targets)
+    torch.testing.assert_close(found.logps, wanted, **tolerance)
+    assert (found.aux_loss is not None) == ("moe" in name or name == "mixtral")
+    parameters = list(model.parameters())
+    weights = torch.linspace(0.5, 1.5, wanted.numel(), dtype=torch.float64).reshape(wanted.shape)
+    theirs = torch.autograd.grad((wanted * weights).sum(), parameters, allow_unused=True)
+    ours = torch.autograd.grad((found.logps * weights).sum(), parameters, allow_unused=True)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, other, **tolerance)
+
+
+def test_no_logits_are_stored(batch):
+    model, (inputs, targets) = built("llama"), batch
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
+        model_logps(model, inputs, targets, impl="chunked")
+    assert not [shape for shape in shapes if shape[-1:] == (V,) and len(shape) > 1 and V not in shape[:1]]
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_lora_adapter_on_the_head_is_exact(batch, disabled):
+    inputs, targets = batch
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(built("llama"), lora).double().eval()
+    if disabled:
+        with model.disable_adapter():
+            wanted, found = expected(model, inputs, targets), model_logps(model, inputs, targets)
+    else:
+        wanted, found = expected(model, inputs, targets), model_logps(model, inputs, targets)
+    torch.testing.assert_close(found.logps, wanted)
+    if not disabled:
+        factors = [p for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad]
+        for mine, other in zip(
+            torch.autograd.grad(found.logps.sum(), factors),
+            torch.autograd.grad(wanted.sum(), factors),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, other)
+
+
+def test_a_head_without_an_exact_form_is_refused(batch):
+    inputs, targets = batch
+    lora = LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.5)
+    model = get_peft_model(built("llama"), lora).double().train()
+    with pytest.raises(
+        TypeError, match=r"adapter 'default' .* on the output head, expected plain LoRA without dropout"
+    ):
+        model_logps(model, inputs, targets)
+    quantised = built("llama")
+    quantised.lm_head.weight = nn.Parameter(torch.zeros(V, 32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"output head Linear with a weight of torch.uint8"):
+        model_logps(quantised, inputs, targets)
+    with pytest.raises(TypeError, match="without output embeddings"):
+        model_logps(nn.Linear(2, 2), inputs, targets)
+
+
+def test_a_transform_that_was_not_read_is_noticed(batch):
+    class Surprising(hf.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits * 1.5
+            return outputs
+
+    model = Surprising(CONFIGS["llama"]()).double().eval()
+    with pytest.raises(
+        TypeError,
+        match=r"got Surprising, which turns logits .* expected the scale of 1.0 and the softcap of None",
+    ):
+        model_logps(model, *batch)
+    # The head is itself again after a refusal.
+    assert model(**batch[0]).logits.shape[-1] == V
+
+
+def test_wrapped_models_and_their_hooks(batch):
+    inputs, targets = batch
+    model = built("llama")
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append("model"))
+    model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
+    torch.testing.assert_close(model_logps(model, inputs, targets).logps, expected(model, inputs, targets))
+    assert calls[:2] == ["head", "model"]
+
+
+def test_left_padding_and_position_ids_are_passed_on(batch):
+    inputs, targets = batch
+    model = built("llama")
+    wanted = model_logps(model, inputs, targets).logps
+    pad = torch.zeros(2, 3, dtype=torch.long)
+    padded = {
+        "input_ids": torch.cat([pad, inputs["input_ids"]], 1),
+        "attention_mask": torch.cat([pad, inputs["attention_mask"]], 1),
+        "position_ids": torch.cat([pad, torch.arange(9).expand(2, -1)], 1),
+    }
+    found = model_logps(model, padded, torch.cat([pad + IGNORE_INDEX, targets], 1)).logps
+    torch.testing.assert_close(found[:, 3:], wanted)
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+def test_temperature_and_implementations(batch, impl):
+    inputs, targets = batch
+    model = built("gemma2")
+    logits = model(**inputs).logits / 0.7
+    wanted = torch.log_softmax(logits, -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    found = model_logps(model, inputs, targets, temperature=0.7, impl=impl).logps
+    torch.testing.assert_close(found, torch.where(targets == IGNORE_INDEX, 0.0, wanted))
+
+
+def test_bad_inputs_are_named(batch):
+    inputs, targets = batch
+    model = built("llama")
+    with pytest.raises(ValueError, match="inputs: got labels, expected them as targets"):
+        model_logps(model, {**inputs, "labels": inputs["input_ids"]}, targets)
+    with pytest.raises(ValueError, match=r"targets: got shape \[2, 10\], expected \[2, 9\]"):
+        model_logps(model, inputs, torch.cat([targets, targets[:, :1]], 1))
+
+
+def test_the_head_is_read_from_the_configuration():
+    assert HeadSpec.of(built("cohere")).logit_scale == 0.3
+    assert HeadSpec.of(built("granite")).logit_scale == pytest.approx(1 / 3)
+    assert HeadSpec.of(built("gemma2")).softcap == 5.0
+    assert HeadSpec.of(built("llama")).softcap is None
