@@ -25,7 +25,7 @@ import pytest
 import typer
 
 import prefloss
-from prefloss.cli._app import app
+from prefloss.cli.app import app
 from prefloss.demo.model import tiny_llama, train_tokenizer
 from prefloss.demo.world import World
 from prefloss.integrations import trl

@@ -13,7 +13,7 @@ _EXTRA = {"click", "datasets", "matplotlib", "pyarrow", "pylatexenc", "rich", "t
 def main() -> None:
     """Run the command line; a missing package of the `cli` extra ends it with how to install it."""
     try:
-        from prefloss.cli._app import app
+        from prefloss.cli.app import app
 
         app()
     except ModuleNotFoundError as error:

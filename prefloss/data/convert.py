@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefloss.data.read import Preferences
 from prefloss.data.rows import is_blank, kind_text
-from prefloss.feedback import Labels, Pairs
+from prefloss.feedback import SIDES, Labels, Pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,18 +25,18 @@ def ranked_to_pairs(rows: Dataset) -> Dataset:
     """
     from datasets import Dataset
 
-    made = []
-    for row in _dicts(rows):
+    pairs = []
+    for row in rows.to_list():
         scored = [(s, c) for s, c in zip(row["scores"], row["completions"], strict=True) if not is_blank(c)]
         best, worst = max(scored, key=lambda x: x[0]), min(scored, key=lambda x: x[0])
         pair = {"prompt": row["prompt"], "chosen": best[1], "rejected": worst[1]}
-        scores = {"score_chosen": best[0], "score_rejected": worst[0]}
-        made.append(pair | scores | ({"weight": row["weight"]} if "weight" in row else {}))
-    return Dataset.from_list(made)
+        pair |= {"score_chosen": best[0], "score_rejected": worst[0]}
+        pairs.append(pair | ({"weight": row["weight"]} if "weight" in row else {}))
+    return Dataset.from_list(pairs)
 
 
 def pairs_to_labels(rows: Dataset, seed: int = 0) -> Dataset:
-    """Each chosen completion with thumbs up and each rejected one with thumbs down.
+    """Each chosen completion with an upvote and each rejected one with a downvote.
 
     Shuffled, because trainers that pair a prompt with its neighbour's completion (KTO's KL estimate) would
     otherwise pair it with the other answer to the same prompt.
@@ -50,15 +50,15 @@ def pairs_to_labels(rows: Dataset, seed: int = 0) -> Dataset:
     """
     from datasets import Dataset
 
-    made = [
-        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
-        | ({"score": row[f"score_{name}"]} if f"score_{name}" in row else {})
+    labelled = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        | ({"score": row[f"score_{side}"]} if f"score_{side}" in row else {})
         | ({"weight": row["weight"]} if "weight" in row else {})
-        for row in _dicts(rows)
-        for name in ("chosen", "rejected")
+        for row in rows.to_list()
+        for side in SIDES[Pairs]
     ]
-    random.Random(seed).shuffle(made)
-    return Dataset.from_list(made)
+    random.Random(seed).shuffle(labelled)
+    return Dataset.from_list(labelled)
 
 
 def split(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -71,7 +71,7 @@ def split(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Datas
         seed: Of the choice.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"fraction: expected a number >= 0 and < 1, got {fraction}")
+        raise ValueError(f"fraction: got {fraction}, expected a number >= 0 and < 1")
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(rows["prompt"]):
         groups.setdefault(json.dumps(prompt, sort_keys=True), []).append(i)
@@ -83,12 +83,8 @@ def split(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Datas
     return rows.select(kept), rows.select(held_out)
 
 
-def _dicts(rows: Dataset) -> list[dict[str, Any]]:
-    return rows.to_list()
-
-
 def label_counts(rows: Dataset) -> tuple[int, int]:
-    """Number of desirable and of undesirable rows."""
+    """Number of upvotes and of downvotes."""
     labels: list[Any] = list(rows["label"])
     return sum(labels), len(labels) - sum(labels)
 
@@ -100,5 +96,5 @@ def as_pairs(data: Preferences) -> Dataset:
         ValueError: If the data are labelled: which of two answers is better is not known.
     """
     if data.kind is Labels:
-        raise ValueError(f"{data.name}: expected paired or ranked rows, got {kind_text(data.kind)}")
+        raise ValueError(f"{data.name}: got {kind_text(data.kind)}, expected paired or ranked rows")
     return data.rows if data.kind is Pairs else ranked_to_pairs(data.rows)

@@ -1,4 +1,4 @@
-"""Errors in a data file, always with the place where they are."""
+"""The error of a data file, and how it quotes a value."""
 
 from __future__ import annotations
 

@@ -1,26 +1,24 @@
-"""One example of a data set -> token ids of its completions and what was said of them, or an error that names it."""
+"""One example of a data set: token ids of its completions and the feedback on them, or an error that names it."""
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prefloss.data.errors import DataError, shown
-from prefloss.data.rows import clean, is_blank, kind_of, with_new_names
+from prefloss.data.rows import clean, is_blank, kind_of, label_of, number_of, scores_of, with_new_names
 from prefloss.data.tokens import Encoded, encode
 from prefloss.feedback import KINDS, SIDES, Labels, Pairs, Rankings, columns_of, optional_fields
 
+_REFERENCES = {
+    kind: ("ref_chosen_logps", "ref_rejected_logps") if kind is Pairs else ("ref_logps",) for kind in KINDS
+}
+# Required columns of an example of token ids, beside the ids of the prompt.
 _IDS = {
     kind: tuple(f"{name}_ids" if name in SIDES[kind] else name for name in columns_of(kind)[1:])
     for kind in KINDS
-}
-_REFERENCES = {
-    Pairs: ("ref_chosen_logps", "ref_rejected_logps"),
-    Labels: ("ref_logps",),
-    Rankings: ("ref_logps",),
 }
 _OPTIONAL = {
     kind: [*(field.column for field in optional_fields(kind) if field.column), *_REFERENCES[kind]]
@@ -73,25 +71,22 @@ def read_example(index: int, example: Mapping[str, Any], tokenizer: Any, place: 
     """
     place = place or f"example {index} of the batch"
     row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in example.items()}
-    kind = next(
-        (kind for kind, names in _IDS.items() if all(row.get(name) is not None for name in names)), None
-    )
-    if kind is None:
-        kind = _text_kind(place, row)
-        row = with_new_names(kind, row)
-        cleaned = clean(place, row, kind).row
-        rows = _encoded(place, kind, cleaned, tokenizer)
-    else:
-        row = with_new_names(kind, row)
-        rows = _ids(place, kind, row)
-        cleaned = _said(place, kind, row, len(rows))
+    kind = next((kind for kind in KINDS if all(row.get(name) is not None for name in _IDS[kind])), None)
+    is_text = kind is None
+    kind = kind or _kind_of_text(place, row)
+    row = with_new_names(kind, row)
+    rows = _encoded(place, kind, row, tokenizer) if is_text else _token_ids(place, kind, row)
     return Example(
         place,
         kind,
         rows,
-        values=_numbers(place, kind, row),
-        label=cleaned.get("label", False),
-        scores=tuple(cleaned.get("scores", ())),
+        values={
+            field.name: number_of(place, f"column {field.column!r}", row[field.column])
+            for field in optional_fields(kind)
+            if field.column and row.get(field.column) is not None
+        },
+        label=kind is Labels and label_of(place, row["label"]),
+        scores=tuple(scores_of(place, row["scores"], len(rows))) if kind is Rankings else (),
         reference=_reference(place, kind, row, len(rows)),
         unread=tuple(name for name in row if row[name] is not None and name not in _READ[kind]),
     )
@@ -105,7 +100,8 @@ def unread_text(kind: type, names: Iterable[str]) -> str:
     )
 
 
-def _text_kind(place: str, row: dict[str, Any]) -> type:
+def _kind_of_text(place: str, row: dict[str, Any]) -> type:
+    """The kind of an example that is not token ids, or what is missing of those."""
     if not set(row) - {"label", "label_ids", "labels"}:
         left = f"only {', '.join(map(repr, row))}" if row else "no columns"
         raise DataError(
@@ -122,107 +118,78 @@ def _text_kind(place: str, row: dict[str, Any]) -> type:
 
 
 def _encoded(place: str, kind: type, row: dict[str, Any], tokenizer: Any) -> list[Encoded]:
+    """Token ids of a row of text or messages."""
+    checked = clean(place, row, kind).row
     if tokenizer is None:
         raise TypeError(
             f"{place}: got text, but tokenizer is None; give PreferenceCollator(tokenizer) or token ids"
         )
-    names, texts = _texts(kind, row)
-    made = []
-    for name, text in zip(names, texts, strict=True):
+    rows = []
+    for where, text in _sides(kind, checked, ""):
         if is_blank(text):
-            raise DataError(f"{place}: column {name}: got an empty completion, expected some text")
-        prompt, completion = encode(tokenizer, row["prompt"], text)
+            raise DataError(f"{place}: {where}: got an empty completion, expected some text")
+        prompt, completion = encode(tokenizer, checked["prompt"], text)
         if not completion:
-            raise DataError(
-                f"{place}: column {name}: got no token beyond the prompt's, expected at least one"
-            )
-        made.append((prompt, completion))
-    return made
+            raise DataError(f"{place}: {where}: got no token beyond the prompt's, expected at least one")
+        rows.append((prompt, completion))
+    return rows
 
 
-def _texts(kind: type, row: dict[str, Any]) -> tuple[list[str], list[Any]]:
-    if kind is not Rankings:
-        return [repr(name) for name in SIDES[kind]], [row[name] for name in SIDES[kind]]
-    texts = row["completions"]
-    return [f"'completions'[{i}]" for i in range(len(texts))], texts
-
-
-def _ids(place: str, kind: type, row: dict[str, Any]) -> list[Encoded]:
+def _token_ids(place: str, kind: type, row: dict[str, Any]) -> list[Encoded]:
     if row.get("prompt_ids") is None:
         raise DataError(f"{place}: missing column 'prompt_ids'; it has {', '.join(map(repr, row))}")
-    prompt = _id_list(place, "'prompt_ids'", row["prompt_ids"])
-    if kind is Rankings:
-        many = row["completions_ids"]
-        if not isinstance(many, list | tuple):
-            raise DataError(
-                f"{place}: column 'completions_ids': expected a list of lists of ids, got {shown(many)}"
-            )
-        sides = [(f"'completions_ids'[{i}]", value) for i, value in enumerate(many)]
-    else:
-        sides = [(f"'{name}_ids'", row[f"{name}_ids"]) for name in SIDES[kind]]
-    made = []
-    for name, value in sides:
-        completion = _id_list(place, name, value)
+    prompt = _id_list(place, "column 'prompt_ids'", row["prompt_ids"])
+    if kind is Rankings and not isinstance(row["completions_ids"], list | tuple):
+        ids = shown(row["completions_ids"])
+        raise DataError(f"{place}: column 'completions_ids': got {ids}, expected a list of lists of ids")
+    rows = []
+    for where, value in _sides(kind, row, "_ids"):
+        completion = _id_list(place, where, value)
         if not completion:
-            raise DataError(
-                f"{place}: column {name}: got an empty completion, expected at least one token id"
-            )
-        made.append((prompt, completion))
-    return made
+            raise DataError(f"{place}: {where}: got an empty completion, expected at least one token id")
+        rows.append((prompt, completion))
+    return rows
 
 
-def _id_list(place: str, name: str, value: Any) -> list[int]:
+def _sides(kind: type, row: dict[str, Any], ending: str) -> list[tuple[str, Any]]:
+    """The completions of a row, each with the name that messages give it."""
+    if kind is Rankings:
+        return [
+            (f"column 'completions{ending}'[{i}]", side) for i, side in enumerate(row[f"completions{ending}"])
+        ]
+    return [(f"column '{name}{ending}'", row[f"{name}{ending}"]) for name in SIDES[kind]]
+
+
+def _id_list(place: str, where: str, value: Any) -> list[int]:
     value = value.tolist() if hasattr(value, "tolist") else value
     listed = isinstance(value, list | tuple)
     if not listed or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value):
-        raise DataError(f"{place}: column {name}: expected a list of token ids >= 0, got {shown(value)}")
+        raise DataError(f"{place}: {where}: got {shown(value)}, expected a list of token ids >= 0")
     return list(value)
 
 
-def _said(place: str, kind: type, row: dict[str, Any], count: int) -> dict[str, Any]:
-    """Label and scores beside token ids, checked as beside text: empty texts stand in for the ids."""
-    if kind is Labels:
-        return clean(place, {"prompt": "", "completion": "", "label": row["label"]}, kind).row
-    if kind is Rankings:
-        return clean(place, {"prompt": "", "completions": [""] * count, "scores": row["scores"]}, kind).row
-    return {}
-
-
-def _numbers(place: str, kind: type, row: dict[str, Any]) -> dict[str, float]:
-    return {
-        field.name: _number(place, f"column {field.column!r}", row[field.column])
-        for field in optional_fields(kind)
-        if field.column and row.get(field.column) is not None
-    }
-
-
 def _reference(place: str, kind: type, row: dict[str, Any], count: int) -> tuple[float, ...] | None:
+    """Reference log-probs of the completions, if the row has them."""
     names = _REFERENCES[kind]
-    there = [name for name in names if row.get(name) is not None]
-    if not there:
+    missing = [name for name in names if row.get(name) is None]
+    if len(missing) == len(names):
         return None
-    if len(there) < len(names):
-        missing = next(name for name in names if name not in there)
-        raise DataError(f"{place}: missing column {missing!r} beside {there[0]!r}")
+    if missing:
+        beside = next(name for name in names if name not in missing)
+        raise DataError(f"{place}: missing column {missing[0]!r} beside {beside!r}")
     if kind is not Rankings:
         return tuple(_log_prob(place, f"column {name!r}", row[name]) for name in names)
-    values = row[names[0]]
+    values = row["ref_logps"]
     if not isinstance(values, list | tuple) or len(values) != count:
         raise DataError(
-            f"{place}: column {names[0]!r}: expected a log-prob for each of {count} completions, got {shown(values)}"
+            f"{place}: column 'ref_logps': got {shown(values)}, expected a log-prob for each of {count} completions"
         )
-    return tuple(_log_prob(place, f"column {names[0]!r}[{i}]", value) for i, value in enumerate(values))
-
-
-def _number(place: str, where: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{place}: {where}: expected a finite number, got {shown(value)}")
-    return float(value)
+    return tuple(_log_prob(place, f"column 'ref_logps'[{i}]", value) for i, value in enumerate(values))
 
 
 def _log_prob(place: str, where: str, value: Any) -> float:
-    found = _number(place, where, value)
+    logp = number_of(place, where, value)
     # Rounding may lift a certain completion a little above 0.
-    if found > 1e-2:
-        raise DataError(f"{place}: {where}: expected a log-prob in nats, at most 0, got {shown(value)}")
-    return found
+    if logp > 1e-2:
+        raise DataError(f"{place}: {where}: got {shown(value)}, expected a log-prob in nats, at most 0")
+    return logp

@@ -1,4 +1,4 @@
-"""One row as it stands in a file -> one row as the trainers take it, or an error that names the column."""
+"""One row of a file: its kind, and its columns checked and made as the trainers take them."""
 
 from __future__ import annotations
 
@@ -36,18 +36,17 @@ def kind_of(place: str, row: Mapping[str, Any]) -> type:
     ]
     if len(fitting) == 1:
         return fitting[0]
-    has = f"has columns {', '.join(map(repr, row))}" if row else "has no columns"
+    columns = f"columns {', '.join(map(repr, row))}" if row else "no columns"
     if fitting:
         kinds = " and ".join(map(kind_text, fitting))
-        raise DataError(f"{place}: {has}, which fit two kinds: {kinds}; expected the columns of one")
+        raise DataError(f"{place}: got {columns}, which fit two kinds, expected the columns of one: {kinds}")
     begun = [kind for kind in KINDS if required[kind] & set(row)]
     if len(begun) == 1:
         missing = [name for name in columns_of(begun[0]) if name not in row]
         names = f"column{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))}"
-        raise DataError(f"{place}: missing {names} of {kind_text(begun[0])} rows; it {has}")
-    raise DataError(
-        f"{place}: {has}; expected {', '.join(map(kind_text, KINDS[:-1]))} or {kind_text(KINDS[-1])}"
-    )
+        raise DataError(f"{place}: missing {names} of {kind_text(begun[0])} rows; it has {columns}")
+    *most, last = map(kind_text, KINDS)
+    raise DataError(f"{place}: got {columns}, expected {', '.join(most)} or {last}")
 
 
 def with_new_names(kind: type, row: dict[str, Any]) -> dict[str, Any]:
@@ -94,46 +93,93 @@ def clean(place: str, row: dict[str, Any], kind: type, optional: tuple[str, ...]
     Raises:
         DataError: If a value is not what its column needs.
     """
-    sides = _sides(place, row, kind)
-    prompt, sides, converted = _with_prompt(place, row, kind, sides)
-    conversational = not isinstance(prompt, str)
-    if kind is Pairs:
-        made = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
-    elif kind is Labels:
-        made = {"prompt": prompt, "completion": sides[0], "label": _label(place, row["label"])}
+    prompt, sides, converted = _with_prompt(place, row, kind, _sides(place, row, kind))
+    checked: dict[str, Any] = {"prompt": prompt}
+    if kind is Rankings:
+        checked |= {"completions": sides, "scores": scores_of(place, row["scores"], len(sides))}
     else:
-        made = {"prompt": prompt, "completions": sides, "scores": _scores(place, row["scores"], len(sides))}
-    made |= {name: _number(place, name, row.get(name)) for name in optional}
-    return Clean(made, conversational, converted, tuple(name for name in row if name not in made))
+        checked |= zip(SIDES[kind], sides, strict=True)
+    if kind is Labels:
+        checked["label"] = label_of(place, row["label"])
+    for name in optional:
+        least, expected = (0, "a number >= 0") if name == "weight" else (-math.inf, "a finite number")
+        expected += " as in the rows before"
+        checked[name] = number_of(place, f"column {name!r}", row.get(name), expected, least)
+    unused = tuple(name for name in row if name not in checked)
+    return Clean(checked, not isinstance(prompt, str), converted, unused)
 
 
 def is_blank(text: Text) -> bool:
     """Whether a text, or every message of it, holds nothing but white space."""
-    return all(
-        not part.strip() for part in ([text] if isinstance(text, str) else [m["content"] for m in text])
-    )
+    parts = [text] if isinstance(text, str) else [message["content"] for message in text]
+    return not any(part.strip() for part in parts)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number_of(
+    place: str, where: str, value: Any, expected: str = "a finite number", least: float = -math.inf
+) -> float:
+    """A finite number, at least `least`.
+
+    Raises:
+        DataError: If the value is something else.
+    """
+    if not is_number(value) or value < least:
+        raise DataError(f"{place}: {where}: got {shown(value)}, expected {expected}")
+    return float(value)
+
+
+def label_of(place: str, value: Any) -> bool:
+    """A label: true or false, or 1 or 0.
+
+    Raises:
+        DataError: If the value is something else.
+    """
+    # 1.0 == 1 in Python, and a float column is what a missing label leaves behind, so ask for the type.
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise DataError(f"{place}: column 'label': got {shown(value)}, expected true or false (or 1 or 0)")
+
+
+def scores_of(place: str, value: Any, count: int) -> list[float]:
+    """The scores of `count` completions.
+
+    Raises:
+        DataError: If the value is something else.
+    """
+    if not isinstance(value, list):
+        raise DataError(f"{place}: column 'scores': got {shown(value)}, expected a list of numbers")
+    scores = [number_of(place, f"column 'scores'[{i}]", score) for i, score in enumerate(value)]
+    if len(scores) != count:
+        raise DataError(
+            f"{place}: column 'scores': got {len(scores)} scores, expected one for each of {count} completions"
+        )
+    return scores
 
 
 def _sides(place: str, row: dict[str, Any], kind: type) -> list[Text]:
     """The completions of a row: chosen and rejected, the one, or the ranked ones."""
-    if kind is Rankings:
-        many = row["completions"]
-        if not isinstance(many, list):
-            raise DataError(
-                f"{place}: column 'completions': expected a list of completions, got {shown(many)}"
-            )
-        return [_text(place, f"column 'completions'[{i}]", value) for i, value in enumerate(many)]
-    return [_text(place, f"column {name!r}", row[name]) for name in SIDES[kind]]
+    if kind is not Rankings:
+        return [_text(place, f"column {name!r}", row[name]) for name in SIDES[kind]]
+    completions = row["completions"]
+    if not isinstance(completions, list):
+        raise DataError(
+            f"{place}: column 'completions': got {shown(completions)}, expected a list of completions"
+        )
+    return [_text(place, f"column 'completions'[{i}]", text) for i, text in enumerate(completions)]
 
 
 def _with_prompt(
     place: str, row: dict[str, Any], kind: type, sides: list[Text]
 ) -> tuple[Text, list[Text], str]:
-    """Prompt and sides, all plain or all messages."""
+    """Prompt and sides, all plain or all messages, and what was rewritten."""
     whole = [side for side in sides if not isinstance(side, str) and side and side[0]["role"] != "assistant"]
     if "prompt" in row and not (whole and isinstance(row["prompt"], str)):
-        prompt = _text(place, "column 'prompt'", row["prompt"])
-        return _alike(prompt, sides)
+        return _alike(_text(place, "column 'prompt'", row["prompt"]), sides)
     if sides and len(whole) == len(sides):
         # The sides are whole conversations, as in many published sets: what they share is the prompt.
         shared = _shared(whole, kind)
@@ -146,8 +192,7 @@ def _with_prompt(
 
 def _alike(prompt: Text, sides: list[Text]) -> tuple[Text, list[Text], str]:
     """Wrap plain text in messages where a row has both forms."""
-    forms = {isinstance(text, str) for text in (prompt, *sides)}
-    if len(forms) == 1:
+    if len({isinstance(text, str) for text in (prompt, *sides)}) == 1:
         return prompt, sides, ""
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -158,8 +203,7 @@ def _alike(prompt: Text, sides: list[Text]) -> tuple[Text, list[Text], str]:
 def _shared(sides: list[list[dict[str, str]]], kind: type) -> int:
     """How many messages the conversations start with before a side's own answer."""
     if kind is Labels or len(sides) == 1:
-        last = max((i for i, m in enumerate(sides[0]) if m["role"] != "assistant"), default=-1)
-        return last + 1
+        return max((i for i, m in enumerate(sides[0]) if m["role"] != "assistant"), default=-1) + 1
     shared = 0
     for messages in zip(*sides, strict=False):
         if any(message != messages[0] for message in messages):
@@ -173,63 +217,29 @@ def _text(place: str, where: str, value: Any) -> Text:
     if isinstance(value, str):
         return _string(place, where, value)
     if not isinstance(value, list):
-        raise DataError(f"{place}: {where}: expected a string or a list of messages, got {shown(value)}")
+        raise DataError(f"{place}: {where}: got {shown(value)}, expected a string or a list of messages")
     return [_message(place, f"{where}[{i}]", message) for i, message in enumerate(value)]
 
 
 def _message(place: str, where: str, value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: {where}: expected a message, as {{role, content}}, got {shown(value)}")
+        raise DataError(f"{place}: {where}: got {shown(value)}, expected a message, as {{role, content}}")
     for name in ("role", "content"):
         if name not in value:
             has = ", ".join(map(repr, value))
             raise DataError(f"{place}: {where}: missing {name!r} of a message; it has {has}")
     if value.get("tool_calls"):
-        raise DataError(f"{place}: {where}: expected role and content, got a message with tool_calls")
+        raise DataError(f"{place}: {where}: got a message with tool_calls, expected role and content")
     return {name: _string(place, f"{where}.{name}", value[name]) for name in ("role", "content")}
 
 
 def _string(place: str, where: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {where}: expected a string, got {shown(value)}")
+        raise DataError(f"{place}: {where}: got {shown(value)}, expected a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place}: {where}: expected text, got half of a surrogate pair at character {error.start + 1}"
+            f"{place}: {where}: got half of a surrogate pair at character {error.start + 1}, expected text"
         ) from error
     return value
-
-
-def _label(place: str, value: Any) -> bool:
-    # 1.0 == 1 in Python, and a float column is what a missing label leaves behind, so ask for the type.
-    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    raise DataError(f"{place}: column 'label': expected true or false (or 1 or 0), got {shown(value)}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(place: str, name: str, value: Any) -> float:
-    if not is_number(value) or (name == "weight" and value < 0):
-        wanted = "a number >= 0" if name == "weight" else "a finite number"
-        raise DataError(
-            f"{place}: column {name!r}: expected {wanted} as in the rows before, got {shown(value)}"
-        )
-    return float(value)
-
-
-def _scores(place: str, value: Any, count: int) -> list[float]:
-    if not isinstance(value, list):
-        raise DataError(f"{place}: column 'scores': expected a list of numbers, got {shown(value)}")
-    for i, score in enumerate(value):
-        if not is_number(score):
-            raise DataError(f"{place}: column 'scores'[{i}]: expected a finite number, got {shown(score)}")
-    if len(value) != count:
-        raise DataError(
-            f"{place}: column 'scores': expected one score for each of {count} completions, got {len(value)}"
-        )
-    return [float(score) for score in value]

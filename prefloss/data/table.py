@@ -1,8 +1,8 @@
-"""Reference log-probs of completions in one file, scored once and read by any training.
+"""Reference log-probs of completions in one Parquet file, scored once and read by any training.
 
-A row is one completion: a hash of its token ids, the sum of its log-probs, and how many tokens were scored. What they
-were scored with stands in the file's header. The file is Parquet, so that other tools read it as well; its rows are
-sorted by hash, so that a lookup is a binary search in two NumPy arrays: 28 bytes a row, and nothing to build at start.
+A row is one completion: a hash of its token ids, the sum of its log-probs, and how many tokens were scored. The file's
+header says what they were scored with. Rows are sorted by hash, so a lookup is a binary search in two NumPy arrays of
+28 bytes a row, and no index is built at the start.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KEY_BYTES = 16
 
 
 class TableError(ValueError):
-    """A reference table that cannot be read, or does not hold what is asked of it."""
+    """A reference table that cannot be read, or lacks a row."""
 
 
 def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> bytes:
@@ -52,17 +52,17 @@ def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> bytes:
 def as_scored(
     encoded: tuple[list[int], list[int]], max_length: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Token ids of what is given and of what is scored, cut to `max_length` together.
+    """Token ids of the context and of the scored completion, cut to `max_length` together.
 
-    The first token of a text without prompt is given, for nothing predicts it.
+    Without a prompt the first token is the context, because nothing predicts it.
 
     Args:
         encoded: Token ids of prompt and completion.
         max_length: Tokens of both together, at most; None for all.
     """
     prompt, completion = encoded
-    ids, given = (prompt + completion)[:max_length], max(1, len(prompt))
-    return ids[:given], ids[given:]
+    ids, start = (prompt + completion)[:max_length], max(1, len(prompt))
+    return ids[:start], ids[start:]
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,15 @@ class Header:
     format: int = FORMAT
 
     def differences(self, other: Header) -> list[str]:
-        """What makes log-probs scored under the two headers different numbers, in words; the other's value last."""
-        found = []
+        """What makes log-probs scored under the two headers differ, in words; the other's value last."""
+        differences = []
         for name in ("weights", "dtype", "vocabulary", "chat_template", "max_length"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 known_as = {"weights": "model", "vocabulary": "tokenizer"}.get(name)
                 names = f" ({getattr(self, known_as)}, {getattr(other, known_as)})" if known_as else ""
-                found.append(f"{name} {mine} and {theirs}{names}")
-        return found
+                differences.append(f"{name} {mine} and {theirs}{names}")
+        return differences
 
 
 class ReferenceTable:
@@ -125,7 +125,7 @@ class ReferenceTable:
         self.header = header
         self.logps = logps
         self.tokens = tokens
-        # Apart from one another, so that the binary search runs over neighbouring numbers.
+        # Two arrays, so that the binary search reads neighbouring numbers.
         self._first, self._second = (keys[:, i].copy() for i in (0, 1))
 
     def __len__(self) -> int:
@@ -133,13 +133,10 @@ class ReferenceTable:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ReferenceTable:
-        """Read and check a table.
-
-        Args:
-            path: File that `prefloss reference` wrote.
+        """Read and check a file that `prefloss reference` wrote.
 
         Raises:
-            TableError: If there is none, or it is damaged, of another kind or of a later format.
+            TableError: If it is missing, damaged, no reference table, or of a later format.
             ModuleNotFoundError: If pyarrow is missing.
         """
         path = Path(path)
@@ -149,24 +146,20 @@ class ReferenceTable:
         return table
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Row of each key, -1 for those that are absent.
-
-        Args:
-            keys: As `completion_key` makes them.
-        """
+        """Row of each key of `completion_key`, -1 for those that are absent."""
         import numpy as np
 
-        wanted = _as_numbers(b"".join(keys))
-        rows = np.searchsorted(self._first, wanted[:, 0])
-        found = np.full(len(keys), -1)
-        for i, (row, (first, second)) in enumerate(zip(rows.tolist(), wanted.tolist(), strict=True)):
+        numbers = _as_numbers(b"".join(keys))
+        starts = np.searchsorted(self._first, numbers[:, 0])
+        rows = np.full(len(keys), -1)
+        for i, (row, (first, second)) in enumerate(zip(starts.tolist(), numbers.tolist(), strict=True)):
             # More than one step only where two hashes share their first half.
             while row < len(self) and self._first[row] == first:
                 if self._second[row] == second:
-                    found[i] = row
+                    rows[i] = row
                     break
                 row += 1
-        return found
+        return rows
 
     def hashes(self) -> list[bytes]:
         """The keys as bytes, in order."""
@@ -190,12 +183,12 @@ class ReferenceTable:
 def write_table(
     path: Path, header: Header, keys: Sequence[bytes], logps: Sequence[float], tokens: Sequence[int]
 ) -> None:
-    """Write a table whole or not at all: whoever reads the path finds the old file or the new one.
+    """Write a table atomically: a reader of the path sees the old file or the new one.
 
     Args:
         path: Where to.
         header: What the rows were scored with.
-        keys: Hashes; the first of two equal ones stays.
+        keys: Hashes; of two equal ones the first is written.
         logps: Sums of log-probs, nats.
         tokens: Tokens scored.
     """
@@ -213,7 +206,7 @@ def write_table(
             "tokens": pa.array([rows[key][1] for key in order], pa.int32()),
         }
     ).replace_schema_metadata({_HEADER: json.dumps(asdict(header))})
-    # In the same folder, for a file can be renamed only within its file system.
+    # In the same folder, because a file can be renamed only within its file system.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with unfinished.open("wb") as file:
@@ -239,14 +232,14 @@ def _read(path: Path) -> tuple[Header, tuple[Any, Any, Any]]:
         ) from error
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            found = file.read()
+            table = file.read()
     except (pa.ArrowException, OSError) as error:
         raise TableError(
             f"{path}: not a readable Parquet file, perhaps cut off or damaged ({str(error).splitlines()[0]}); run "
             "`prefloss reference` again with --overwrite"
         ) from error
-    header = _header(path, found)
-    key, logp, tokens = (found.column(name).combine_chunks() for name in _COLUMNS)
+    header = _header(path, table)
+    key, logp, tokens = (table.column(name).combine_chunks() for name in _COLUMNS)
     start = key.offset * _KEY_BYTES
     held = key.buffers()[1][start : start + len(key) * _KEY_BYTES].to_pybytes() if len(key) else b""
     return header, (_as_numbers(held), logp.to_numpy(), tokens.to_numpy())

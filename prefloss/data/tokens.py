@@ -1,4 +1,4 @@
-"""Text to token ids, in the one way that warm start and measuring share with TRL's trainers."""
+"""Text to token ids, split into prompt and completion as TRL's trainers do, and padded batches of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encode(tokenizer: Any, prompt: Text, completion: Text) -> Encoded:
     the tokens of prompt and prompt + completion part.
     """
     if isinstance(prompt, str) != isinstance(completion, str):
-        raise TypeError("prompt and completion: expected both plain text or both messages, got one of each")
+        raise TypeError("prompt and completion: got plain text beside messages, expected both in one form")
     prompt_ids = encode_prompt(tokenizer, prompt)
     if isinstance(prompt, str) and isinstance(completion, str):
         end = str(tokenizer.eos_token)

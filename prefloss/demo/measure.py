@@ -1,7 +1,6 @@
 """What a training run did to a model: true reward, distance from the reference, accuracy, log-prob drift.
 
-All log-probs come from `prefloss.token_logps` and `prefloss.LogRatios`, the code that trains, so a
-number here and a number in a training log mean the same thing.
+All log-probs come from `prefloss.token_logps` and `prefloss.LogRatios`, as in training, so the numbers compare.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Measurement:
 
 @dataclass
 class Meter:
-    """Measures one policy against one reference, the same way each time it is asked.
+    """Measures one policy against one reference.
 
     Args:
         policy: Causal language model in training.
@@ -66,12 +65,12 @@ class Meter:
         paired: Whether `better[i]` and `worse[i]` answer one prompt. If not, every better one is
             compared with every worse one (the area under the ROC curve).
         prompts: Token ids of prompts to sample completions for, with repeats as given.
-        reward: Scores a sampled text; takes the index of the prompt and the text. None if nobody knows it.
+        reward: Scores a sampled text; takes the index of the prompt and the text. None if it is unknown.
         max_new_tokens: Longest sampled completion, tokens.
         max_length: Cut held-out rows to this many tokens, as training does.
         batch_size: Rows of a forward pass.
-        autocast: Context of every forward pass: the one that training uses, lest rounding pass for learning.
-        seed: Of the samples; each measurement draws with the same one, so that curves are smooth.
+        autocast: Context of every forward pass: that of training, or rounding would look like learning.
+        seed: Of the samples; the same for each measurement, so that curves are smooth.
     """
 
     policy: Any
@@ -107,17 +106,17 @@ class Meter:
         if self.paired:
             b_kept = w_kept = b_kept & w_kept
         b_h, w_h = better.h[b_kept], worse.h[w_kept]
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         if len(b_h):
-            found["chosen"] = b_h.mean().item()
-            found["chosen_falling"] = (b_h < 0).float().mean().item()
+            values["chosen"] = b_h.mean().item()
+            values["chosen_falling"] = (b_h < 0).float().mean().item()
         if len(w_h):
-            found["rejected"] = w_h.mean().item()
+            values["rejected"] = w_h.mean().item()
         if len(b_h) and len(w_h):
-            found["accuracy"] = accuracy(b_h, w_h, paired=self.paired)
+            values["accuracy"] = accuracy(b_h, w_h, paired=self.paired)
         if self.paired and len(b_h):
-            found["accuracy_error"] = standard_error(_wins(b_h - w_h))
-        return found
+            values["accuracy_error"] = standard_error(_wins(b_h - w_h))
+        return values
 
     def _sampled(self) -> dict[str, Any]:
         if not self.prompts:
@@ -127,11 +126,11 @@ class Meter:
         with self._as_reference() as reference:
             kl = _ratios(policy, self._scored(reference, rows, None)).h
         texts = tuple(self.tokenizer.decode(row[1], skip_special_tokens=True) for row in rows)
-        found: dict[str, Any] = {"kl": kl.mean().item(), "kl_error": standard_error(kl), "samples": texts}
+        values: dict[str, Any] = {"kl": kl.mean().item(), "kl_error": standard_error(kl), "samples": texts}
         if self.reward is not None:
             rewards = torch.tensor([self.reward(i, text) for i, text in enumerate(texts)])
-            found |= {"reward": rewards.mean().item(), "reward_error": standard_error(rewards)}
-        return found
+            values |= {"reward": rewards.mean().item(), "reward_error": standard_error(rewards)}
+        return values
 
     def _sample(self, prompts: Sequence[list[int]]) -> list[Encoded]:
         """One completion of each prompt, drawn from the whole distribution at temperature 1."""
@@ -153,7 +152,7 @@ class Meter:
         return [(list(p), _until(end, new)) for p, new in zip(prompts, out[:, width:].tolist(), strict=True)]
 
     def _compared(self, name: str, rows: Sequence[Encoded]) -> LogRatios:
-        """Log-ratios of held-out rows, [rows]; the reference is frozen, so it is asked only once."""
+        """Log-ratios of held-out rows, [rows]; the frozen reference scores them once."""
         if not rows:
             return LogRatios(policy=torch.empty(0), reference=torch.empty(0))
         if name not in self._frozen:

@@ -1,4 +1,4 @@
-"""A causal language model small enough to train from nothing on a laptop: tokenizer and random weights."""
+"""A causal language model small enough to train from random weights on a laptop, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CHAT_TEMPLATE = (
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the words and marks of the texts, and no others: every token gets trained.
+    """A tokenizer of the words and marks of the texts only, so that every token is trained.
 
     Args:
-        texts: All text that there will be; a word that is not in them becomes an unknown token.
+        texts: All text of the run; a word that is not in them becomes an unknown token.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < 258:
-        raise ValueError(f"vocab_size: expected at least 258 (256 bytes, end, padding), got {vocab_size}")
+        raise ValueError(f"vocab_size: got {vocab_size}, expected at least 258 (256 bytes, end, padding)")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Supervised warm start: teach a model to speak before a preference loss teaches it to speak well."""
+"""Supervised warm start: a model with random weights learns the language of the data first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from prefloss import token_logps
 from prefloss.data.tokens import Encoded, pad
-from prefloss.logratios import completion_targets
+from prefloss.logratios import IGNORE_INDEX, completion_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ def warm_start(
         The loss averaged over the last tenth of the steps, nats per token.
     """
     if not rows:
-        raise ValueError("rows: expected at least one prompt with a completion, got none")
+        raise ValueError("rows: got none, expected at least one prompt with a completion")
     order = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     warm = max(1, steps // 10)
@@ -59,7 +59,7 @@ def warm_start(
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         targets = completion_targets(batch["input_ids"], batch["completion_mask"])
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = -token_logps(logits, targets).sum() / (targets != -100).sum().clamp(min=1)
+        loss = -token_logps(logits, targets).sum() / (targets != IGNORE_INDEX).sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,9 +1,7 @@
 """A generated preference world, small enough to read in two pages, whose true reward is known.
 
-Real preference data hides the thing that everybody wants to know: what did the judge really like?
-Here we wrote the judge ourselves, so a training run can be marked against the truth.
-
-The story has four parts, and they are the four parts of learning from human feedback:
+Real preference data do not say what the judge really liked. Here the judge is a function, so a training run can be
+measured against the true reward. The world has the four parts of learning from human feedback:
 
 1. *Prompts* name a topic: "Tell me about the sea:".
 2. *Completions* are short sentences from a small grammar, of mixed quality: some stay on the topic,
@@ -13,7 +11,7 @@ The story has four parts, and they are the four parts of learning from human fee
    it, rude and repeated words against it. The learner never sees this number.
 4. The *judge* sees two completions of one prompt and says which is better, noisily, as Bradley and
    Terry described in 1952: the better one wins with probability 1 / (1 + exp(-difference / temperature)).
-   Or the judge sees one completion and gives thumbs up or down by the same rule, against a fixed bar.
+   Or the judge gives one completion an upvote or a downvote by the same rule, against a fixed bar.
 
 A preference loss sees only what the judge said. If the trained model's own sentences then earn more
 true reward than before, the loss has learned what the judge likes.
@@ -71,11 +69,11 @@ def topic_of(prompt: str) -> str:
     for word in words(prompt):
         if word in TOPICS:
             return word
-    raise ValueError(f"prompt: expected one that names a topic ({', '.join(TOPICS)}), got {prompt!r}")
+    raise ValueError(f"prompt: got {prompt!r}, expected one that names a topic ({', '.join(TOPICS)})")
 
 
 def true_reward(prompt: str, completion: str) -> float:
-    """What the judge really thinks of a completion; the learner never sees it.
+    """True reward of a completion; the learner never sees it.
 
     +1 for each different on-topic word (at most 3), +1 for each different polite word (at most 2),
     -2 for each rude word, -1 each time a noun comes again. Clipped to [WORST_REWARD, BEST_REWARD].
@@ -104,7 +102,7 @@ def win_probability(reward_a: float, reward_b: float, temperature: float = 1.0) 
         temperature: How noisy the judge is, > 0, in units of reward; near 0, the better one always wins.
     """
     if not temperature > 0:
-        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+        raise ValueError(f"temperature: got {temperature}, expected a number > 0")
     # tanh does not overflow, exp does
     return 0.5 * (1 + math.tanh((reward_a - reward_b) / (2 * temperature)))
 
@@ -116,7 +114,7 @@ class World:
     Args:
         seed: Of every draw.
         temperature: Noise of the judge, > 0, in units of reward.
-        bar: True reward at which thumbs up and thumbs down are equally likely.
+        bar: True reward at which an upvote and a downvote are equally likely.
     """
 
     seed: int = 0
@@ -133,7 +131,7 @@ class World:
     def completion(self, prompt: str) -> str:
         """One answer of mixed quality, with a leading space, as " Gladly, the wave meets the shore."."""
         draw = self._random
-        # How much this speaker cares for the topic; drawn per sentence, so good and bad ones both occur.
+        # Share of on-topic nouns; drawn per sentence, so that good and bad ones both occur.
         care = draw.choice((0.1, 0.5, 0.9))
         topic = topic_of(prompt)
         sentence = " and ".join(self._clause(topic, care) for _ in range(draw.choice((1, 1, 2))))
@@ -153,7 +151,7 @@ class World:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
     def labelled(self) -> dict[str, str | bool]:
-        """One completion with thumbs up (True) or down (False): prompt, completion, label."""
+        """One completion with an upvote (True) or a downvote (False): prompt, completion, label."""
         prompt = self.prompt()
         completion = self.completion(prompt)
         p = win_probability(true_reward(prompt, completion), self.bar, self.temperature)
@@ -167,7 +165,7 @@ class World:
     def _clause(self, topic: str, care: float) -> str:
         draw = self._random
         subject = self._noun(topic, care)
-        # Now and then the speaker says the same noun twice.
+        # Now and then a noun comes twice.
         other = subject if draw.random() < 0.15 else self._noun(topic, care)
         article = draw.choice(("the", "one"))
         shape = draw.randrange(3)
@@ -189,7 +187,7 @@ def judge_ceiling(pairs: list[dict[str, str]]) -> float:
     scores above this on held-out pairs has been lucky.
     """
     if not pairs:
-        raise ValueError("pairs: expected at least one pair, got none")
+        raise ValueError("pairs: got none, expected at least one pair")
     wins = 0.0
     for pair in pairs:
         chosen = true_reward(pair["prompt"], pair["chosen"])

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
-from prefloss.cli import _reference_run
-from prefloss.cli._app import app
+from prefloss.cli import reference
+from prefloss.cli.app import app
 from prefloss.data.table import ReferenceTable
 from prefloss.integrations.transformers import Reference
 from tests import tiny
@@ -101,8 +101,8 @@ def test_an_adapter_is_on_if_asked():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (["--dtype", "int8"], {}, "--dtype: expected one of auto, float32, bfloat16, float16, got 'int8'"),
-        ([], {"output": "table.csv"}, "--output: expected a name that ends in .parquet, got table.csv"),
+        (["--dtype", "int8"], {}, "--dtype: got 'int8', expected one of auto, float32, bfloat16, float16"),
+        ([], {"output": "table.csv"}, "--output: got table.csv, expected a name that ends in .parquet"),
         ([], {"output": "model"}, "--output: model is a folder"),
         ([], {"data": "absent.jsonl"}, "absent.jsonl: no such file or folder"),
         ([], {"model": "./absent"}, "--model: no such folder: ./absent"),
@@ -175,7 +175,7 @@ def process(rank, port, options, stall):
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
-    own, calls = _reference_run.score_rows, []
+    own, calls = reference.score_rows, []
 
     def once(*args, **kwargs):
         calls.append(1)
@@ -183,7 +183,7 @@ def process(rank, port, options, stall):
             time.sleep(1)
         return own(*args, **kwargs)
 
-    _reference_run.score_rows = once
+    reference.score_rows = once
     app(["reference", "--model", "model", *options], standalone_mode=False)
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: table, sentences, picture, numbers; and the screen while it goes on."""
+"""The report of a run: table, sentences, picture, numbers."""
 
 import io
 import json
@@ -6,9 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from prefloss.cli import _report
-from prefloss.cli._live import Screen, sparkline
-from prefloss.cli._picture import write_picture
+from prefloss.cli import report
+from prefloss.cli.picture import write_picture
 from prefloss.demo.measure import Measurement
 
 BEFORE = Measurement(0, 0.1, 0.1, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, ("before\x1b[31m",))
@@ -24,13 +23,14 @@ def result(after=AFTER, **changes):
         "ceiling": 0.8,
         "paired": True,
         "held_out": True,
+        "holds_chosen": False,
         "setting": "built-in Llama on the generated world",
         "warm_loss": None,
         "prompts": ["Tell me:"],
         "seconds": {"training": 1.234},
         "about": {"seed": 0},
     }
-    return _report.Result(**{**usual, **changes})
+    return report.Result(**{**usual, **changes})
 
 
 def printed(*renderables):
@@ -41,7 +41,7 @@ def printed(*renderables):
 
 
 def test_the_table_says_what_each_number_is():
-    text = printed(_report.table(result()))
+    text = printed(report.table(result()))
     assert "dpo(beta=[0.1]) after 9 steps" in text
     for cell in (
         "+3.00 ± 0.10",
@@ -56,20 +56,20 @@ def test_the_table_says_what_each_number_is():
 
 
 def test_what_was_not_measured_has_no_row():
-    text = printed(_report.table(result(UNKNOWN)))
+    text = printed(report.table(result(UNKNOWN)))
     assert "true reward" not in text
     assert "accuracy" not in text
     assert "log-prob of rejected" in text
 
 
 def test_votes_are_called_votes():
-    text = printed(_report.table(result(paired=False)))
+    text = printed(report.table(result(paired=False)))
     assert "log-prob of upvoted" in text
     assert "upvoted above downvoted" in text
 
 
 def test_falling_chosen_log_probs_are_explained():
-    text = printed(*_report.verdict(result()))
+    text = printed(*report.verdict(result()))
     assert "The true reward rose: +2.90 ± 0.14." in text
     assert (
         "That is no bug: the loss raises the margin between chosen and rejected, here to +3.00 nats" in text
@@ -79,7 +79,7 @@ def test_falling_chosen_log_probs_are_explained():
 
 def test_a_reward_within_the_noise_is_not_called_a_rise():
     flat = Measurement(9, 0.3, 0.1, 2.0, 0.1, 0.5, 0.05, -4.0, -4.0, 1.0)
-    text = printed(*_report.verdict(result(flat, held_out=False)))
+    text = printed(*report.verdict(result(flat, held_out=False)))
     assert "The true reward did not clearly rise: +0.20 ± 0.14." in text
     assert "the margin did not grow" in text
     assert "Nothing was held out" in text
@@ -89,18 +89,18 @@ def test_a_reward_within_the_noise_is_not_called_a_rise():
 def test_without_a_true_reward_accuracy_is_judged_by_its_error(error, words):
     after = Measurement(9, accuracy=0.75, accuracy_error=error)
     assert f"The model orders held-out pairs {words} a coin: 75.0%." in printed(
-        *_report.verdict(result(after))
+        *report.verdict(result(after))
     )
 
 
 def test_samples_cannot_drive_the_terminal():
-    text = printed(_report.samples(result()))
+    text = printed(report.samples(result()))
     assert "\x1b" not in text
     assert "before" in text
 
 
 def test_metrics_are_json_without_nan(tmp_path):
-    _report.write_metrics(result(), tmp_path / "metrics.json")
+    report.write_metrics(result(), tmp_path / "metrics.json")
     found = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert found["after"]["reward"] == 3.0
     assert found["training_loss"] == [{"step": 1, "loss": 0.7}, {"step": 2, "loss": None}]
@@ -111,22 +111,3 @@ def test_metrics_are_json_without_nan(tmp_path):
 def test_the_picture_is_a_png(tmp_path, after):
     write_picture(result(after), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_sparkline_spans_its_values():
-    assert sparkline([0.0, 1.0, 2.0]) == "▁▅█"
-    assert sparkline([3.0, 3.0]) == "▁▁"
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_screen_shows_every_measurement(terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=160, color_system=None)
-    with Screen(console) as screen:
-        update = screen.stage("dpo", 9)
-        screen.measured(BEFORE)
-        update(9, "loss 0.1")
-        screen.measured(AFTER)
-    text = console.file.getvalue()
-    assert "+3.00" in text
-    assert ("▁█" in text) is terminal
-    assert ("step    9: reward +3.00, KL 2.00, accuracy 75.0%" in text) is not terminal

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from prefloss.cli import _world_task
-from prefloss.cli._app import app
+from prefloss.cli import task
+from prefloss.cli.app import app
 
 SHORT = ["--steps", "2", "--warm-start", "2", "--samples", "4", "--cpu"]
 USER = {"role": "user", "content": "Hello?"}
@@ -21,7 +21,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # A smaller world, which is tokenised sooner.
     for name, size in (("ROWS", 300), ("HELD_OUT", 40), ("SPOKEN", 300)):
-        monkeypatch.setattr(_world_task, name, size)
+        monkeypatch.setattr(task, name, size)
 
 
 def train(*arguments, options=SHORT):
@@ -150,8 +150,8 @@ def test_prompts_that_fill_the_length_are_an_error():
 def test_version_and_help_load_nothing_slow():
     code = """
 import sys
-from prefloss.cli import _world_task
-from prefloss.cli._app import app
+from prefloss.cli import task
+from prefloss.cli.app import app
 app(["--version"], standalone_mode=False)
 print(*sorted({"transformers", "trl", "datasets", "matplotlib", "pyarrow"} & set(sys.modules)), sep=",")
 """

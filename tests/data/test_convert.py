@@ -78,11 +78,11 @@ def test_split_of_nothing_and_of_one_prompt_holds_nothing_out():
     rows = Dataset.from_list([{"prompt": "same", "n": i} for i in range(4)])
     assert [len(part) for part in split(rows, 0.5)] == [4, 0]
     assert [len(part) for part in split(rows, 0.0)] == [4, 0]
-    with pytest.raises(ValueError, match=r"fraction: expected a number >= 0 and < 1, got 1"):
+    with pytest.raises(ValueError, match=r"fraction: got 1, expected a number >= 0 and < 1"):
         split(rows, 1)
 
 
 def test_labelled_rows_give_no_pairs():
     labelled = Dataset.from_list([{"prompt": "p", "completion": "c", "label": True}])
-    with pytest.raises(ValueError, match=r"x: expected paired or ranked rows, got labelled"):
+    with pytest.raises(ValueError, match=r"x: got labelled .*, expected paired or ranked rows"):
         as_pairs(Preferences(labelled, Labels, False, "x"))

@@ -75,31 +75,31 @@ def test_every_format_gives_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({**PAIR, "chosen": 3}, "x.jsonl:2: column 'chosen': expected a string or a list of messages, got 3"),
+        ({**PAIR, "chosen": 3}, "x.jsonl:2: column 'chosen': got 3, expected a string or a list of messages"),
         (
             {**PAIR, "chosen": None},
-            "x.jsonl:2: column 'chosen': expected a string or a list of messages, got null",
+            "x.jsonl:2: column 'chosen': got null, expected a string or a list of messages",
         ),
         (
             {**PAIR, "prompt": {"a": 1}},
-            "x.jsonl:2: column 'prompt': expected a string or a list of messages, got {'a': 1}",
+            "x.jsonl:2: column 'prompt': got {'a': 1}, expected a string or a list of messages",
         ),
         ({"prompt": "p", "chosen": "a"}, "x.jsonl:2: missing column 'rejected' of paired"),
         ({"chosen": "a", "rejected": "b"}, "x.jsonl:2: missing column 'prompt' of paired"),
         (
             LABELLED,
-            "x.jsonl:2: expected a row of kind paired (prompt, chosen, rejected) as in line 1, got labelled",
+            "x.jsonl:2: got labelled (prompt, completion, label), expected a row of kind paired",
         ),
-        (CHAT, "x.jsonl:2: expected plain text as in line 1, got messages"),
-        ([1, 2], 'x.jsonl:2: expected an object with named columns, as {"prompt": ...}, got [1, 2]'),
+        (CHAT, "x.jsonl:2: got messages, expected plain text as in line 1"),
+        ([1, 2], 'x.jsonl:2: got [1, 2], expected an object with named columns, as {"prompt": ...}'),
         ('{"prompt": "p", "chosen" "a"}', "x.jsonl:2:26: bad JSON: Expecting ':' delimiter"),
         ('{"prompt": "p", "chosen": "a', "x.jsonl:2:27: bad JSON: Unterminated string"),
-        (json.dumps(PAIR) + " {}", "x.jsonl:2:54: bad JSON: expected one object in a line, got more: '{}'"),
+        (json.dumps(PAIR) + " {}", "x.jsonl:2:54: bad JSON: got more: '{}', expected one object in a line"),
         ("[" * 100_000, "x.jsonl:2: bad JSON: "),
         (b'{"prompt": "\xe9"}', "x.jsonl:2: not UTF-8 text: byte 0xe9 at byte 13"),
         (
             {**PAIR, "chosen": "\ud800"},
-            "x.jsonl:2: column 'chosen': expected text, got half of a surrogate pair",
+            "x.jsonl:2: column 'chosen': got half of a surrogate pair at character 1, expected text",
         ),
     ],
 )
@@ -110,43 +110,43 @@ def test_a_bad_row_is_named_by_line_and_column(tmp_path, bad, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**LABELLED, "label": "true"}, "column 'label': expected true or false (or 1 or 0), got 'true'"),
-        ({**LABELLED, "label": 1.0}, "column 'label': expected true or false (or 1 or 0), got 1.0"),
-        ({**LABELLED, "label": 2}, "column 'label': expected true or false (or 1 or 0), got 2"),
-        ({**LABELLED, "label": None}, "column 'label': expected true or false (or 1 or 0), got null"),
+        ({**LABELLED, "label": "true"}, "column 'label': got 'true', expected true or false (or 1 or 0)"),
+        ({**LABELLED, "label": 1.0}, "column 'label': got 1.0, expected true or false (or 1 or 0)"),
+        ({**LABELLED, "label": 2}, "column 'label': got 2, expected true or false (or 1 or 0)"),
+        ({**LABELLED, "label": None}, "column 'label': got null, expected true or false (or 1 or 0)"),
         (
             {**RANKED, "scores": [1, 2]},
-            "column 'scores': expected one score for each of 3 completions, got 2",
+            "column 'scores': got 2 scores, expected one for each of 3 completions",
         ),
-        ({**RANKED, "scores": [1, 2, "x"]}, "column 'scores'[2]: expected a finite number, got 'x'"),
-        ({**RANKED, "scores": [1, 2, True]}, "column 'scores'[2]: expected a finite number, got True"),
-        ({**RANKED, "scores": [1, 2, float("nan")]}, "column 'scores'[2]: expected a finite number, got nan"),
-        ({**RANKED, "scores": 1}, "column 'scores': expected a list of numbers, got 1"),
-        ({**RANKED, "completions": "a"}, "column 'completions': expected a list of completions, got 'a'"),
+        ({**RANKED, "scores": [1, 2, "x"]}, "column 'scores'[2]: got 'x', expected a finite number"),
+        ({**RANKED, "scores": [1, 2, True]}, "column 'scores'[2]: got True, expected a finite number"),
+        ({**RANKED, "scores": [1, 2, float("nan")]}, "column 'scores'[2]: got nan, expected a finite number"),
+        ({**RANKED, "scores": 1}, "column 'scores': got 1, expected a list of numbers"),
+        ({**RANKED, "completions": "a"}, "column 'completions': got 'a', expected a list of completions"),
         (
             {**RANKED, "completions": ["a", 2, "c"]},
-            "column 'completions'[1]: expected a string or a list of messages, got 2",
+            "column 'completions'[1]: got 2, expected a string or a list of messages",
         ),
-        ({**CHAT, "chosen": ["hi"]}, "column 'chosen'[0]: expected a message, as {role, content}, got 'hi'"),
+        ({**CHAT, "chosen": ["hi"]}, "column 'chosen'[0]: got 'hi', expected a message, as {role, content}"),
         (
             {**CHAT, "chosen": [{"role": "assistant"}]},
             "column 'chosen'[0]: missing 'content' of a message; it has 'role'",
         ),
         (
             {**CHAT, "chosen": [{"role": "assistant", "content": [{"type": "image"}]}]},
-            "column 'chosen'[0].content: expected a string, got [{'type': 'image'}]",
+            "column 'chosen'[0].content: got [{'type': 'image'}], expected a string",
         ),
         (
             {**CHAT, "chosen": [{**GOOD, "tool_calls": [{}]}]},
-            "column 'chosen'[0]: expected role and content, got a message with tool_calls",
+            "column 'chosen'[0]: got a message with tool_calls, expected role and content",
         ),
         (
             {**PAIR, **LABELLED},
-            "has columns 'prompt', 'chosen', 'rejected', 'completion', 'label', which fit two kinds",
+            "got columns 'prompt', 'chosen', 'rejected', 'completion', 'label', which fit two kinds, expected",
         ),
         (
             {"question": "q", "answer": "a"},
-            "has columns 'question', 'answer'; expected paired (prompt, chosen, rejected), ",
+            "got columns 'question', 'answer', expected paired (prompt, chosen, rejected), ",
         ),
         (
             {"prompt": "p", "completion": "c"},
@@ -154,7 +154,7 @@ def test_a_bad_row_is_named_by_line_and_column(tmp_path, bad, message):
         ),
         (
             {**PAIR, "score_chosen": 1.0},
-            "got column 'score_chosen' alone; expected scores of both sides, or of neither",
+            "got column 'score_chosen' alone, expected scores of both sides, or of neither",
         ),
     ],
 )
@@ -173,12 +173,12 @@ def test_labels_are_booleans_or_0_and_1(tmp_path, label):
     [
         ("[]", "x.json: no rows"),
         ('[{"prompt": "p"', "x.json:1:16: bad JSON: Expecting ',' delimiter"),
-        (json.dumps([PAIR])[:-1] + "\n{}]", "x.json:2:1: bad JSON: expected ',' or ']' between objects"),
+        (json.dumps([PAIR])[:-1] + "\n{}]", "x.json:2:1: bad JSON: got '{', expected ',' or ']'"),
         (json.dumps([PAIR])[:-1] + ",\n", "x.json:2:1: bad JSON: the array has no closing ']'"),
-        (json.dumps([PAIR]) + "\n x", "x.json:2:2: bad JSON: expected nothing after the array"),
+        (json.dumps([PAIR]) + "\n x", "x.json:2:2: bad JSON: got 'x', expected nothing after the array"),
         (
             json.dumps([PAIR, {**PAIR, "rejected": 5}], indent=0),
-            "x.json:7: column 'rejected': expected a string",
+            "x.json:7: column 'rejected': got 5, expected a string",
         ),
     ],
 )
@@ -194,12 +194,14 @@ def test_errors_in_a_table_have_rows(tmp_path):
     mixed = [{**PAIR, "completion": None, "label": None}, {**dict.fromkeys(PAIR), **LABELLED}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(mixed), tmp_path / "mixed.parquet")
     assert refused(tmp_path / "mixed.parquet").startswith(
-        "mixed.parquet: row 2: expected a row of kind paired (prompt, chosen, rejected) as in row 1, got labelled"
+        "mixed.parquet: row 2: got labelled (prompt, completion, label), expected a row of kind paired"
     )
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist([PAIR, {**PAIR, "chosen": None}]), tmp_path / "x.parquet"
     )
-    assert refused(tmp_path / "x.parquet").startswith("x.parquet: row 2: column 'chosen': expected a string")
+    assert refused(tmp_path / "x.parquet").startswith(
+        "x.parquet: row 2: column 'chosen': got null, expected a string"
+    )
 
 
 def test_what_is_no_preference_file_is_refused(tmp_path):
@@ -208,7 +210,7 @@ def test_what_is_no_preference_file_is_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.jsonl").write_text("\n \n")
     assert "no such file or folder; expected JSON lines" in refused(tmp_path / "nothing.jsonl")
-    assert "cannot tell the format from the ending '.csv'" in refused(tmp_path / "x.csv")
+    assert "x.csv: got the ending '.csv', expected JSON lines" in refused(tmp_path / "x.csv")
     assert "not a readable Parquet file" in refused(tmp_path / "x.parquet")
     assert "save_to_disk did not write" in refused(tmp_path / "folder")
     assert refused(tmp_path / "empty.jsonl") == "empty.jsonl: no rows"
@@ -291,4 +293,4 @@ def test_the_enum_of_kinds_is_an_alias_for_one_release():
 @pytest.mark.parametrize(("weight", "got"), [(-1, "-1"), ("2", "'2'"), (None, "null")])
 def test_a_weight_is_a_number_not_below_0_in_every_row(tmp_path, weight, got):
     message = refused(write(tmp_path / "x.jsonl", {**PAIR, "weight": 1}, {**PAIR, "weight": weight}))
-    assert message == f"x.jsonl:2: column 'weight': expected a number >= 0 as in the rows before, got {got}"
+    assert message == f"x.jsonl:2: column 'weight': got {got}, expected a number >= 0 as in the rows before"

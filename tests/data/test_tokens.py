@@ -55,5 +55,5 @@ def test_rows_are_padded_on_the_right_and_cut():
 
 def test_one_form_per_row():
     tokenizer = train_tokenizer(TEXTS, vocab_size=300)
-    with pytest.raises(TypeError, match="got one of each"):
+    with pytest.raises(TypeError, match="got plain text beside messages, expected both in one form"):
         encode(tokenizer, ROW["prompt"], CHAT["chosen"])

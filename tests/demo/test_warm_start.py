@@ -44,5 +44,5 @@ def test_padding_tokens_and_prompts_are_not_learned():
 
 
 def test_no_rows_are_refused():
-    with pytest.raises(ValueError, match="rows: expected at least one prompt with a completion, got none"):
+    with pytest.raises(ValueError, match="rows: got none, expected at least one prompt with a completion"):
         warm_start(model(), [], padding=0, steps=1)

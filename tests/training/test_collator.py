@@ -104,7 +104,7 @@ def test_tensors_and_arrays_are_read():
     [
         (
             [PAIR, {**PAIR, "chosen": None}],
-            r"example 1 of the batch: column 'chosen': expected a string.*got null",
+            r"example 1 of the batch: column 'chosen': got null, expected a string",
         ),
         ([PAIR, {"prompt": "w1", "chosen": " w2"}], r"example 1 of the batch: missing column 'rejected'"),
         ([{**PAIR, "rejected": " "}], r"example 0 of the batch: column 'rejected': got an empty completion"),
@@ -114,10 +114,10 @@ def test_tensors_and_arrays_are_read():
         ),
         (
             [{**RANKING, "scores": [1.0, 2.0]}],
-            r"column 'scores': expected one score for each of 3 completions, got 2",
+            r"column 'scores': got 2 scores, expected one for each of 3 completions",
         ),
-        ([{**LABEL, "label": 0.5}], r"column 'label': expected true or false"),
-        ([{**PAIR, "weight": float("nan")}], r"column 'weight': expected a finite number, got nan"),
+        ([{**LABEL, "label": 0.5}], r"column 'label': got 0.5, expected true or false"),
+        ([{**PAIR, "weight": float("nan")}], r"column 'weight': got nan, expected a finite number"),
         (
             [PAIR, LABEL],
             r"example 1 of the batch: got a row of labelled.*but example 0 of the batch is of paired",
@@ -133,16 +133,16 @@ def test_tensors_and_arrays_are_read():
         ),
         (
             [{**LABEL, "ref_logps": 3.0}],
-            r"column 'ref_logps': expected a log-prob in nats, at most 0, got 3.0",
+            r"column 'ref_logps': got 3.0, expected a log-prob in nats, at most 0",
         ),
         (
             [{**RANKING, "ref_logps": [-1.0]}],
-            r"column 'ref_logps': expected a log-prob for each of 3 completions",
+            r"column 'ref_logps': got \[-1.0\], expected a log-prob for each of 3 completions",
         ),
         ([{**IDS, "chosen_ids": []}], r"column 'chosen_ids': got an empty completion"),
         (
             [{**IDS, "chosen_ids": [1.5]}],
-            r"column 'chosen_ids': expected a list of token ids >= 0, got \[1.5\]",
+            r"column 'chosen_ids': got \[1.5\], expected a list of token ids >= 0",
         ),
         ([{"prompt_ids": [1], "chosen_ids": [2]}], r"missing column 'rejected_ids' beside 'chosen_ids'"),
         ([{"chosen_ids": [1], "rejected_ids": [2]}], r"missing column 'prompt_ids'"),

@@ -1,4 +1,4 @@
-"""What a run found: a table, sentences that read it, and metrics.json."""
+"""The results of a run: a table, sentences that explain it, and metrics.json."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import prefloss
 from prefloss.demo import world
 from prefloss.demo.measure import Measurement
+from prefloss.diagnosis import resisting
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Result:
         losses: (step, training loss).
         ceiling: Held-out accuracy that the true reward itself reaches, if known.
         paired: Whether accuracy compares two answers to one prompt.
-        held_out: Whether what was measured on was kept out of training.
+        held_out: Whether the measured rows were kept out of training.
+        holds_chosen: Whether the loss resists falling chosen completions.
         setting: Model, data and length of the run, in one line.
         warm_loss: Loss at the end of the warm start, nats per token, if there was one.
         prompts: Prompts of the samples, as text.
@@ -42,6 +44,7 @@ class Result:
     ceiling: float | None
     paired: bool
     held_out: bool
+    holds_chosen: bool
     setting: str
     warm_loss: float | None
     prompts: Sequence[str]
@@ -54,6 +57,11 @@ class Result:
         return ("chosen", "rejected") if self.paired else ("upvoted", "downvoted")
 
     @property
+    def rows(self) -> str:
+        """What the measured rows are called."""
+        return "held-out" if self.held_out else "training"
+
+    @property
     def before(self) -> Measurement:
         """The first measurement, before any step."""
         return self.measurements[0]
@@ -64,113 +72,132 @@ class Result:
         return self.measurements[-1]
 
 
+def print_report(console: Console, result: Result) -> None:
+    """Print table, sentences and samples."""
+    console.print()
+    console.print(table(result))
+    for sentence in verdict(result):
+        console.print(sentence)
+    texts = samples(result)
+    if texts is not None:
+        console.print()
+        console.print(texts)
+
+
 def table(result: Result) -> Table:
     """Before and after, one row per quantity that could be measured."""
     # Text, not markup: a hyperparameter may be written with brackets.
     title = Text.assemble((result.loss, "bold"), f" after {result.after.step} steps")
-    made = Table(box=box.ROUNDED, title=title, title_justify="left", title_style="")
-    made.add_column("", style="cyan")
-    made.add_column("before", justify="right", no_wrap=True)
-    made.add_column("after", justify="right", no_wrap=True, style="bold")
-    made.add_column("how to read it", style="dim", ratio=1)
+    table = Table(box=box.ROUNDED, title=title, title_justify="left", title_style="")
+    table.add_column("", style="cyan")
+    table.add_column("before", justify="right", no_wrap=True)
+    table.add_column("after", justify="right", no_wrap=True, style="bold")
+    table.add_column("how to read it", style="dim", ratio=1)
     before, after = result.before, result.after
+    better, worse = result.sides
+    count = len(after.samples)
     if after.reward is not None and before.reward is not None:
-        made.add_row(
+        table.add_row(
             "true reward",
             _with_error(before.reward, before.reward_error),
             _with_error(after.reward, after.reward_error),
             f"the judge's own scale, {world.WORST_REWARD:g} to {world.BEST_REWARD:g}; mean ± standard error of "
-            f"{len(after.samples)} samples",
+            f"{count} samples",
         )
     if after.kl is not None and before.kl is not None:
-        reading = f"nats per completion over {len(after.samples)} samples; how far the model moved"
-        made.add_row(
+        table.add_row(
             "KL to the reference",
             f"{before.kl:.2f}",
             _with_error(after.kl, after.kl_error, "{:.2f}"),
-            reading,
+            f"nats per completion over {count} samples; how far the model moved",
         )
     if after.accuracy is not None and before.accuracy is not None:
-        made.add_row(
+        what = "pairs ordered as judged" if result.paired else "upvoted above downvoted, over all such pairs"
+        ceiling = "" if result.ceiling is None else f", the true reward itself {_share(result.ceiling)}"
+        table.add_row(
             "implicit-reward accuracy",
             _share(before.accuracy),
             _share(after.accuracy) + (f" ± {after.accuracy_error:.1%}" if after.accuracy_error else ""),
-            _accuracy_words(result),
+            f"{result.rows} {what}; a coin gets 50 %{ceiling}",
         )
-    better, worse = result.sides
-    reading = "nats per completion, change since the start"
+    change = "nats per completion, change since the start"
     if after.chosen is not None:
-        words = f"{reading}; fell for {_share(after.chosen_falling)} of them"
-        made.add_row(f"log-prob of {better}", "+0.00", f"{after.chosen:+.2f}", words)
+        falling = f"{change}; fell for {_share(after.chosen_falling)} of them"
+        table.add_row(f"log-prob of {better}", "+0.00", f"{after.chosen:+.2f}", falling)
     if after.rejected is not None:
-        words = f"{reading}; the margin between the two is what is trained" if result.paired else reading
-        made.add_row(f"log-prob of {worse}", "+0.00", f"{after.rejected:+.2f}", words)
-    return made
+        margin = "; the margin between the two is what is trained" if result.paired else ""
+        table.add_row(f"log-prob of {worse}", "+0.00", f"{after.rejected:+.2f}", change + margin)
+    return table
 
 
 def verdict(result: Result) -> list[Text]:
-    """The table in sentences, with the questions that its readers ask."""
+    """The table in sentences."""
     before, after = result.before, result.after
-    said = []
+    sentences = []
     if after.reward is not None and before.reward is not None:
         gain = after.reward - before.reward
         error = math.hypot(before.reward_error or 0, after.reward_error or 0)
-        rose = gain > 2 * error
-        words = f"The true reward {'rose' if rose else 'did not clearly rise'}: {gain:+.2f} ± {error:.2f}."
-        said.append(Text(words, style="green" if rose else "yellow"))
+        good = gain > 2 * error
+        words = f"The true reward {'rose' if good else 'did not clearly rise'}: {gain:+.2f} ± {error:.2f}."
+        sentences.append(Text(words, style="green" if good else "yellow"))
     elif after.accuracy is not None and after.accuracy_error is not None:
-        learned = after.accuracy - 0.5 > 2 * after.accuracy_error
-        words = "clearly better than" if learned else "within the noise of"
-        sentence = f"The model orders {_rows(result)} pairs {words} a coin: {_share(after.accuracy)}."
-        said.append(Text(sentence, style="green" if learned else "yellow"))
-    # A fall that the table shows as one.
+        good = after.accuracy - 0.5 > 2 * after.accuracy_error
+        compared = "clearly better than" if good else "within the noise of"
+        words = f"The model orders {result.rows} pairs {compared} a coin: {_share(after.accuracy)}."
+        sentences.append(Text(words, style="green" if good else "yellow"))
+    # Smaller falls show as 0.0 in the table.
     if after.chosen is not None and after.rejected is not None and after.chosen <= -0.05:
-        margin = after.chosen - after.rejected
-        better, worse = result.sides
-        words = f"{better.capitalize()} completions became less likely"
-        if margin > 0:
-            words += (
-                f". That is no bug: the loss raises the margin between {better} and {worse}, here to {margin:+.2f} "
-                f"nats, and both may fall on the way.{_resisting(result)}"
-            )
-        else:
-            words += f", and {worse} ones no less so: the margin did not grow."
-        said.append(Text(words, style="dim" if margin > 0 else "yellow"))
+        sentences.append(_fall(result, after.chosen - after.rejected))
     if not result.held_out:
-        said.append(Text("Nothing was held out, so accuracy is that of training rows.", style="yellow"))
-    return said
+        sentences.append(Text("Nothing was held out, so accuracy is that of training rows.", style="yellow"))
+    return sentences
+
+
+def _fall(result: Result, margin: float) -> Text:
+    """What a fall of the better completions means."""
+    better, worse = result.sides
+    words = f"{better.capitalize()} completions became less likely"
+    if margin <= 0:
+        return Text(f"{words}, and {worse} ones no less so: the margin did not grow.", style="yellow")
+    words += (
+        f". That is no bug: the loss raises the margin between {better} and {worse}, here to {margin:+.2f} nats, "
+        "and both may fall on the way."
+    )
+    if result.paired and not result.holds_chosen:
+        words += f" Losses that hold {better} ones up: {', '.join(resisting())}."
+    return Text(words, style="dim")
 
 
 def samples(result: Result, count: int = 3) -> Table | None:
     """What the model says before and after, to the same prompts."""
     if not result.after.samples:
         return None
-    made = Table(
+    table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, title="Samples", title_justify="left", title_style="bold"
     )
-    made.add_column("prompt", style="dim", max_width=28)
-    made.add_column("before", ratio=1)
-    made.add_column("after", ratio=1, style="bold")
-    seen: set[str] = set()
-    for prompt, old, new in zip(result.prompts, result.before.samples, result.after.samples, strict=True):
-        if prompt not in seen and len(seen) < count:
-            seen.add(prompt)
-            made.add_row(*(Text(_cut(text)) for text in (prompt, old, new)))
-    return made
+    table.add_column("prompt", style="dim", max_width=28)
+    table.add_column("before", ratio=1)
+    table.add_column("after", ratio=1, style="bold")
+    texts = zip(result.prompts, result.before.samples, result.after.samples, strict=True)
+    # One row per prompt, the first of its samples.
+    first = {prompt: (prompt, old, new) for prompt, old, new in reversed(list(texts))}
+    for prompt in list(dict.fromkeys(result.prompts))[:count]:
+        table.add_row(*(Text(_printable(text)) for text in first[prompt]))
+    return table
 
 
 def write_metrics(result: Result, path: Path) -> None:
     """All numbers of the run, without the sampled texts."""
 
-    def numbers(found: Measurement) -> dict[str, Any]:
-        return {name: value for name, value in asdict(found).items() if name != "samples"}
+    def numbers(measurement: Measurement) -> dict[str, Any]:
+        return {name: value for name, value in asdict(measurement).items() if name != "samples"}
 
     content = {
         **result.about,
         "loss": result.loss,
         "before": numbers(result.before),
         "after": numbers(result.after),
-        "measurements": [numbers(found) for found in result.measurements],
+        "measurements": [numbers(measurement) for measurement in result.measurements],
         "training_loss": [{"step": step, "loss": value} for step, value in result.losses],
         "accuracy_of_true_reward": result.ceiling,
         "held_out": result.held_out,
@@ -178,23 +205,6 @@ def write_metrics(result: Result, path: Path) -> None:
         "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
     }
     path.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
-
-
-def _resisting(result: Result) -> str:
-    names = [name for name in ("dpop", "apo_zero", "dpo_nll") if name in prefloss.specs]
-    if not result.paired or not names or any(result.loss.startswith(f"{name}(") for name in names):
-        return ""
-    return f" Losses that hold {result.sides[0]} ones up: {', '.join(names)}."
-
-
-def _accuracy_words(result: Result) -> str:
-    what = "pairs ordered as judged" if result.paired else "upvoted above downvoted, over all such pairs"
-    words = f"{_rows(result)} {what}; a coin gets 50 %"
-    return words if result.ceiling is None else f"{words}, the true reward itself {_share(result.ceiling)}"
-
-
-def _rows(result: Result) -> str:
-    return "held-out" if result.held_out else "training"
 
 
 def _with_error(value: float, error: float | None, shown: str = "{:+.2f}") -> str:
@@ -205,8 +215,8 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _cut(text: str, width: int = 200) -> str:
-    # An untrained model says anything, also what a terminal would obey.
+def _printable(text: str, width: int = 200) -> str:
+    # An untrained model may write control characters, which a terminal would obey.
     flat = "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
     return flat if len(flat) <= width else flat[: width - 3] + "..."
 

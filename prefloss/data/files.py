@@ -1,8 +1,9 @@
-"""Files to rows: each row with the place that an error message would name."""
+"""Files to rows: each row with the place that an error message names."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ Row = tuple[str, dict[str, Any]]
 """Where a row is ("pairs.jsonl:17") and what it holds."""
 
 FORMATS = "JSON lines (.jsonl, .ndjson), .json, .parquet, or a folder written by datasets' save_to_disk"
+_MARK = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def rows_of(path: Path) -> Iterator[Row]:
@@ -27,7 +30,7 @@ def rows_of(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: no such file or folder; expected {FORMATS}")
     readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
-        raise DataError(f"{path}: cannot tell the format from the ending {path.suffix!r}; expected {FORMATS}")
+        raise DataError(f"{path}: got the ending {path.suffix!r}, expected {FORMATS}")
     return readers[path.suffix.lower()](path)
 
 
@@ -35,36 +38,37 @@ def _json_lines(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         # Only \n ends a line: str.splitlines would also split at U+2028 inside a string.
         for number, raw in enumerate(file, start=1):
-            line = _text(f"{path}:{number}", raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
+            line = _text(f"{path}:{number}", raw.removeprefix(_MARK) if number == 1 else raw)
             if line.strip():
-                yield f"{path}:{number}", _object(path, number, line.rstrip("\r\n"))
+                yield f"{path}:{number}", _only_object(path, number, line.rstrip("\r\n"))
 
 
 def _json(path: Path) -> Iterator[Row]:
     """One array of objects, or JSON lines under the name .json, as many exporters write."""
     with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head.startswith(b"["):
+        is_array = file.read(4096).removeprefix(_MARK).lstrip().startswith(b"[")
+    if not is_array:
         yield from _json_lines(path)
         return
-    text = _text(str(path), path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
-    decoder = json.JSONDecoder()
-    start = _skip_space(text, text.index("[") + 1)
+    text = _text(str(path), path.read_bytes().removeprefix(_MARK))
+    at = _next(text, text.index("[") + 1)
     line, counted = 1, 0
-    while start < len(text) and text[start] != "]":
-        line, counted = line + text.count("\n", counted, start), start
-        value, end = _decode(path, line, text, start, decoder)
-        yield f"{path}:{line}", _as_object(f"{path}:{line}", value)
-        start = _skip_space(text, end)
-        if start < len(text) and text[start] == ",":
-            start = _skip_space(text, start + 1)
-        elif start < len(text) and text[start] != "]":
-            raise DataError(f"{path}:{_position(text, start)}: bad JSON: expected ',' or ']' between objects")
-    if start >= len(text):
-        raise DataError(f"{path}:{_position(text, start)}: bad JSON: the array has no closing ']'")
-    rest = _skip_space(text, start + 1)
+    while at < len(text) and text[at] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        value, end = _object(path, line, text, at)
+        yield f"{path}:{line}", value
+        at = _next(text, end)
+        if text[at : at + 1] == ",":
+            at = _next(text, at + 1)
+        elif text[at : at + 1] not in ("]", ""):
+            raise DataError(f"{_position(path, text, at)}: bad JSON: got {text[at]!r}, expected ',' or ']'")
+    if at >= len(text):
+        raise DataError(f"{_position(path, text, at)}: bad JSON: the array has no closing ']'")
+    rest = _next(text, at + 1)
     if rest < len(text):
-        raise DataError(f"{path}:{_position(text, rest)}: bad JSON: expected nothing after the array")
+        raise DataError(
+            f"{_position(path, text, rest)}: bad JSON: got {text[rest]!r}, expected nothing after the array"
+        )
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -73,11 +77,9 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=1024))
+            for number, row in enumerate((row for batch in batches for row in batch), start=1):
+                yield f"{path}: row {number}", row
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
 
@@ -85,9 +87,9 @@ def _parquet(path: Path) -> Iterator[Row]:
 def _saved(path: Path) -> Iterator[Row]:
     import datasets
 
-    if (path / "dataset_dict.json").exists():
-        index = path / "dataset_dict.json"
-        splits = _object(index, 1, index.read_text("utf-8")).get("splits", [])
+    index = path / "dataset_dict.json"
+    if index.exists():
+        splits = _only_object(index, 1, index.read_text("utf-8")).get("splits", [])
         if "train" not in splits:
             raise DataError(
                 f"{path}: a dataset dictionary without a split named 'train' (it has {', '.join(splits)}); "
@@ -115,43 +117,41 @@ def _text(place: str, raw: bytes) -> str:
         ) from error
 
 
-def _object(path: Path, line: int, text: str) -> dict[str, Any]:
-    start = _skip_space(text, 0)
-    value, end = _decode(path, line, text, start, json.JSONDecoder())
-    rest = _skip_space(text, end)
+def _only_object(path: Path, line: int, text: str) -> dict[str, Any]:
+    """The object that a text holds, and nothing after it."""
+    value, end = _object(path, line, text, _next(text, 0))
+    rest = _next(text, end)
     if rest < len(text):
+        more = shown(text[rest:])
         raise DataError(
-            f"{path}:{line}:{rest + 1}: bad JSON: expected one object in a line, got more: {shown(text[rest:])}"
+            f"{path}:{line}:{rest + 1}: bad JSON: got more: {more}, expected one object in a line"
         )
-    return _as_object(f"{path}:{line}", value)
+    return value
 
 
-def _decode(path: Path, line: int, text: str, start: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
+def _object(path: Path, line: int, text: str, start: int) -> tuple[dict[str, Any], int]:
+    """The object that starts at a character, which is in this line of the file, and where it ends."""
     try:
-        return decoder.raw_decode(text, start)
+        value, end = json.JSONDecoder().raw_decode(text, start)
     except json.JSONDecodeError as error:
-        # The decoder counts lines within what it was given, which may start inside the file.
+        # The decoder counts lines within the text, which may start inside the file.
         row = line + text.count("\n", start, error.pos)
         column = error.pos - text.rfind("\n", 0, error.pos)
         raise DataError(f"{path}:{row}:{column}: bad JSON: {error.msg}") from error
     except (RecursionError, ValueError) as error:
         raise DataError(f"{path}:{line}: bad JSON: {error}") from error
-
-
-def _as_object(place: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(
-            f'{place}: expected an object with named columns, as {{"prompt": ...}}, got {shown(value)}'
+            f'{path}:{line}: got {shown(value)}, expected an object with named columns, as {{"prompt": ...}}'
         )
-    return value
+    return value, end
 
 
-def _position(text: str, index: int) -> str:
-    """Line and column of a character, as "3:17"."""
-    return f"{text.count(chr(10), 0, index) + 1}:{index - text.rfind(chr(10), 0, index)}"
+def _position(path: Path, text: str, index: int) -> str:
+    """Line and column of a character, as "x.json:3:17"."""
+    return f"{path}:{text.count(chr(10), 0, index) + 1}:{index - text.rfind(chr(10), 0, index)}"
 
 
-def _skip_space(text: str, index: int) -> int:
-    while index < len(text) and text[index] in " \t\r\n":
-        index += 1
-    return index
+def _next(text: str, index: int) -> int:
+    """The first character from here on that is not white space."""
+    return _SPACE.match(text, index).end()  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from prefloss.cli._report import Result
+from prefloss.cli.report import Result
 from prefloss.demo import world
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#666666"
@@ -71,7 +71,7 @@ def _banded(axis: Any, result: Result, field: str, colour: str, label: str) -> f
 
 def _accuracy_panel(axis: Any, result: Result) -> None:
     steps, shares = _series(result, "accuracy")
-    axis.set(title=f"Implicit-reward accuracy on {'held-out' if result.held_out else 'training'} rows")
+    axis.set(title=f"Implicit-reward accuracy on {result.rows} rows")
     axis.set_ylabel("pairs ordered as judged" if result.paired else "upvoted above downvoted")
     if not shares:
         axis.text(0.5, 0.5, "needs both kinds of rows", transform=axis.transAxes, ha="center", color=_GREY)
@@ -95,11 +95,10 @@ def _log_prob_panel(axis: Any, result: Result) -> None:
         if changes:
             axis.plot(steps, changes, "o-", color=colour, label=name)
     axis.axhline(0.0, color=_GREY, linestyle="--", linewidth=1, label="as at the start")
-    rows = "held-out" if result.held_out else "training"
-    axis.set(title=f"Log-probability of {rows} completions", ylabel="change per completion, nats")
+    axis.set(title=f"Log-probability of {result.rows} completions", ylabel="change per completion, nats")
     axis.legend(frameon=False, loc="lower left")
 
 
 def _series(result: Result, field: str) -> tuple[list[int], list[float]]:
-    found = [(m.step, getattr(m, field)) for m in result.measurements if getattr(m, field) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(m.step, getattr(m, field)) for m in result.measurements if getattr(m, field) is not None]
+    return [step for step, _ in points], [value for _, value in points]

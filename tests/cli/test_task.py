@@ -5,9 +5,8 @@ import json
 import pytest
 
 import prefloss
-from prefloss.cli._file_task import file_task
-from prefloss.cli._settings import Settings
-from prefloss.cli._task import kind_for
+from prefloss.cli.options import TrainOptions
+from prefloss.cli.task import task_of
 from prefloss.feedback import Labels, Pairs, columns_of
 
 
@@ -16,8 +15,7 @@ def task(tmp_path):
     def made(loss, rows, **options):
         path = tmp_path / "data.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        bound = prefloss.get(loss)
-        return file_task(Settings(data=path, **options), bound, kind_for(bound), path)
+        return task_of(TrainOptions(data=path, **options), prefloss.get(loss))
 
     return made
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import prefloss
-from prefloss.cli._app import app
+from prefloss.cli.app import app
 
 PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 LABELLED = {"prompt": "p", "completion": "good", "label": True}
@@ -47,19 +47,24 @@ def labelled(tmp_path):
         (["--param", "tau=1"], "dpo: unknown hyperparameter 'tau'"),
         (["--param", "beta=-1"], "dpo: beta: got -1, expected a number > 0"),
         (["--loss", "ipo", "--param", "tau=big"], "ipo: tau: got 'big', expected a number > 0"),
-        (["--param", "beta"], "--param: expected NAME=VALUE, as tau=0.1, got 'beta'"),
+        (["--param", "beta"], "--param: got 'beta', expected NAME=VALUE, as tau=0.1"),
+        (["--param", "beta=0.1", "--param", "beta=0.2"], "--param: got beta twice, expected it once"),
+        (
+            ["--loss", "dpo(beta=0.1)", "--param", "beta=0.2"],
+            "dpo(beta=0.1): beta: got it both in the name and as",
+        ),
         (["--loss", "dpo_pl"], "dpo_pl takes Rankings, and TRL has no trainer for ranked groups"),
         (["--loss", "dro"], "dro needs the value of each prompt"),
-        (["--steps", "3", "--epochs", "1"], "--steps and --epochs: expected one of them, got both"),
-        (["--epochs", "0"], "--epochs: expected a number > 0, got 0.0"),
-        (["--learning-rate", "0"], "--learning-rate: expected a number > 0, got 0.0"),
-        (["--eval-fraction", "1"], "--eval-fraction: expected a number >= 0 and < 1, got 1.0"),
-        (["--lora"], "--lora: expected a --model to adapt"),
+        (["--steps", "3", "--epochs", "1"], "--steps and --epochs: got both, expected one of them"),
+        (["--epochs", "0"], "--epochs: got 0.0, expected a number > 0"),
+        (["--learning-rate", "0"], "--learning-rate: got 0.0, expected a number > 0"),
+        (["--eval-fraction", "1"], "--eval-fraction: got 1.0, expected a number >= 0 and < 1"),
+        (["--lora"], "--lora: got no --model to adapt, expected one"),
         (["--data", "nothing.jsonl"], "nothing.jsonl: no such file or folder"),
         (["--model", "./nowhere"], "--model: no such folder: ./nowhere"),
         (
             ["--loss", "kto", "--batch-size", "1"],
-            "--batch-size: kto estimates its KL baseline from mismatched rows",
+            "--batch-size: got 1, expected at least 2, because kto estimates its KL baseline from mismatched rows",
         ),
         (["--loss", "xpo"], "xpo: needs gold, which DPOTrainer does not compute"),
     ],
@@ -85,7 +90,7 @@ def test_a_pair_loss_refuses_votes_and_names_both(labelled):
 
 def test_a_malformed_file_is_named_with_line_and_column(pairs):
     pairs.write_text(json.dumps(PAIR) + "\n" + json.dumps({**PAIR, "chosen": 3}) + "\n")
-    expected = f"Error: {pairs}:2: column 'chosen': expected a string or a list of messages, got 3"
+    expected = f"Error: {pairs}:2: column 'chosen': got 3, expected a string or a list of messages"
     assert refused("--data", pairs) == expected
 
 

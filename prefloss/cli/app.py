@@ -1,0 +1,88 @@
+"""The typer application: commands and their help texts; each command's options are a dataclass of `options`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+import prefloss
+from prefloss.cli.console import errors_as_text
+from prefloss.cli.losses import show_losses
+from prefloss.cli.options import ReferenceOptions, TrainOptions
+
+app = typer.Typer(
+    name="prefloss",
+    help="Preference losses by name: look them up, and train with them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _command(options: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """A decorator: the function becomes a command whose options are the fields of a dataclass."""
+
+    def decorate(run: Callable[[Any], None]) -> Callable[..., None]:
+        @functools.wraps(run)
+        def command(**values: Any) -> None:
+            with errors_as_text():
+                run(options(**values))
+
+        # typer reads the options from the signature.
+        command.__signature__ = inspect.signature(options, eval_str=True)  # type: ignore[attr-defined]
+        return app.command()(command)
+
+    return decorate
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"prefloss {prefloss.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def losses(
+    name: Annotated[str | None, typer.Argument(help="Show one loss: formula, parameters, sources.")] = None,
+) -> None:
+    """List the registered losses, or show one in full."""
+    with errors_as_text():
+        show_losses(name)
+
+
+@_command(TrainOptions)
+def train(options: TrainOptions) -> None:
+    """Train a language model with a preference loss; with no options, a complete small example.
+
+    The example builds a small model and a generated preference world, trains on what a noisy judge says,
+    and marks the result against the judge's true reward: about a minute on two CPU cores, offline.
+    """
+    from prefloss.cli.train import train
+
+    train(options)
+
+
+@_command(ReferenceOptions)
+def reference(options: ReferenceOptions) -> None:
+    """Compute the reference's log-probs of a data set once, for any number of trainings.
+
+    Stopped at any moment, the same command goes on where it was. Under `torchrun` or `accelerate launch` the
+    processes share the work. Data that are in the table already are not scored again.
+    """
+    from prefloss.cli.reference import reference
+
+    reference(options)

@@ -1,0 +1,183 @@
+"""The options of each command, one dataclass each: typer reads them from here, and so does the code that runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+import prefloss
+from prefloss import registry
+from prefloss.cli.console import CliError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of `prefloss train`; None where the default depends on the others."""
+
+    loss: Annotated[str, Option(help="Name of a loss; `prefloss losses` lists them.")] = "dpo"
+    param: Annotated[
+        list[str] | None,
+        Option(help="A hyperparameter of the loss, as tau=0.1; may be repeated.", metavar="NAME=VALUE"),
+    ] = None
+    model: Annotated[
+        str | None, Option(help="Model folder or hub id. Without it, a small built-in model.")
+    ] = None
+    data: Annotated[
+        Path | None,
+        Option(
+            help="Preference data: .jsonl, .json, .parquet or a save_to_disk folder. Without it, the "
+            "generated world, whose true reward is known."
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        Option(help="Folder for model, metrics and picture. Without it, prefloss-runs/<loss>-<number>."),
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="Write into --output though it is not empty.")] = (
+        False
+    )
+    steps: Annotated[
+        int | None, Option(min=1, help="Optimizer steps. (default: 400, or as --epochs says)")
+    ] = None
+    epochs: Annotated[
+        float | None,
+        Option(help="Passes over the data, if --steps is not given. (default: 1; built-in model: 3)"),
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        Option(help="Highest learning rate. (default: 1e-6, with --lora 1e-5; built-in model: 2e-4)"),
+    ] = None
+    batch_size: Annotated[
+        int | None, Option(min=1, help="Rows per forward pass. (default: 16; with --data 8)")
+    ] = None
+    accumulate: Annotated[int, Option(min=1, help="Forward passes per optimizer step.")] = 1
+    max_length: Annotated[
+        int, Option(min=2, help="Longest prompt + completion, tokens; the rest is cut.")
+    ] = 512
+    eval_fraction: Annotated[float, Option(help="Share of the prompts of --data to hold out.")] = 0.1
+    samples: Annotated[
+        int | None,
+        Option(min=0, help="Completions to sample for KL and true reward. (default: 256; with --data 64)"),
+    ] = None
+    lora: Annotated[
+        bool, Option("--lora", help="Train a LoRA adapter on the linear layers (needs peft).")
+    ] = False
+    lora_rank: Annotated[int, Option(min=1, help="Rank of the adapter.")] = 16
+    gradient_checkpointing: Annotated[
+        bool, Option("--gradient-checkpointing", help="Less memory, about a fifth slower.")
+    ] = False
+    bf16: Annotated[
+        bool | None,
+        Option(
+            "--bf16/--no-bf16", help="Compute in bfloat16, weights in float32. (default: on GPUs that can)"
+        ),
+    ] = None
+    warm_start: Annotated[
+        int | None,
+        Option(
+            min=0,
+            help="Supervised steps that teach a model with random weights to speak. (default: 600; with --data 200)",
+        ),
+    ] = None
+    seed: Annotated[int, Option(help="Of everything random.")] = 0
+    cpu: Annotated[bool, Option("--cpu", help="Stay on the CPU though there is an accelerator.")] = False
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """Rank of the LoRA adapter; None trains the whole model."""
+        return self.lora_rank if self.lora else None
+
+    def check(self) -> None:
+        """Refuse options that are out of range or contradict each other.
+
+        Raises:
+            CliError: If there are such.
+        """
+        if not 0 <= self.eval_fraction < 1:
+            raise CliError(f"--eval-fraction: got {self.eval_fraction}, expected a number >= 0 and < 1")
+        for name, value in (("--epochs", self.epochs), ("--learning-rate", self.learning_rate)):
+            if value is not None and not value > 0:
+                raise CliError(f"{name}: got {value}, expected a number > 0")
+        if self.steps is not None and self.epochs is not None:
+            raise CliError("--steps and --epochs: got both, expected one of them")
+        if self.lora and self.model is None:
+            raise CliError(
+                "--lora: got no --model to adapt, expected one; the built-in model is small enough to train whole"
+            )
+
+    def bound_loss(self) -> prefloss.Loss:
+        """The loss that `--loss` and `--param` name.
+
+        Raises:
+            CliError: If there is none, or a hyperparameter is wrong; the registry's own words.
+        """
+        parameters: dict[str, Any] = {}
+        for text in self.param or ():
+            for name, value in _parsed(text).items():
+                if name in parameters:
+                    raise CliError(f"--param: got {name} twice, expected it once")
+                parameters[name] = value
+        try:
+            return prefloss.get(self.loss, **parameters)
+        except (TypeError, ValueError) as error:
+            raise CliError(str(error)) from error
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """`tau=0.1` -> {"tau": 0.1}, as the registry reads it inside `ipo(tau=0.1)`; also true, false and null."""
+    name, equals, value = text.partition("=")
+    value = {"true": "True", "false": "False", "null": "None"}.get(value.strip(), value.strip())
+    try:
+        (term,) = registry.parse(f"loss({name}{equals}{value})")
+    except ValueError as error:
+        raise CliError(f"--param: got {text!r}, expected NAME=VALUE, as tau=0.1") from error
+    return term.parameters
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """The options of `prefloss reference`."""
+
+    model: Annotated[str, Option(help="Model folder or hub id: the reference.")]
+    data: Annotated[
+        list[Path],
+        Option(
+            help="Preference data, text or token ids: .jsonl, .json, .parquet or a save_to_disk folder. Repeatable."
+        ),
+    ]
+    output: Annotated[Path, Option(help="Table to write, or to add to; ends in .parquet.")]
+    tokenizer: Annotated[str | None, Option(help="Folder or hub id, if not the model's own.")] = None
+    adapter: Annotated[
+        str | None, Option(help="PEFT adapter to switch on. Without it, the model as it is.")
+    ] = None
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of the model.")] = None
+    dtype: Annotated[
+        str, Option(help="Of the weights: auto (as they are saved), float32, bfloat16 or float16.")
+    ] = "auto"
+    batch_size: Annotated[int, Option(min=1, help="Completions per forward pass.")] = 8
+    max_length: Annotated[
+        int | None,
+        Option(min=2, help="Longest prompt + completion, tokens; the rest is cut. (default: no cut)"),
+    ] = None
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Start anew, though --output or parts of it are there.")
+    ] = False
+    cpu: Annotated[bool, Option("--cpu", help="Stay on the CPU though there is an accelerator.")] = False
+
+    def check(self) -> None:
+        """Refuse options that no run can follow.
+
+        Raises:
+            CliError: If an option is out of range, or there is nothing to write to.
+        """
+        if self.dtype not in DTYPES:
+            raise CliError(f"--dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.output.is_dir():
+            raise CliError(f"--output: {self.output} is a folder; expected a file, as table.parquet")
+        if self.output.suffix != ".parquet":
+            raise CliError(f"--output: got {self.output}, expected a name that ends in .parquet")

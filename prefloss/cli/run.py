@@ -1,0 +1,301 @@
+"""One training run: model, warm start, trainer, measurements. Loads transformers and TRL."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+from rich.console import Console
+
+import prefloss
+from prefloss.cli import models
+from prefloss.cli.console import CliError, Clock, Screen, print_facts
+from prefloss.cli.options import TrainOptions
+from prefloss.cli.report import Result
+from prefloss.cli.task import Row, Task
+from prefloss.cli.trainer import Plan, Watcher, build, configuration, total_steps
+from prefloss.data.rows import KIND_WORDS
+from prefloss.data.tokens import Encoded, encode, encode_prompt, pad_id
+from prefloss.demo.measure import Measurement, Meter
+from prefloss.demo.warm_start import warm_start
+from prefloss.diagnosis import resists_falling
+
+# Weights that an earlier run may have left in the output folder.
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class _WarmUp:
+    """Length, batch and learning rate of the supervised warm start."""
+
+    steps: int
+    rows: int
+    learning_rate: float
+
+
+# The world's sentences have 20 tokens; a row of a file has some hundreds.
+_ON_WORLD, _ON_FILE = _WarmUp(600, 32, 5e-3), _WarmUp(200, 8, 2e-3)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the parts of one run share."""
+
+    options: TrainOptions
+    loss: prefloss.Loss
+    task: Task
+    start: models.Start
+    plan: Plan
+    folder: Path
+    screen: Screen
+    clock: Clock
+
+
+def run(
+    options: TrainOptions, loss: prefloss.Loss, task: Task, folder: Path, console: Console, clock: Clock
+) -> Result:
+    """Load the model, warm it up, train it with the preference loss, save it.
+
+    Raises:
+        CliError: If model, data and loss do not go together.
+    """
+    print_facts(console, "loss", (repr(loss),))
+    print_facts(console, "data", task.facts, task.warnings)
+    start = models.start(options, task)
+    print_facts(console, "model", start.facts)
+    options = _within_positions(options, start.model, console)
+    plan = Plan.of(options, start)
+    config = configuration(options, task, plan, loss, str(folder))
+    with Screen(console) as screen, _threads(1 if start.built_in else None):
+        parts = _Run(options, loss, task, start, plan, folder, screen, clock)
+        warm_loss = _warm_up(parts)
+        console.print()
+        print_facts(console, "training", (str(plan),))
+        return replace(_preferences(parts, config), warm_loss=warm_loss)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Torch on this many threads: a tiny model has too little work for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _warm_up(run: _Run) -> float | None:
+    """Supervised training of a model with random weights, before it is copied as the reference."""
+    options, task, start, screen = run.options, run.task, run.start, run.screen
+    how = _ON_WORLD if options.data is None else _ON_FILE
+    default = how.steps if start.untrained else 0
+    steps = default if options.warm_start is None else options.warm_start
+    if steps == 0 or not task.spoken:
+        return None
+    fact = f"supervised, on {task.spoken_are}: {steps} steps of {how.rows} rows"
+    print_facts(screen.console, "warm-up", (fact,))
+    if not run.plan.on_cpu:
+        start.model.to(torch.accelerator.current_accelerator())
+    update = screen.stage("warm-up", steps)
+    rows, most = task.spoken, steps * how.rows
+    rows = rows if len(rows) <= most else random.Random(options.seed).sample(rows, most)
+    with run.clock.part("warm-up"):
+        return warm_start(
+            start.model,
+            _encoded(start.tokenizer, rows),
+            padding=pad_id(start.tokenizer),
+            steps=steps,
+            batch_size=how.rows,
+            learning_rate=how.learning_rate,
+            max_length=options.max_length,
+            seed=options.seed,
+            on_step=lambda step, value: update(step, f"{value:.2f} nats per token"),
+        )
+
+
+def _preferences(run: _Run, config: Any) -> Result:
+    """Train with the preference loss, measuring on the way, and save the model."""
+    loss, task, start, screen, clock = run.loss, run.task, run.start, run.screen, run.clock
+    measurements: list[Measurement] = []
+
+    def measure(step: int) -> None:
+        with clock.part("measuring"):
+            measurements.append(meter(step))
+        screen.measured(measurements[-1])
+
+    def on_step(step: int, value: float | None) -> None:
+        update(step, "" if value is None else f"loss {value:.3f}")
+
+    watcher = Watcher(on_step, measure)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with clock.part("training"):
+        trainer = build(task, start, config, loss, run.options.adapter_rank, watcher)
+        _print_cut_rows(run, len(trainer.train_dataset))
+        meter = _meter(run, trainer)
+        measure(0)
+        _check_step_zero(measurements[0])
+        update = screen.stage(loss.name, total_steps(trainer))
+        _train(trainer, loss)
+    with clock.part("saving"):
+        _save(run.folder, trainer.accelerator.unwrap_model(trainer.model), start.tokenizer)
+    return Result(
+        loss=repr(loss),
+        measurements=measurements,
+        losses=watcher.losses,
+        ceiling=task.ceiling,
+        paired=task.paired,
+        held_out=task.held_out,
+        holds_chosen=resists_falling(loss),
+        setting=_setting(run, trainer),
+        warm_loss=None,
+        prompts=[prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in task.prompts],
+        seconds=clock.seconds,
+        about=_about(run, trainer),
+    )
+
+
+def _train(trainer: Any, loss: prefloss.Loss) -> None:
+    try:
+        trainer.train()
+    except (FloatingPointError, ValueError) as error:
+        # What the loss itself refuses, such as scores in the wrong order, is in the data or the options.
+        if str(error).startswith(tuple(term.loss.name for term in loss.terms)):
+            raise CliError(str(error)) from error
+        raise
+
+
+def _meter(run: _Run, trainer: Any) -> Meter:
+    options, task, tokenizer = run.options, run.task, run.start.tokenizer
+    return Meter(
+        policy=trainer.model,
+        reference=trainer.ref_model,
+        tokenizer=tokenizer,
+        better=_encoded(tokenizer, task.better),
+        worse=_encoded(tokenizer, task.worse),
+        paired=task.paired,
+        prompts=[encode_prompt(tokenizer, prompt)[-options.max_length :] for prompt in task.prompts],
+        reward=task.reward,
+        max_new_tokens=32 if task.reward is not None else 64,
+        max_length=options.max_length,
+        batch_size=256 if options.data is None else 2 * run.plan.batch_size,
+        seed=options.seed,
+        autocast=lambda: torch.autocast(trainer.model.device.type, torch.bfloat16, enabled=run.plan.bf16),
+    )
+
+
+def _within_positions(options: TrainOptions, model: Any, console: Console) -> TrainOptions:
+    """The options with no sequence longer than the model has positions for."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None or options.max_length <= most:
+        return options
+    print_facts(
+        console, "", (), (f"--max-length {options.max_length} cut to the {most} positions of the model",)
+    )
+    return replace(options, max_length=most)
+
+
+def _print_cut_rows(run: _Run, kept: int) -> None:
+    """Print how many rows TRL left out for their length, and how many prompts lose their end.
+
+    Raises:
+        CliError: If no row is left.
+    """
+    task, tokenizer, console = run.task, run.start.tokenizer, run.screen.console
+    count, max_length = len(task.train), run.options.max_length
+    if kept == 0:
+        raise CliError(f"--max-length: all {count} rows have a prompt that alone fills {max_length} tokens")
+    if kept < count:
+        warning = (
+            f"{count - kept} of {count} rows left out: their prompt alone fills --max-length {max_length}"
+        )
+        print_facts(console, "", (), (warning,))
+    rows = [*task.better, *task.worse][:200]
+    # TRL cuts off the end of a prompt that becomes another token when a completion follows.
+    merged = sum(
+        len(prompt) < len(encode_prompt(tokenizer, row["prompt"]))
+        for row, (prompt, _) in zip(rows, _encoded(tokenizer, rows), strict=True)
+    )
+    if merged:
+        advice = "check its chat template" if task.conversational else "end prompts with a line break"
+        warning = (
+            f"in {merged} of {len(rows)} rows the end of the prompt becomes another token when the completion "
+            f"follows, and TRL leaves it out; {advice}"
+        )
+        print_facts(console, "", (), (warning,))
+
+
+def _check_step_zero(first: Measurement) -> None:
+    """Before the first step, policy and reference are one model: every log-ratio is 0."""
+    off = max((abs(v) for v in (first.chosen, first.rejected, first.kl) if v is not None), default=0.0)
+    if not off < 1e-3:
+        raise CliError(
+            f"before the first step, policy and reference differ by {off:.3g} nats per completion, expected 0; "
+            "does the model compute otherwise in training than in evaluation, or not depend on its input alone?"
+        )
+
+
+def _save(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write model and tokenizer in transformers' format, in place of weights that an earlier run left there."""
+    # Shards of a larger model, or an adapter, would be loaded together with what is written now.
+    for pattern in _WEIGHTS:
+        for stale in folder.glob(pattern):
+            stale.unlink()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _encoded(tokenizer: Any, rows: list[Row]) -> list[Encoded]:
+    return [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+
+
+def _setting(run: _Run, trainer: Any) -> str:
+    """Model, data and length in one line."""
+    model = "built-in Llama" if run.start.built_in else run.options.model
+    data = "the generated world" if run.options.data is None else run.options.data.name
+    return (
+        f"{model} on {data}, {type(trainer).__name__}, {trainer.state.global_step} steps, "
+        f"learning rate {run.plan.learning_rate:g}, seed {run.options.seed}"
+    )
+
+
+def _about(run: _Run, trainer: Any) -> dict[str, Any]:
+    """Everything needed to repeat the run."""
+    options, task, plan = run.options, run.task, run.plan
+    plain = (str, int, float, bool, type(None))
+    return {
+        "loss_name": run.loss.name,
+        "loss_parameters": {
+            name: value if isinstance(value, plain) else repr(value)
+            for name, value in run.loss.params.items()
+        },
+        "data": "generated world" if options.data is None else str(options.data),
+        "data_kind": KIND_WORDS[task.kind],
+        "training_rows": len(trainer.train_dataset),
+        "facts": [*task.facts, *run.start.facts, str(plan)],
+        "warnings": list(task.warnings),
+        "model": options.model or "built-in",
+        "lora_rank": options.adapter_rank,
+        "steps": trainer.state.global_step,
+        "learning_rate": plan.learning_rate,
+        "batch_size": plan.batch_size,
+        "accumulate": options.accumulate,
+        "max_length": options.max_length,
+        "bf16": plan.bf16,
+        "seed": options.seed,
+        "versions": {
+            "prefloss": prefloss.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+        },
+    }

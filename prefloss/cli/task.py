@@ -1,0 +1,284 @@
+"""What a run learns from and is measured on: a preference file, or the generated world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import prefloss
+from prefloss import data as pdata
+from prefloss.cli.console import CliError
+from prefloss.cli.options import TrainOptions
+from prefloss.data.rows import KIND_WORDS, kind_text
+from prefloss.demo import world
+from prefloss.feedback import KINDS, Labels, Pairs, Rankings, columns_of, optional_fields
+
+Row = dict[str, Any]
+
+# Of the world: rows to train on, pairs to measure on, lines of the warm start, samples.
+ROWS, HELD_OUT, SPOKEN, WORLD_SAMPLES = 4000, 400, 8000, 256
+# Of a file: samples, and most rows to measure on. More than that costs more time than its precision is worth.
+FILE_SAMPLES, MEASURED = 64, 500
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to train on, and what to measure on.
+
+    Attributes:
+        train: A datasets.Dataset, paired or labelled.
+        kind: `Pairs` or `Labels`.
+        conversational: Whether texts are messages.
+        better: Held-out (prompt, completion) that people preferred or upvoted.
+        worse: Held-out ones that they rejected or downvoted.
+        paired: Whether `better[i]` and `worse[i]` belong together.
+        prompts: Prompts to sample completions for.
+        spoken: Rows (prompt, completion) for a supervised warm start.
+        spoken_are: What these rows are, in words.
+        reward: True reward of a completion for `prompts[i]`, if it is known.
+        ceiling: Held-out accuracy that the true reward itself reaches.
+        held_out: Whether `better` and `worse` were kept out of training.
+        facts: Sentences about the data.
+        warnings: Sentences about what may be wrong with them.
+    """
+
+    train: Any
+    kind: type
+    conversational: bool
+    better: list[Row]
+    worse: list[Row]
+    paired: bool
+    prompts: list[Any]
+    spoken: list[Row]
+    spoken_are: str
+    reward: Callable[[int, str], float] | None = None
+    ceiling: float | None = None
+    held_out: bool = True
+    facts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def task_of(options: TrainOptions, loss: prefloss.Loss) -> Task:
+    """The task of a file, if the options name one, or of the generated world.
+
+    Raises:
+        CliError: If the data cannot be read or lack what the loss needs, or TRL has no trainer for the loss.
+    """
+    if loss.spec.feedback is Rankings:
+        raise CliError(
+            f"{loss.name} takes Rankings, and TRL has no trainer for ranked groups; call it from your own loop, or "
+            f"train with one that takes pairs ({_some_losses(Pairs)}) or labels ({_some_losses(Labels)})"
+        )
+    return _world_task(options, loss) if options.data is None else _file_task(options, loss, options.data)
+
+
+def _some_losses(feedback: type, most: int = 6) -> str:
+    """Names of losses that take this feedback, first those that need nothing else."""
+    names = [name for name, spec in prefloss.specs.items() if spec.feedback is feedback]
+    more = f" and {len(names) - most} more, see `prefloss losses`" if len(names) > most else ""
+    return ", ".join(sorted(names, key=lambda name: bool(prefloss.specs[name].needs))[:most]) + more
+
+
+# Optional column -> what a loss must read to use it; a weight multiplies any loss.
+_NEEDS = {field.column: field.need for kind in KINDS for field in optional_fields(kind)}
+
+
+def _read_columns(loss: prefloss.Loss, columns: Collection[str]) -> list[str]:
+    """The optional columns that a loss reads."""
+    return [name for name in columns if _NEEDS[name] in (None, *loss.needs, *loss.spec.reads)]
+
+
+def _check_needs(loss: prefloss.Loss, columns: Collection[str], source: str) -> None:
+    """Refuse a loss that needs a column that the data do not have."""
+    words = {
+        "scores": "graded feedback: numbers in the columns score_chosen and score_rejected (of pairs) or score "
+        "(of labelled rows)",
+        "baseline": "the value of each prompt: numbers in the column baseline (of labelled rows)",
+    }
+    for need, text in words.items():
+        if need in loss.needs and need not in {_NEEDS[name] for name in columns}:
+            raise CliError(f"{loss.name} needs {text}; {source} has none")
+
+
+def _sides(rows: Any, paired: bool) -> tuple[list[Row], list[Row]]:
+    """(prompt, completion) of the better and of the worse completions."""
+    if not paired:
+        return [row for row in rows if row["label"]], [row for row in rows if not row["label"]]
+    better = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    return better, [{"prompt": row["prompt"], "completion": row["rejected"]} for row in rows]
+
+
+def _cycled(prompts: list[Any], count: int) -> list[Any]:
+    """`count` prompts, starting over if there are fewer."""
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def _world_task(options: TrainOptions, loss: prefloss.Loss) -> Task:
+    """Draw a world."""
+    from datasets import Dataset
+
+    paired = loss.spec.feedback is Pairs
+    grades = {"score_chosen": "chosen", "score_rejected": "rejected"} if paired else {"score": "completion"}
+    grades = grades if "scores" in loss.needs | loss.spec.reads else {}
+    _check_needs(loss, grades, "the generated world")
+    drawn = world.World(seed=options.seed)
+    spoken: list[Row] = [drawn.spoken() for _ in range(SPOKEN)]
+    # What every loss is measured on comes before what each learns from, so that it is the same for all.
+    held_out = [drawn.pair() for _ in range(HELD_OUT)]
+    asked = [drawn.prompt() for _ in range(WORLD_SAMPLES)]
+    prompts = _cycled(asked, WORLD_SAMPLES if options.samples is None else options.samples)
+    draw = drawn.pair if paired else drawn.labelled
+    rows = [_graded(draw(), grades) for _ in range(ROWS)]
+    if paired and grades:
+        rows = [row for row in rows if row["score_chosen"] > row["score_rejected"]]
+    what = "judged pairs" if paired else "thumbs up and down"
+    judge = "a judge that gives grades" if grades else "a noisy judge"
+    better, worse = _sides(held_out, paired=True)
+    return Task(
+        train=Dataset.from_list(rows),
+        kind=loss.spec.feedback,
+        conversational=False,
+        better=better,
+        worse=worse,
+        paired=True,
+        prompts=prompts,
+        spoken=spoken,
+        spoken_are="the world's own sentences",
+        reward=lambda i, text: world.true_reward(prompts[i], text),
+        ceiling=world.judge_ceiling(held_out),
+        facts=(
+            f"the generated world, seed {options.seed}: {len(rows)} {what} of {judge} whose true reward is known; "
+            f"{HELD_OUT} further pairs held out",
+        ),
+    )
+
+
+def _graded(row: Row, grades: dict[str, str]) -> Row:
+    """The row with the true reward of its completions; a judge that gives grades also orders the sides by them."""
+    rewards = {side: world.true_reward(row["prompt"], row[side]) for side in grades.values()}
+    if "chosen" in rewards and rewards["chosen"] < rewards["rejected"]:
+        row = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+        rewards = {"chosen": rewards["rejected"], "rejected": rewards["chosen"]}
+    return row | {column: rewards[side] for column, side in grades.items()}
+
+
+def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
+    """Read a file, convert its rows for the loss, split them by prompt."""
+    try:
+        data = pdata.read(path)
+    except (pdata.DataError, OSError) as error:
+        raise CliError(str(error)) from error
+    labelled, from_pairs = loss.spec.feedback is Labels, data.kind is not Labels
+    if not labelled and not from_pairs:
+        raise CliError(
+            f"{loss.name} compares two completions, but {data.name} holds {kind_text(data.kind)} rows; "
+            f"losses that learn from labels: {_some_losses(Labels)}"
+        )
+    columns = _columns_for(loss, data)
+    train, held_out = pdata.split(data.rows, options.eval_fraction, options.seed)
+    facts = _facts(loss, data)
+    if data.kind is Rankings:
+        train, held_out = (pdata.ranked_to_pairs(rows) if len(rows) else rows for rows in (train, held_out))
+        facts.append("ranked rows became pairs: the best completion against the worst")
+    measured = held_out if len(held_out) else train
+    if len(measured) > MEASURED:
+        measured = measured.shuffle(seed=options.seed).select(range(MEASURED))
+    facts.append(_split_fact(len(train), len(held_out), len(measured)))
+    better, worse = _sides(measured, from_pairs)
+    preferred, others = _sides(train, from_pairs)
+    warnings = list(data.notes)
+    if labelled and from_pairs:
+        train = pdata.pairs_to_labels(train, options.seed)
+        facts.append(
+            f"{loss.name} learns from labels: each chosen became an upvote, each rejected a downvote"
+        )
+    if labelled:
+        train = train.shuffle(seed=options.seed)
+        warnings += _label_warnings(loss, *pdata.label_counts(train))
+    return Task(
+        train=train.select_columns([*columns_of(loss.spec.feedback), *columns]),
+        kind=loss.spec.feedback,
+        conversational=data.conversational,
+        better=better,
+        worse=worse,
+        paired=from_pairs,
+        prompts=_cycled(
+            list(measured["prompt"]), FILE_SAMPLES if options.samples is None else options.samples
+        ),
+        spoken=preferred or others,
+        spoken_are="the preferred completions"
+        if preferred
+        else "the downvoted completions, for there are no others",
+        held_out=len(held_out) > 0,
+        facts=tuple(facts),
+        warnings=tuple(warnings),
+    )
+
+
+def _columns_for(loss: prefloss.Loss, data: pdata.Preferences) -> list[str]:
+    """Optional columns of the training rows that the loss reads, after their conversion to its kind.
+
+    Raises:
+        CliError: If one that it needs is missing.
+    """
+    columns = list(data.optional)
+    if data.kind is Rankings:
+        columns += ["score_chosen", "score_rejected"]
+    if loss.spec.feedback is Labels and "score_chosen" in columns:
+        columns = [*(name for name in columns if not name.startswith("score_")), "score"]
+    columns = _read_columns(loss, columns)
+    _check_needs(loss, columns, data.name)
+    return columns
+
+
+def _facts(loss: prefloss.Loss, data: pdata.Preferences) -> list[str]:
+    """What the file holds, and what the loss reads of it."""
+    form = "conversational" if data.conversational else "plain text"
+    columns = ", ".join(columns_of(data.kind))
+    facts = [f"{data.name}: {len(data)} {KIND_WORDS[data.kind]} rows ({columns}), {form}"]
+    used = _read_columns(loss, data.optional)
+    unused = [*(name for name in data.optional if name not in used), *data.unused]
+    facts += [f"{loss.name} reads also: {', '.join(used)}"] if used else []
+    return facts + ([f"columns that {loss.name} does not read: {', '.join(unused)}"] if unused else [])
+
+
+def _split_fact(train: int, held_out: int, measured: int) -> str:
+    if not held_out:
+        return f"{train} rows to train on and none held out: measured on {measured} of the training rows"
+    part = f", {measured} of them measured on" if measured < held_out else ""
+    return f"{train} rows to train on; {held_out} held out{part}, none of whose prompts is trained on"
+
+
+def _label_warnings(loss: prefloss.Loss, up: int, down: int) -> list[str]:
+    """What the balance of upvotes and downvotes may do to the training."""
+    if not up or not down:
+        which, lacking = ("downvotes", "upvotes") if not up else ("upvotes", "downvotes")
+        return [
+            f"all {up + down} labels are {which}: {loss.name} can train on them, but without {lacking} it only "
+            f"learns {'what to avoid' if not up else 'to raise everything it is shown'}"
+        ]
+    liked, disliked = (_fixed_weight(loss, name) for name in ("desirable_weight", "undesirable_weight"))
+    if not liked or not disliked:
+        return []
+    # Eq. 8 of the KTO paper: the two sides should weigh about the same, upvotes up to a third more.
+    ratio = liked * up / (disliked * down)
+    if 0.95 <= ratio <= 4 / 3:
+        return []
+    # In the middle of the advised range, by the weight that has to grow.
+    name, value = (
+        ("desirable_weight", 1.15 * disliked * down / up)
+        if ratio < 1
+        else ("undesirable_weight", liked * up / down / 1.15)
+    )
+    return [
+        f"{up} upvotes and {down} downvotes weigh {ratio:.2f} to 1; the KTO paper advises 1 to 1.33, as with "
+        f"--param {name}={value:.2g}. Too far from it, all completions can become unlikely together"
+    ]
+
+
+def _fixed_weight(loss: prefloss.Loss, name: str) -> float | None:
+    """A hyperparameter that is a number; None for a schedule, or where the loss has none."""
+    value = loss.params.get(name)
+    return value if isinstance(value, int | float) else None
