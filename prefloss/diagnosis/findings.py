@@ -22,11 +22,10 @@ from prefloss.diagnosis.gradients import check_gradients, frozen_state, gradient
 from prefloss.feedback import Feedback, Labels, Pairs
 from prefloss.logratios import LogRatios
 from prefloss.metrics import Stat
-from prefloss.registry import Evaluation, Loss, get
+from prefloss.registry import Evaluation, Loss, LossSpec, get, specs
 
 # A finding ends when its figure falls to this fraction of the threshold.
 _OVER = 0.8
-_CANDIDATES = ("dpop", "apo_zero", "nca_pair")
 # Variances, tokens squared and nats squared.
 _LENGTHS_ALIKE, _MARGINS_ALIKE = 1e-2, 1e-4
 
@@ -366,9 +365,19 @@ def _pull_and_push(loss: Loss, chosen: float, rejected: float) -> tuple[float, f
     return (0.0 if up is None else -float(up)), (0.0 if down is None else float(down))
 
 
-def resisting(names: Iterable[str] = _CANDIDATES) -> list[str]:
-    """Which of these losses resist falling chosen completions, at their default hyperparameters."""
+def resisting(names: Iterable[str] | None = None) -> list[str]:
+    """Which of these losses resist falling chosen completions, at their default hyperparameters.
+
+    Args:
+        names: Of losses; None for those of pairs that declare it and need log-ratios alone.
+    """
+    if names is None:
+        names = [name for name, spec in specs.items() if spec.holds_chosen and _needs_log_ratios_alone(spec)]
     return [name for name in names if resists_falling(get(name))]
+
+
+def _needs_log_ratios_alone(spec: LossSpec) -> bool:
+    return spec.feedback is Pairs and spec.needs_reference and not spec.needs
 
 
 def _merged(

@@ -13,11 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._core import running
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.maths import batch_mean, log_sum_exp
-from prefloss.losses._core.parameters import Interval, NonNegative, Positive
-from prefloss.losses._core.state import resolve
+from prefloss.losses._authoring import Interval, NonNegative, Positive, maths, register, resolve, running
 from prefloss.losses.pairwise import dpo
 
 KeptShare = Annotated[float, Interval(gt=0, le=1)]
@@ -118,7 +114,7 @@ def dr_dpo(pairs: Pairs, *, beta: Positive = 0.1, beta_prime: Positive = 1.0) ->
     """
     counted = pairs.valid.flatten()
     scaled = -dpo(pairs, beta=beta).flatten() / beta_prime
-    total, some = log_sum_exp(scaled, counted)
+    total, some = maths.log_sum_exp(scaled, counted)
     log_mean = total - torch.log(counted.sum().clamp(min=1).to(scaled.dtype))
     return torch.where(some, -beta_prime * log_mean, 0.0).expand(pairs.shape)
 
@@ -147,7 +143,7 @@ def kto_pair(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     """
     counted = pairs.valid
     chosen, rejected = pairs.chosen.h, pairs.rejected.h
-    k_chosen, k_rejected = (batch_mean(h.detach(), counted).clamp(min=0) for h in (chosen, rejected))
+    k_chosen, k_rejected = (maths.batch_mean(h.detach(), counted).clamp(min=0) for h in (chosen, rejected))
     # 1 - sigmoid(x) loses every digit for large x; sigmoid(-x) does not.
     return torch.sigmoid(-beta * (chosen - k_rejected)) + torch.sigmoid(-beta * (k_chosen - rejected))
 
@@ -203,7 +199,7 @@ def beta_dpo(
         keep,
         running.generator(draws),
     )
-    strength = (beta * (1 + alpha * (batch_mean(fixed_margin, kept) - location))).clamp(min=1e-3)
+    strength = (beta * (1 + alpha * (maths.batch_mean(fixed_margin, kept) - location))).clamp(min=1e-3)
     values = -F.logsigmoid(strength * margin) * counted.sum() / kept.sum().clamp(min=1)
     return torch.where(kept, values, 0.0)
 

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._core import maths, transforms
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.parameters import Interval, Positive
+from prefloss.losses._authoring import Interval, Positive, maths, register, transforms
 from prefloss.losses.pairwise import dpo
 
 

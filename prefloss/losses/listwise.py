@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Rankings
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.maths import MAX_EXPONENT, log_softmax, log_sum_exp
-from prefloss.losses._core.parameters import NonNegative, Positive
+from prefloss.losses._authoring import NonNegative, Positive, maths, register
 
 
 @register(monotone=True)
@@ -93,8 +91,8 @@ def infonca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0)
 
     Reference: Chen et al. 2024, arXiv:2402.05369.
     """
-    target = log_softmax(_scores(rankings) / alpha, rankings.present)
-    log_p = log_softmax(beta * _log_ratios(rankings), rankings.present)
+    target = maths.log_softmax(_scores(rankings) / alpha, rankings.present)
+    log_p = maths.log_softmax(beta * _log_ratios(rankings), rankings.present)
     return -torch.where(rankings.present, torch.exp(target) * log_p, 0.0).sum(-1)
 
 
@@ -122,7 +120,7 @@ def nca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0) -> 
     Reference: Chen et al. 2024, arXiv:2402.05369.
     """
     present, h = rankings.present, beta * _log_ratios(rankings)
-    target = torch.exp(log_softmax(_scores(rankings) / alpha, present))
+    target = torch.exp(maths.log_softmax(_scores(rankings) / alpha, present))
     count = present.sum(-1, keepdim=True).clamp(min=1)
     return -torch.where(present, target * F.logsigmoid(h) + F.logsigmoid(-h) / count, 0.0).sum(-1)
 
@@ -155,8 +153,8 @@ def exo(rankings: Rankings, *, beta: Positive = 0.1, beta_r: Positive = 0.1) -> 
 
     Reference: Ji et al. 2024, arXiv:2402.00856.
     """
-    log_q = log_softmax(_scores(rankings) / beta_r, rankings.present)
-    log_p = log_softmax(beta * _log_ratios(rankings), rankings.present)
+    log_q = maths.log_softmax(_scores(rankings) / beta_r, rankings.present)
+    log_p = maths.log_softmax(beta * _log_ratios(rankings), rankings.present)
     return torch.where(rankings.present, torch.exp(log_p) * (log_p - log_q), 0.0).sum(-1)
 
 
@@ -226,7 +224,7 @@ def pro(rankings: Rankings, *, nll_weight: NonNegative = 0.05) -> Tensor:
     mean = torch.where(rankings.present, rankings.completions.policy_mean, 0.0)
     worse = _worse(rankings)
     gaps = torch.where(worse, scores.unsqueeze(-1) - scores.unsqueeze(-2), 0.0)
-    below, some = log_sum_exp(mean.unsqueeze(-2) * gaps, worse)
+    below, some = maths.log_sum_exp(mean.unsqueeze(-2) * gaps, worse)
     ranked = torch.where(some, -F.logsigmoid(mean * _largest(gaps) - below), 0.0).sum(-1)
     factor = (rankings.present.sum(-1) - 1).clamp(min=0) ** 2
     return ranked - nll_weight * (factor * torch.where(_best(rankings), policy, 0.0).sum(-1))
@@ -256,7 +254,7 @@ def lipo_lambda(rankings: Rankings, *, beta: Positive = 0.05) -> Tensor:
     Reference: Liu et al. 2024, arXiv:2402.01878.
     """
     h = _log_ratios(rankings)
-    gain = torch.exp2(_scores(rankings).clamp(max=MAX_EXPONENT / math.log(2)))
+    gain = torch.exp2(_scores(rankings).clamp(max=maths.MAX_EXPONENT / math.log(2)))
     discount = 1 / torch.log1p(_ranks(h.detach(), rankings.present).to(h.dtype))
     weight = _apart(gain).abs() * _apart(discount).abs()
     losses = weight * -F.logsigmoid(beta * _apart(h))
@@ -266,7 +264,7 @@ def lipo_lambda(rankings: Rankings, *, beta: Positive = 0.05) -> Tensor:
 def _choices(rankings: Rankings, beta: float) -> Tensor:
     """Negative log-probability that each completion is chosen among itself and those below it, [groups, K]."""
     # With one completion below, this is dpo's expression digit for digit; log1p keeps what log(1 + x) would lose.
-    below, some = log_sum_exp(-beta * _apart(_log_ratios(rankings)), _worse(rankings))
+    below, some = maths.log_sum_exp(-beta * _apart(_log_ratios(rankings)), _worse(rankings))
     return torch.where(some, -F.logsigmoid(-below), 0.0)
 
 

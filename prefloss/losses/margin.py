@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._core import maths
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.maths import MAX_EXPONENT
-from prefloss.losses._core.modifiers import smoothed
-from prefloss.losses._core.parameters import FlipProbability, Interval, Positive
+from prefloss.losses._authoring import FlipProbability, Interval, Positive, maths, register, smoothed
 from prefloss.losses.pairwise import hinge
 
 
@@ -126,7 +122,7 @@ def discopop(pairs: Pairs, *, beta: Positive = 0.05, tau: Positive = 0.05) -> Te
     Reference: Lu et al. 2024, arXiv:2406.08414, Eq. 5.
     """
     z = beta * pairs.margin()
-    exponential = torch.exp((F.logsigmoid(z / tau) - z).clamp(max=MAX_EXPONENT))
+    exponential = torch.exp((F.logsigmoid(z / tau) - z).clamp(max=maths.MAX_EXPONENT))
     return -torch.sigmoid(-z / tau) * F.logsigmoid(z) + exponential
 
 
@@ -151,7 +147,7 @@ def gpo_exponential(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
 
     Reference: Tang et al. 2024, arXiv:2402.05749, Table 1.
     """
-    return torch.exp((-beta * pairs.margin()).clamp(max=MAX_EXPONENT))
+    return torch.exp((-beta * pairs.margin()).clamp(max=maths.MAX_EXPONENT))
 
 
 @register(aliases={"gpo_trunc_quad": "oxRL"}, difference_only=True, monotone=True)

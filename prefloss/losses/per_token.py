@@ -11,9 +11,7 @@ from torch import Tensor
 
 from prefloss.feedback import Pairs, required
 from prefloss.logratios import LogRatios
-from prefloss.losses._core import running, transforms
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.parameters import Interval, NonNegative, Positive
+from prefloss.losses._authoring import Interval, NonNegative, Positive, register, running, transforms
 from prefloss.losses.pairwise import dpo
 
 

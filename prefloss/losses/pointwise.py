@@ -7,11 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Labels, required
-from prefloss.losses._core import transforms
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.parameters import NonNegative, Positive
-from prefloss.losses._core.running import BASELINES, Baseline, Shift
-from prefloss.losses._core.state import resolve
+from prefloss.losses._authoring import NonNegative, Positive, register, resolve, running, transforms
 
 
 def downvoted(labels: Labels) -> Tensor:
@@ -26,7 +22,7 @@ def kto(
     beta: Positive = 0.1,
     desirable_weight: NonNegative = 1.0,
     undesirable_weight: NonNegative = 1.0,
-    kl_baseline: Baseline = "auto",
+    kl_baseline: running.Baseline = "auto",
 ) -> Tensor:
     r"""Prospect-theoretic value of an upvote or a downvote against a KL baseline (KTO).
 
@@ -54,7 +50,7 @@ def kto(
 
     Reference: Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 7.
     """
-    z0 = resolve("kl_baseline", kl_baseline, labels, functions=BASELINES).detach()
+    z0 = resolve("kl_baseline", kl_baseline, labels, functions=running.BASELINES).detach()
     gain = beta * (labels.completions.h - z0)
     # 1 - sigmoid(x) loses every digit for large x; sigmoid(-x) does not.
     upvoted = desirable_weight * torch.sigmoid(-gain)
@@ -103,7 +99,7 @@ def kto_zero(
 
 
 @register(separable=False, stateful=True, holds_chosen=True)
-def bco(labels: Labels, *, beta: Positive = 0.1, shift: Shift = "running") -> Tensor:
+def bco(labels: Labels, *, beta: Positive = 0.1, shift: running.Shift = "running") -> Tensor:
     r"""Cross-entropy of the label given the reward, shifted by the mean reward (BCO).
 
     .. math::

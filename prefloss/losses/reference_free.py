@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._core import maths, transforms
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.parameters import NonNegative, Positive
+from prefloss.losses._authoring import NonNegative, Positive, maths, register, transforms
 
 
 @register(

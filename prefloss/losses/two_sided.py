@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.parameters import Interval, NonNegative, Positive
-from prefloss.losses._core.running import Shift
-from prefloss.losses._core.state import resolve
+from prefloss.losses._authoring import Interval, NonNegative, Positive, register, resolve, running
 from prefloss.losses.pairwise import dpo
 
 
@@ -96,7 +93,7 @@ def nca_pair(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     separable=False,
     stateful=True,
 )
-def bco_pair(pairs: Pairs, *, beta: Positive = 0.01, shift: Shift = "running") -> Tensor:
+def bco_pair(pairs: Pairs, *, beta: Positive = 0.01, shift: running.Shift = "running") -> Tensor:
     r"""Binary classifier of chosen against rejected with a reward shift (BCO on pairs).
 
     .. math::
@@ -244,7 +241,7 @@ def cal_dpo(pairs: Pairs, *, beta: Positive = 0.001, calibration_weight: NonNega
 def dpo_shift(
     pairs: Pairs, *, beta: Positive = 0.1, rejected_weight: Annotated[float, Interval(gt=0, le=1)] = 0.7
 ) -> Tensor:
-    r"""DPO with less weight on the rejected side (DPO-Shift).
+    r"""DPO with less weight on the rejected side (DPO-running.Shift).
 
     .. math::
         \ell = -\log \sigma(\beta (h_w - \lambda h_l))

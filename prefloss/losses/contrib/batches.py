@@ -9,11 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._core import running
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.maths import log_softmax
-from prefloss.losses._core.parameters import Interval, NonNegative, Positive
-from prefloss.losses._core.state import resolve
+from prefloss.losses._authoring import Interval, NonNegative, Positive, maths, register, resolve, running
 
 
 @register(needs_reference=False, separable=False, monotone=True, stateful=True, needs=("tokens",))
@@ -97,7 +93,7 @@ def rpo_relative(pairs: Pairs, *, beta: Positive = 0.1, temperature: Positive = 
     prompts = F.normalize(required(pairs, "embedding").detach().to(pairs.chosen.policy.dtype), dim=-1)
     prompts = prompts.reshape(-1, prompts.shape[-1])
     others = counted.expand(len(counted), -1)
-    weight = torch.exp(log_softmax((prompts @ prompts.T - 1) / temperature, others))
+    weight = torch.exp(maths.log_softmax((prompts @ prompts.T - 1) / temperature, others))
     gaps = pairs.chosen.h.flatten().unsqueeze(-1) - pairs.rejected.h.flatten()
     values = torch.where(others, -F.logsigmoid(beta * weight * gaps), 0.0)
     return (values.sum(-1) / counted.sum().clamp(min=1)).reshape(pairs.shape)
@@ -112,12 +108,12 @@ def _target_margins(
     present = torch.cat([torch.ones_like(before, dtype=torch.bool), counted.flatten()])
     # In the gaps' own precision: a number times an integer tensor would be float32.
     count, rate = present.sum().to(gaps.dtype), min(0.5 / tau, 1.0)
-    log_share = log_softmax(torch.zeros_like(known), present)
+    log_share = maths.log_softmax(torch.zeros_like(known), present)
     for _ in range(steps - 1):
         share = torch.exp(log_share)
         # 1e-10 as in the authors' code: it bounds the logarithm of a share that vanishes.
         slope = tau * (1 + torch.log(count * (share + 1e-10)))
         slope = slope + gamma * torch.sigmoid(gamma * count * share - known)
-        log_share = log_softmax(log_share - rate * slope, present)
+        log_share = maths.log_softmax(log_share - rate * slope, present)
     margins = gamma * count * torch.exp(log_share)
     return torch.where(counted, margins[len(before) :].reshape(gaps.shape), 0.0)

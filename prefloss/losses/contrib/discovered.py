@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.maths import MAX_EXPONENT, batch_mean
-from prefloss.losses._core.parameters import Positive
+from prefloss.losses._authoring import Positive, maths, register
 from prefloss.losses.pairwise import dpo, hinge
 
 # The temperature of the batch statistics, a constant in the authors' code.
@@ -36,7 +34,7 @@ def discopop_cell(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
 
     Reference: Lu et al. 2024, arXiv:2406.08414, appendix.
     """
-    exponential = torch.exp((-beta * pairs.margin()).clamp(max=MAX_EXPONENT))
+    exponential = torch.exp((-beta * pairs.margin()).clamp(max=maths.MAX_EXPONENT))
     return 0.5 * exponential + 0.5 * dpo(pairs, beta=beta)
 
 
@@ -117,7 +115,7 @@ def discopop_dbaql(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
     z = beta * pairs.margin()
     _, variance = _spread(z / _TAU, pairs.valid)
     # One exponential: (1 - s) times e^x would be 0 times infinity.
-    exponential = torch.exp((F.logsigmoid(-variance) - 0.9 * z).clamp(max=MAX_EXPONENT))
+    exponential = torch.exp((F.logsigmoid(-variance) - 0.9 * z).clamp(max=maths.MAX_EXPONENT))
     return -torch.sigmoid(variance) * F.logsigmoid(z / 0.9) + exponential
 
 
@@ -143,7 +141,7 @@ def discopop_aql(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
     Reference: Lu et al. 2024, arXiv:2406.08414, appendix.
     """
     scaled = beta * pairs.margin() / _TAU
-    quantile = 0.5 + 0.01 * (torch.sigmoid(batch_mean(scaled, pairs.valid)) - 0.5)
+    quantile = 0.5 + 0.01 * (torch.sigmoid(maths.batch_mean(scaled, pairs.valid)) - 0.5)
     above = scaled - quantile
     return torch.sigmoid(-above) * dpo(pairs, beta=beta) + torch.sigmoid(above) * hinge(pairs, beta=beta)
 
@@ -175,13 +173,13 @@ def discopop_aqfl(pairs: Pairs, *, beta: Positive = 0.05) -> Tensor:
     # The root has no gradient at 0: the argument is made harmless there first, since 0 times infinity is NaN.
     varies = variance > 0
     std = torch.where(varies, torch.sqrt(torch.where(varies, variance, 1.0)), 0.0)
-    start = std * batch_mean(torch.sigmoid(-scaled), counted)
+    start = std * maths.batch_mean(torch.sigmoid(-scaled), counted)
     off = 0.1 * (scaled - (start + 0.05 * (torch.sigmoid(mean) - start))).abs()
     return torch.sigmoid(off) * dpo(pairs, beta=beta) + torch.sigmoid(-off) * hinge(pairs, beta=beta)
 
 
 def _spread(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of the values that count, scalars; of fewer than two the variance is 0."""
-    mean = batch_mean(values, counted)
+    mean = maths.batch_mean(values, counted)
     squares = torch.where(counted, (values - mean) ** 2, 0.0).sum()
     return mean, squares / (counted.sum() - 1).clamp(min=1)

@@ -7,10 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Labels, required
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.parameters import NonNegative, Positive
-from prefloss.losses._core.running import BASELINES, Baseline
-from prefloss.losses._core.state import resolve
+from prefloss.losses._authoring import NonNegative, Positive, register, resolve, running
 
 
 @register(beta="tau", needs=("scores", "baseline"), holds_chosen=True)
@@ -50,7 +47,7 @@ def kto_logsigmoid(
     beta: Positive = 0.1,
     desirable_weight: NonNegative = 1.0,
     undesirable_weight: NonNegative = 1.0,
-    kl_baseline: Baseline = "auto",
+    kl_baseline: running.Baseline = "auto",
 ) -> Tensor:
     r"""KTO with the logarithm of the sigmoid: steep where a label is badly wrong.
 
@@ -72,7 +69,7 @@ def kto_logsigmoid(
 
     Reference: an ablation in the code of Ethayarajh et al. 2024, arXiv:2402.01306.
     """
-    z0 = resolve("kl_baseline", kl_baseline, labels, functions=BASELINES).detach()
+    z0 = resolve("kl_baseline", kl_baseline, labels, functions=running.BASELINES).detach()
     gain = beta * (labels.completions.h - z0)
     upvoted = -desirable_weight * F.logsigmoid(gain)
     downvoted = -undesirable_weight * F.logsigmoid(-gain)

@@ -10,10 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._core import maths, transforms
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.maths import MAX_EXPONENT
-from prefloss.losses._core.parameters import NonNegative, Positive
+from prefloss.losses._authoring import NonNegative, Positive, maths, register, transforms
 from prefloss.losses.pairwise import dpo
 
 
@@ -113,7 +110,7 @@ def bregman_dpo(
 
     def power(exponent: float) -> Tensor:
         """R to a power."""
-        return torch.exp((-exponent * z).clamp(max=MAX_EXPONENT))
+        return torch.exp((-exponent * z).clamp(max=maths.MAX_EXPONENT))
 
     if member == "kliep":
         return power(1) - z

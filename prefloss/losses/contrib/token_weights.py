@@ -10,9 +10,7 @@ from torch import Tensor
 
 from prefloss.feedback import Pairs, required
 from prefloss.logratios import LogRatios
-from prefloss.losses._core import transforms
-from prefloss.losses._core.catalogue import register
-from prefloss.losses._core.parameters import Interval, NonNegative, Positive
+from prefloss.losses._authoring import Interval, NonNegative, Positive, register, transforms
 
 
 @register(monotone=True, needs=("per_token.reference_entropy",))
