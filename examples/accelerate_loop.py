@@ -1,7 +1,7 @@
-"""Preferences of any kind in a loop of your own, with accelerate: one process or many, DDP, FSDP or DeepSpeed.
+"""Any feedback in a loop of your own, with accelerate: one process or several, DDP, FSDP or DeepSpeed.
 
-Data are pairs, votes or rankings; the reference is the model as it starts, or a table of `prefloss reference`. Started
-again, it goes on after the last epoch saved. After the three paths come, if you like, a loss and a table.
+The data are pairs, labels or rankings. The reference is the model before training, or a table of `prefloss reference`.
+A second start continues after the last saved epoch. Arguments: model, data, output; then a loss and a table if needed.
 
     accelerate launch --config_file examples/configs/ddp.yaml examples/accelerate_loop.py my-model pairs.jsonl out
 """
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from prefloss.data import read
-from prefloss.integrations.transformers import PreferenceCollator, PreferenceObjective, Reference
+from prefloss.training import PreferenceCollator, PreferenceObjective, Reference
 
 
 def main(model, data, output, loss="dpo", table=None, *, epochs=2, batch_size=4, accumulate=4, rate=1e-6):

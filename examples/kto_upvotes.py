@@ -1,7 +1,7 @@
-"""KTO on upvotes and downvotes that are out of balance, shuffled, two at a time, in transformers' own Trainer.
+"""KTO on labels in `transformers.Trainer`: shuffled, two per batch, with far fewer upvotes than downvotes.
 
-One answer in eight is liked. Upvotes weigh more in return, and the KL baseline is a running mean, so neither batch size
-nor order matters; it is saved with checkpoints. A tiny model stands in for yours; nothing is downloaded.
+One label in eight is an upvote, so upvotes get a larger weight. The KL baseline is a running mean, so neither batch
+size nor order matters; checkpoints keep it. The model here is tiny; use your own. Nothing is downloaded.
 
     python examples/kto_upvotes.py
 """
@@ -12,24 +12,25 @@ import random
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from prefloss.integrations.transformers import PreferenceCollator, PreferenceLossCallback, Reference
+from prefloss.integrations.transformers import PreferenceLossCallback
+from prefloss.training import PreferenceCollator, Reference
 
 KIND, RUDE = ["please", "thanks", "gladly", "welcome"], ["no", "never", "whatever", "go"]
 WORDS = ["<pad>", "<eos>", "<unk>", "could", "you", "help", "me", *KIND, *RUDE]
 
 
-def votes(count, seed):
-    """Kind answers are liked, rude ones not."""
+def labels(count, seed):
+    """Upvotes for kind answers, downvotes for rude ones."""
     rng = random.Random(seed)
-    made = []
-    for liked in rng.choices([True, False], weights=[1, 7], k=count):
-        answer = " " + " ".join(rng.choices(KIND if liked else RUDE, k=3))
-        made.append({"prompt": "could you help me", "completion": answer, "label": liked})
-    return made
+    rows = []
+    for upvote in rng.choices([True, False], weights=[1, 7], k=count):
+        answer = " " + " ".join(rng.choices(KIND if upvote else RUDE, k=3))
+        rows.append({"prompt": "could you help me", "completion": answer, "label": upvote})
+    return rows
 
 
 def main(steps=60):
-    """Train, and return the metrics on votes that were held out."""
+    """Train, and return the metrics on held-out labels."""
     hf.set_seed(0)
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -46,8 +47,8 @@ def main(steps=60):
     trainer = hf.Trainer(
         model,
         hf.TrainingArguments(max_steps=steps, learning_rate=2e-3, report_to="none", **batches),
-        train_dataset=votes(512, seed=0),
-        eval_dataset=votes(64, seed=1),
+        train_dataset=labels(512, seed=0),
+        eval_dataset=labels(64, seed=1),
         data_collator=PreferenceCollator(tokenizer),
         callbacks=[loss],
     )
@@ -56,4 +57,4 @@ def main(steps=60):
 
 
 if __name__ == "__main__":
-    print("mean reward of liked answers above the others':", main()["eval_rewards/margins"])
+    print("mean reward of upvoted minus downvoted answers:", main()["eval_rewards/margins"])

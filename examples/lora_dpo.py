@@ -1,6 +1,7 @@
-"""DPO of a LoRA adapter in transformers' own Trainer: the reference is the same model with the adapter switched off.
+"""DPO of a LoRA adapter in `transformers.Trainer`: the reference is the same model with the adapter switched off.
 
-One model in memory serves as both. A tiny one stands in for yours, and token ids for your text. Nothing is downloaded.
+So there is only one model in memory. The model here is tiny and the data are token ids; use your own model and text.
+Nothing is downloaded.
 
     python examples/lora_dpo.py
 """
@@ -10,7 +11,8 @@ import random
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from prefloss.integrations.transformers import PreferenceCollator, PreferenceLossCallback, Reference
+from prefloss.integrations.transformers import PreferenceLossCallback
+from prefloss.training import PreferenceCollator, Reference
 
 WORDS, END = range(2, 64), 1
 
@@ -18,20 +20,20 @@ WORDS, END = range(2, 64), 1
 def pairs(count, seed):
     """The chosen answer has even tokens, the rejected one odd ones."""
     rng = random.Random(seed)
-    made = []
+    rows = []
     for _ in range(count):
         even, odd = ([*rng.choices(WORDS[start::2], k=rng.randint(3, 6)), END] for start in (0, 1))
-        made.append({"prompt_ids": rng.choices(WORDS, k=4), "chosen_ids": even, "rejected_ids": odd})
-    return made
+        rows.append({"prompt_ids": rng.choices(WORDS, k=4), "chosen_ids": even, "rejected_ids": odd})
+    return rows
 
 
 def main(steps=60):
-    """Train, and return the metrics on pairs that were held out."""
+    """Train, and return the metrics on held-out pairs."""
     set_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    # To train on an adapter that was trained before, keep a frozen copy of it: Reference.adapter("its name").
+    # To continue an adapter that was trained before, load a frozen copy of it and pass Reference.adapter("its name").
     loss = PreferenceLossCallback("dpo", beta=0.1, reference=Reference.adapter_off())
     trainer = Trainer(
         model,

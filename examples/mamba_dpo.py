@@ -1,7 +1,7 @@
-"""DPO of a state-space model (Mamba) in transformers' own Trainer.
+"""DPO of a state-space model (Mamba) in `transformers.Trainer`.
 
-The model is called as any other: rows are padded on the right, so its state never runs through padding. A tiny one
-stands in for yours, and token ids for your text. Nothing is downloaded.
+It needs no special treatment: rows are padded on the right, so padding comes after every token that is scored. The
+model here is tiny and the data are token ids; use your own model and text. Nothing is downloaded.
 
     python examples/mamba_dpo.py
 """
@@ -11,7 +11,8 @@ import random
 
 from transformers import MambaConfig, MambaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from prefloss.integrations.transformers import PreferenceCollator, PreferenceLossCallback, Reference
+from prefloss.integrations.transformers import PreferenceLossCallback
+from prefloss.training import PreferenceCollator, Reference
 
 WORDS, END = range(2, 64), 1
 
@@ -19,15 +20,15 @@ WORDS, END = range(2, 64), 1
 def pairs(count, seed):
     """The chosen answer repeats the prompt, the rejected one does not."""
     rng = random.Random(seed)
-    made = []
+    rows = []
     for _ in range(count):
         prompt, other = rng.choices(WORDS, k=4), rng.choices(WORDS, k=4)
-        made.append({"prompt_ids": prompt, "chosen_ids": [*prompt, END], "rejected_ids": [*other, END]})
-    return made
+        rows.append({"prompt_ids": prompt, "chosen_ids": [*prompt, END], "rejected_ids": [*other, END]})
+    return rows
 
 
 def main(steps=60):
-    """Train, and return the metrics on pairs that were held out."""
+    """Train, and return the metrics on held-out pairs."""
     set_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8))
     loss = PreferenceLossCallback("dpo", beta=0.1, reference=Reference.model(copy.deepcopy(model)))

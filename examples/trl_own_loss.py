@@ -1,6 +1,8 @@
-"""A loss of your own in TRL's DPOTrainer: the formula is yours, the rest is TRL's.
+"""Your own loss in TRL's DPOTrainer: you write the formula, TRL does the rest.
 
-A tiny model stands in for yours, nothing is downloaded: python examples/trl_own_loss.py
+The model here is tiny; use your own. Nothing is downloaded.
+
+    python examples/trl_own_loss.py
 """
 
 import copy
@@ -19,12 +21,12 @@ KIND, RUDE = ["please", "thanks", "gladly", "welcome"], ["no", "never", "whateve
 
 @prefloss.register
 def enough_margin(pairs: prefloss.Pairs, *, beta: float = 0.1, target: float = 1.0):
-    """Half the squared distance by which the implied margin falls short of a target.
+    """Half the squared distance between the scaled margin and a target; 0 above the target.
 
     Args:
         pairs: Reads the log-ratios h of both sides, [pairs], nats.
         beta: KL strength, > 0.
-        target: Margin that is enough, > 0.
+        target: Scaled margin above which the loss is 0, > 0.
     """
     return (target - beta * pairs.margin()).clamp(min=0).square() / 2
 
@@ -37,7 +39,7 @@ def requests(count, seed):
 
 
 def main(steps=60):
-    """Train, and return the metrics on pairs that were held out."""
+    """Train, and return the metrics on held-out pairs."""
     set_seed(0)
     tokenizer = word_tokenizer([" ".join(["could you help me", *KIND, *RUDE, ""])])
     model = tiny_llama(tokenizer, hidden=32)

@@ -5,7 +5,7 @@
 - ```` ```bash ```` is not run, but options of `prefloss` and targets of `make` must exist.
 - A Python block whose first line is `# not run: REASON` has to compile, no more. Other languages are not looked at.
 
-A page finds in its folder what it tells the reader to bring: `my-model`, `pairs.jsonl`, `votes.jsonl`.
+A page finds in its folder what it tells the reader to bring: `my-model`, `pairs.jsonl`, `labels.jsonl`.
 """
 
 import ast
@@ -64,8 +64,8 @@ def pages_with(*languages):
 def readers_folder(tmp_path, monkeypatch):
     """Where a page runs; afterwards the registry and TRL are as they were."""
     world = World(seed=0)
-    pairs, votes = ([draw() for _ in range(16)] for draw in (world.pair, world.labelled))
-    for name, rows in (("pairs", pairs), ("votes", votes)):
+    pairs, labels = ([draw() for _ in range(16)] for draw in (world.pair, world.labelled))
+    for name, rows in (("pairs", pairs), ("labels", labels)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = train_tokenizer((text for row in pairs for text in row.values()), vocab_size=400)
     tiny_llama(tokenizer, hidden=32).save_pretrained(tmp_path / "my-model")
