@@ -2,8 +2,7 @@
 
 One label in eight is an upvote, so upvotes get a larger weight. The KL baseline is a running mean, so neither batch
 size nor order matters; checkpoints keep it. The model here is tiny; use your own. Nothing is downloaded.
-
-    python examples/kto_upvotes.py
+Run: python examples/kto_upvotes.py
 """
 
 import copy
@@ -37,8 +36,8 @@ def main(steps=60):
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=len(WORDS), **sizes))
-    hyperparameters = {"desirable_weight": 7.0, "kl_baseline": "running_mean"}
-    loss = PreferenceLossCallback("kto", reference=Reference.model(copy.deepcopy(model)), **hyperparameters)
+    kto = "kto(desirable_weight=7, kl_baseline=running_mean)"
+    loss = PreferenceLossCallback(kto, reference=Reference.model(copy.deepcopy(model)))
     batches = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4,

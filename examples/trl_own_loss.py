@@ -1,8 +1,6 @@
 """Your own loss in TRL's DPOTrainer: you write the formula, TRL does the rest.
 
-The model here is tiny; use your own. Nothing is downloaded.
-
-    python examples/trl_own_loss.py
+The model here is tiny; use your own. Nothing is downloaded: python examples/trl_own_loss.py
 """
 
 import copy
