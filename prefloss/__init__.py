@@ -8,6 +8,7 @@ Losses are pure functions of log-ratios, chosen by name::
 Importing this package loads torch and nothing heavier; trainers and command line load where they are used.
 """
 
+from prefloss._deprecated import moved
 from prefloss.feedback import Labels as Labels
 from prefloss.feedback import Pairs as Pairs
 from prefloss.feedback import Rankings as Rankings
@@ -21,6 +22,7 @@ from prefloss.losses import LossSpec as LossSpec
 from prefloss.losses import get as get
 from prefloss.losses import register as register
 from prefloss.losses import specs as specs
-from prefloss.plan import explain as explain
+
+__getattr__ = moved(__name__, {"explain": "prefloss.logprobs:explain"})
 
 __version__ = "0.1.0"

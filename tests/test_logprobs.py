@@ -322,10 +322,10 @@ def test_nothing_is_shifted():
 
 
 def test_auto_chooses_by_size(monkeypatch):
-    from prefloss.kernels import chunked, naive
+    from prefloss.kernels import autograd, naive
 
     used = []
-    for module in (naive, chunked):
+    for module in (naive, autograd):
         for name in ("token_stats", "linear_token_stats"):
             monkeypatch.setattr(module, name, lambda *_, module=module: used.append(module) or torch.zeros(1))
     small, large = torch.zeros(4, 5), torch.zeros(1, 1).expand(2**11, 2**10)
@@ -333,7 +333,7 @@ def test_auto_chooses_by_size(monkeypatch):
         token_logps(logits, torch.zeros(len(logits), dtype=torch.int64))
         linear_token_logps(logits[:, :2], large[:, :2], torch.zeros(len(logits), dtype=torch.int64))
     token_logps(small, torch.zeros(4, dtype=torch.int64), chunk_tokens=2)
-    assert used == [naive, naive, chunked, chunked, chunked]
+    assert used == [naive, naive, autograd, autograd, autograd]
 
 
 # torch's own, where it resumes after a graph break
@@ -378,7 +378,7 @@ SHARED_ERRORS = [
     ({"softcap": 0.0}, ValueError, "softcap: got 0.0, expected"),
     ({"softcap": -30.0}, ValueError, "softcap: got -30.0, expected"),
     ({"impl": "fast"}, ValueError, "impl: got 'fast', expected one of 'auto', 'naive', 'chunked', 'triton'"),
-    ({"impl": "triton"}, RuntimeError, "impl: 'triton' needs Triton and a device that it compiles for"),
+    ({"impl": "triton"}, RuntimeError, "impl: got 'triton' without Triton or a device that it compiles for"),
     (
         {"impl": "naive", "chunk_tokens": 8},
         ValueError,
@@ -386,6 +386,7 @@ SHARED_ERRORS = [
     ),
     ({"chunk_tokens": 0}, ValueError, "chunk_tokens: got 0, expected an int >= 1"),
     ({"chunk_tokens": 1.5}, TypeError, "chunk_tokens: got float, expected an int >= 1"),
+    ({"skip_below": 0.0}, TypeError, "unexpected keyword argument 'skip_below'"),
     ({"ignore_index": None}, TypeError, "ignore_index: got NoneType, expected an int"),
     ({"targets": [0]}, TypeError, "targets: got list, expected an integer tensor"),
     ({"targets": TARGETS.float()}, TypeError, "targets: got torch.float32, expected an integer tensor"),
