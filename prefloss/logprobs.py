@@ -21,6 +21,7 @@ from prefloss.kernels.arguments import (
     check_reference,
     check_targets,
 )
+from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.plan import Plan, Request, make_plan, report
 from prefloss.kernels.softmax import too_low_for_codes
 from prefloss.kernels.tiles import LinearInputs, select_targets
@@ -112,7 +113,8 @@ def token_logps(
         >>> token_logps(logits, torch.tensor([0, 1, -100]))
         tensor([-0.6931, -0.0486,  0.0000])
     """
-    options = Options(temperature, logit_scale, softcap, ignore_index, impl, chunk_tokens, strict=strict)
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    options = Options(transform, ignore_index, impl, chunk_tokens, strict=strict)
     return _token_stats(logits, targets, options, 1, inplace_backward)[0]
 
 
@@ -151,7 +153,8 @@ def token_stats(
         >>> stats.entropy.exp(), stats.log_sum_sq.exp(), stats.top1
         (tensor([4.]), tensor([0.2500]), tensor([True]))
     """
-    options = Options(temperature, logit_scale, softcap, ignore_index, impl, chunk_tokens, strict=strict)
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    options = Options(transform, ignore_index, impl, chunk_tokens, strict=strict)
     return _name_stats(_token_stats(logits, targets, options, 5), stats_gradient)
 
 
@@ -213,10 +216,8 @@ def linear_token_logps(
         >>> linear_token_logps(hidden, head, torch.tensor([0, 1]))
         tensor([-0.6931, -0.0486])
     """
-    options = Options(
-        temperature, logit_scale, softcap, ignore_index, impl, chunk_tokens, budget_bytes, strict
-    )
-    inputs = LinearInputs(hidden, weight, bias, targets, options.transform)
+    inputs = LinearInputs(hidden, weight, bias, targets, LogitTransform(logit_scale, softcap, temperature))
+    options = Options(inputs.transform, ignore_index, impl, chunk_tokens, budget_bytes, strict)
     return _linear_token_stats(inputs, options, 1)[0]
 
 
@@ -262,10 +263,8 @@ def linear_token_stats(
         >>> stats.entropy.exp()
         tensor([4.])
     """
-    options = Options(
-        temperature, logit_scale, softcap, ignore_index, impl, chunk_tokens, budget_bytes, strict
-    )
-    inputs = LinearInputs(hidden, weight, bias, targets, options.transform)
+    inputs = LinearInputs(hidden, weight, bias, targets, LogitTransform(logit_scale, softcap, temperature))
+    options = Options(inputs.transform, ignore_index, impl, chunk_tokens, budget_bytes, strict)
     return _name_stats(_linear_token_stats(inputs, options, 5, stats_gradient), stats_gradient)
 
 
@@ -312,7 +311,8 @@ def linear_token_kl(
         >>> linear_token_kl(hidden, head, hidden, head, torch.tensor([0])).kl
         tensor([0.])
     """
-    options = Options(temperature, logit_scale, softcap, ignore_index, chunk_tokens=chunk_tokens)
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    options = Options(transform, ignore_index, chunk_tokens=chunk_tokens)
     vocabulary = check_linear(hidden, weight, bias)
     check_reference(hidden, vocabulary, reference_hidden, reference_weight, reference_bias)
     options.check(hidden.dtype)
@@ -320,7 +320,7 @@ def linear_token_kl(
     reference_bias = None if reference_bias is None else reference_bias.detach()
     reference = kl.Model(reference_hidden.detach(), reference_weight.detach(), reference_bias)
     policy = kl.Model(hidden, weight, bias)
-    out = kl.linear_token_kl(policy, reference, targets, options.transform, ignore_index, chunk_tokens)
+    out = kl.linear_token_kl(policy, reference, targets, transform, ignore_index, chunk_tokens)
     return TokenKL(out[0], out[1], out[2].detach())
 
 
@@ -338,7 +338,7 @@ def explain(
     chunk_tokens: int | None = None,
     budget_bytes: int | None = None,
 ) -> Plan:
-    """How `token_logps` or, with a `width`, `linear_token_logps` computes inputs of these sizes on this machine.
+    """How `token_logps` or, with a `width`, `linear_token_logps` computes log-probs for these sizes on this machine.
 
     Args:
         tokens: Targets that count (not ignored).
@@ -400,7 +400,7 @@ def _linear_token_stats(
     options.check(hidden.dtype)
     ignore_index = options.ignore_index
     targets = check_targets(targets, "hidden", hidden, vocabulary, ignore_index)
-    inputs = inputs._replace(targets=targets)
+    inputs = LinearInputs(hidden, weight, bias, targets, transform)
     request = Request(
         hidden,
         vocabulary,

@@ -20,27 +20,20 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Options(NamedTuple):
     """Options that the ops share, see `prefloss.token_logps` and `prefloss.linear_token_logps`."""
 
-    temperature: float
-    logit_scale: float
-    softcap: float | None
+    transform: LogitTransform
     ignore_index: int
     impl: Impl = "chunked"
     chunk_tokens: int | None = None
     budget_bytes: int | None = None
     strict: bool = False
 
-    @property
-    def transform(self) -> LogitTransform:
-        """What happens to the logits."""
-        return LogitTransform(self.logit_scale, self.softcap, self.temperature)
-
     def check(self, dtype: torch.dtype) -> None:
         """Raise if an option is of the wrong type or out of range, or not possible for inputs of a dtype."""
         # a scale <= 0 would turn the -inf of a token that cannot occur into inf or NaN
-        _check_positive("logit_scale", self.logit_scale)
-        _check_positive("temperature", self.temperature)
-        if self.softcap is not None:
-            _check_positive("softcap", self.softcap)
+        _check_positive("logit_scale", self.transform.logit_scale)
+        _check_positive("temperature", self.transform.temperature)
+        if self.transform.softcap is not None:
+            _check_positive("softcap", self.transform.softcap)
         if not isinstance(self.ignore_index, int):
             raise TypeError(f"ignore_index: got {type(self.ignore_index).__name__}, expected an int")
         budget = self.budget_bytes

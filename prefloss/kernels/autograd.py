@@ -36,13 +36,12 @@ def token_stats(
 
     `outputs` is 1 for log-probs alone or 5 for all of `softmax.STATS`.
     """
-    flat = targets.reshape(-1)
-    targets_or_negative = torch.where(flat != ignore_index, flat, -1)
+    y = targets.reshape(-1)
     if torch.compiler.is_compiling():
-        options = _TokenOptions(*_flat(transform), plan.chunk_tokens, outputs, plan.impl)
-        stats = token_op(logits, targets_or_negative, *options)[:outputs]
+        stats = token_op(logits, y, *_flat(transform, ignore_index, plan, outputs))[:outputs]
     else:
-        stats = _TokenStats.apply(logits, targets_or_negative, transform, plan, outputs, inplace_backward)
+        y = _negative_if_ignored(y, ignore_index)
+        stats = _TokenStats.apply(logits, y, transform, plan, outputs, inplace_backward)
     return stats.reshape(outputs, *targets.shape)
 
 
@@ -57,19 +56,15 @@ def linear_token_stats(
     hidden, weight, bias, targets, transform = inputs
     x, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if selected is None:
-        options = _LinearOptions(
-            ignore_index,
-            *_flat(transform),
-            plan.scheme,
-            plan.chunk_tokens,
-            plan.kept_tokens,
-            outputs,
-            plan.impl,
-        )
+        options = _flat(transform, ignore_index, plan, outputs)
         stats = linear_op(x, weight, bias, y, *options)[0][:outputs]
     else:
         stats = _LinearTokenStats.apply(x, weight, bias, y[selected], selected, transform, plan, outputs)
     return stats.reshape(outputs, *targets.shape)
+
+
+def _negative_if_ignored(targets: Tensor, ignore_index: int) -> Tensor:
+    return torch.where(targets != ignore_index, targets, -1)
 
 
 class _NoSecondGradient(torch.autograd.Function):
@@ -174,23 +169,14 @@ def _rows(hidden: Tensor, selected: Tensor) -> Tensor:
     return hidden if len(selected) == len(hidden) else hidden.index_select(0, selected)
 
 
-class _TokenOptions(NamedTuple):
-    """Of `token_op`, as its schema lists them."""
-
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-    chunk_tokens: int
-    outputs: int
-    impl: str
-
-    @property
-    def transform(self) -> LogitTransform:
-        return LogitTransform(self.logit_scale, self.softcap, self.temperature)
+_OPTIONS = (
+    "int ignore_index, float logit_scale, float? softcap, float temperature, str scheme, int chunk_tokens, "
+    "int kept_tokens, str impl, int outputs"
+)
 
 
-class _LinearOptions(NamedTuple):
-    """Of `linear_op`, as its schema lists them."""
+class _Options(NamedTuple):
+    """Options of the custom ops, as `_OPTIONS` lists them."""
 
     ignore_index: int
     logit_scale: float
@@ -199,8 +185,8 @@ class _LinearOptions(NamedTuple):
     scheme: Any
     chunk_tokens: int
     kept_tokens: int
-    outputs: int
     impl: Any
+    outputs: int
 
     @property
     def transform(self) -> LogitTransform:
@@ -211,16 +197,13 @@ class _LinearOptions(NamedTuple):
         return Plan(self.scheme, self.chunk_tokens, self.kept_tokens, self.impl)
 
 
-def _flat(transform: LogitTransform) -> tuple[float, float | None, float]:
+def _flat(transform: LogitTransform, ignore_index: int, plan: Plan, outputs: int) -> tuple[Any, ...]:
+    """The `_OPTIONS`; a plain function and tuple, which torch.compile traces in all versions."""
     softcap = None if transform.softcap is None else float(transform.softcap)
-    return float(transform.logit_scale), softcap, float(transform.temperature)
+    floats = float(transform.logit_scale), softcap, float(transform.temperature)
+    return ignore_index, *floats, plan.scheme, plan.chunk_tokens, plan.kept_tokens, plan.impl, outputs
 
 
-_TRANSFORM = "float logit_scale, float? softcap, float temperature"
-_TOKEN = f"{_TRANSFORM}, int chunk_tokens, int outputs, str impl"
-_LINEAR = (
-    f"int ignore_index, {_TRANSFORM}, str scheme, int chunk_tokens, int kept_tokens, int outputs, str impl"
-)
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 
 
@@ -228,29 +211,29 @@ def _custom_op(name: str, arguments: str, returns: str) -> Callable[..., Any]:
     return torch.library.custom_op(f"prefloss::{name}", mutates_args=(), schema=f"({arguments}) -> {returns}")
 
 
-@_custom_op("token_stats", f"Tensor logits, Tensor targets, {_TOKEN}", "Tensor")
+@_custom_op("token_stats", f"Tensor logits, Tensor targets, {_OPTIONS}", "Tensor")
 def token_op(logits: Tensor, targets: Tensor, *flat: Any) -> Tensor:
-    """Logits [..., V] and targets [N], -1 at those to leave out -> [2 or 5, N], see `softmax.STATS`."""
-    options = _TokenOptions(*flat)
-    return backend_of(options.impl).token_forward(
-        logits, targets, options.transform, options.chunk_tokens, options.outputs
-    )
+    """Logits [..., V] and targets [N] -> statistics [2 or 5, N]."""
+    options = _Options(*flat)
+    y = _negative_if_ignored(targets, options.ignore_index)
+    token_forward = backend_of(options.impl).token_forward
+    return token_forward(logits, y, options.transform, options.chunk_tokens, options.outputs)
 
 
 @token_op.register_fake
 def _(logits: Tensor, targets: Tensor, *flat: Any) -> Tensor:
-    return _empty_stats(logits, targets, _TokenOptions(*flat).outputs)
+    return _empty_stats(logits, targets, _Options(*flat).outputs)
 
 
 @_custom_op(
-    "token_stats_backward", f"Tensor grad, Tensor logits, Tensor targets, Tensor stats, {_TOKEN}", "Tensor"
+    "token_stats_backward", f"Tensor grad, Tensor logits, Tensor targets, Tensor stats, {_OPTIONS}", "Tensor"
 )
 def token_backward_op(grad: Tensor, logits: Tensor, targets: Tensor, stats: Tensor, *flat: Any) -> Tensor:
     """Gradient of the logits from that of the first `outputs` statistics."""
-    options = _TokenOptions(*flat)
-    return backend_of(options.impl).token_backward(
-        grad[: options.outputs], logits, targets, stats, options.transform, options.chunk_tokens
-    )
+    options = _Options(*flat)
+    y = _negative_if_ignored(targets, options.ignore_index)
+    token_backward = backend_of(options.impl).token_backward
+    return token_backward(grad[: options.outputs], logits, y, stats, options.transform, options.chunk_tokens)
 
 
 @token_backward_op.register_fake
@@ -264,27 +247,28 @@ def _save_token(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _token_gradients(ctx: Any, grad: Tensor) -> InputGradients:
-    return (token_backward_op(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 7)
+    d_logits = token_backward_op(grad, *ctx.saved_tensors, *ctx.options)
+    return d_logits, None, *(None for _ in ctx.options)
 
 
 token_op.register_autograd(_token_gradients, setup_context=_save_token)
 
 
-@_custom_op("linear_token_stats", f"{_HEAD}, {_LINEAR}", "(Tensor, Tensor)")
+@_custom_op("linear_token_stats", f"{_HEAD}, {_OPTIONS}", "(Tensor, Tensor)")
 def linear_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor]:
     """Hidden [N, H], weight [V, H], bias [V] and targets [N] -> statistics [2 or 5, N] and what the scheme keeps."""
-    options = _LinearOptions(*flat)
-    selected = select_targets(targets, options.ignore_index)
-    memory = empty_memory(hidden, weight, options.plan)
+    options = _Options(*flat)
+    plan, selected = options.plan, select_targets(targets, options.ignore_index)
+    memory = empty_memory(hidden, weight, plan)
     if len(selected) < len(memory):
         # the output of an op depends on its inputs only, not on what was in the memory before
         memory.zero_()
     inputs = LinearInputs(
         hidden.index_select(0, selected), weight, bias, targets[selected], options.transform
     )
-    stats, _ = linear_forward(inputs, options.plan, options.outputs, memory)
+    stats, _ = linear_forward(inputs, plan, options.outputs, memory)
     return stats.new_zeros(len(stats), len(hidden)).index_copy_(1, selected, stats), memory
 
 
@@ -292,19 +276,19 @@ def linear_op(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor]:
-    options = _LinearOptions(*flat)
+    options = _Options(*flat)
     return _empty_stats(hidden, targets, options.outputs), empty_memory(hidden, weight, options.plan)
 
 
 @_custom_op(
     "linear_token_stats_backward",
-    f"Tensor grad, {_HEAD}, Tensor stats, Tensor memory, bool[] needs, {_LINEAR}",
+    f"Tensor grad, {_HEAD}, Tensor stats, Tensor memory, bool[] needs, {_OPTIONS}",
     "(Tensor, Tensor, Tensor)",
 )
 def linear_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, without elements where `needs` is false."""
     hidden, weight, bias, targets, stats, memory, needs, *flat = arguments
-    options = _LinearOptions(*flat)
+    options = _Options(*flat)
     plan, selected = options.plan, select_targets(targets, options.ignore_index)
     grad, d_weight, d_bias = grad[: options.outputs, selected], None, None
     if plan.scheme == "unscaled":
@@ -344,7 +328,7 @@ def _linear_gradients(ctx: Any, grad: Tensor, _: Any) -> InputGradients:
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
     gradients = linear_backward_op(grad, *ctx.saved_tensors, needs, *ctx.options)
     needed = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return (*needed, *(None,) * 10)
+    return *needed, None, *(None for _ in ctx.options)
 
 
 linear_op.register_autograd(_linear_gradients, setup_context=_save_linear)

@@ -547,7 +547,7 @@ class TestLinear:
     def test_as_a_custom_op(self):
         hidden, weight, _, targets = linear_problem(vocabulary=140, bias=False)
         hidden = hidden.detach().nan_to_num().requires_grad_()
-        options = (IGNORED, 1.0, None, 1.0, "keep", 2, 3, 1, "triton")
+        options = (IGNORED, 1.0, None, 1.0, "keep", 2, 3, "triton", 1)
         torch.library.opcheck(autograd.linear_op, (hidden, weight, None, targets, *options))
 
     def test_no_tokens(self):
