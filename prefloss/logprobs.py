@@ -23,7 +23,6 @@ from prefloss.kernels.arguments import (
 )
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.plan import Plan, Request, make_plan, report
-from prefloss.kernels.softmax import too_low_for_codes
 from prefloss.kernels.tiles import LinearInputs, select_targets
 
 
@@ -334,7 +333,7 @@ def explain(
     trainable_head: bool = True,
     gradient: bool = True,
     stats_gradient: bool = False,
-    impl: str = "auto",
+    impl: Impl = "auto",
     chunk_tokens: int | None = None,
     budget_bytes: int | None = None,
 ) -> Plan:
@@ -361,17 +360,10 @@ def explain(
         >>> plan.scheme, plan.matmuls
         ('unscaled', 2)
     """
-    request = Request(
-        torch.empty(0, dtype=dtype, device=device),
-        vocabulary,
-        width,
-        "none" if not gradient else "head" if trainable_head else "hidden",
-        stats_gradient,
-        impl=impl,
-        chunk_tokens=chunk_tokens,
-        budget_bytes=budget_bytes,
-    )
-    return make_plan(request, tokens)
+    like = torch.empty(0, dtype=dtype, device=device)
+    needs = "none" if not gradient else "head" if trainable_head else "hidden"
+    options = Options(LogitTransform(), -100, impl, chunk_tokens, budget_bytes)
+    return make_plan(Request(like, vocabulary, width, needs, stats_gradient, options), tokens)
 
 
 def _token_stats(
@@ -382,7 +374,7 @@ def _token_stats(
     options.check(logits.dtype)
     ignore_index = options.ignore_index
     targets = check_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
-    request = Request(logits, logits.shape[-1], impl=options.impl, chunk_tokens=options.chunk_tokens)
+    request = Request(logits, logits.shape[-1], None, "none", False, options)
     plan = report(make_plan(request, targets.numel()), options.strict)
     if plan.impl == "naive":
         return naive.token_stats(logits, targets, options.transform, ignore_index, outputs)
@@ -401,17 +393,8 @@ def _linear_token_stats(
     ignore_index = options.ignore_index
     targets = check_targets(targets, "hidden", hidden, vocabulary, ignore_index)
     inputs = LinearInputs(hidden, weight, bias, targets, transform)
-    request = Request(
-        hidden,
-        vocabulary,
-        hidden.shape[-1],
-        _needs_gradient(inputs),
-        stats_gradient,
-        not too_low_for_codes(transform),
-        options.impl,
-        options.chunk_tokens,
-        options.budget_bytes,
-    )
+    needs = _needs_gradient(inputs)
+    request = Request(hidden, vocabulary, hidden.shape[-1], needs, stats_gradient, options)
     positions, selected = targets.numel(), None
     # a compiled graph selects the targets when it runs
     if not torch.compiler.is_compiling() and not request.naive(positions):

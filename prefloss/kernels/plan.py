@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from prefloss import kernels
+from prefloss.kernels.arguments import Options
 from prefloss.kernels.cpu import native
 from prefloss.kernels.kept import kept_columns, kept_dtype
 from prefloss.kernels.matmul import gradient_dtype, has_mixed_matmul
 from prefloss.kernels.naive import compute_dtype
+from prefloss.kernels.softmax import too_low_for_codes
 from prefloss.kernels.tiles import MATMUL_ELEMENTS, default_chunk, on_cpu
 
 _log = logging.getLogger("prefloss")
@@ -52,33 +54,26 @@ class Request(NamedTuple):
         width: H of the hidden states; None for an op on logits.
         gradient: What needs a gradient: nothing, hidden states only, or the head too.
         stats_gradient: Whether entropy and the other statistics need one too.
-        codes: Whether 16 bits of a logit are precise enough, see `softmax.too_low_for_codes`.
-        impl: "auto", "naive", "chunked" or "triton".
-        chunk_tokens: As given to the op.
-        budget_bytes: As given to the op.
+        options: Options of the op.
     """
 
     like: Tensor
     vocabulary: int
-    width: int | None = None
-    gradient: Literal["none", "hidden", "head"] = "none"
-    stats_gradient: bool = False
-    codes: bool = True
-    impl: str = "auto"
-    chunk_tokens: int | None = None
-    budget_bytes: int | None = None
+    width: int | None
+    gradient: Literal["none", "hidden", "head"]
+    stats_gradient: bool
+    options: Options
 
     def naive(self, positions: int) -> bool:
         """Whether plain torch does it, for so many positions, ignored ones included."""
-        few = positions * self.vocabulary <= NAIVE_ELEMENTS
-        return self.impl == "naive" or (self.impl == "auto" and self.chunk_tokens is None and few)
+        impl, few = self.options.impl, positions * self.vocabulary <= NAIVE_ELEMENTS
+        return impl == "naive" or (impl == "auto" and self.options.chunk_tokens is None and few)
 
     def triton(self) -> bool:
         """Whether Triton kernels do what plain torch does not."""
-        fits = self.like.dtype != torch.float64 and kernels.available()
-        return self.impl == "triton" or (
-            self.impl == "auto" and self.like.device.type not in ("cpu", "meta") and fits
-        )
+        runs = self.like.dtype != torch.float64 and kernels.available()
+        auto = self.options.impl == "auto" and self.like.device.type not in ("cpu", "meta")
+        return self.options.impl == "triton" or (auto and runs)
 
 
 @dataclass(frozen=True)
@@ -139,40 +134,29 @@ def _plan_naive(request: Request, tokens: int) -> Plan:
     logits = tokens * request.vocabulary
     matmuls = 0 if request.width is None else {"none": 1, "hidden": 2, "head": 3}[request.gradient]
     return Plan(
-        "autograd",
-        tokens,
-        tokens,
-        impl="naive",
-        op="token" if request.width is None else "linear",
-        matmuls=matmuls,
-        tokens=tokens,
-        bytes_kept=logits * 3 * compute_dtype(request.like.dtype).itemsize,
+        "autograd", tokens, tokens, "naive", "token" if request.width is None else "linear", matmuls=matmuls,
+        tokens=tokens, bytes_kept=logits * 3 * compute_dtype(request.like.dtype).itemsize,
         why=f"{logits} logits are few, or impl is 'naive': plain torch stores all of them",
-    )
+    )  # fmt: skip
 
 
 def _plan_token(request: Request, tokens: int) -> Plan:
     like, vocabulary = request.like, request.vocabulary
     passes, fallback = _row_passes(request)
-    chunk = request.chunk_tokens or max(1, min(tokens, MATMUL_ELEMENTS // vocabulary))
+    chunk = request.options.chunk_tokens or max(1, min(tokens, MATMUL_ELEMENTS // vocabulary))
     scratch = 0 if passes != "torch" else min(chunk * vocabulary, 2**21) * compute_dtype(like.dtype).itemsize
     return Plan(
-        "recompute",
-        chunk,
-        impl="triton" if passes == "triton" else "chunked",
-        op="token",
-        row_passes=passes,
-        tokens=tokens,
-        bytes_scratch=scratch,
+        "recompute", chunk, 0, _impl(passes), "token", passes, tokens=tokens, bytes_scratch=scratch,
         why="forward and backward each read the logits once; a logsumexp and a log-prob per token are kept",
         fallback=fallback,
-    )
+    )  # fmt: skip
 
 
 def _plan_linear(request: Request, tokens: int, width: int) -> Plan:
     like, vocabulary = request.like, request.vocabulary
-    budget = BUDGET_BYTES if request.budget_bytes is None else request.budget_bytes
-    chunk = request.chunk_tokens or default_chunk(tokens, vocabulary, on_cpu(like))
+    budget, chunk = request.options.budget_bytes, request.options.chunk_tokens
+    budget = BUDGET_BYTES if budget is None else budget
+    chunk = chunk or default_chunk(tokens, vocabulary, on_cpu(like))
     chunk = max(1, min(chunk, tokens))
     passes, slow_rows = _row_passes(request)
     sums, slow_head = _head_sums(like)
@@ -188,20 +172,16 @@ def _plan_linear(request: Request, tokens: int, width: int) -> Plan:
         matmuls -= 1
     all_kept = scheme == "keep" and kept == tokens
     return Plan(
-        scheme,
-        chunk,
-        kept,
-        impl="triton" if passes == "triton" else "chunked",
-        op="linear",
-        row_passes=passes,
-        head_sums=sums,
-        matmuls=matmuls,
-        tokens=tokens,
+        scheme, chunk, kept, _impl(passes), "linear", passes, sums, matmuls, tokens,
         bytes_kept=tokens * memory.unscaled if scheme == "unscaled" else kept * memory.kept,
         bytes_scratch=memory.tiles["recompute" if scheme == "keep" and not all_kept else scheme],
         why=why,
         fallback="; ".join(filter(None, (too_small, slow_rows, slow_head))) or None,
-    )
+    )  # fmt: skip
+
+
+def _impl(passes: str) -> Literal["chunked", "triton"]:
+    return "triton" if passes == "triton" else "chunked"
 
 
 class _Memory(NamedTuple):
@@ -219,7 +199,8 @@ def _memory(request: Request, width: int, chunk: int) -> _Memory:
     like, vocabulary = request.like, request.vocabulary
     size = compute_dtype(like.dtype).itemsize
     kept = kept_columns(like.dtype, vocabulary) * kept_dtype(like.dtype).itemsize
-    fused = on_cpu(like) and native.multiplies(like.dtype) and width % 2 == 0 and request.codes
+    codes = not too_low_for_codes(request.options.transform)
+    fused = on_cpu(like) and native.multiplies(like.dtype) and width % 2 == 0 and codes
     gradient = chunk * vocabulary * gradient_dtype(like).itemsize
     logits = chunk * (kept if fused else vocabulary * size)
     # the gradient is written over logits of its own precision, or over codes
@@ -242,9 +223,9 @@ def _scheme(request: Request, tokens: int, memory: _Memory, budget: int) -> tupl
         return (
             "unscaled",
             0,
-            "the head is frozen: the gradient of each log-prob in its hidden state is saved unscaled",
+            "the head is frozen, so the gradient of each log-prob in its hidden state is saved",
         )
-    if kept_dtype(request.like.dtype) == torch.int16 and not request.codes:
+    if kept_dtype(request.like.dtype) == torch.int16 and too_low_for_codes(request.options.transform):
         return "recompute", 0, "the softcap is too low for logits in 16 bits"
     if tokens * memory.kept + memory.tiles["keep"] <= budget:
         return "keep", tokens, "the logits of all tokens fit the budget"
