@@ -127,8 +127,8 @@ def check_gather(
     # top-1 has no gradient
     weights[4:] = 0
     exact = x.double().requires_grad_()
-    wanted = naive.token_stats(exact, y, transform, IGNORED, outputs)
-    (wanted * weights).sum().backward()
+    exact_stats = naive.token_stats(exact, y, transform, IGNORED, outputs)
+    (exact_stats * weights).sum().backward()
     assert exact.grad is not None
     for inplace in (False, True):
         leaf = x.clone().requires_grad_()
@@ -136,7 +136,7 @@ def check_gather(
         (got * weights).sum().backward()
         assert leaf.grad is not None
         what = f"gather {dtype} {name}{', in place' if inplace else ''}"
-        check(f"{what}: statistics", ((got - wanted).abs() / (1 + wanted.abs())).max().item(), 1e-5)
+        check(f"{what}: statistics", ((got - exact_stats).abs() / (1 + exact_stats.abs())).max().item(), 1e-5)
         check(f"{what}: gradient", relative(leaf.grad, exact.grad), rounding(dtype))
 
 
@@ -166,8 +166,8 @@ def check_linear(
         exact = [z.double().requires_grad_() for z in (h, w, b)]
         plain = [z.clone().requires_grad_() for z in (h, w, b)]
         leaves = [z.clone().requires_grad_(not frozen or z is h) for z in (h, w, b)]
-        wanted = naive.linear_token_stats(exact[0], exact[1], exact[2], y, transform, IGNORED, outputs)
-        (wanted * weights).sum().backward()
+        exact_stats = naive.linear_token_stats(exact[0], exact[1], exact[2], y, transform, IGNORED, outputs)
+        (exact_stats * weights).sum().backward()
         # what autograd makes of the same in this precision, with float32 logits given to the softmax
         z = F.linear(plain[0], plain[1], plain[2]).float()
         (naive.token_stats(z, y, transform, IGNORED, outputs) * weights).sum().backward()
@@ -175,7 +175,7 @@ def check_linear(
         got = linear_stats(leaves[0], leaves[1], leaves[2], y, transform, plan, outputs)
         (got * weights).sum().backward()
         what = f"linear {dtype} {name}, {scheme} {kept}, {outputs}"
-        check(f"{what}: statistics", ((got - wanted).abs() / (1 + wanted.abs())).max().item(), 1e-5)
+        check(f"{what}: statistics", ((got - exact_stats).abs() / (1 + exact_stats.abs())).max().item(), 1e-5)
         for part, leaf, other, right in zip(("hidden", "weight", "bias"), leaves, plain, exact, strict=True):
             if leaf.requires_grad:
                 assert leaf.grad is not None
@@ -207,10 +207,10 @@ def check_past_2_to_the_31(check: Callable[..., None], device: str) -> None:
     x = torch.empty(rows, vocabulary, device=device, dtype=torch.bfloat16).normal_()
     y = torch.randint(vocabulary, (rows,), device=device)
     last = x[-8:].double().requires_grad_()
-    wanted = naive.token_stats(last, y[-8:], PLAIN, IGNORED, 1)[0]
-    wanted.sum().backward()
+    exact_stats = naive.token_stats(last, y[-8:], PLAIN, IGNORED, 1)[0]
+    exact_stats.sum().backward()
     stats = launch.token_forward(x, y, PLAIN, 1, 1)
-    check("past 2**31 logits: log-probs", (stats[0, -8:] - wanted).abs().max().item(), 1e-5)
+    check("past 2**31 logits: log-probs", (stats[0, -8:] - exact_stats).abs().max().item(), 1e-5)
     upstream = torch.ones(1, rows, device=device)
     grad = launch.token_backward(upstream, x, y, stats, PLAIN, 1, over_logits=True)
     check("past 2**31 logits: gradient in place", relative(grad[-8:], last.grad), rounding(x.dtype))
@@ -351,8 +351,10 @@ def linear_errors(call: Callable[..., Tensor], problem: bench_linear.Problem) ->
         logps = op(leaf, head.requires_grad_(problem.weight.requires_grad), y)
         (logps * upstream).sum().backward()
         pairs.append((logps.detach(), [leaf.grad] if head.grad is None else [leaf.grad, head.grad]))
-    (got, grads), (want, wanted) = pairs
-    return (got - want).abs().max().item(), max(relative(a, b) for a, b in zip(grads, wanted, strict=True))
+    (got, grads), (want, exact_stats) = pairs
+    return (got - want).abs().max().item(), max(
+        relative(a, b) for a, b in zip(grads, exact_stats, strict=True)
+    )
 
 
 def exact_way(x: Tensor, w: Tensor, y: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def test_linear_token_logps_and_gradients_against_float64(problem):
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
     upstream = torch.randn(targets.shape, dtype=torch.float64)
     grads = torch.autograd.grad((got * upstream).sum(), inputs)
-    d_logits, *wanted = torch.autograd.grad((want * upstream).sum(), [logits, *exact])
+    d_logits, *exact_grads = torch.autograd.grad((want * upstream).sum(), [logits, *exact])
     # each term of the sums may be off by one rounding of the gradient of a logit to bfloat16, and by the 16 bits
     # in which log-probs of half precision are kept
     terms, flat = d_logits.abs().reshape(-1, len(weight)), targets.reshape(-1, 1)
@@ -110,7 +110,7 @@ def test_linear_token_logps_and_gradients_against_float64(problem):
         terms.T @ exact[0].detach().abs().reshape(-1, hidden.shape[-1]),
         terms.sum(0),
     )
-    for got_grad, want_grad, allowed in zip(grads, wanted, slack, strict=False):
+    for got_grad, want_grad, allowed in zip(grads, exact_grads, slack, strict=False):
         assert_rounded(got_grad, want_grad, 10 * slope(options), rounding * allowed)
 
 
@@ -282,13 +282,13 @@ def test_frozen_inputs_get_no_gradient(impl):
     hidden, weight, bias = (torch.randn(s) for s in ((3, 4), (5, 4), (5,)))
     free = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     out = linear_token_logps(free[0], free[1], targets, bias=free[2], impl=impl)
-    wanted = torch.autograd.grad(out.sum(), free)
+    exact_grads = torch.autograd.grad(out.sum(), free)
     for trained in range(3):
         inputs = [hidden, weight, bias]
         inputs[trained] = inputs[trained].clone().requires_grad_()
         out = linear_token_logps(inputs[0], inputs[1], targets, bias=inputs[2], impl=impl)
         out.sum().backward()
-        torch.testing.assert_close(inputs[trained].grad, wanted[trained])
+        torch.testing.assert_close(inputs[trained].grad, exact_grads[trained])
         assert all(x.grad is None for i, x in enumerate(inputs) if i != trained)
     assert not linear_token_logps(hidden, weight, targets, bias=bias, impl=impl).requires_grad
 

@@ -58,8 +58,8 @@ def compiled_equals_eager(call, inputs):
     results = []
     for op in (compiled, call):
         out = op(*inputs)
-        wanted = [x for x in inputs if x.requires_grad]
-        results.append((out, *torch.autograd.grad(out.square().sum(), wanted)))
+        trained = [x for x in inputs if x.requires_grad]
+        results.append((out, *torch.autograd.grad(out.square().sum(), trained)))
     for got, want in zip(*results, strict=True):
         error = (got - want).double().norm() / want.double().norm()
         assert error < (5e-3 if want.dtype == torch.bfloat16 else 1e-5)

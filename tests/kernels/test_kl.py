@@ -20,10 +20,10 @@ def test_kl_against_float64(dtype, transform, trained, row_passes):
         (exact, naive.linear_token_kl(*exact, *exact_reference, targets, transform, -100)),
         (inputs, kl.linear_token_kl(kl.Model(*inputs), kl.Model(*reference), targets, transform, -100, 8)),
     ):
-        wanted = [x for x in policy if x.requires_grad]
-        results.append((out, torch.autograd.grad((out * upstream.to(out.dtype)).sum(), wanted)))
-    (want, wanted), (got, grads) = results
+        trained_inputs = [x for x in policy if x.requires_grad]
+        results.append((out, torch.autograd.grad((out * upstream.to(out.dtype)).sum(), trained_inputs)))
+    (want, exact_grads), (got, grads) = results
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     limit = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2.6e-3}[dtype]
-    for g, w in zip(grads, wanted, strict=True):
+    for g, w in zip(grads, exact_grads, strict=True):
         assert relative(g, w) < limit

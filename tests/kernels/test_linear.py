@@ -37,7 +37,7 @@ def test_every_scheme_against_float64(dtype, trained, transform, row_passes):
     inputs, targets = problem(dtype, TRAINED[trained])
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     upstream = torch.randn(1, len(targets), dtype=torch.float64)
-    want, wanted = run(exact, targets, transform, upstream)
+    want, exact_grads = run(exact, targets, transform, upstream)
     # the sum is exact to float32; then the gradient of a logit and the result are rounded once each
     limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3.2e-3, torch.float16: 3.5e-4}[dtype]
     results = {}
@@ -46,7 +46,7 @@ def test_every_scheme_against_float64(dtype, trained, transform, row_passes):
             continue
         got, grads = run(inputs, targets, transform, upstream, plan)
         assert (got - want).abs().max() < (1e-12 if dtype == torch.float64 else 1e-5)
-        for g, w in zip(grads, wanted, strict=True):
+        for g, w in zip(grads, exact_grads, strict=True):
             assert g.dtype == dtype
             assert relative(g, w) < limit, (name, relative(g, w))
         results[name] = got, grads
@@ -63,13 +63,13 @@ def test_all_statistics_and_their_gradients(trained, transform, row_passes):
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     upstream = torch.randn(5, len(targets), dtype=torch.float64)
     upstream[4] = 0
-    want, wanted = run(exact, targets, transform, upstream)
+    want, exact_grads = run(exact, targets, transform, upstream)
     for name, plan in PLANS.items():
         if name == "unscaled":
             continue
         got, grads = run(inputs, targets, transform, upstream, plan)
         torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
-        for g, w in zip(grads, wanted, strict=True):
+        for g, w in zip(grads, exact_grads, strict=True):
             assert relative(g, w) < 5e-6, name
 
 
@@ -91,7 +91,7 @@ def test_a_half_precision_head_is_never_summed_whole_in_float32(dtype, scheme, r
     inputs, targets = problem(dtype, TRAINED["all"])
     exact = [x.detach().double().requires_grad_() for x in inputs]
     upstream = torch.randn(1, len(targets), dtype=torch.float64)
-    _, wanted = run(exact, targets, PLAIN, upstream)
+    _, exact_grads = run(exact, targets, PLAIN, upstream)
     sizes = []
     multiply = matmul.matmul
     monkeypatch.setattr(
@@ -99,7 +99,7 @@ def test_a_half_precision_head_is_never_summed_whole_in_float32(dtype, scheme, r
     )
     plan = replace(PLANS[scheme], chunk_tokens=2)
     _, grads = run(inputs, targets, PLAIN, upstream, plan)
-    for g, w in zip(grads, wanted, strict=True):
+    for g, w in zip(grads, exact_grads, strict=True):
         assert relative(g, w) < (3.2e-3 if dtype == torch.bfloat16 else 3.5e-4)
     # the products of width 24 are 9 tokens by the head, or rows of its gradient
     assert {rows for rows, width in sizes if width == 24} - {9} == {64, 301 % 64}
@@ -127,9 +127,9 @@ def test_many_tiles_give_the_numbers_of_one(most_rows, transform, dtype, row_pas
             results[name, tiles] = out[0], torch.autograd.grad((out[0] * upstream).sum(), inputs)
     limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
     for name in PLANS:
-        (one, wanted), (many, grads) = results[name, "one"], results[name, "many"]
+        (one, exact_grads), (many, grads) = results[name, "one"], results[name, "many"]
         torch.testing.assert_close(many, one, rtol=1e-6, atol=1e-12 if dtype == torch.float64 else 1e-5)
-        for g, w in zip(grads, wanted, strict=True):
+        for g, w in zip(grads, exact_grads, strict=True):
             assert relative(g, w.double()) < limit, name
 
 
@@ -152,7 +152,7 @@ def test_bfloat16_gradients_err_no_more_than_those_of_rounded_logit_gradients(ro
     inputs, targets = problem(torch.bfloat16, TRAINED["all"], n=100, width=48, vocabulary=1000)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     upstream = torch.randn(1, 100, dtype=torch.float64)
-    _, wanted = run(exact, targets, PLAIN, upstream)
+    _, exact_grads = run(exact, targets, PLAIN, upstream)
     logits = exact[0].detach() @ exact[1].detach().T + exact[2].detach()
     logits.requires_grad_()
     out = naive.token_stats(logits, targets, PLAIN, -100, 1)
@@ -163,5 +163,5 @@ def test_bfloat16_gradients_err_no_more_than_those_of_rounded_logit_gradients(ro
         head_is_frozen = plan.scheme == "unscaled"
         frozen = [inputs[0], *(x.detach() if head_is_frozen else x for x in inputs[1:])]
         _, grads = run(frozen, targets, PLAIN, upstream, plan)
-        for got, want, peer in zip(grads, wanted, peers, strict=False):
+        for got, want, peer in zip(grads, exact_grads, peers, strict=False):
             assert relative(got, want) < 1.15 * relative(peer.bfloat16(), want)

@@ -122,16 +122,16 @@ def check_gather(x, y, transform, outputs=5):
     weights = torch.randn(outputs, len(y))
     full = torch.nn.functional.pad(weights, (0, 0, 0, 5 - outputs))
     exact = x.detach().double().requires_grad_()
-    wanted, total = expected(exact, y, transform, full)
+    exact_stats, total = expected(exact, y, transform, full)
     total.backward()
     leaf = x.detach().clone().requires_grad_()
     stats = token_stats(leaf, y, transform, outputs=outputs)
     assert stats.dtype == torch.float32
-    torch.testing.assert_close(stats.double(), wanted[:outputs], rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(stats.double(), exact_stats[:outputs], rtol=3e-6, atol=3e-6)
     (stats * weights).sum().backward()
     assert leaf.grad.dtype == x.dtype
     # a logsumexp of 100 has digits down to 4e-6, and a probability is off by as much of itself
-    tolerance = ROUNDING[x.dtype] + 3e-7 * max(wanted[1].abs().tolist(), default=0)
+    tolerance = ROUNDING[x.dtype] + 3e-7 * max(exact_stats[1].abs().tolist(), default=0)
     # 1 - tanh^2 is exact to a unit of float32 of the 1, whatever is left of it
     slope = 0 if transform.softcap is None else transform.logit_scale / transform.temperature
     atol = tolerance / 10 + 1.2e-7 * slope * weights.abs().max().item() if len(y) else 0
@@ -269,12 +269,14 @@ class TestGather:
         ]
         for view in views:
             exact = view.double().requires_grad_()
-            wanted, total = expected(exact.reshape(6, 40), y.reshape(-1), PLAIN, torch.eye(5, 1).expand(5, 6))
+            exact_stats, total = expected(
+                exact.reshape(6, 40), y.reshape(-1), PLAIN, torch.eye(5, 1).expand(5, 6)
+            )
             total.backward()
             before = view.clone()
             x = view.detach().requires_grad_()
             out = token_stats(x, y, PLAIN, inplace_backward=inplace)
-            torch.testing.assert_close(out[0].double(), wanted[0].reshape(2, 3), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(out[0].double(), exact_stats[0].reshape(2, 3), rtol=1e-6, atol=1e-6)
             out.sum().backward()
             torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-6, atol=1e-7)
             over = inplace and view.stride(-1) == 1 and 0 not in view.stride()
@@ -318,8 +320,8 @@ class TestGather:
         x.copy_(torch.randn(4, 40))
         y = torch.tensor([3, 39, 0, 17])
         out = launch.token_forward(x, y, PLAIN, 1, 5)
-        wanted = statistics(x.double(), y, PLAIN)
-        torch.testing.assert_close(out.double(), wanted, rtol=1e-6, atol=1e-6)
+        exact_stats = statistics(x.double(), y, PLAIN)
+        torch.testing.assert_close(out.double(), exact_stats, rtol=1e-6, atol=1e-6)
         before = x.double().clone().requires_grad_()
         statistics(before, y, PLAIN)[0].sum().backward()
         grad = launch.token_backward(torch.ones(1, 4), x, y, out, PLAIN, 1, over_logits=True)
@@ -362,10 +364,10 @@ def check_linear(problem, plan, transform, outputs=1, most=3e-5):
     exact = [None if x is None else x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
     keep = targets != IGNORED
     logits = exact[0][keep] @ exact[1].T + (0 if exact[2] is None else exact[2])
-    wanted = statistics(logits, targets[keep], transform)[:outputs]
-    (wanted * weights[:, keep].double()).sum().backward()
+    exact_stats = statistics(logits, targets[keep], transform)[:outputs]
+    (exact_stats * weights[:, keep].double()).sum().backward()
     out = linear_stats(hidden, weight, bias, targets, transform, plan, outputs)
-    torch.testing.assert_close(out[:, keep].double(), wanted.detach(), rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(out[:, keep].double(), exact_stats.detach(), rtol=3e-6, atol=3e-6)
     assert not out[:, ~keep].any()
     (out * weights).sum().backward()
     for x, y in zip((hidden, weight, bias), exact, strict=True):
@@ -443,8 +445,8 @@ class TestLinear:
         autograd = gradients((hidden[keep] @ weight.T).float())
         logps = linear_stats(hidden, weight, None, targets, PLAIN, plan)[0, keep]
         ours = torch.autograd.grad((logps * weights).sum(), leaves)
-        for mine, theirs, wanted in zip(ours, autograd, exact, strict=True):
-            errors = [(x.double() - wanted).nan_to_num().norm() for x in (mine, theirs)]
+        for mine, theirs, exact_stats in zip(ours, autograd, exact, strict=True):
+            errors = [(x.double() - exact_stats).nan_to_num().norm() for x in (mine, theirs)]
             assert errors[0] <= 1.05 * errors[1]
 
     def test_half_precision_with_everything(self):
@@ -455,8 +457,10 @@ class TestLinear:
         with torch.no_grad(), Matmuls() as watch:
             out = linear_stats(hidden, weight, bias, targets, PLAIN, plan_of("score"))[0]
         logits = (hidden @ weight.T + bias).detach()
-        wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
-        torch.testing.assert_close(out, -wanted.nan_to_num())
+        exact_stats = torch.nn.functional.cross_entropy(
+            logits, targets, reduction="none", ignore_index=IGNORED
+        )
+        torch.testing.assert_close(out, -exact_stats.nan_to_num())
         assert watch.operations == 2 * 5 * 301 * 5
 
     def test_number_of_matmuls(self):
