@@ -173,7 +173,7 @@ def _errors(
     """Largest error of some log-probs and worst relative error of the gradients, against float64."""
     x = problem.hidden.detach().reshape(-1, problem.shape.width)[problem.kept]
     w, y = problem.weight.detach(), problem.targets.reshape(-1)[problem.kept]
-    wanted = exact_gradients(problem)
+    exact_grads = exact_gradients(problem)
     want = exact_logps(x[:64].double(), w.double(), y[:64])
     errors = {}
     for way, step in steps.items():
@@ -181,7 +181,8 @@ def _errors(
             # of all of them, as in the step: another size would be compiled for, too
             error = (calls[way](x, w, y)[:64] - want).abs().max().item() if way in calls else float("nan")
         worst = max(
-            ((a.reshape(b.shape) - b).norm() / b.norm()).item() for a, b in zip(step(), wanted, strict=True)
+            ((a.reshape(b.shape) - b).norm() / b.norm()).item()
+            for a, b in zip(step(), exact_grads, strict=True)
         )
         errors[way] = error, worst
     return errors

@@ -84,9 +84,9 @@ def _errors(
     want = logps.gather(-1, y[:, None]).squeeze(-1)
     if got.dim() > 1:
         want = torch.stack((want, -(logps.exp() * logps).sum(-1)))
-    (wanted,) = torch.autograd.grad((want * g).sum(), exact)
+    (exact_grads,) = torch.autograd.grad((want * g).sum(), exact)
     error = (got[..., :64] - want).abs().max().item()
-    return error, ((grad[:64] - wanted).norm() / wanted.norm()).item()
+    return error, ((grad[:64] - exact_grads).norm() / exact_grads.norm()).item()
 
 
 def main() -> None:

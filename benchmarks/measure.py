@@ -18,7 +18,7 @@ import torch
 RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "triton")
 # What is measured: the commit in a row is of these alone.
-SOURCES = ("prefloss/kernels", "prefloss/logprobs.py", "prefloss/plan.py", "benchmarks/*.py")
+SOURCES = ("prefloss/kernels", "prefloss/logprobs.py", "benchmarks/*.py")
 # What was measured, then the numbers, then what they depend on.
 KEYS = ("bench", "what", "shape", "dtype", "frozen")
 COLUMNS = (

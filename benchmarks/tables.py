@@ -77,9 +77,9 @@ def table(
     cells = {(row["way"], row["shape"], row["dtype"]): row for row in rows}
     lines = []
     for way in sorted(ways, key=lambda way: (not way.startswith("prefloss"), "KTO" in way)):
-        found = [cells.get((way, *column)) for column in columns]
+        cells_of_way = [cells.get((way, *column)) for column in columns]
         # a speed counts only with right numbers
-        texts = ["" if row is None else cell(row) if row["ok"] == "True" else "wrong" for row in found]
+        texts = ["" if row is None else cell(row) if row["ok"] == "True" else "wrong" for row in cells_of_way]
         name = f"**{way}**" if way.startswith("prefloss") else way
         lines.append(f"| {name} | {' | '.join(texts)} |")
     names = [f"V {shape}, {dtype}" if shape in ("32k", "128k") else shape for shape, dtype in columns]
@@ -96,8 +96,8 @@ def mib(row: Row) -> str:
 def replaced(readme: str, text: str) -> str:
     """The README with other text between its markers."""
     before, _, rest = readme.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
+    _, end, after = rest.partition(END)
+    if not end:
         raise ValueError(f"README.md: expected the markers {BEGIN} and {END}, in this order")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 

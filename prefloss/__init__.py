@@ -9,6 +9,7 @@ Importing this package loads torch and nothing heavier; trainers and command lin
 """
 
 from prefloss import metrics as metrics
+from prefloss._deprecated import moved as _moved
 from prefloss.feedback import Labels as Labels
 from prefloss.feedback import Pairs as Pairs
 from prefloss.feedback import Rankings as Rankings
@@ -18,11 +19,12 @@ from prefloss.logratios import IGNORE_INDEX as IGNORE_INDEX
 from prefloss.logratios import LogRatios as LogRatios
 from prefloss.logratios import PerToken as PerToken
 from prefloss.logratios import completion_targets as completion_targets
-from prefloss.plan import explain as explain
 from prefloss.registry import Loss as Loss
 from prefloss.registry import LossSpec as LossSpec
 from prefloss.registry import get as get
 from prefloss.registry import register as register
 from prefloss.registry import specs as specs
+
+__getattr__ = _moved(__name__, {"explain": "prefloss.logprobs:explain"})
 
 __version__ = "0.1.0"

@@ -1,32 +1,29 @@
-"""Logits, or hidden states and a head, -> log-prob of each target token; chooses among the kernels.
+"""Log-prob of each target token, from logits or from hidden states and a head; `explain` says how it is computed.
 
-Nothing is shifted here: ``targets[..., t]`` is the token that position t predicts, as
-`prefloss.logratios.completion_targets` makes it.
+Targets are not shifted: ``targets[..., t]`` is the token that position t predicts, as in the result of
+`prefloss.logratios.completion_targets`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from prefloss import plan as planning
-from prefloss.kernels import chunked, kl, naive, ops
+from prefloss.kernels import autograd, kl, naive
 from prefloss.kernels.arguments import (
     Impl,
-    check_choice,
-    check_limits,
+    Options,
     check_linear,
     check_logits,
     check_reference,
-    checked_targets,
-    checked_transform,
+    check_targets,
 )
 from prefloss.kernels.naive import LogitTransform
-from prefloss.kernels.rows import LOW_SOFTCAP
-from prefloss.plan import Plan
+from prefloss.kernels.plan import Plan, Request, make_plan, report
+from prefloss.kernels.tiles import LinearInputs, select_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +47,7 @@ class TokenStats:
 
 @dataclass(frozen=True, eq=False)
 class TokenKL:
-    """How two distributions over the vocabulary differ at each token; all [...], 0 at ignored targets.
+    """Divergences of two distributions over the vocabulary at each token; all [...], 0 at ignored targets.
 
     Attributes:
         kl: KL(reference || policy), nats, with gradient to the policy.
@@ -89,24 +86,23 @@ def token_logps(
         targets: Integer, [...]: position t of the logits predicts token ``targets[..., t]``; nothing is shifted.
         temperature: Divides the logits last, > 0.
         logit_scale: Multiplies the logits first, > 0.
-        softcap: Bounds the scaled logits, > 0; None leaves them.
-        ignore_index: Target of the positions to leave out, whatever their logits are (inf and NaN too).
+        softcap: Bounds the scaled logits, > 0; None for no bound.
+        ignore_index: Target of the positions to leave out; their logits may be inf or NaN.
         impl: "naive" is plain torch: it can be differentiated twice and compiled as one graph. "chunked" works a
             slice of tokens at a time and stores no second [..., V] but the gradient. "triton" is the same in Triton
             kernels, for float32 and half precision. "auto" chooses by size and device.
         chunk_tokens: Tokens per slice of "chunked", >= 1; None chooses by memory.
         inplace_backward: Let the backward pass of "chunked" write the gradient over the logits, which saves memory
-            of their size. They hold no logits afterwards. Whether somebody reads them later (a metric, say) cannot
-            be detected; another op that saved them for its own backward pass raises torch's error about in-place
-            changes, and so does a second backward pass. Without effect under torch.compile, where the gradient
-            gets memory of its own.
-        strict: Refuse a slower way than this op has for such inputs, see `prefloss.explain`.
+            of their size. The logits are lost. Code that reads them later (a metric, say) gets the gradient
+            instead; another op that saved them for its own backward pass raises torch's error about in-place
+            changes, and so does a second backward pass. No effect under torch.compile.
+        strict: Raise if a faster way is not available here, see `Plan.fallback` of `explain`.
 
     Returns:
         Log-probs, [...], nats, float32 (float64 for float64 logits); 0 and no gradient at ignored targets.
 
     Raises:
-        RuntimeError: If `strict` and there is a fallback, or `impl` is "triton" and it cannot run here.
+        RuntimeError: If `strict` and the plan has a fallback, or `impl` is "triton" and it cannot run here.
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If shapes or devices do not match, or an option is out of range.
         IndexError: If a target is neither in [0, V) nor `ignore_index`. Checked on CPU, outside torch.compile.
@@ -116,11 +112,9 @@ def token_logps(
         >>> token_logps(logits, torch.tensor([0, 1, -100]))
         tensor([-0.6931, -0.0486,  0.0000])
     """
-    stats = _token_stats(
-        logits, targets, (temperature, logit_scale, softcap), ignore_index, impl, chunk_tokens, 1, strict,
-        inplace_backward,
-    )  # fmt: skip
-    return stats[0]
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    options = Options(transform, ignore_index, impl, chunk_tokens, strict=strict)
+    return _token_stats(logits, targets, options, 1, inplace_backward)[0]
 
 
 def token_stats(
@@ -158,10 +152,9 @@ def token_stats(
         >>> stats.entropy.exp(), stats.log_sum_sq.exp(), stats.top1
         (tensor([4.]), tensor([0.2500]), tensor([True]))
     """
-    stats = _token_stats(
-        logits, targets, (temperature, logit_scale, softcap), ignore_index, impl, chunk_tokens, 5, strict
-    )
-    return _named(stats, stats_gradient)
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    options = Options(transform, ignore_index, impl, chunk_tokens, strict=strict)
+    return _name_stats(_token_stats(logits, targets, options, 5), stats_gradient)
 
 
 def linear_token_logps(
@@ -177,19 +170,19 @@ def linear_token_logps(
     impl: Impl = "auto",
     chunk_tokens: int | None = None,
     budget_bytes: int | None = None,
-    skip_below: float = 0.0,
     strict: bool = False,
 ) -> Tensor:
     r"""Log-prob of each target token, from hidden states and the output head, without storing the logits.
 
-    `token_logps` of the logits :math:`x = h W^\top + b`, which are accumulated in float32 whatever the dtype of h
-    and W. "chunked" drops ignored positions before the matmul and keeps for the backward pass what makes it cheapest
-    within a memory budget (`prefloss.explain` says what that is): with a frozen head the gradient of each log-prob
-    in its hidden state, two matmuls in all; with a trainable one the logits, three matmuls, or four for the tokens
-    whose logits do not fit. Any loss may follow. The log-probs are those of float32 logits on every path. In
-    bfloat16 each gradient of a logit is rounded to bfloat16 once (relative error up to 2^-8) where the device
-    multiplies bfloat16, and what is kept of half-precision logits errs by up to 2.5e-4 of each; all sums are
-    float32. What needs no gradient costs none.
+    `token_logps` of the logits :math:`x = h W^\top + b`, which are summed in float32 whatever the dtype of h and W.
+    "chunked" drops ignored positions before the matmul. What it keeps for the backward pass makes that as cheap as a
+    memory budget allows (see `explain`). With a frozen head it keeps the gradient of each log-prob in its hidden
+    state: two matmuls in all. With a trainable head it keeps the logits: three matmuls, or four for the tokens whose
+    logits do not fit. Any loss may follow.
+
+    The log-probs are those of float32 logits on every path. In bfloat16 each gradient of a logit is rounded to
+    bfloat16 once (relative error up to 2^-8) where the device multiplies bfloat16, and half-precision logits are kept
+    with an error of up to 2.5e-4 nats; all sums are float32. Inputs that need no gradient cost none.
 
     Args:
         hidden: Last hidden states, floating point, [..., H].
@@ -198,19 +191,14 @@ def linear_token_logps(
         bias: Bias of the head, of the same dtype, [V], or None. -inf marks a token that cannot occur.
         temperature: Divides the logits last, > 0.
         logit_scale: Multiplies the logits first, > 0.
-        softcap: Bounds the scaled logits, > 0; None leaves them.
-        ignore_index: Target of the positions to leave out, whatever their hidden states are (inf and NaN too).
+        softcap: Bounds the scaled logits, > 0; None for no bound.
+        ignore_index: Target of the positions to leave out; their hidden states may be inf or NaN.
         impl: "naive", "chunked", "triton" or "auto", as in `token_logps`; "naive" computes the logits of all positions.
-        chunk_tokens: Size of a tile of logits of "chunked", as many as so many tokens have, >= 1; None chooses by
+        chunk_tokens: Size of a tile of logits, as the number of tokens whose logits fill it, >= 1; None chooses by
             device.
-        budget_bytes: Memory that "chunked" may use between forward and backward and for its tiles, >= 0, gradients
-            left out; None for 1 GiB. One tile is used whatever the budget is.
-        skip_below: Lets "chunked" leave tokens of the vocabulary out of the backward matmuls of a tile where none of
-            their gradients of a logit exceeds this times the largest gradient of a log-prob in the tile, G,
-            0 <= skip_below < 1. With S what is left out, the gradient of a hidden state is then off by at most
-            skip_below * G * the sum of abs(W_v) over S, that of a row of W by skip_below * G * the sum of abs(h_t).
-            0 leaves nothing out. For what it saves see benchmarks/bench_skip.py. Without effect under torch.compile.
-        strict: Refuse a slower way than this op has for such inputs, see `prefloss.explain`.
+        budget_bytes: Memory for what is kept between forward and backward and for tiles, without the gradients,
+            >= 0; None for 1 GiB. One tile is used whatever the budget is.
+        strict: Raise if a faster way is not available here, see `Plan.fallback` of `explain`.
 
     Returns:
         Log-probs, [...], nats, float32 (float64 for float64 inputs); 0 and no gradient at ignored targets.
@@ -219,7 +207,7 @@ def linear_token_logps(
         TypeError: If an argument has the wrong type, or dtypes differ.
         ValueError: If shapes or devices do not match, or an option is out of range.
         IndexError: If a target is neither in [0, V) nor `ignore_index`. Checked on CPU, outside torch.compile.
-        RuntimeError: If `strict` and there is a fallback, or `impl` is "triton" and it cannot run here.
+        RuntimeError: If `strict` and the plan has a fallback, or `impl` is "triton" and it cannot run here.
 
     Example:
         >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -227,10 +215,9 @@ def linear_token_logps(
         >>> linear_token_logps(hidden, head, torch.tensor([0, 1]))
         tensor([-0.6931, -0.0486])
     """
-    return _linear_token_stats(
-        hidden, weight, bias, targets, (temperature, logit_scale, softcap), ignore_index, impl, chunk_tokens,
-        budget_bytes, strict, 1, False, skip_below,
-    )[0]  # fmt: skip
+    inputs = LinearInputs(hidden, weight, bias, targets, LogitTransform(logit_scale, softcap, temperature))
+    options = Options(inputs.transform, ignore_index, impl, chunk_tokens, budget_bytes, strict)
+    return _linear_token_stats(inputs, options, 1)[0]
 
 
 def linear_token_stats(
@@ -275,11 +262,9 @@ def linear_token_stats(
         >>> stats.entropy.exp()
         tensor([4.])
     """
-    stats = _linear_token_stats(
-        hidden, weight, bias, targets, (temperature, logit_scale, softcap), ignore_index, impl, chunk_tokens,
-        budget_bytes, strict, 5, stats_gradient,
-    )  # fmt: skip
-    return _named(stats, stats_gradient)
+    inputs = LinearInputs(hidden, weight, bias, targets, LogitTransform(logit_scale, softcap, temperature))
+    options = Options(inputs.transform, ignore_index, impl, chunk_tokens, budget_bytes, strict)
+    return _name_stats(_linear_token_stats(inputs, options, 5, stats_gradient), stats_gradient)
 
 
 def linear_token_kl(
@@ -299,21 +284,21 @@ def linear_token_kl(
 ) -> TokenKL:
     """KL divergences between the next-token distributions of reference and policy, without storing the logits.
 
-    A slice of tokens at a time. With a frozen head the gradients of both divergences in the hidden states are saved
-    unscaled; with a trainable one the backward pass computes the logits of both models again. The reference gets no
+    Works a slice of tokens at a time. With a frozen head the gradients of both divergences in the hidden states are
+    saved; with a trainable one the backward pass computes the logits of both models again. The reference gets no
     gradient.
 
     Args:
         hidden: Last hidden states of the policy, floating point, [..., H].
         weight: Weight of its head, [V, H].
-        reference_hidden: The same of the reference, [..., H'].
+        reference_hidden: Last hidden states of the reference, [..., H'].
         reference_weight: Weight of its head, [V, H'].
-        targets: Integer, [...]; says which positions count, its values are not read otherwise.
+        targets: Integer, [...]; only whether a target is ignored matters.
         bias: Bias of the policy's head, [V], or None.
         reference_bias: Bias of the reference's head, [V], or None.
         temperature: Divides the logits of both last, > 0.
         logit_scale: Multiplies the logits of both first, > 0.
-        softcap: Bounds the scaled logits of both, > 0; None leaves them.
+        softcap: Bounds the scaled logits of both, > 0; None for no bound.
         ignore_index: Target of the positions to leave out.
         chunk_tokens: Tokens per slice, >= 1; None chooses by memory.
 
@@ -325,120 +310,111 @@ def linear_token_kl(
         >>> linear_token_kl(hidden, head, hidden, head, torch.tensor([0])).kl
         tensor([0.])
     """
-    transform = checked_transform(temperature, logit_scale, softcap)
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    options = Options(transform, ignore_index, chunk_tokens=chunk_tokens)
     vocabulary = check_linear(hidden, weight, bias)
     check_reference(hidden, vocabulary, reference_hidden, reference_weight, reference_bias)
-    targets = checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
-    check_choice("chunked", chunk_tokens, hidden.dtype)
-    out = kl.linear_token_kl(
-        hidden, weight, bias, reference_hidden.detach(), reference_weight.detach(),
-        None if reference_bias is None else reference_bias.detach(), targets, transform, ignore_index, chunk_tokens,
-    )  # fmt: skip
+    options.check(hidden.dtype)
+    targets = check_targets(targets, "hidden", hidden, vocabulary, ignore_index)
+    reference_bias = None if reference_bias is None else reference_bias.detach()
+    reference = kl.Model(reference_hidden.detach(), reference_weight.detach(), reference_bias)
+    policy = kl.Model(hidden, weight, bias)
+    out = kl.linear_token_kl(policy, reference, targets, transform, ignore_index, chunk_tokens)
     return TokenKL(out[0], out[1], out[2].detach())
 
 
+def explain(
+    *,
+    tokens: int,
+    vocabulary: int,
+    width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trainable_head: bool = True,
+    gradient: bool = True,
+    stats_gradient: bool = False,
+    impl: Impl = "auto",
+    chunk_tokens: int | None = None,
+    budget_bytes: int | None = None,
+) -> Plan:
+    """How `token_logps` or, with a `width`, `linear_token_logps` computes log-probs for these sizes on this machine.
+
+    Args:
+        tokens: Targets that count (not ignored).
+        vocabulary: V.
+        width: H of the hidden states; None for logits.
+        dtype: Of logits, or of hidden states and head.
+        device: Where they are.
+        trainable_head: Whether weight or bias of the head gets a gradient.
+        gradient: Whether any input gets one.
+        stats_gradient: Whether entropy and the other statistics have one too.
+        impl: As given to the op.
+        chunk_tokens: As given to the op.
+        budget_bytes: As given to the op.
+
+    Returns:
+        The plan; `print` it.
+
+    Example:
+        >>> plan = explain(tokens=4096, vocabulary=128_256, width=1024, trainable_head=False)
+        >>> plan.scheme, plan.matmuls
+        ('unscaled', 2)
+    """
+    like = torch.empty(0, dtype=dtype, device=device)
+    needs = "none" if not gradient else "head" if trainable_head else "hidden"
+    options = Options(LogitTransform(), -100, impl, chunk_tokens, budget_bytes)
+    return make_plan(Request(like, vocabulary, width, needs, stats_gradient, options), tokens)
+
+
 def _token_stats(
-    logits: Tensor,
-    targets: Tensor,
-    options: tuple[float, float, float | None],
-    ignore_index: int,
-    impl: Impl,
-    chunk_tokens: int | None,
-    outputs: int,
-    strict: bool,
-    inplace_backward: bool = False,
+    logits: Tensor, targets: Tensor, options: Options, outputs: int, inplace_backward: bool = False
 ) -> Tensor:
     """[outputs, ...] statistics from logits."""
     check_logits(logits, inplace_backward)
-    transform = checked_transform(*options)
-    targets = checked_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
-    check_choice(impl, chunk_tokens, logits.dtype)
-    plan = planning.plan_token(logits, targets.numel(), logits.shape[-1], impl, chunk_tokens)
-    planning.note(plan, strict)
+    options.check(logits.dtype)
+    ignore_index = options.ignore_index
+    targets = check_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
+    request = Request(logits, logits.shape[-1], None, "none", False, options)
+    plan = report(make_plan(request, targets.numel()), options.strict)
     if plan.impl == "naive":
-        return naive.token_stats(logits, targets, transform, ignore_index, outputs)
-    if not torch.compiler.is_compiling():
-        return _kernels(plan.impl).token_stats(
-            logits, targets, transform, ignore_index, chunk_tokens, outputs, inplace_backward
-        )
-    flat = targets.reshape(-1)
-    safe = torch.where(flat != ignore_index, flat, -1)
-    chunk = chunk_tokens or max(1, 2**26 // logits.shape[-1])
-    stats = ops.token_stats(logits, safe, *_transform_options(transform), chunk, outputs, plan.impl)
-    return stats[:outputs].reshape(outputs, *targets.shape)
+        return naive.token_stats(logits, targets, options.transform, ignore_index, outputs)
+    return autograd.token_stats(
+        logits, targets, options.transform, ignore_index, plan, outputs, inplace_backward
+    )
 
 
 def _linear_token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: tuple[float, float, float | None],
-    ignore_index: int,
-    impl: Impl,
-    chunk_tokens: int | None,
-    budget_bytes: int | None,
-    strict: bool,
-    outputs: int,
-    stats_gradient: bool,
-    skip_below: float = 0.0,
+    inputs: LinearInputs, options: Options, outputs: int, stats_gradient: bool = False
 ) -> Tensor:
-    """[outputs, ...] statistics from hidden states and a head."""
+    """[outputs, ...] statistics from hidden states and a head: select the targets that count, plan, run."""
+    hidden, weight, bias, targets, transform = inputs
     vocabulary = check_linear(hidden, weight, bias)
-    transform = checked_transform(*options)
-    targets = checked_targets(targets, "hidden", hidden, vocabulary, ignore_index)
-    check_choice(impl, chunk_tokens, hidden.dtype)
-    check_limits(budget_bytes, skip_below)
-    temperature, _, softcap = options
-    head = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    hidden_only = torch.is_grad_enabled() and hidden.requires_grad and not head
-
-    def plan_for(tokens: int) -> Plan:
-        plan = planning.plan_linear(
-            hidden, tokens, vocabulary, hidden.shape[-1], hidden_only, head, stats_gradient, impl, chunk_tokens,
-            budget_bytes, targets.numel(), softcap is not None and softcap / temperature < LOW_SOFTCAP,
-        )  # fmt: skip
-        return planning.note(plan, strict)
-
-    if planning.is_naive(impl, targets.numel() * vocabulary, chunk_tokens):
-        plan_for(targets.numel())
-        return naive.linear_token_stats(hidden, weight, bias, targets, transform, ignore_index, outputs)
-    if not torch.compiler.is_compiling():
-        kernel = "triton" if planning.uses_triton(impl, hidden) else "chunked"
-        return _kernels(kernel).linear_token_stats(
-            hidden,
-            weight,
-            bias,
-            targets,
-            transform,
-            ignore_index,
-            lambda n: planning.path_of(plan_for(n), skip_below),
-            outputs,
-        )
-    plan = plan_for(targets.numel())
-    path = planning.path_of(plan)
-    stats, _ = ops.linear_token_stats(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), ignore_index,
-        *_transform_options(transform), path.scheme, path.chunk_tokens, path.kept_tokens, outputs, plan.impl,
-    )  # fmt: skip
-    return stats[:outputs].reshape(outputs, *targets.shape)
+    options.check(hidden.dtype)
+    ignore_index = options.ignore_index
+    targets = check_targets(targets, "hidden", hidden, vocabulary, ignore_index)
+    inputs = LinearInputs(hidden, weight, bias, targets, transform)
+    needs = _needs_gradient(inputs)
+    request = Request(hidden, vocabulary, hidden.shape[-1], needs, stats_gradient, options)
+    positions, selected = targets.numel(), None
+    # a compiled graph selects the targets when it runs
+    if not torch.compiler.is_compiling() and not request.naive(positions):
+        selected = select_targets(targets, ignore_index)
+    tokens = positions if selected is None else len(selected)
+    plan = report(make_plan(request, tokens, positions), options.strict)
+    if plan.impl == "naive":
+        return naive.linear_token_stats(*inputs, ignore_index, outputs)
+    return autograd.linear_token_stats(inputs, selected, ignore_index, plan, outputs)
 
 
-def _kernels(impl: str) -> Any:
-    """The module of that name; Triton is imported where it is used."""
-    if impl == "triton":
-        from prefloss.kernels import tiles
-
-        return tiles
-    return chunked
-
-
-def _transform_options(transform: LogitTransform) -> tuple[float, float | None, float]:
-    """As the custom ops take them."""
-    cap = None if transform.softcap is None else float(transform.softcap)
-    return float(transform.logit_scale), cap, float(transform.temperature)
+def _needs_gradient(inputs: LinearInputs) -> Literal["none", "hidden", "head"]:
+    hidden, weight, bias, *_ = inputs
+    if not torch.is_grad_enabled():
+        return "none"
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "head"
+    return "hidden" if hidden.requires_grad else "none"
 
 
-def _named(stats: Tensor, stats_gradient: bool) -> TokenStats:
+def _name_stats(stats: Tensor, stats_gradient: bool) -> TokenStats:
     logps, top1, others = stats[0], stats[4].detach() > 0.5, stats if stats_gradient else stats.detach()
     return TokenStats(logps, others[1], others[2], others[3], top1)

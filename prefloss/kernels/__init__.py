@@ -1,14 +1,30 @@
-"""Fused ops on tokens and logits; they know nothing of preferences.
+"""Fused log-prob ops on tokens and logits; preferences play no part here.
 
-``naive`` says what each op means, ``chunked`` computes the same a tile of logits at a time, ``tiles`` in Triton.
+`naive` defines each op in plain torch. `chunked` computes the same one tile of logits at a time, with compiled C on a
+CPU. `triton` does so in Triton kernels.
 """
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def constant_when_compiled(function: Function) -> Function:
+    """Let torch.compile evaluate a function once, while it traces, and keep the result in the graph.
+
+    Like `torch.compiler.assume_constant_result`, which as a decorator imports torch._dynamo and triton; programs that
+    compile nothing should not wait for these.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def available() -> bool:
     """Whether Triton kernels can run here; asks the device and the import system, imports no Triton.
 

@@ -1,9 +1,9 @@
-"""What the log-prob ops refuse: arguments of the wrong type, dtype, shape, device or range, each named in the error."""
+"""Validation of the arguments of the log-prob ops; each error names the argument."""
 
 from __future__ import annotations
 
 from math import inf
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,20 +17,68 @@ _IMPLS = get_args(Impl)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class Options(NamedTuple):
+    """Options that the ops share, see `prefloss.token_logps` and `prefloss.linear_token_logps`."""
+
+    transform: LogitTransform
+    ignore_index: int
+    impl: Impl = "chunked"
+    chunk_tokens: int | None = None
+    budget_bytes: int | None = None
+    strict: bool = False
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raise if an option is of the wrong type or out of range, or not possible for inputs of a dtype."""
+        # a scale <= 0 would turn the -inf of a token that cannot occur into inf or NaN
+        _check_positive("logit_scale", self.transform.logit_scale)
+        _check_positive("temperature", self.transform.temperature)
+        if self.transform.softcap is not None:
+            _check_positive("softcap", self.transform.softcap)
+        if not isinstance(self.ignore_index, int):
+            raise TypeError(f"ignore_index: got {type(self.ignore_index).__name__}, expected an int")
+        budget = self.budget_bytes
+        if budget is not None and (not isinstance(budget, int) or budget < 0):
+            raise ValueError(f"budget_bytes: got {budget!r}, expected an int >= 0")
+        self._check_impl(dtype)
+
+    def _check_impl(self, dtype: torch.dtype) -> None:
+        impl, chunk = self.impl, self.chunk_tokens
+        if impl not in _IMPLS:
+            raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(map(repr, _IMPLS))}")
+        if impl == "triton" and dtype == torch.float64:
+            raise ValueError(
+                "impl: got 'triton' for float64, expected 'auto', 'naive' or 'chunked': Triton computes in float32"
+            )
+        if impl == "triton" and not kernels.available():
+            raise RuntimeError(
+                "impl: got 'triton' without Triton or a device that it compiles for, expected 'auto' or 'chunked'"
+            )
+        if chunk is None:
+            return
+        if impl == "naive":
+            raise ValueError(
+                f"chunk_tokens: got {chunk!r}, expected None with impl='naive', which has no slices"
+            )
+        if not isinstance(chunk, int) or isinstance(chunk, bool):
+            raise TypeError(f"chunk_tokens: got {type(chunk).__name__}, expected an int >= 1")
+        if chunk < 1:
+            raise ValueError(f"chunk_tokens: got {chunk}, expected an int >= 1")
+
+
 def check_logits(logits: Tensor, inplace_backward: bool) -> None:
-    """Refuse what are no logits, [..., V], or none that the backward pass may write over if it is asked to."""
-    check_tensor("logits", logits, floating=True)
+    """Validate logits, [..., V]; with `inplace_backward`, reject leaves."""
+    _check_tensor("logits", logits, floating=True)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: got shape {list(logits.shape)}, expected [..., V] with V >= 1")
     if inplace_backward and logits.is_leaf and logits.requires_grad:
         raise ValueError(
-            "inplace_backward: got leaf logits, expected the output of a model: a leaf outlives its gradient"
+            "inplace_backward: got leaf logits, expected the output of a model: a leaf is still in use after backward"
         )
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> int:
-    """The vocabulary V, once hidden, weight and bias are known to fit together."""
-    check_tensor(f"{prefix}hidden", hidden, floating=True)
+    """Check that hidden states, weight and bias fit together; the vocabulary size V."""
+    _check_tensor(f"{prefix}hidden", hidden, floating=True)
     if hidden.dim() == 0:
         raise ValueError(f"{prefix}hidden: got shape [], expected [..., H]")
     _check_head(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
@@ -56,104 +104,23 @@ def check_reference(
     reference_weight: Tensor,
     reference_bias: Tensor | None,
 ) -> None:
-    """Refuse a reference whose vocabulary or positions are not those of the policy."""
+    """Check that the reference has the vocabulary and the positions of the policy."""
     if check_linear(reference_hidden, reference_weight, reference_bias, "reference_") != vocabulary:
         raise ValueError(
             f"reference_weight: got {len(reference_weight)} rows, expected {vocabulary} (V) as weight has"
         )
     if reference_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
-            f"reference_hidden: got shape {list(reference_hidden.shape)}, expected {list(hidden.shape[:-1])} and its "
-            "own width, as hidden has"
+            f"reference_hidden: got shape {list(reference_hidden.shape)}, expected {list(hidden.shape[:-1])}, as "
+            "hidden has, and any width"
         )
 
 
-def check_limits(budget_bytes: int | None, skip_below: float) -> None:
-    """Refuse what a memory budget and a limit of skipping cannot be."""
-    if budget_bytes is not None and (not isinstance(budget_bytes, int) or budget_bytes < 0):
-        raise ValueError(f"budget_bytes: got {budget_bytes!r}, expected an int >= 0")
-    if not 0 <= skip_below < 1:
-        raise ValueError(f"skip_below: got {skip_below}, expected 0 <= skip_below < 1")
-
-
-def check_choice(impl: Impl, chunk_tokens: int | None, dtype: torch.dtype) -> None:
-    """Refuse what `impl` and `chunk_tokens` cannot be."""
-    if impl not in _IMPLS:
-        raise ValueError(f"impl: got {impl!r}, expected one of {', '.join(map(repr, _IMPLS))}")
-    if impl == "triton" and dtype == torch.float64:
-        raise ValueError(
-            "impl: got 'triton' for float64, expected 'auto', 'naive' or 'chunked': it computes in float32"
-        )
-    if impl == "triton" and not kernels.available():
-        raise RuntimeError(
-            "impl: 'triton' needs Triton and a device that it compiles for; expected 'auto' or 'chunked'"
-        )
-    if chunk_tokens is None:
-        return
-    if impl == "naive":
-        raise ValueError(
-            f"chunk_tokens: got {chunk_tokens!r}, expected None with impl='naive', which has no slices"
-        )
-    if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool):
-        raise TypeError(f"chunk_tokens: got {type(chunk_tokens).__name__}, expected an int >= 1")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: got {chunk_tokens}, expected an int >= 1")
-
-
-def checked_transform(temperature: float, logit_scale: float, softcap: float | None) -> LogitTransform:
-    """The three as one, once they are known to be in range."""
-    # a scale <= 0 would turn the -inf of a token that cannot occur into inf or NaN
-    _check_positive("logit_scale", logit_scale)
-    _check_positive("temperature", temperature)
-    if softcap is not None:
-        _check_positive("softcap", softcap)
-    return LogitTransform(logit_scale, softcap, temperature)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a float")
-    if not 0 < value < inf:
-        raise ValueError(f"{name}: got {value}, expected a finite number > 0")
-
-
-def check_tensor(name: str, value: Tensor, *, floating: bool) -> None:
-    """Refuse what is no tensor of floating-point or, without `floating`, of integer numbers."""
-    wanted = "a floating-point tensor" if floating else "an integer tensor"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected {wanted}")
-    # float8 is left out: it is a storage format that means nothing without its scale
-    if floating != (value.dtype in _DTYPES) or (not floating and not _is_integer(value.dtype)):
-        of = " of float16, bfloat16, float32 or float64" if floating else ""
-        raise TypeError(f"{name}: got {value.dtype}, expected {wanted}{of}")
-
-
-def _is_integer(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-
-
-def _check_head(name: str, value: Tensor, hidden_name: str, hidden: Tensor) -> None:
-    check_tensor(name, value, floating=True)
-    if value.dtype != hidden.dtype:
-        # under autocast too: which of the two is meant to be rounded is not for a loss to guess
-        raise TypeError(
-            f"{name}: got {value.dtype}, expected {hidden.dtype} as {hidden_name} has; cast one of them"
-        )
-    _check_device(name, value, hidden_name, hidden)
-
-
-def _check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    if value.device != like.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {like.device} as {like_name} has")
-
-
-def checked_targets(
+def check_targets(
     targets: Tensor, like_name: str, like: Tensor, vocabulary: int, ignore_index: int
 ) -> Tensor:
-    """The targets as int64, once they are known to fit `like`, [..., V] or [..., H]."""
-    check_tensor("targets", targets, floating=False)
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected an int")
+    """Check that targets fit `like`, [..., V] or [..., H]; the targets as int64."""
+    _check_tensor("targets", targets, floating=False)
     if targets.shape != like.shape[:-1]:
         raise ValueError(
             f"targets: got shape {list(targets.shape)}, expected {list(like.shape[:-1])}, that of {like_name} "
@@ -171,3 +138,40 @@ def checked_targets(
                 f"ignore_index={ignore_index}"
             )
     return targets
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a float")
+    if not 0 < value < inf:
+        raise ValueError(f"{name}: got {value}, expected a finite number > 0")
+
+
+def _check_tensor(name: str, value: Tensor, *, floating: bool) -> None:
+    """Check for a tensor of floating-point numbers or, without `floating`, of integers."""
+    expected = "a floating-point tensor" if floating else "an integer tensor"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    # float8 is left out: it is a storage format that means nothing without its scale
+    if floating != (value.dtype in _DTYPES) or (not floating and not _is_integer(value.dtype)):
+        of = " of float16, bfloat16, float32 or float64" if floating else ""
+        raise TypeError(f"{name}: got {value.dtype}, expected {expected}{of}")
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _check_head(name: str, value: Tensor, hidden_name: str, hidden: Tensor) -> None:
+    _check_tensor(name, value, floating=True)
+    if value.dtype != hidden.dtype:
+        # under autocast too: only the caller can know which of the two should be rounded
+        raise TypeError(
+            f"{name}: got {value.dtype}, expected {hidden.dtype} as {hidden_name} has; cast one of them"
+        )
+    _check_device(name, value, hidden_name, hidden)
+
+
+def _check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {like.device} as {like_name} has")

@@ -1,6 +1,7 @@
-"""The ops of `naive` some tokens at a time: no float32 [N, V] is ever stored, unless it is asked for.
+"""The ops of `naive` some tokens at a time, in plain torch or C: no float32 [N, V] is ever stored.
 
-Here are the passes from logits; those from hidden states are in `linear`.
+`token_forward` and `token_backward` start from logits. The two classes of tiles are for `linear`: a tile stays in a
+CPU's cache from one matmul to the next.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prefloss.kernels import rows as row_ops
-from prefloss.kernels.functions import Implementation
-from prefloss.kernels.linear import linear_backward, linear_forward
+from prefloss.kernels import kept, matmul, softmax
+from prefloss.kernels.cpu.native import PANEL
+from prefloss.kernels.kept import Kept
 from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
-from prefloss.kernels.paths import MATMUL_ELEMENTS
-from prefloss.kernels.rows import on_cpu, rows_of, slices
+from prefloss.kernels.plan import Plan
+from prefloss.kernels.tiles import Grid, LinearInputs, RowSums, TileSpec, even, on_cpu, slices
+
+# Tokens of a tile at most, and columns at least where the vocabulary has them: enough for the matmuls.
+MOST_ROWS, LEAST_COLUMNS = 2048, 1024
 
 
 def token_forward(
-    logits: Tensor, targets: Tensor, transform: LogitTransform, chunk_tokens: int | None, outputs: int
+    logits: Tensor, targets: Tensor, transform: LogitTransform, chunk_tokens: int, outputs: int
 ) -> Tensor:
     """Statistics [2 or 5, N] of logits [..., V] and N targets, negative at those to leave out."""
-    stats = torch.zeros(
-        max(2, outputs), len(targets), dtype=compute_dtype(logits.dtype), device=logits.device
-    )
+    dtype = compute_dtype(logits.dtype)
+    stats = torch.zeros(max(2, outputs), len(targets), dtype=dtype, device=logits.device)
     # autograd is off in here already, but torch.compile of older torch traces this with it on
     with torch.no_grad(), no_autocast(logits.device):
         for part, rows in _row_slices(logits, chunk_tokens):
-            if not _known_to_be_ignored(targets[rows]):
-                row_ops.score(part, targets[rows], transform, stats[:, rows])
+            if not _all_ignored(targets[rows]):
+                softmax.score(part, targets[rows], transform, stats[:, rows])
     return stats
 
 
@@ -39,46 +42,37 @@ def token_backward(
     targets: Tensor,
     stats: Tensor,
     transform: LogitTransform,
-    chunk_tokens: int | None,
+    chunk_tokens: int,
     over_logits: bool = False,
 ) -> Tensor:
-    """Gradient of logits [..., V], written over them if that is wanted and their rows allow it."""
+    """Gradient of logits [..., V]; `over_logits` writes it over them if their rows allow it."""
     over_logits = over_logits and logits.is_contiguous()
     d_logits = logits if over_logits else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     d_rows = d_logits.view(-1, logits.shape[-1])
-    rates = row_ops.coefficients(grad, stats)
+    rates, plain = softmax.coefficients(grad, stats), len(grad) == 1
     with no_autocast(logits.device):
         for part, rows in _row_slices(logits, chunk_tokens):
-            out = d_rows[rows]
-            if _known_to_be_ignored(targets[rows]):
-                out.zero_()
+            if _all_ignored(targets[rows]):
+                d_rows[rows].zero_()
                 continue
-            row_ops.differentiate(
-                part,
-                out,
-                targets[rows],
-                0,
-                transform,
-                stats[:, rows],
-                rates[rows],
-                len(grad) == 1,
-                not over_logits,
+            spec = TileSpec(targets[rows], 0, transform)
+            softmax.differentiate(
+                part, d_rows[rows], spec, stats[:, rows], rates[rows], plain, fresh=not over_logits
             )
     if not over_logits:
         return d_logits
-    # whoever saved the logits for its own backward pass is told that they are gone
+    # autograd then raises for any op that saved the logits for its own backward pass
     torch.autograd.graph.increment_version(logits)
     return logits.detach()
 
 
-def _known_to_be_ignored(targets: Tensor) -> bool:
-    """Whether no row counts; where an accelerator would have to wait for the answer, False."""
+def _all_ignored(targets: Tensor) -> bool:
+    """Whether no row counts; False where an accelerator would have to wait for the answer."""
     return on_cpu(targets) and not (targets >= 0).any()
 
 
-def _row_slices(logits: Tensor, chunk_tokens: int | None) -> Iterator[tuple[Tensor, slice]]:
+def _row_slices(logits: Tensor, chunk_tokens: int) -> Iterator[tuple[Tensor, slice]]:
     """[..., V] as views [m, V] in order, with the slice of all rows that each is."""
-    chunk_tokens = rows_of(logits, MATMUL_ELEMENTS) if chunk_tokens is None else chunk_tokens
     start = 0
     for matrix in _matrices(logits):
         for part in slices(len(matrix), chunk_tokens):
@@ -87,14 +81,174 @@ def _row_slices(logits: Tensor, chunk_tokens: int | None) -> Iterator[tuple[Tens
 
 
 def _matrices(x: Tensor) -> list[Tensor]:
-    """[..., V] as [n, V] views in order of rows: one, or several where the strides (a shift) allow no one."""
+    """[..., V] as [n, V] views in order of rows: one, or several if the strides (a shift) do not allow one."""
     try:
         return [x.view(-1, x.shape[-1])]
     except RuntimeError:
         return [matrix for part in x.unbind() for matrix in _matrices(part)]
 
 
-_implementation = Implementation(token_forward, token_backward, linear_forward, linear_backward)
-token_stats, token_logps = _implementation.token_stats, _implementation.token_logps
-linear_token_stats = _implementation.linear_token_stats
-linear_token_logps = _implementation.linear_token_logps
+class ForwardTiles:
+    """Forward pass of `linear` over some tokens and a head.
+
+    Attributes:
+        order: Slabs of tokens, each with the spans of the vocabulary.
+        kept: Logits kept for the backward pass.
+    """
+
+    def __init__(self, inputs: LinearInputs, plan: Plan, outputs: int, memory: Tensor | None) -> None:
+        n = len(inputs.x)
+        grid = _grid(n, inputs.weight, plan)
+        self.order = [(slab, grid.spans) for slab in grid.slabs]
+        self.kept = Kept()
+        if plan.scheme == "keep":
+            tokens = min(n, plan.kept_tokens)
+            if memory is None or not len(memory):
+                self.kept = kept.allocate(inputs.x, inputs.weight, tokens, grid.spans)
+            else:
+                self.kept = kept.kept_in(memory, tokens, grid.spans, inputs.x.dtype)
+        self._inputs, self._more, self._unscaled = inputs, outputs > 2, plan.scheme == "unscaled"
+        self._scratch = _Scratch(inputs, grid)
+
+    def new_sums(self, rows: slice) -> RowSums:
+        """The sums of a slab before its first tile."""
+        sums = softmax.new_sums(rows.stop - rows.start, self._inputs.x)
+        return RowSums(sums, sums[:, 0], sums[:, 1], sums[:, 4])
+
+    def fold(self, rows: slice, span: slice, sums: RowSums) -> Tensor | None:
+        """Add a tile to the sums of its rows, and keep it if planned.
+
+        Returns:
+            For the scheme "unscaled" exp(z - peak) times the slope of z, 0 at the target, [m, w].
+        """
+        z = None
+        for part, tile in self.kept.tiles(rows, span):
+            z = self._fold(part, span, sums.memory[part.start - rows.start : part.stop - rows.start], tile)
+        return None if z is None or not self._unscaled else self._numerators(z, rows, span, sums)
+
+    def _fold(self, rows: slice, span: slice, sums: Tensor, tile: Tensor | None) -> Tensor | None:
+        """The logits or codes of a tile, in `tile` to be kept, or in scratch; None if they are stored nowhere."""
+        x, weight, bias, spec = _part(self._inputs, rows, span)
+        if self._scratch.fused:
+            if tile is None and self._unscaled:
+                tile = self._scratch.tile(len(x), softmax.code_columns(len(weight)))
+            softmax.project(x, weight, bias, spec, sums, self._more, tile)
+            return tile
+        raw = tile is not None and tile.dtype == compute_dtype(x.dtype)
+        z = tile if tile is not None and raw else self._scratch.tile(len(x), len(weight))
+        matmul.project(x, weight, bias, z)
+        softmax.fold(z, spec, sums, self._more, overwrite=tile is None and not self._unscaled)
+        if tile is not None and not raw:
+            softmax.encode(z, spec.transform, softmax.finite(sums[:, 0]).to(z.dtype), tile)
+        return z
+
+    def _numerators(self, z: Tensor, rows: slice, span: slice, sums: RowSums) -> Tensor:
+        _, weight, _, spec = _part(self._inputs, rows, span)
+        dtype = compute_dtype(weight.dtype)
+        # of each row 1 for p, and for the target -expm1(0)
+        rates = torch.tensor((-1, 1, 0, 0), dtype=dtype, device=z.device).expand(len(z), 4)
+        peak = softmax.finite(sums.peak)
+        stats = torch.stack((torch.zeros_like(peak), peak)).to(dtype)
+        out = softmax.place_over(z, matmul.gradient_dtype(weight), len(weight))
+        return softmax.differentiate(z, out, spec, stats, rates, True)
+
+    def finish(self, rows: slice, sums: RowSums, stats: Tensor) -> None:
+        """Statistics of a slab whose tiles have all been added."""
+        softmax.finish(sums.memory, self._inputs.targets[rows], stats)
+
+
+class BackwardTiles:
+    """Backward pass of `linear`: the gradient of the logits, a tile at a time.
+
+    Attributes:
+        grid: The tiles.
+        dtype: Of the gradients.
+        home: Memory for the gradient of the weight, or None.
+        unit: None; see `Gradients`.
+    """
+
+    unit = None
+
+    def __init__(
+        self,
+        grad: Tensor,
+        inputs: LinearInputs,
+        stats: Tensor,
+        saved: Kept | Tensor | None,
+        plan: Plan,
+        needs: tuple[bool, ...],
+        overwrite: bool,
+    ) -> None:
+        n, weight = len(inputs.x), inputs.weight
+        self.grid, self.dtype = _grid(n, weight, plan), matmul.gradient_dtype(inputs.x)
+        if isinstance(saved, Tensor):
+            saved = kept.kept_in(saved, min(n, plan.kept_tokens), self.grid.spans, inputs.x.dtype)
+        self._kept = Kept() if saved is None else saved
+        home = self._kept.home
+        self.home = home.view(weight.dtype) if overwrite and home is not None else None
+        self._inputs, self._stats = inputs, stats
+        self._rates, self._plain = softmax.coefficients(grad, stats), len(grad) == 1
+        self._scratch = _Scratch(inputs, self.grid)
+        self._memory = torch.empty(self.grid.height * self.grid.width, dtype=self.dtype, device=weight.device)
+
+    def gradient(self, rows: slice, span: slice) -> Tensor:
+        """Of the raw logits of a tile, [m, w]; valid until the next call."""
+        m, w = rows.stop - rows.start, span.stop - span.start
+        dz = self._memory[: m * w].view(m, w)
+        for part, tile in self._kept.tiles(rows, span):
+            out = dz[part.start - rows.start : part.stop - rows.start]
+            z = self._logits(part, span, out) if tile is None else tile
+            spec = TileSpec(self._inputs.targets[part], span.start, self._inputs.transform)
+            softmax.differentiate(z, out, spec, self._stats[:, part], self._rates[part], self._plain)
+        return dz
+
+    def _logits(self, rows: slice, span: slice, out: Tensor) -> Tensor:
+        """Computed again, raw or as codes; in `out` if that has their precision."""
+        x, weight, bias, spec = _part(self._inputs, rows, span)
+        if not self._scratch.fused:
+            raw = out.dtype == compute_dtype(x.dtype)
+            return matmul.project(x, weight, bias, out if raw else self._scratch.tile(len(x), len(weight)))
+        z = self._scratch.tile(len(x), softmax.code_columns(len(weight)))
+        # the statistics are known, so these sums are not read
+        softmax.project(x, weight, bias, spec, softmax.new_sums(len(x), x), False, z)
+        return z
+
+
+def _grid(n: int, weight: Tensor, plan: Plan) -> Grid:
+    """The fewest tiles of as many logits as `plan.chunk_tokens` tokens have, all of about one size."""
+    vocabulary, width = weight.shape
+    elements, least = plan.chunk_tokens * vocabulary, min(vocabulary, LEAST_COLUMNS)
+    height = even(n, min(MOST_ROWS, elements // least))
+    # a span of the head, or of its gradient, is no larger than a tile either
+    most = min(elements // height, max(least, elements // max(1, width)))
+    columns = even(vocabulary, max(most, PANEL))
+    # a multiple of a panel of codes
+    return Grid(list(slices(n, height)), list(slices(vocabulary, columns + -columns % PANEL)))
+
+
+def _part(inputs: LinearInputs, rows: slice, span: slice) -> tuple[Tensor, Tensor, Tensor | None, TileSpec]:
+    """Hidden states, weight and bias of a tile, and its spec."""
+    bias = None if inputs.bias is None else inputs.bias[span]
+    spec = TileSpec(inputs.targets[rows], span.start, inputs.transform)
+    return inputs.x[rows], inputs.weight[span], bias, spec
+
+
+class _Scratch:
+    """A buffer for one tile of logits or codes, allocated at first use and then reused.
+
+    Attributes:
+        fused: Whether projections are scored in the cache and stored as codes if at all.
+    """
+
+    def __init__(self, inputs: LinearInputs, grid: Grid) -> None:
+        self.fused = softmax.projects(inputs.x, inputs.weight, inputs.transform)
+        self._size = grid.height * (softmax.code_columns(grid.width) if self.fused else grid.width)
+        self._dtype = torch.int16 if self.fused else compute_dtype(inputs.x.dtype)
+        self._device = inputs.x.device
+        self._memory: Tensor | None = None
+
+    def tile(self, rows: int, columns: int) -> Tensor:
+        """Its first elements, [rows, columns]."""
+        if self._memory is None:
+            self._memory = torch.empty(self._size, dtype=self._dtype, device=self._device)
+        return self._memory[: rows * columns].view(rows, columns)

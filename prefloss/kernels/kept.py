@@ -1,8 +1,8 @@
-"""Where the scheme "keep" holds logits between forward and backward: span by span of the vocabulary.
+"""Memory for the logits that the scheme "keep" stores between forward and backward.
 
-A gradient of the head, [V, H], will be wanted, and of as many tokens as about H the logits fit into its memory: those
-of a span lie where the gradient of those rows of the head is written once they are done with. So they cost nothing.
-What is left has memory of its own.
+A trained head needs a [V, H] gradient buffer anyway. The logits of about the first H tokens are stored in it at no
+extra cost: those of a span of the vocabulary lie where the gradient of those rows of the head is written once they have
+been used. The logits of further tokens have memory of their own.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefloss.kernels.paths import kept_columns, kept_dtype
+from prefloss.kernels.softmax import code_columns
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which logits of a head of `dtype` are kept: the same, or codes of 16 bits for half precision."""
+    return torch.int16 if dtype.itemsize == 2 else dtype
+
+
+def kept_columns(dtype: torch.dtype, vocabulary: int) -> int:
+    """Elements per token that keeping its logits takes."""
+    return code_columns(vocabulary) if kept_dtype(dtype) == torch.int16 else vocabulary
 
 
 class _Part(NamedTuple):
-    """Tokens, and for each span their logits or codes, [tokens, columns]."""
+    """Some tokens, and for each span, by its start, their logits or codes, [tokens, columns]."""
 
     rows: slice
-    tiles: list[Tensor]
+    tiles: dict[int, Tensor]
 
 
 class Kept(NamedTuple):
@@ -37,50 +47,54 @@ class Kept(NamedTuple):
     parts: tuple[_Part, ...] = ()
     home: Tensor | None = None
 
-    def tiles(self, rows: slice, span: int) -> Iterator[tuple[slice, Tensor | None]]:
-        """Some rows in order, cut where their logits of that span lie in different places, None where nowhere."""
+    def tiles(self, rows: slice, span: slice) -> Iterator[tuple[slice, Tensor | None]]:
+        """Cut some rows, in order, into parts whose logits of a span are in one place; None where they are not kept."""
         for part in self.parts:
             start, stop = max(rows.start, part.rows.start), min(rows.stop, part.rows.stop)
             if start < stop:
-                yield slice(start, stop), part.tiles[span][start - part.rows.start : stop - part.rows.start]
+                tile = part.tiles[span.start]
+                yield slice(start, stop), tile[start - part.rows.start : stop - part.rows.start]
         if rows.stop > self.tokens:
             yield slice(max(rows.start, self.tokens), rows.stop), None
 
 
-def room_to_keep(x: Tensor, weight: Tensor, tokens: int, spans: list[slice]) -> Kept:
-    """Room for the logits of so many tokens of [n, H], in that of the gradient of the head where it is wanted."""
+def allocate(x: Tensor, weight: Tensor, tokens: int, spans: list[slice]) -> Kept:
+    """Memory for the logits of the first `tokens` of [n, H], in the gradient buffer of the head if it needs one."""
     if tokens == 0:
         return Kept()
-    dtype, columns = kept_dtype(x.dtype), _columns(x.dtype, spans)
+    dtype, widths = kept_dtype(x.dtype), _widths(x.dtype, spans)
     if not weight.requires_grad:
-        return kept_in(
-            torch.empty(tokens, sum(columns), dtype=dtype, device=x.device), tokens, spans, x.dtype
-        )
+        return kept_in(torch.empty(tokens, sum(widths), dtype=dtype, device=x.device), tokens, spans, x.dtype)
     home = torch.empty(weight.shape, dtype=dtype, device=x.device)
     places = [home[span].view(-1) for span in spans]
-    fit = min(tokens, *(len(place) // width for place, width in zip(places, columns, strict=True)))
-    tiles = [place[: fit * width].view(fit, width) for place, width in zip(places, columns, strict=True)]
+    fit = min(tokens, *(len(place) // width for place, width in zip(places, widths, strict=True)))
+    tiles = {
+        span.start: place[: fit * width].view(fit, width)
+        for span, place, width in zip(spans, places, widths, strict=True)
+    }
     parts = [_Part(slice(0, fit), tiles)]
     if fit < tokens:
-        rest = torch.empty(tokens - fit, sum(columns), dtype=dtype, device=x.device)
-        parts.append(_Part(slice(fit, tokens), _cut(rest, tokens - fit, columns)))
+        rest = torch.empty(tokens - fit, sum(widths), dtype=dtype, device=x.device)
+        parts.append(_Part(slice(fit, tokens), _cut(rest, spans, x.dtype)))
     return Kept(tokens, tuple(parts), home)
 
 
-def kept_in(room: Tensor, tokens: int, spans: list[slice], dtype: torch.dtype) -> Kept:
-    """The first tokens of those for which a memory, [at least so many, columns], has room; `dtype` is of the head."""
-    tiles = _cut(room, len(room), _columns(dtype, spans))
-    return Kept(tokens, (_Part(slice(0, tokens), [tile[:tokens] for tile in tiles]),))
+def kept_in(memory: Tensor, tokens: int, spans: list[slice], dtype: torch.dtype) -> Kept:
+    """The first `tokens` in given memory, [at least `tokens`, columns]; `dtype` is that of the head."""
+    tiles = {start: tile[:tokens] for start, tile in _cut(memory, spans, dtype).items()}
+    return Kept(tokens, (_Part(slice(0, tokens), tiles),))
 
 
-def _columns(dtype: torch.dtype, spans: list[slice]) -> list[int]:
+def _widths(dtype: torch.dtype, spans: list[slice]) -> list[int]:
     return [kept_columns(dtype, span.stop - span.start) for span in spans]
 
 
-def _cut(room: Tensor, rows: int, columns: list[int]) -> list[Tensor]:
-    """Memory as tiles one after another, each [rows, its columns]."""
-    flat = room.view(-1)
-    ends = list(accumulate(rows * width for width in columns))
-    return [
-        flat[end - rows * width : end].view(rows, width) for end, width in zip(ends, columns, strict=True)
-    ]
+def _cut(memory: Tensor, spans: list[slice], dtype: torch.dtype) -> dict[int, Tensor]:
+    """Memory as tiles one after another, each [all its rows, the columns of a span]."""
+    rows, widths = len(memory), _widths(dtype, spans)
+    ends = accumulate(rows * width for width in widths)
+    flat = memory.view(-1)
+    return {
+        span.start: flat[end - rows * width : end].view(rows, width)
+        for span, width, end in zip(spans, widths, ends, strict=True)
+    }

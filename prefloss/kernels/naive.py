@@ -1,4 +1,4 @@
-"""Each op in plain torch: what it means. Autograd does the backward and stores [N, V] several times."""
+"""Each op in plain torch, as its definition. Autograd does the backward pass and stores [N, V] several times."""
 
 from contextlib import AbstractContextManager, nullcontext
 from math import log
@@ -11,38 +11,41 @@ from torch import Tensor
 class LogitTransform(NamedTuple):
     """What happens to a logit before the softmax: scale, then softcap, then temperature.
 
-    A logit of -inf marks a token that cannot occur. It stays -inf through the softcap, which would
-    otherwise lift it to -softcap and give it a share of the probability.
+    A logit of -inf marks a token that cannot occur. It stays -inf through the softcap, which would otherwise lift it
+    to -softcap and give the token a share of the probability.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
 
+    @property
+    def factor(self) -> float:
+        """Slope of the transform at 0; without a softcap, its slope everywhere."""
+        return self.logit_scale / self.temperature
+
     def apply(self, logits: Tensor) -> Tensor:
-        """The transformed logits, as autograd follows them."""
+        """The transformed logits, differentiable by autograd."""
         z = logits if self.logit_scale == 1 else logits * self.logit_scale
         if self.softcap is not None:
             z = torch.where(z == -torch.inf, -torch.inf, self.softcap * torch.tanh(z / self.softcap))
         return z if self.temperature == 1 else z / self.temperature
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """The same, written over ``logits``: a second buffer of that size is what chunking avoids."""
+        """The same in place: chunking exists to avoid a second buffer of that size."""
         if self.softcap is None:
-            factor = self.logit_scale / self.temperature
-            return logits if factor == 1 else logits.mul_(factor)
+            return logits if self.factor == 1 else logits.mul_(self.factor)
         masked = logits == -torch.inf
         logits.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
         return logits.masked_fill_(masked, -torch.inf)
 
     def slope(self, z: Tensor) -> Tensor | float:
         """Derivative of the transform where its result is ``z``, so that the raw logits need not be kept."""
-        factor = self.logit_scale / self.temperature
         if self.softcap is None:
-            return factor
+            return self.factor
         # the clamp gives a masked logit, z = -inf, the slope 0 instead of -inf
         tanh = (z * (self.temperature / self.softcap)).clamp_(-1, 1)
-        return tanh.square_().neg_().add_(1).mul_(factor)
+        return tanh.square_().neg_().add_(1).mul_(self.factor)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,11 +54,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast would round the logits to half precision, which costs 5e-2 nats per token.
+    """Switch autocast off: it would round the logits to half precision, an error of 5e-2 nats per token.
 
-    A backward pass under autocast, which torch advises against, is out of reach of this one.
+    This does not reach a backward pass that runs under autocast, which torch advises against.
     """
-    # meta tensors, which only tell shapes, have no autocast to switch off
+    # meta tensors have shapes only and no autocast
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
@@ -93,30 +96,10 @@ def linear_token_stats(
     outputs: int = 5,
 ) -> Tensor:
     """The same with logits = hidden @ weight.T + bias, for [..., H] hidden, [V, H] weight and [V] bias."""
-    dtype = compute_dtype(hidden.dtype)
     keep = targets != ignore_index
     with no_autocast(hidden.device):
-        # the gradient of weight sums over rows, so a NaN in an ignored hidden row would reach it
-        rows = torch.where(keep[..., None], hidden, 0).to(dtype)
-        logits = torch.nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        logits = _project(hidden, weight, bias, keep)
         return token_stats(logits, targets, transform, ignore_index, outputs)
-
-
-def token_logps(logits: Tensor, targets: Tensor, transform: LogitTransform, ignore_index: int) -> Tensor:
-    """Log-prob of each target: [..., V] logits and [...] targets -> [...], 0 at ignored targets."""
-    return token_stats(logits, targets, transform, ignore_index, 1)[0]
-
-
-def linear_token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    ignore_index: int,
-) -> Tensor:
-    """Log-probs alone."""
-    return linear_token_stats(hidden, weight, bias, targets, transform, ignore_index, 1)[0]
 
 
 def linear_token_kl(
@@ -132,14 +115,20 @@ def linear_token_kl(
 ) -> Tensor:
     """KL(reference || policy), KL(policy || reference), entropy of the reference over log V -> [3, ...]."""
     keep = targets != ignore_index
-    both = []
     with no_autocast(hidden.device):
-        for x, w, b in ((hidden, weight, bias), (reference_hidden, reference_weight, reference_bias)):
-            dtype = compute_dtype(x.dtype)
-            rows = torch.where(keep[..., None], x, 0).to(dtype)
-            z = torch.nn.functional.linear(rows, w.to(dtype), None if b is None else b.to(dtype))
-            both.append(transform.apply(z).log_softmax(-1))
-    return torch.where(keep, divergences(*both), 0)
+        p = transform.apply(_project(hidden, weight, bias, keep)).log_softmax(-1)
+        q = transform.apply(_project(reference_hidden, reference_weight, reference_bias, keep)).log_softmax(
+            -1
+        )
+    return torch.where(keep, divergences(p, q), 0)
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor) -> Tensor:
+    """Logits [..., V] in the precision to compute in, of zeros where a position is ignored."""
+    dtype = compute_dtype(hidden.dtype)
+    # the gradient of weight sums over rows, so a NaN in an ignored hidden row would reach it
+    rows = torch.where(keep[..., None], hidden, 0).to(dtype)
+    return torch.nn.functional.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def divergences(p: Tensor, q: Tensor) -> Tensor:
@@ -147,7 +136,7 @@ def divergences(p: Tensor, q: Tensor) -> Tensor:
 
     def expected(logps: Tensor, values: Tensor) -> Tensor:
         probabilities = logps.exp()
-        # 0 log 0 is 0; a token that only one of the two can say makes a divergence infinite, as it should
+        # 0 log 0 is 0; a token that only one of the two can produce makes a divergence infinite, as it should
         return torch.where(probabilities == 0, 0, probabilities * values).sum(-1)
 
     return torch.stack((expected(q, q - p), expected(p, p - q), -expected(q, q) / log(max(p.shape[-1], 2))))

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefloss.kernels import linear
-from prefloss.kernels.functions import Gradients, differentiable_once
+from prefloss.kernels.autograd import InputGradients, differentiable_once
+from prefloss.kernels.linear import linear_backward, linear_forward
 from prefloss.kernels.naive import LogitTransform
-from prefloss.kernels.paths import Path, default_chunk
-from prefloss.kernels.rows import on_cpu
+from prefloss.kernels.plan import Plan
+from prefloss.kernels.tiles import LinearInputs, default_chunk, on_cpu, select_targets
 
 
 def linear_token_logps(
@@ -57,21 +57,23 @@ def linear_token_logps(
     weight, group = _local(weight, group)
     bias = None if bias is None else _local(bias, group)[0]
     first, vocabulary = _place(len(weight), group, hidden.device)
-    flat = targets.reshape(-1)
-    kept = torch.nonzero(flat != ignore_index).squeeze(-1)
-    y = flat[kept]
-    if on_cpu(y) and ((y < 0) | (y >= vocabulary)).any():
-        raise IndexError(f"targets: got one outside 0 <= target < {vocabulary} (V over all processes)")
+    selected = select_targets(targets, ignore_index)
+    y = targets.reshape(-1)[selected]
+    if on_cpu(y) and (outside := (y < 0) | (y >= vocabulary)).any():
+        raise IndexError(
+            f"targets: got {y[outside][0].item()}, expected 0 <= target < {vocabulary} (V over all processes)"
+        )
     y = y - first
-    # what another process holds is beyond this vocabulary
+    # a target of another process gets the index just past this vocabulary
     y = torch.where((y >= 0) & (y < len(weight)), y, len(weight))
     if chunk_tokens is None:
         # by the mean length of a shard, so that all processes take slices alike
-        chunk_tokens = default_chunk(len(kept), -(-vocabulary // dist.get_world_size(group)), on_cpu(hidden))
-    x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept)
+        shard = -(-vocabulary // dist.get_world_size(group))
+        chunk_tokens = default_chunk(len(selected), shard, on_cpu(hidden))
+    x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, selected)
     transform = LogitTransform(logit_scale, softcap, temperature)
-    logps = _VocabParallel.apply(x, weight, bias, y, transform, chunk_tokens, group)
-    return logps.new_zeros(flat.shape).index_copy(0, kept, logps).reshape(targets.shape)
+    logps = _VocabParallel.apply(x, weight, bias, y, transform, Plan("recompute", chunk_tokens), group)
+    return logps.new_zeros(targets.numel()).index_copy(0, selected, logps).reshape(targets.shape)
 
 
 def _local(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
@@ -96,7 +98,7 @@ def _place(rows: int, group: dist.ProcessGroup | None, device: torch.device) -> 
 
 
 class _VocabParallel(torch.autograd.Function):
-    """Hidden [n, H], rows of the head [V, H] and [V], and the n targets, V where they are elsewhere -> [n]."""
+    """Hidden [n, H], rows of the head [V, H] and [V], and the n targets, V if in another process -> [n]."""
 
     @staticmethod
     def forward(
@@ -106,39 +108,39 @@ class _VocabParallel(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: LogitTransform,
-        chunk_tokens: int,
+        plan: Plan,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        path = Path("recompute", chunk_tokens)
-        stats, _ = linear.linear_forward(x, weight, bias, targets, transform, path, 1)
-        logps, lse = _joined(stats[0], stats[1], targets < len(weight), group)
+        stats, _ = linear_forward(LinearInputs(x, weight, bias, targets, transform), plan, 1)
+        logps, lse = _join(stats[0], stats[1], targets < len(weight), group)
         ctx.save_for_backward(x, weight, bias, targets, torch.stack((logps, lse)))
-        ctx.transform, ctx.path, ctx.group = transform, path, group
+        ctx.transform, ctx.plan, ctx.group = transform, plan, group
         return logps
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        x, weight, bias, targets, stats = ctx.saved_tensors
-        d_x, d_weight, d_bias = linear.linear_backward(
-            grad[None], x, weight, bias, targets, stats, None, ctx.transform, ctx.path, ctx.needs_input_grad[:3],
-            rounded=False,
-        )  # fmt: skip
+    def backward(ctx: Any, grad: Tensor) -> InputGradients:
+        *tensors, stats = ctx.saved_tensors
+        (x, weight, bias, targets), needs = tensors, ctx.needs_input_grad[:3]
+        inputs = LinearInputs(x, weight, bias, targets, ctx.transform)
+        d_x, d_weight, d_bias = linear_backward(
+            grad[None], inputs, stats, None, ctx.plan, needs, rounded=False
+        )
         if d_x is not None:
             dist.all_reduce(d_x, group=ctx.group)
             d_x = d_x.to(x.dtype)
         return d_x, d_weight, d_bias, *(None,) * 4
 
 
-def _joined(
-    logps: Tensor, lse: Tensor, here: Tensor, group: dist.ProcessGroup | None
+def _join(
+    logps: Tensor, lse: Tensor, owned: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and logsumexps over the whole vocabulary from those over this process's part."""
     peak = lse.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
     total = (lse - peak).exp_()
     dist.all_reduce(total, group=group)
-    whole = peak + total.log_()
-    joined = torch.where(here, logps + (lse - whole), 0)
+    joint_lse = peak + total.log_()
+    joined = torch.where(owned, logps + (lse - joint_lse), 0)
     dist.all_reduce(joined, group=group)
-    return joined, whole
+    return joined, joint_lse

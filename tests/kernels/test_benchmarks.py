@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import bench_linear, bench_logits, bench_skip, measure, peers, tables
+from benchmarks import bench_linear, bench_logits, measure, peers, tables
 from benchmarks.shapes import LINEAR, LOGITS
 
 
@@ -46,16 +46,6 @@ def test_bench_linear(results, dtype, frozen):
     # what is measured again takes the place of what was there
     assert len(ours) == 3
     assert all(row["ok"] == "True" and float(row["gradient_error"]) < 4e-3 for row in ours)
-
-
-def test_bench_skip(results, capsys):
-    head = bench_skip.synthetic(vocabulary=2000, width=16)
-    bench_skip.run("synthetic", head, torch.float32, rounds=1, save=True)
-    found = rows(results)
-    assert [
-        float(row["gradient_error"]) < limit for row, limit in zip(found, (1e-5, 0.1, 0.1, 0.5), strict=True)
-    ]
-    assert "skip nothing: 0% left out" in capsys.readouterr().out
 
 
 def test_tables_show_the_rows_there_are(results):

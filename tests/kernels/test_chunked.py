@@ -1,44 +1,24 @@
+"""The ops of `chunked`, with the compiled row operations and without."""
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefloss.kernels import chunked, heads, naive, native, rows
-from prefloss.kernels.naive import LogitTransform
+from prefloss.kernels import chunked, matmul, naive, softmax
+from prefloss.kernels.cpu import native
+from prefloss.kernels.plan import Plan
+from tests.kernels.problems import (
+    CAPPED,
+    PLAIN,
+    TRANSFORMS,
+    Watch,
+    linear_stats,
+    relative,
+    token_stats,
+)
 
-
-@pytest.fixture(autouse=True, params=["native", "torch"])
-def row_passes(request, monkeypatch):
-    """Every test runs with the compiled row operations and without."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "_library", lambda: None)
-    elif native._library() is None:
-        pytest.skip("no C compiler")
-    return request.param
-
-
-PLAIN = LogitTransform()
-CAPPED = LogitTransform(1.3, 3.0, 0.7)
-
-
-class Watch(TorchDispatchMode):
-    """Records what each torch op returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.calls.append((func.overloadpacket.__name__, args, out))
-        return out
-
-    def largest(self, dtype):
-        return max(out.numel() for _, _, out in self.calls if out.dtype == dtype)
-
-    def rows_multiplied(self):
-        return sum(len(args[0]) for name, args, _ in self.calls if name == "mm")
+pytestmark = pytest.mark.usefixtures("row_passes")
+FOUR_TOKENS = Plan("recompute", 4)
 
 
 def linear_problem(n=24, vocabulary=50, width=3, dtype=torch.float32, ignored=10):
@@ -59,7 +39,7 @@ def test_linear_op_never_makes_all_logits(dtype, transform):
         Watch() as watch,
         torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
     ):
-        out = chunked.linear_token_logps(hidden, weight, bias, targets, transform, -100, chunk_tokens=4)
+        out = linear_stats(hidden, weight, bias, targets, transform, FOUR_TOKENS)
         out.sum().backward()
     # 4 tokens at a time: the logits of a slice outweigh the gradient of the head
     assert watch.largest(torch.float32) == 4 * 50
@@ -78,7 +58,7 @@ def test_token_op_makes_no_float32_copy_of_the_logits(transform):
         torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
     ):
         # a shift makes a view whose rows are not evenly spaced
-        chunked.token_logps(logits[:, :-1], targets[:, 1:], transform, -100, chunk_tokens=4).sum().backward()
+        token_stats(logits[:, :-1], targets[:, 1:], transform, 4).sum().backward()
     assert watch.largest(torch.float32) <= max(4 * 50, 5 * 22)
     assert max(x.numel() for x in saved if x.data_ptr() != logits.data_ptr()) <= 2 * 22
     assert {x.dtype for x in saved if x.numel() >= 22 * 50} == {torch.bfloat16}
@@ -87,10 +67,10 @@ def test_token_op_makes_no_float32_copy_of_the_logits(transform):
 def test_ignored_rows_are_not_multiplied():
     hidden, weight, bias, targets = linear_problem(n=24, ignored=10)
     with Watch() as watch:
-        chunked.linear_token_logps(hidden, weight, bias, targets, PLAIN, -100, chunk_tokens=4)
+        linear_stats(hidden, weight, bias, targets, PLAIN, FOUR_TOKENS)
     assert watch.rows_multiplied() == 14
     with Watch() as watch:
-        out = chunked.linear_token_logps(hidden, weight, bias, torch.full((24,), -100), PLAIN, -100)
+        out = linear_stats(hidden, weight, bias, torch.full((24,), -100))
         out.sum().backward()
     assert watch.rows_multiplied() == 0
 
@@ -99,7 +79,7 @@ def test_ignored_rows_are_not_multiplied():
 def test_frozen_inputs_cost_no_gradient(frozen, shape):
     hidden, weight, bias, targets = linear_problem()
     {"hidden": hidden, "weight": weight, "bias": bias}[frozen].requires_grad_(False)
-    out = chunked.linear_token_logps(hidden, weight, bias, targets, PLAIN, -100)
+    out = linear_stats(hidden, weight, bias, targets)
     with Watch() as watch:
         out.sum().backward()
     # what is made new, views of an input left out
@@ -115,11 +95,55 @@ def test_gradients_of_a_half_precision_head_are_summed_in_float32():
     weight = torch.zeros(vocabulary, 1, dtype=torch.bfloat16, requires_grad=True)
     bias = torch.zeros(vocabulary, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(n, dtype=torch.int64)
-    chunked.linear_token_logps(hidden, weight, bias, targets, PLAIN, -100, chunk_tokens=1).sum().backward()
+    linear_stats(hidden, weight, bias, targets, PLAIN, Plan("recompute", 1)).sum().backward()
     # each contribution was rounded to bfloat16 once, and so was the sum; all the same, so the errors add up
     want = torch.tensor([n * 2 / 3, -n / 3, -n / 3])
     for got in (bias.grad, weight.grad[:, 0]):
         torch.testing.assert_close(got.float(), want, rtol=2 * 2.0**-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_statistics_from_logits(transform, dtype):
+    logits = (3 * torch.randn(4, 5, 2053)).to(dtype).requires_grad_()
+    targets = torch.randint(2053, (4, 5))
+    targets[0, :3] = -100
+    # a token that cannot occur, a row that begins with a block of them, and a sure thing
+    with torch.no_grad():
+        logits[1, 1, 7] = -torch.inf
+        logits[1, 2, :1500] = -torch.inf
+        logits[1, 3, 11] = 60
+    targets[1, 2], targets[1, 3] = 1999, 11
+    exact = logits.detach().double().requires_grad_()
+    upstream = torch.randn(5, 4, 5, dtype=torch.float64)
+    upstream[4] = 0
+    want = naive.token_stats(exact, targets, transform, -100)
+    got = token_stats(logits, targets, transform, 3, outputs=5)
+    atol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=atol)
+    (d_logits,) = torch.autograd.grad((got * upstream).sum(), logits)
+    (exact_grads,) = torch.autograd.grad((want * upstream).sum(), exact)
+    # one rounding, of 2^-8 or 2^-11 at most and half of that on average
+    limits = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+    assert relative(d_logits, exact_grads) < limits[dtype]
+    assert (d_logits[0, :3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_over_the_logits(dtype):
+    logits = torch.randn(6, 40).to(dtype).requires_grad_()
+    targets = torch.tensor([1, -100, 3, 4, 39, 0])
+    grads = []
+    for inplace in (False, True):
+        z = logits * 1
+        out = token_stats(z, targets, inplace_backward=inplace)
+        (grad,) = torch.autograd.grad(out.square().sum(), z, retain_graph=True)
+        grads.append(grad)
+        assert (grad.data_ptr() == z.data_ptr()) == inplace
+    assert torch.equal(*grads)
+    # the logits are gone, and reading what autograd saved of them raises
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -138,8 +162,7 @@ def test_strided_logits(view):
     targets = torch.randint(logits.shape[-1], logits.shape[:-1])
     targets[0, 0] = -100
     results = []
-    for op, options in ((naive, {}), (chunked, {"chunk_tokens": 2})):
-        out = op.token_logps(logits, targets, CAPPED, -100, **options)
+    for out in (naive.token_stats(logits, targets, CAPPED, -100, 1), token_stats(logits, targets, CAPPED, 2)):
         results.append((out, torch.autograd.grad(out.square().sum(), base)[0]))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
@@ -149,8 +172,8 @@ def test_a_second_derivative_is_refused_even_of_a_linear_loss():
     hidden, weight, bias, targets = linear_problem()
     logits = (hidden @ weight.T).detach().requires_grad_()
     for out, x in (
-        (chunked.token_logps(logits, targets, PLAIN, -100), logits),
-        (chunked.linear_token_logps(hidden, weight, bias, targets, PLAIN, -100), hidden),
+        (token_stats(logits, targets), logits),
+        (linear_stats(hidden, weight, bias, targets), hidden),
     ):
         (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="'chunked' can be differentiated once; 'naive' gives second"):
@@ -162,7 +185,7 @@ def test_backward_under_autocast_keeps_its_precision():
     grads = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            out = chunked.linear_token_logps(hidden, weight, bias, targets, CAPPED, -100)
+            out = linear_stats(hidden, weight, bias, targets, CAPPED)
             grads.append(torch.autograd.grad(out.sum(), (hidden, weight, bias)))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -171,23 +194,23 @@ def test_backward_under_autocast_keeps_its_precision():
 def mixed_matmul(monkeypatch):
     """The path of CUDA, half precision in and float32 out, with an emulation of its matmul."""
 
-    def matmul(a, b, out, add=False):
+    def multiply(a, b, out, add=False):
         assert a.dtype == b.dtype
         product = torch.mm(a.to(out.dtype), b.to(out.dtype))
         return out.add_(product) if add else out.copy_(product)
 
-    monkeypatch.setattr(heads, "matmul", matmul)
-    monkeypatch.setattr(heads, "has_mixed_matmul", lambda x: x.dtype in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(matmul, "matmul", multiply)
+    monkeypatch.setattr(matmul, "has_mixed_matmul", lambda x: x.dtype in (torch.bfloat16, torch.float16))
     # slices of the head of 5 rows
-    monkeypatch.setattr(heads, "_HEAD_ELEMENTS", 15)
+    monkeypatch.setattr(matmul, "HEAD_ELEMENTS", 15)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 2.6e-3), (torch.float16, 3.5e-4)])
 def test_mixed_precision_matmul(mixed_matmul, dtype, error):
     hidden, weight, bias, targets = linear_problem(dtype=dtype)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
-    got = chunked.linear_token_logps(hidden, weight, bias, targets, CAPPED, -100, chunk_tokens=4)
-    want = naive.linear_token_logps(*exact, targets, CAPPED, -100)
+    got = linear_stats(hidden, weight, bias, targets, CAPPED, FOUR_TOKENS)[0]
+    want = naive.linear_token_stats(*exact, targets, CAPPED, -100, 1)[0]
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
     for a, b in zip(
         torch.autograd.grad(got.sum(), (hidden, weight, bias)),
@@ -201,7 +224,7 @@ def test_small_gradients_survive_float16(mixed_matmul):
     # each logit gets 1e-6 / 5, which float16 would round by a tenth; the head gets 1000 times that
     hidden = torch.full((1, 1), 1000.0, dtype=torch.float16)
     weight = torch.zeros(5, 1, dtype=torch.float16, requires_grad=True)
-    out = chunked.linear_token_logps(hidden, weight, None, torch.tensor([0]), PLAIN, -100)
+    out = linear_stats(hidden, weight, None, torch.tensor([0]))[0]
     out.backward(torch.tensor([1e-6]))
     torch.testing.assert_close(weight.grad[1:], torch.full((4, 1), -2e-4).half(), rtol=2e-3, atol=0)
 
@@ -209,15 +232,16 @@ def test_small_gradients_survive_float16(mixed_matmul):
 def test_token_op_where_no_answer_is_waited_for(monkeypatch):
     """The path of accelerators, which computes ignored rows too rather than ask which they are."""
     monkeypatch.setattr(chunked, "on_cpu", lambda x: False)
-    monkeypatch.setattr(rows, "on_cpu", lambda x: False)
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(softmax, "on_cpu", lambda x: False)
+    monkeypatch.setattr(native, "library", lambda: None)
     logits = torch.randn(6, 5)
     targets = torch.tensor([-100, -100, 1, -100, 4, 0])
     logits[targets == -100] = torch.nan
     results = []
-    for op, options in ((naive, {}), (chunked, {"chunk_tokens": 2}), (chunked, {})):
+    for chunk in (None, 2, 2**20):
         x = logits.clone().requires_grad_()
-        out = op.token_logps(x, targets, CAPPED, -100, **options)
+        out = naive.token_stats(x, targets, CAPPED, -100, 1)
+        out = out if chunk is None else token_stats(x, targets, CAPPED, chunk)
         out.sum().backward()
         results.append((out, x.grad))
     for got in results[1:]:
@@ -230,6 +254,6 @@ def test_token_op_where_no_answer_is_waited_for(monkeypatch):
 def test_mixed_precision_matmul_has_the_signature_of_torch():
     with FakeTensorMode():
         a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((4, 3), (50, 3)))
-        assert rows.has_mixed_matmul(a)
-        out = rows.matmul(a, b.T, out=torch.empty(4, 50, device="cuda"))
+        assert matmul.has_mixed_matmul(a)
+        out = matmul.matmul(a, b.T, out=torch.empty(4, 50, device="cuda"))
     assert (out.shape, out.dtype) == ((4, 50), torch.float32)

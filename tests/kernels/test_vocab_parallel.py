@@ -50,7 +50,7 @@ def compare(rank, dtype, as_dtensor):
     grads = torch.autograd.grad((got * upstream).sum(), (hidden, shard, part))
     grads = [g.to_local() if as_dtensor and i else g for i, g in enumerate(grads)]
     whole = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
-    want = naive.linear_token_logps(*whole, targets, TRANSFORM, -100)
+    want = naive.linear_token_stats(*whole, targets, TRANSFORM, -100, 1)[0]
     d_hidden, d_weight, d_bias = torch.autograd.grad((want * upstream).sum(), whole)
     assert (got - want).abs().max() < 1e-5
     # few terms, of both signs, each rounded: more than the 2e-3 of a long sum

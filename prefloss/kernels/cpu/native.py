@@ -1,11 +1,10 @@
 """Single-pass CPU forms of the row operations and the bfloat16 matmul: `native.c`, compiled when first needed.
 
-PyTorch has no CPU form of three things that the ops need: a softmax that reads a row of half precision once and
-keeps nothing in float32; a product of bfloat16 matrices that is summed and returned in float32; and the two together,
-a projection whose logits are scored while they are in the cache and leave it in 16 bits, if at all. A C compiler on the
-machine (the one that torch.compile uses: ``CXX``, ``CC`` or ``cc``) builds them within a second or two into
-the user's cache folder. Without one, or with ``PREFLOSS_NATIVE=0``, plain torch does the same more slowly, to
-the same accuracy.
+PyTorch lacks three things on a CPU: a softmax that reads a half-precision row once and stores nothing in float32; a
+product of bfloat16 matrices that is summed and returned in float32; and both in one, a projection whose logits are
+scored while they are in the cache and leave it in 16 bits, if at all. A C compiler on the machine (``CC``, or else
+``cc``, ``gcc`` or ``clang``) builds them within a second or two into the user's cache folder. Without a compiler, or
+with ``PREFLOSS_NATIVE=0``, plain torch does the same to the same accuracy, but more slowly.
 """
 
 from __future__ import annotations
@@ -26,20 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefloss.kernels.constant import constant_when_compiled
+from prefloss.kernels import constant_when_compiled
 from prefloss.kernels.naive import LogitTransform
+from prefloss.kernels.tiles import TileSpec
 
 _log = logging.getLogger("prefloss")
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-_CODE = 3
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: _CODE}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: 3}
 
-# no subclass that computes elsewhere or not at all (a DTensor, a FakeTensor)
+# subclasses (a DTensor, a FakeTensor) may have no memory here
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-
-# Columns of the logits that share a reference in the 16-bit form of them.
+# Columns of 16-bit logits that share a reference.
 PANEL = 64
 
 
@@ -48,44 +46,41 @@ class _Transform(ctypes.Structure):
 
 
 def available(x: Tensor) -> bool:
-    """Whether the row operations here can take `x`: CPU, rows of adjacent elements, a dtype that C knows."""
+    """Whether the row operations here can take `x`: on the CPU, elements of a row adjacent, a dtype that C has."""
     return x.device.type == "cpu" and x.stride(-1) == 1 and type(x) in _PLAIN and passes_over(x.dtype)
 
 
-# a compiled graph takes both answers as they are when it is traced
 @constant_when_compiled
 def passes_over(dtype: torch.dtype) -> bool:
-    """Whether the row operations here know `dtype`."""
-    lib = _library() if dtype in _KINDS else None
+    """Whether the row operations here can take `dtype`."""
+    lib = library() if dtype in _KINDS else None
     return lib is not None and (dtype != torch.float16 or bool(lib.prefloss_has_float16()))
 
 
 @constant_when_compiled
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether `multiply` can take `dtype`: bfloat16, and a processor that multiplies it."""
-    lib = _library() if dtype == torch.bfloat16 else None
+    """Whether `multiply` can take `dtype`: bfloat16, on a processor with instructions for it."""
+    lib = library() if dtype == torch.bfloat16 else None
     return lib is not None and bool(lib.prefloss_multiplies())
 
 
-def fold(
-    logits: Tensor, targets: Tensor, first: int, transform: LogitTransform, sums: Tensor, more: bool
-) -> None:
-    """Raw logits [m, w], columns `first` and so on of all, into the sums of their rows, [m, 5]; reads a row once.
+def fold(logits: Tensor, spec: TileSpec, sums: Tensor, more: bool) -> None:
+    """Add raw logits [m, w] to the sums of their rows, [m, 5]; reads each row once.
 
-    The sums are float64 and contiguous, see `rows.SUMS`; `more` than the logsumexp is what all of them are for.
+    The sums are float64 and contiguous, see `softmax.SUMS`; `more` asks for all of them, else for the logsumexp alone.
     """
     rows, columns = logits.shape
-    targets = targets.contiguous()
+    targets = spec.targets.contiguous()
     _call().prefloss_fold(
-        _address(logits), _KINDS[logits.dtype], rows, columns, logits.stride(0), _address(targets), first,
-        _struct(transform), _address(sums), more, _threads(rows * columns),
+        _address(logits), _KINDS[logits.dtype], rows, columns, logits.stride(0), _address(targets), spec.first,
+        _struct(spec.transform), _address(sums), more, _threads(rows * columns),
     )  # fmt: skip
 
 
 def encode(
     logits: Tensor, transform: LogitTransform, above: Tensor, codes: Tensor, references: Tensor
 ) -> None:
-    """Raw float32 logits [m, w] -> int16 codes of them [m, w] and their references, see `rows.code_columns`."""
+    """Raw float32 logits [m, w] -> int16 codes of them [m, w] and their references, see `kept`."""
     rows, columns = logits.shape
     _call().prefloss_encode(
         _address(logits), rows, columns, logits.stride(0), _struct(transform), _address(above.contiguous()),
@@ -96,9 +91,7 @@ def encode(
 def differentiate(
     x: Tensor,
     out: Tensor,
-    targets: Tensor,
-    first: int,
-    transform: LogitTransform,
+    spec: TileSpec,
     stats: Tensor,
     coefficients: Tensor,
     plain: bool,
@@ -107,27 +100,25 @@ def differentiate(
 ) -> None:
     """Raw logits, or codes with their references, -> gradient of the logits, [m, w], to `out`, which may be over x.
 
-    `stats` begins with logps and logsumexps; `plain` says that the last two of the 4 coefficients are all 0, `fresh`
-    that nobody has written to `out` before.
+    `stats` begins with logps and logsumexps. `plain`: the last two of the 4 coefficients are 0 everywhere. `fresh`:
+    `out` is memory that has not been written to before.
     """
     rows, columns = x.shape
-    targets, coefficients = targets.contiguous(), coefficients.contiguous()
+    targets, coefficients = spec.targets.contiguous(), coefficients.contiguous()
     logps, lses = (row.contiguous() for row in stats[:2])
     _call().prefloss_differentiate(
         _address(x), _KINDS[x.dtype], x.stride(0), _address(out), _KINDS[out.dtype], out.stride(0), rows, columns,
-        _address(targets), first, _struct(transform), _address(logps), _address(lses), _address(coefficients), plain,
-        _address(references), 0 if references is None else references.stride(0), fresh, _threads(rows * columns),
+        _address(targets), spec.first, _struct(spec.transform), _address(logps), _address(lses),
+        _address(coefficients), plain, _address(references), _stride(references), fresh, _threads(rows * columns),
     )  # fmt: skip
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> bool:
-    """Out (+)= a @ b for bfloat16 [m, k] and [k, n] and float32 [m, n]; False where it cannot.
+    """Out (+)= a @ b for bfloat16 [m, k] and [k, n] and float32 [m, n]; False if it cannot, and nothing is done.
 
-    `out` may be bfloat16 where the columns of a adjoin and nothing is added to: rounded once, after the sum.
+    `out` may be bfloat16 if the columns of a are contiguous and nothing is added: rounded once, after the sum.
     """
-    if out.stride(1) != 1 or out.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if 0 in (*a.shape, *b.shape):
+    if out.stride(1) != 1 or out.dtype not in (torch.float32, torch.bfloat16) or 0 in (*a.shape, *b.shape):
         return False
     status = _call().prefloss_multiply(
         a.shape[0], b.shape[1], a.shape[1], _address(a), *a.stride(), _address(b), *b.stride(), _address(out),
@@ -147,34 +138,32 @@ def project(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
-    first: int,
-    transform: LogitTransform,
+    spec: TileSpec,
     sums: Tensor,
     more: bool,
     codes: Tensor | None = None,
     references: Tensor | None = None,
 ) -> None:
-    """`fold` of the logits x @ weight.T + bias, which are stored nowhere but as codes, if these are wanted.
+    """`fold` of the logits x @ weight.T + bias, which are stored as codes if there is memory for these, else nowhere.
 
-    The sums do not depend on how many rows come at once, nor on the number of threads.
+    The sums depend neither on how many rows come at once nor on the number of threads.
     """
     if 0 in x.shape:
         return
     bias = None if bias is None else bias.float().contiguous()
-    targets = targets.contiguous()
+    targets = spec.targets.contiguous()
     status = _call().prefloss_project(
         len(x), len(weight), x.shape[1], _address(x), x.stride(0), _address(weight), weight.stride(0),
-        _address(bias), _address(targets), first, _struct(transform), _address(sums), more, _address(codes),
-        0 if codes is None else codes.stride(0), _address(references),
-        0 if references is None else references.stride(0), _threads(len(x) * len(weight) * x.shape[1] // 64),
+        _address(bias), _address(targets), spec.first, _struct(spec.transform), _address(sums), more,
+        _address(codes), _stride(codes), _address(references), _stride(references),
+        _threads(len(x) * len(weight) * x.shape[1] // 64),
     )  # fmt: skip
     if status != 0:
-        raise MemoryError("prefloss: no memory for the workspace of a projection")
+        raise MemoryError("prefloss: not enough memory for the workspace of a projection")
 
 
 def _threads(elements: int) -> int:
-    """Small jobs are done before another thread is awake."""
+    """One for a small job: it is done before a second thread has started."""
     return torch.get_num_threads() if elements > 2**15 else 1
 
 
@@ -182,41 +171,45 @@ def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
 def _struct(transform: LogitTransform) -> _Transform:
-    factor = transform.logit_scale / transform.temperature
     if transform.softcap is None:
-        return _Transform(factor, 0.0, 0.0)
+        return _Transform(transform.factor, 0.0, 0.0)
     cap_in, cap_out = transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
-    return _Transform(factor, cap_in, cap_out)
+    return _Transform(transform.factor, cap_in, cap_out)
 
 
 def _call() -> Any:
-    lib = _library()
+    lib = library()
     assert lib is not None
     return lib
 
 
 @functools.lru_cache(maxsize=1)
-def _library() -> Any:
+def library() -> Any:
     """The compiled functions, or None with one line in the log that says why."""
     if os.environ.get("PREFLOSS_NATIVE", "1") == "0":
         return None
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or sys.platform == "win32":
-        _log.info("prefloss: no C compiler found, so CPU log-probs run in plain torch, which takes longer")
+        _log.info("prefloss: no C compiler here, so CPU log-probs run in plain torch, which takes longer")
         return None
     try:
-        lib = ctypes.CDLL(str(_built(compiler)))
+        lib = ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", "") or error
         _log.info(
-            "prefloss: CPU log-probs run in plain torch, which takes longer, for want of native.c: %s", detail
+            "prefloss: CPU log-probs run in plain torch, which takes longer: building native.c failed: %s",
+            detail,
         )
         return None
-    return _declared(lib)
+    return _declare(lib)
 
 
-def _declared(lib: Any) -> Any:
+def _declare(lib: Any) -> Any:
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     # fmt: off
     arguments = {
@@ -243,7 +236,7 @@ def _declared(lib: Any) -> Any:
     return lib
 
 
-def _built(compiler: str) -> Path:
+def _build(compiler: str) -> Path:
     """The shared library for this source, compiler and processor, built if it is not in the cache."""
     key = hashlib.sha256(
         "\0".join((_SOURCE.read_text(), compiler, *_FLAGS, platform.machine(), _processor())).encode()
@@ -252,32 +245,27 @@ def _built(compiler: str) -> Path:
     path = folder / f"native-{key}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            built = Path(temporary, "native.so")
-            subprocess.run(
-                [compiler, *_FLAGS, "-o", str(built), str(_SOURCE), "-lm"],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-            # at once, so that another process finds the whole file or none
-            os.replace(built, path)
+            library = Path(temporary, "native.so")
+            command = [compiler, *_FLAGS, "-o", str(library), str(_SOURCE), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            # atomic, so that another process sees the whole file or none
+            os.replace(library, path)
     return path
 
 
 def _cache_folder() -> Path:
-    """A folder of the user's that no other user can write to: what lies in it is loaded as code."""
+    """A folder that only this user can write to, because files in it are loaded as code."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "prefloss"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OSError(f"{folder} belongs to or can be written by another user")
+        raise OSError(f"{folder} belongs to another user, or another user can write to it")
     return folder
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by machines of several kinds."""
+    """The processor's features, which -march=native depends on: machines of several kinds may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -16,18 +17,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prefloss.kernels import autograd
+from prefloss.kernels.linear import linear_backward, linear_forward
 from prefloss.kernels.naive import LogitTransform
-from prefloss.kernels.paths import Path
+from prefloss.kernels.plan import Plan
+from prefloss.kernels.tiles import LinearInputs
+from tests.kernels import problems
+from tests.kernels.problems import CAPPED, IGNORED, PLAIN, linear_stats
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    from prefloss.kernels import logprob_gather as lg
-    from prefloss.kernels import ops, tiles
+    from prefloss.kernels.triton import backend, launch
 
-PLAIN = LogitTransform()
 SCALED = LogitTransform(1.3, None, 0.7)
-CAPPED = LogitTransform(1.3, 3.0, 0.7)
-IGNORED = -100
+
+
+def token_stats(logits, targets, transform=PLAIN, **options):
+    return problems.token_stats(logits, targets, transform, impl="triton", **options)
+
+
+def plan_of(scheme, chunk_tokens=2, kept_tokens=0):
+    return Plan(scheme, chunk_tokens, kept_tokens, impl="triton")
+
+
 ROUNDING = {torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
@@ -64,10 +76,10 @@ def rounds_to_nearest(monkeypatch):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks, lanes and tiles in a vocabulary of a few hundred."""
-    monkeypatch.setattr(lg, "FORWARD", lg.Launch(128, 4))
-    monkeypatch.setattr(lg, "BACKWARD", lg.Launch(128, 4))
-    monkeypatch.setattr(tiles, "_FORWARD_ROWS", 4)
-    monkeypatch.setattr(tiles, "_BACKWARD_COLUMNS", 128)
+    monkeypatch.setattr(launch, "FORWARD", launch.Launch(128, 4))
+    monkeypatch.setattr(launch, "BACKWARD", launch.Launch(128, 4))
+    monkeypatch.setattr(backend, "FORWARD_ROWS", 4)
+    monkeypatch.setattr(backend, "BACKWARD_COLUMNS", 128)
 
 
 def statistics(x, y, transform):
@@ -110,16 +122,16 @@ def check_gather(x, y, transform, outputs=5):
     weights = torch.randn(outputs, len(y))
     full = torch.nn.functional.pad(weights, (0, 0, 0, 5 - outputs))
     exact = x.detach().double().requires_grad_()
-    wanted, total = expected(exact, y, transform, full)
+    exact_stats, total = expected(exact, y, transform, full)
     total.backward()
     leaf = x.detach().clone().requires_grad_()
-    stats = tiles.token_stats(leaf, y, transform, IGNORED, outputs=outputs)
+    stats = token_stats(leaf, y, transform, outputs=outputs)
     assert stats.dtype == torch.float32
-    torch.testing.assert_close(stats.double(), wanted[:outputs], rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(stats.double(), exact_stats[:outputs], rtol=3e-6, atol=3e-6)
     (stats * weights).sum().backward()
     assert leaf.grad.dtype == x.dtype
     # a logsumexp of 100 has digits down to 4e-6, and a probability is off by as much of itself
-    tolerance = ROUNDING[x.dtype] + 3e-7 * max(wanted[1].abs().tolist(), default=0)
+    tolerance = ROUNDING[x.dtype] + 3e-7 * max(exact_stats[1].abs().tolist(), default=0)
     # 1 - tanh^2 is exact to a unit of float32 of the 1, whatever is left of it
     slope = 0 if transform.softcap is None else transform.logit_scale / transform.temperature
     atol = tolerance / 10 + 1.2e-7 * slope * weights.abs().max().item() if len(y) else 0
@@ -169,7 +181,7 @@ class TestGather:
         x[2, y[2]] = -torch.inf
         for transform in (PLAIN, CAPPED):
             leaf = x.clone().requires_grad_()
-            logps = tiles.token_logps(leaf, y, transform, IGNORED)
+            logps = token_stats(leaf, y, transform)[0]
             assert logps[2] == -torch.inf
             assert logps.isfinite().sum() == 5
             logps.backward(torch.ones(6))
@@ -183,7 +195,7 @@ class TestGather:
         x[2] = -torch.inf
         x[3, 200] = float("nan")
         x[4, 7] = torch.inf
-        logps = tiles.token_logps(x, y, PLAIN, IGNORED)
+        logps = token_stats(x, y, PLAIN)[0]
         assert logps.isnan().tolist() == [False, False, True, True, True, False]
 
     def test_target_of_another_shard(self):
@@ -191,7 +203,7 @@ class TestGather:
         x, y = logits_and_targets(ignored=0)
         y[2] = 301
         leaf = x.requires_grad_()
-        stats = tiles.token_stats(leaf, y, PLAIN, IGNORED, outputs=5)
+        stats = token_stats(leaf, y, PLAIN, outputs=5)
         assert stats[0, 2] == -torch.inf
         stats[1, 2].backward()
         torch.testing.assert_close(leaf.grad[2], x.detach()[2].softmax(-1))
@@ -200,17 +212,17 @@ class TestGather:
         x, y = logits_and_targets(ignored=0)
         whole, leaf = (x.clone().requires_grad_() for _ in range(2))
         weights = torch.rand(6)
-        (tiles.token_logps(whole, y, SCALED, IGNORED) * weights).sum().backward()
+        (token_stats(whole, y, SCALED)[0] * weights).sum().backward()
         picked, sums = [], []
         for first, last in ((0, 140), (140, 301)):
             mine = (y >= first) & (y < last)
-            stats = tiles.token_stats(
-                leaf[:, first:last], torch.where(mine, y - first, last - first), SCALED, IGNORED, outputs=5
+            stats = token_stats(
+                leaf[:, first:last], torch.where(mine, y - first, last - first), SCALED, outputs=5
             )
             picked.append(torch.where(mine, stats[0] + stats[1], 0))
             sums.append(stats[1])
         logps = sum(picked) - torch.stack(sums).logsumexp(0)
-        torch.testing.assert_close(logps, tiles.token_logps(x, y, SCALED, IGNORED))
+        torch.testing.assert_close(logps, token_stats(x, y, SCALED)[0])
         (logps * weights).sum().backward()
         torch.testing.assert_close(leaf.grad, whole.grad)
 
@@ -218,21 +230,21 @@ class TestGather:
         # a difference of 0.25 in 10,000 survives, as it would not in z - logsumexp
         x = torch.full((1, 300), -1e4)
         x[0, 7], x[0, 290] = 1e4, 1e4 - 0.25
-        logps = tiles.token_logps(x, torch.tensor([290]), PLAIN, IGNORED)
+        logps = token_stats(x, torch.tensor([290]), PLAIN)[0]
         torch.testing.assert_close(logps.double(), -torch.tensor([0.25]).double().exp().add(1).log())
 
     def test_likely_target_keeps_its_gradient(self):
         x = torch.zeros(1, 300)
         x[0, 5] = 14.0
         x.requires_grad_()
-        tiles.token_logps(x, torch.tensor([5]), PLAIN, IGNORED).backward(torch.ones(1))
+        token_stats(x, torch.tensor([5]), PLAIN)[0].backward(torch.ones(1))
         rest = 299 * torch.exp(torch.tensor(-14.0).double())
         torch.testing.assert_close(x.grad[0, 5].double(), rest / (1 + rest), rtol=1e-3, atol=0)
 
     def test_ties_are_hits(self):
         x = torch.zeros(3, 200)
         x[:, 150] = x[:, 20] = 2.0
-        assert tiles.token_stats(x, torch.tensor([20, 150, 3]), PLAIN, IGNORED, outputs=5)[4].tolist() == [
+        assert token_stats(x, torch.tensor([20, 150, 3]), PLAIN, outputs=5)[4].tolist() == [
             1,
             1,
             0,
@@ -240,7 +252,7 @@ class TestGather:
 
     def test_empty(self):
         x = torch.zeros(0, 5, requires_grad=True)
-        tiles.token_logps(x, torch.zeros(0, dtype=torch.long), PLAIN, IGNORED).sum().backward()
+        token_stats(x, torch.zeros(0, dtype=torch.long), PLAIN)[0].sum().backward()
         assert x.grad.shape == (0, 5)
 
     @pytest.mark.parametrize("inplace", [False, True])
@@ -257,12 +269,14 @@ class TestGather:
         ]
         for view in views:
             exact = view.double().requires_grad_()
-            wanted, total = expected(exact.reshape(6, 40), y.reshape(-1), PLAIN, torch.eye(5, 1).expand(5, 6))
+            exact_stats, total = expected(
+                exact.reshape(6, 40), y.reshape(-1), PLAIN, torch.eye(5, 1).expand(5, 6)
+            )
             total.backward()
             before = view.clone()
             x = view.detach().requires_grad_()
-            out = tiles.token_stats(x, y, PLAIN, IGNORED, inplace_backward=inplace)
-            torch.testing.assert_close(out[0].double(), wanted[0].reshape(2, 3), rtol=1e-6, atol=1e-6)
+            out = token_stats(x, y, PLAIN, inplace_backward=inplace)
+            torch.testing.assert_close(out[0].double(), exact_stats[0].reshape(2, 3), rtol=1e-6, atol=1e-6)
             out.sum().backward()
             torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-6, atol=1e-7)
             over = inplace and view.stride(-1) == 1 and 0 not in view.stride()
@@ -272,16 +286,14 @@ class TestGather:
         x = torch.randn(2, 3, 2, 20)[:, 1:].transpose(0, 1).requires_grad_()
         y = torch.randint(20, (2, 2, 2))
         torch.testing.assert_close(
-            tiles.token_logps(x, y, PLAIN, IGNORED), x.log_softmax(-1).gather(-1, y[..., None])[..., 0]
+            token_stats(x, y, PLAIN)[0], x.log_softmax(-1).gather(-1, y[..., None])[..., 0]
         )
 
     def test_inplace_leaves_the_gaps(self):
         base = torch.randn(4, 50)
         before = base.clone()
         x = base[:, 3:33].requires_grad_()
-        tiles.token_stats(
-            x, torch.tensor([1, 29, IGNORED, 0]), CAPPED, IGNORED, inplace_backward=True
-        ).sum().backward()
+        token_stats(x, torch.tensor([1, 29, IGNORED, 0]), CAPPED, inplace_backward=True).sum().backward()
         assert torch.equal(base[:, 3:33], x.grad)
         assert torch.equal(base[:, :3], before[:, :3])
         assert torch.equal(base[:, 33:], before[:, 33:])
@@ -289,7 +301,7 @@ class TestGather:
     def test_inplace_is_refused_a_second_time(self):
         x, y = logits_and_targets()
         leaf = x.requires_grad_()
-        total = tiles.token_stats(leaf * 1, y, PLAIN, IGNORED, inplace_backward=True).sum()
+        total = token_stats(leaf * 1, y, inplace_backward=True).sum()
         total.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             total.backward()
@@ -297,7 +309,7 @@ class TestGather:
     def test_second_derivative_is_refused(self):
         x = torch.randn(2, 9, requires_grad=True)
         (grad,) = torch.autograd.grad(
-            tiles.token_logps(x, torch.tensor([1, 2]), PLAIN, IGNORED).sum(), x, create_graph=True
+            token_stats(x, torch.tensor([1, 2]), PLAIN)[0].sum(), x, create_graph=True
         )
         with pytest.raises(RuntimeError, match="differentiated once"):
             grad.sum().backward()
@@ -307,12 +319,12 @@ class TestGather:
         x = far_apart(4, 40)
         x.copy_(torch.randn(4, 40))
         y = torch.tensor([3, 39, 0, 17])
-        out = lg.token_forward(x, y, PLAIN, None, 5)
-        wanted = statistics(x.double(), y, PLAIN)
-        torch.testing.assert_close(out.double(), wanted, rtol=1e-6, atol=1e-6)
+        out = launch.token_forward(x, y, PLAIN, 1, 5)
+        exact_stats = statistics(x.double(), y, PLAIN)
+        torch.testing.assert_close(out.double(), exact_stats, rtol=1e-6, atol=1e-6)
         before = x.double().clone().requires_grad_()
         statistics(before, y, PLAIN)[0].sum().backward()
-        grad = lg.token_backward(torch.ones(1, 4), x, y, out, PLAIN, None, over_logits=True)
+        grad = launch.token_backward(torch.ones(1, 4), x, y, out, PLAIN, 1, over_logits=True)
         torch.testing.assert_close(grad.double(), before.grad, rtol=1e-3, atol=1e-4)
 
 
@@ -345,17 +357,17 @@ def linear_problem(n=6, vocabulary=301, width=5, dtype=torch.float32, bias=True,
     return hidden, weight, shift.requires_grad_(not frozen) if bias else None, targets
 
 
-def check_linear(problem, path, transform, outputs=1, most=3e-5):
+def check_linear(problem, plan, transform, outputs=1, most=3e-5):
     """Statistics and gradients against float64; the head's gradients where it has any."""
     hidden, weight, bias, targets = problem
     weights = torch.randn(outputs, len(targets))
     exact = [None if x is None else x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
     keep = targets != IGNORED
     logits = exact[0][keep] @ exact[1].T + (0 if exact[2] is None else exact[2])
-    wanted = statistics(logits, targets[keep], transform)[:outputs]
-    (wanted * weights[:, keep].double()).sum().backward()
-    out = tiles.linear_token_stats(hidden, weight, bias, targets, transform, IGNORED, lambda n: path, outputs)
-    torch.testing.assert_close(out[:, keep].double(), wanted.detach(), rtol=3e-6, atol=3e-6)
+    exact_stats = statistics(logits, targets[keep], transform)[:outputs]
+    (exact_stats * weights[:, keep].double()).sum().backward()
+    out = linear_stats(hidden, weight, bias, targets, transform, plan, outputs)
+    torch.testing.assert_close(out[:, keep].double(), exact_stats.detach(), rtol=3e-6, atol=3e-6)
     assert not out[:, ~keep].any()
     (out * weights).sum().backward()
     for x, y in zip((hidden, weight, bias), exact, strict=True):
@@ -369,11 +381,11 @@ def check_linear(problem, path, transform, outputs=1, most=3e-5):
 
 
 SCHEMES = [
-    ("recompute", Path("recompute", 2), False),
-    ("recompute, frozen", Path("recompute", 2), True),
-    ("keep", Path("keep", 2, 100), False),
-    ("keep some", Path("keep", 2, 3), False),
-    ("unscaled", Path("unscaled", 2), True),
+    ("recompute", plan_of("recompute"), False),
+    ("recompute, frozen", plan_of("recompute"), True),
+    ("keep", plan_of("keep", 2, 100), False),
+    ("keep some", plan_of("keep", 2, 3), False),
+    ("unscaled", plan_of("unscaled"), True),
 ]
 
 
@@ -401,24 +413,24 @@ class TestLinear:
 
     @pytest.mark.parametrize("transform", [PLAIN, CAPPED])
     @pytest.mark.parametrize(
-        ("path", "frozen"), [case[1:] for case in SCHEMES], ids=[case[0] for case in SCHEMES]
+        ("plan", "frozen"), [case[1:] for case in SCHEMES], ids=[case[0] for case in SCHEMES]
     )
-    def test_equals_float64(self, path, frozen, transform):
-        check_linear(linear_problem(frozen=frozen), path, transform)
+    def test_equals_float64(self, plan, frozen, transform):
+        check_linear(linear_problem(frozen=frozen), plan, transform)
 
-    @pytest.mark.parametrize("path", [Path("recompute", 2), Path("keep", 2, 3)])
+    @pytest.mark.parametrize("plan", [plan_of("recompute"), plan_of("keep", 2, 3)])
     @pytest.mark.parametrize("transform", [PLAIN, CAPPED])
-    def test_all_statistics(self, path, transform):
-        check_linear(linear_problem(), path, transform, outputs=5)
+    def test_all_statistics(self, plan, transform):
+        check_linear(linear_problem(), plan, transform, outputs=5)
 
-    @pytest.mark.parametrize(("path", "frozen"), [case[1:] for case in SCHEMES[:1] + SCHEMES[2:]])
+    @pytest.mark.parametrize(("plan", "frozen"), [case[1:] for case in SCHEMES[:1] + SCHEMES[2:]])
     @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 3.5e-4), (torch.bfloat16, 3.5e-3)])
-    def test_half_precision(self, path, frozen, dtype, most):
+    def test_half_precision(self, plan, frozen, dtype, most):
         # of half-precision inputs float32 statistics, and gradients of two roundings: of each logit's and the result
-        check_linear(linear_problem(dtype=dtype, frozen=frozen), path, PLAIN, most=most)
+        check_linear(linear_problem(dtype=dtype, frozen=frozen), plan, PLAIN, most=most)
 
-    @pytest.mark.parametrize(("path", "frozen"), [case[1:] for case in SCHEMES[:1] + SCHEMES[2:]])
-    def test_bfloat16_gradients_are_no_worse_than_autograd(self, path, frozen):
+    @pytest.mark.parametrize(("plan", "frozen"), [case[1:] for case in SCHEMES[:1] + SCHEMES[2:]])
+    def test_bfloat16_gradients_are_no_worse_than_autograd(self, plan, frozen):
         problem = linear_problem(16, 200, 32, torch.bfloat16, bias=False, frozen=frozen, scale=0.7)
         hidden, weight, _, targets = problem
         leaves = [hidden] if frozen else [hidden, weight]
@@ -431,66 +443,60 @@ class TestLinear:
 
         exact = gradients(hidden.double()[keep] @ weight.double().T)
         autograd = gradients((hidden[keep] @ weight.T).float())
-        logps = tiles.linear_token_stats(hidden, weight, None, targets, PLAIN, IGNORED, lambda n: path)[
-            0, keep
-        ]
+        logps = linear_stats(hidden, weight, None, targets, PLAIN, plan)[0, keep]
         ours = torch.autograd.grad((logps * weights).sum(), leaves)
-        for mine, theirs, wanted in zip(ours, autograd, exact, strict=True):
-            errors = [(x.double() - wanted).nan_to_num().norm() for x in (mine, theirs)]
+        for mine, theirs, exact_stats in zip(ours, autograd, exact, strict=True):
+            errors = [(x.double() - exact_stats).nan_to_num().norm() for x in (mine, theirs)]
             assert errors[0] <= 1.05 * errors[1]
 
     def test_half_precision_with_everything(self):
-        check_linear(linear_problem(dtype=torch.float16), Path("keep", 2, 3), CAPPED, 5, most=5e-4)
+        check_linear(linear_problem(dtype=torch.float16), plan_of("keep", 2, 3), CAPPED, 5, most=5e-4)
 
     def test_score_keeps_nothing(self):
         hidden, weight, bias, targets = linear_problem()
         with torch.no_grad(), Matmuls() as watch:
-            out = tiles.linear_token_logps(hidden, weight, bias, targets, PLAIN, IGNORED, 2, "score")
+            out = linear_stats(hidden, weight, bias, targets, PLAIN, plan_of("score"))[0]
         logits = (hidden @ weight.T + bias).detach()
-        wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
-        torch.testing.assert_close(out, -wanted.nan_to_num())
+        exact_stats = torch.nn.functional.cross_entropy(
+            logits, targets, reduction="none", ignore_index=IGNORED
+        )
+        torch.testing.assert_close(out, -exact_stats.nan_to_num())
         assert watch.operations == 2 * 5 * 301 * 5
 
     def test_number_of_matmuls(self):
-        for (_, path, frozen), most in zip(SCHEMES, (4, 3, 3, 3 + 2 / 5, 2), strict=True):
+        for (_, plan, frozen), most in zip(SCHEMES, (4, 3, 3, 3 + 2 / 5, 2), strict=True):
             hidden, weight, _, targets = linear_problem(vocabulary=150, frozen=frozen)
             with Matmuls() as watch:
-                out = tiles.linear_token_stats(
-                    hidden, weight, None, targets, PLAIN, IGNORED, lambda n, path=path: path
-                )
+                out = linear_stats(hidden, weight, None, targets, PLAIN, plan)
                 out.sum().backward()
             assert watch.operations == round(most * 2 * 5 * 150 * 5)
 
     def test_never_makes_all_logits(self):
         hidden, weight, bias, targets = linear_problem(n=9, width=3)
-        for path in (Path("recompute", 2), Path("unscaled", 2)):
+        for plan in (plan_of("recompute"), plan_of("unscaled")):
             with Matmuls() as watch:
-                tiles.linear_token_stats(
-                    hidden, weight, bias, targets, PLAIN, IGNORED, lambda n, path=path: path
-                )
+                linear_stats(hidden, weight, bias, targets, PLAIN, plan)
             # a tile of 128 columns is the narrowest, 4 rows of it are more than the 2 whole rows asked for
             assert watch.largest <= max(4 * 128, 2 * 320, weight.numel())
 
     def test_masked_tokens(self):
         # the first tiles hold nothing that can occur
         hidden, weight, bias, targets = linear_problem()
-        for path in (Path("recompute", 2), Path("keep", 2, 3), Path("unscaled", 2)):
-            frozen = path.scheme == "unscaled"
+        for plan in (plan_of("recompute"), plan_of("keep", 2, 3), plan_of("unscaled")):
+            frozen = plan.scheme == "unscaled"
             masked = bias.detach().clone()
             masked[:260] = -torch.inf
             y = torch.where(targets == IGNORED, targets, torch.randint(260, 301, (6,)))
             problem = hidden.detach().clone().requires_grad_(), weight.detach().clone(), masked, y
             problem[1].requires_grad_(not frozen)
-            check_linear(problem, path, CAPPED if frozen else PLAIN)
+            check_linear(problem, plan, CAPPED if frozen else PLAIN)
 
     def test_target_of_another_shard(self):
         hidden, weight, _, targets = linear_problem(frozen=True)
         targets[2] = 301
-        for path in (Path("recompute", 2), Path("keep", 2, 3), Path("unscaled", 2)):
+        for plan in (plan_of("recompute"), plan_of("keep", 2, 3), plan_of("unscaled")):
             hidden.grad = None
-            out = tiles.linear_token_stats(
-                hidden, weight, None, targets, PLAIN, IGNORED, lambda n, path=path: path, 1
-            )
+            out = linear_stats(hidden, weight, None, targets, PLAIN, plan, 1)
             assert out[0, 2] == -torch.inf
             # of the logsumexp with its sign turned: all that there is to a target elsewhere
             out.backward(torch.ones(1, 6))
@@ -502,69 +508,57 @@ class TestLinear:
         hidden, weight, _, targets = linear_problem(dtype=torch.float16, bias=False)
         grads = []
         for factor in (1.0, 1e-4):
-            out = tiles.linear_token_logps(hidden, weight, None, targets, PLAIN, IGNORED, 2)
+            out = linear_stats(hidden, weight, None, targets, PLAIN, plan_of("recompute"))[0]
             x = hidden.detach()[targets != IGNORED]
             y, kept = targets[targets != IGNORED], torch.full((1, 5), factor)
-            stats, _ = tiles.linear_forward(x, weight.detach(), None, y, PLAIN, Path("recompute", 2), 1)
+            inputs, plan = LinearInputs(x, weight.detach(), None, y, PLAIN), plan_of("recompute")
+            stats, _ = linear_forward(inputs, plan, 1)
             assert torch.equal(out[targets != IGNORED], stats[0])
-            grads.append(
-                tiles.linear_backward(
-                    kept,
-                    x,
-                    weight.detach(),
-                    None,
-                    y,
-                    stats,
-                    None,
-                    PLAIN,
-                    Path("recompute", 2),
-                    (True, True, False),
-                )
-            )
+            grads.append(linear_backward(kept, inputs, stats, None, plan, (True, True, False)))
         for large, small in zip(grads[0][:2], grads[1][:2], strict=True):
             torch.testing.assert_close(small.double() * 1e4, large.double(), rtol=1e-2, atol=6e-4)
 
     def test_second_backward_computes_again(self):
         hidden, weight, bias, targets = linear_problem()
-        out = tiles.linear_token_logps(hidden, weight, bias, targets, PLAIN, IGNORED, 2, "keep", 100)
+        out = linear_stats(hidden, weight, bias, targets, PLAIN, plan_of("keep", 2, 100))
         first = torch.autograd.grad(out.sum(), (hidden, weight, bias), retain_graph=True)
         second = torch.autograd.grad(out.sum(), (hidden, weight, bias))
         for a, b in zip(first, second, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("kept", [3, 5])
-    def test_room_of_the_caller(self, kept):
+    def test_memory_of_the_caller(self, kept):
         # what a custom op passes: memory of its own, not to be written over in backward
         hidden, weight, _, targets = linear_problem(dtype=torch.bfloat16, bias=False)
         x, y = hidden.detach()[targets != IGNORED], targets[targets != IGNORED]
-        path, grad = Path("keep", 2, kept), torch.randn(1, 5)
-        room = torch.empty(kept, 301, dtype=torch.int16)
-        stats, saved = tiles.linear_forward(x, weight.detach(), None, y, PLAIN, path, 1, room)
-        assert saved.data_ptr() == room.data_ptr()
-        before = room.clone()
+        inputs, plan, grad = (
+            LinearInputs(x, weight.detach(), None, y, PLAIN),
+            plan_of("keep", 2, kept),
+            torch.randn(1, 5),
+        )
+        memory = torch.empty(kept, 301, dtype=torch.int16)
+        stats, saved = linear_forward(inputs, plan, 1, memory)
+        assert saved.data_ptr() == memory.data_ptr()
+        before = memory.clone()
         results = [
-            tiles.linear_backward(
-                grad, x, weight.detach(), None, y, stats, room, PLAIN, path, (True, True, False), overwrite
-            )
+            linear_backward(grad, inputs, stats, memory, plan, (True, True, False), overwrite)
             for overwrite in (False, True)
         ]
-        assert not torch.equal(room, before)
+        assert not torch.equal(memory, before)
         for a, b in zip(results[0][:2], results[1][:2], strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
 
     def test_as_a_custom_op(self):
         hidden, weight, _, targets = linear_problem(vocabulary=140, bias=False)
         hidden = hidden.detach().nan_to_num().requires_grad_()
-        options = (IGNORED, 1.0, None, 1.0, "keep", 2, 3, 1, "triton")
-        torch.library.opcheck(ops.linear_token_stats, (hidden, weight, None, targets, *options))
+        options = (IGNORED, 1.0, None, 1.0, "keep", 2, 3, "triton", 1)
+        torch.library.opcheck(autograd.linear_op, (hidden, weight, None, targets, *options))
 
     def test_no_tokens(self):
-        for _, path, frozen in SCHEMES:
+        for _, plan, frozen in SCHEMES:
             hidden, weight, bias, _ = linear_problem(frozen=frozen)
             none = torch.full((6,), IGNORED)
-            out = tiles.linear_token_stats(
-                hidden, weight, bias, none, PLAIN, IGNORED, lambda n, path=path: path
-            )
+            out = linear_stats(hidden, weight, bias, none, PLAIN, plan)
             out.sum().backward()
             assert not out.any()
             assert not hidden.grad.any()
@@ -573,23 +567,17 @@ class TestLinear:
     def test_offsets_pass_2_to_the_31(self, far_apart):
         # kept softmax, rows far apart
         x, weight, y = torch.randn(4, 5).half(), torch.randn(40, 5).half(), torch.tensor([3, 39, 0, 17])
-        room, path = far_apart(4, 40), Path("keep", 4, 4)
-        stats, _ = tiles.linear_forward(x, weight, None, y, PLAIN, path, 1, room.view(torch.int16))
+        memory, plan, inputs = (
+            far_apart(4, 40),
+            plan_of("keep", 4, 4),
+            LinearInputs(x, weight, None, y, PLAIN),
+        )
+        stats, _ = linear_forward(inputs, plan, 1, memory.view(torch.int16))
         p = (x.double() @ weight.double().T).softmax(-1)
         others = torch.ones_like(p).scatter_(1, y[:, None], 0)
-        torch.testing.assert_close(room.double() / 2**15, p * others, rtol=1e-3, atol=1e-6)
-        d_x, _, _ = tiles.linear_backward(
-            torch.ones(1, 4),
-            x,
-            weight,
-            None,
-            y,
-            stats,
-            room.view(torch.int16),
-            PLAIN,
-            path,
-            (True, False, False),
-        )
+        torch.testing.assert_close(memory.double() / 2**15, p * others, rtol=1e-3, atol=1e-6)
+        grad, kept = torch.ones(1, 4), memory.view(torch.int16)
+        d_x, _, _ = linear_backward(grad, inputs, stats, kept, plan, (True, False, False))
         torch.testing.assert_close(
             d_x.double(), weight.double()[y] - p @ weight.double(), rtol=2e-3, atol=2e-3
         )
@@ -599,8 +587,8 @@ class TestLinear:
     def test_any_input(self, data):
         n, vocabulary = data.draw(st.integers(2, 5)), data.draw(st.integers(2, 280))
         torch.manual_seed(data.draw(st.integers(0, 2**32)))
-        _, path, frozen = data.draw(st.sampled_from(SCHEMES))
-        path = path._replace(chunk_tokens=data.draw(st.integers(1, 9)))
-        outputs = 1 if path.scheme == "unscaled" else data.draw(st.sampled_from([1, 5]))
+        _, plan, frozen = data.draw(st.sampled_from(SCHEMES))
+        plan = replace(plan, chunk_tokens=data.draw(st.integers(1, 9)))
+        outputs = 1 if plan.scheme == "unscaled" else data.draw(st.sampled_from([1, 5]))
         transform = LogitTransform(data.draw(st.floats(0.2, 3)), data.draw(st.none() | st.floats(2, 40)))
-        check_linear(linear_problem(n, vocabulary, frozen=frozen), path, transform, outputs)
+        check_linear(linear_problem(n, vocabulary, frozen=frozen), plan, transform, outputs)

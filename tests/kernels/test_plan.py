@@ -1,12 +1,14 @@
+import importlib
 import logging
 
 import pytest
 import torch
 
-from prefloss import plan as planning
-from prefloss.kernels import native
-from prefloss.logprobs import linear_token_logps, token_logps
-from prefloss.plan import explain
+import prefloss
+from prefloss.kernels import plan as planning
+from prefloss.kernels.cpu import native
+from prefloss.logprobs import explain, linear_token_logps, token_logps
+from tests.kernels.problems import Watch
 
 SIZES = {"tokens": 4096, "vocabulary": 128_256, "width": 1024}
 
@@ -54,7 +56,7 @@ def test_strict_refuses_a_fallback():
 
 
 def test_strict_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     logits, targets = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
     with pytest.raises(
         RuntimeError, match=r"strict: got a fallback, expected none: native\.c could not be compiled"
@@ -66,7 +68,7 @@ def test_strict_without_a_compiler(monkeypatch):
 
 
 def test_one_log_line_for_each_kind_of_plan(caplog, monkeypatch):
-    monkeypatch.setattr(planning, "_logged", set())
+    monkeypatch.setattr(planning, "logged", set())
     logits, targets = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
     with caplog.at_level(logging.INFO, "prefloss"):
         for _ in range(3):
@@ -87,8 +89,6 @@ def test_a_bad_budget_is_named(budget):
 
 def test_what_is_planned_is_what_is_done():
     """Memory and matmuls as `explain` says, counted on the ops themselves."""
-    from tests.kernels.test_chunked import Watch
-
     hidden, weight = torch.randn(30, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
     targets = torch.randint(64, (30,))
     for head, budget in ((True, 2**20), (True, 10 * 64 * 4 + 8 * 64 * 4), (True, 0), (False, 2**20)):
@@ -102,3 +102,9 @@ def test_what_is_planned_is_what_is_done():
         products = [args for name, args, _ in watch.calls if name in ("mm", "addmm")]
         flops = sum(a[-2].shape[0] * a[-2].shape[1] * a[-1].shape[1] for a in products)
         assert flops == pytest.approx(plan.matmuls * 30 * 64 * 16)
+
+
+def test_old_places_of_explain_warn_and_work():
+    for module in (prefloss, importlib.import_module("prefloss.plan")):
+        with pytest.warns(DeprecationWarning, match=r"is now prefloss\.logprobs\.explain"):
+            assert module.explain is explain

@@ -1,7 +1,7 @@
-/* The CPU side of the log-prob ops; native.py compiles and calls it, and says what each function means.
+/* The log-prob ops in C, for a CPU; native.py compiles and calls this file, and documents each function.
  *
- * Rows are read in blocks that stay in the first-level cache, converted to float32 there, and never copied whole.
- * A target < 0 marks a row to leave out: it is not read. One beyond the vocabulary, as in another shard of it, has
+ * Rows are read in blocks that stay in the first-level cache and become float32 there; no row is copied whole.
+ * A row with a target < 0 is left out and not read. A target beyond the vocabulary, as in another shard of it, has
  * probability 0 and no gradient of its own. Products of bfloat16 are summed in float32.
  */
 #include <math.h>
@@ -17,13 +17,13 @@
 
 enum { F32 = 0, BF16 = 1, F16 = 2, CODE = 3 };
 #define BLOCK 1024
-/* a kept logit is (code - 32767) / 2048 above the reference of its panel, which none of them exceeds, so 2.4e-4 off at
- * most; the lowest code is probability 0 */
+/* a kept logit is (code - 32767) / 2048 above the reference of its panel, which is no lower than any of them, with an
+ * error of at most 2.4e-4; the lowest code means probability 0 */
 #define CODE_STEPS 2048.0f
 #define CODE_TOP 32767.0f
 #define CODE_ZERO (-32768)
 #define PANEL 64
-/* bytes of fresh memory to ask for at a time: they stay in the second-level cache */
+/* bytes of fresh memory to request at a time: they stay in the second-level cache */
 #define PIECE (1 << 19)
 
 typedef struct {
@@ -142,16 +142,16 @@ int prefloss_has_float16(void) {
 #endif
 }
 
-/* Sums over the logits of a row so far, with e = exp(z - peak): of e, of e (z - peak), of e * e; and the target's logit */
+/* Sums over the logits of a row so far, with e = exp(z - peak): of e, e (z - peak) and e * e; and the target's logit */
 typedef struct {
     double peak, sum, weighted, squares, picked;
 } sums_t;
 
 static const sums_t NOTHING = {-INFINITY, 0, 0, 0, -INFINITY};
 
-/* Measure from a maximum that is no lower */
+/* Rescale the sums to a new peak, which is no lower than the old one */
 static inline void raise_peak(sums_t *s, double high) {
-    /* a row so far of -inf only has no sums to rescale, and -inf - -inf is NaN */
+    /* the sums of a row of -inf only are 0, and -inf - -inf is NaN */
     if (high > s->peak && s->peak != -INFINITY) {
         double moved = s->peak - high, rescale = exp(moved);
         s->weighted = rescale * (s->weighted + moved * s->sum);
@@ -184,7 +184,7 @@ static inline __attribute__((always_inline)) void add_block(sums_t *s, const flo
     s->squares += squares;
 }
 
-/* Columns first, first + 1, ... of the logits into the sums of their rows; `stats` asks for more than the sum of e */
+/* Add columns first, first + 1, ... of the logits to the sums of their rows; all of these with `stats`, else three */
 void prefloss_fold(const void *logits, int kind, int64_t rows, int64_t columns, int64_t stride, const int64_t *targets,
                    int64_t first, transform_t t, sums_t *sums, int stats, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -206,7 +206,7 @@ void prefloss_fold(const void *logits, int kind, int64_t rows, int64_t columns, 
     }
 }
 
-/* Logits less one number a row, which is the reference of all its panels */
+/* Codes of logits; `above` has one number per row, the reference of all its panels */
 void prefloss_encode(const float *logits, int64_t rows, int64_t columns, int64_t stride, transform_t t,
                      const float *above, int16_t *codes, int64_t codes_stride, float *references,
                      int64_t references_stride, int threads) {
@@ -225,8 +225,8 @@ void prefloss_encode(const float *logits, int64_t rows, int64_t columns, int64_t
     }
 }
 
-/* Whole pages of fresh memory in one call into the kernel, in place of a fault for each, which costs more and
- * interrupts what reads ahead. Where it is unknown (Linux before 5.14), nothing happens. */
+/* Map whole pages of fresh memory in one system call. A page fault for each would take longer and interrupt the
+ * prefetcher. Linux before 5.14 does not know the call, and nothing happens. */
 static inline void populate(void *start, size_t bytes) {
 #ifdef __linux__
     enum { PAGE = 4096, POPULATE_WRITE = 23 };
@@ -235,7 +235,7 @@ static inline void populate(void *start, size_t bytes) {
 #endif
 }
 
-/* `out` may be `in`: element i of a row is written after it is read, and no later one is touched */
+/* `out` may be `in`: an element of a row is written after it has been read, and before later ones are */
 void prefloss_differentiate(const void *in, int in_kind, int64_t in_stride, void *out, int out_kind,
                             int64_t out_stride, int64_t rows, int64_t columns, const int64_t *targets,
                             int64_t first, transform_t t, const float *logps, const float *lses,
@@ -310,7 +310,7 @@ typedef struct {
     int64_t row, k; /* bytes from one row to the next, and from one pair of k to the next */
 } pairs_t;
 
-/* [m, NR] += pairs of a [m, 2 depth] times packed b [depth, NR, 2]; `fresh` starts from 0 */
+/* [m, NR] += pairs of a [m, 2 depth] times packed b [depth, NR, 2]; `fresh` starts at 0 */
 static inline __attribute__((always_inline)) void tile(const int m, int64_t depth, pairs_t a,
                                                       const uint32_t *restrict b, float *out, int64_t stride,
                                                       int width, int fresh) {
@@ -389,7 +389,7 @@ static inline void transpose16(const uint16_t *from, int64_t stride, int rows, u
     }
 }
 
-/* k of [depth * 2] and n of [width] from x[k * k_stride + n * n_stride] to pairs [depth, to_stride], zeros beyond */
+/* x[k * k_stride + n * n_stride] for k < ks and n < width, as pairs of k [depth, to_stride], padded with zeros */
 static void pack(const uint16_t *x, int64_t k_stride, int64_t n_stride, int64_t ks, int width, int padded,
                  uint32_t *to, int64_t to_stride) {
     int64_t depth = (ks + 1) / 2, k = 0;
@@ -416,8 +416,8 @@ static void pack(const uint16_t *x, int64_t k_stride, int64_t n_stride, int64_t 
 
 static void *workspace(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-/* Rows of `a` lie k after k, and there are few: each thread packs panels of b and passes all rows over them.
- * Where `out` is small it stays in the cache while k goes by, so that `a` is read once. */
+/* For few rows of `a`, contiguous in k: each thread packs panels of b and multiplies all rows by them. A small `out`
+ * stays in the cache over all k, so that `a` is read once. */
 static int multiply_few_rows(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_stride,
                              const uint16_t *b, int64_t bk, int64_t bn, float *out, int64_t stride, int add,
                              int threads) {
@@ -445,8 +445,8 @@ static int multiply_few_rows(int64_t rows, int64_t columns, int64_t ks, const ui
     return failed;
 }
 
-/* Columns of `a` lie next to each other, and there are many rows: b is packed once, each thread packs blocks of a and
- * sums each tile over all k, so that it is stored once, in float32 or rounded to bfloat16. */
+/* For many rows of `a`, contiguous in rows: b is packed once, each thread packs blocks of a and sums each tile over all
+ * k, so that it is stored once, in float32 or rounded to bfloat16. */
 static int multiply_many_rows(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_stride,
                               const uint16_t *b, int64_t bk, int64_t bn, void *out, int kind, int64_t stride, int add,
                               int threads) {
@@ -492,7 +492,7 @@ static int multiply_many_rows(int64_t rows, int64_t columns, int64_t ks, const u
     return failed;
 }
 
-/* out[rows, columns] (+)= a[rows, ks] b[ks, columns]; strides in elements. 0 when done. */
+/* out[rows, columns] (+)= a[rows, ks] b[ks, columns]; strides in elements. Returns 0 on success. */
 int prefloss_multiply(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_row, int64_t a_k,
                       const uint16_t *b, int64_t bk, int64_t bn, void *out, int kind, int64_t stride, int add,
                       int threads) {
@@ -500,7 +500,7 @@ int prefloss_multiply(int64_t rows, int64_t columns, int64_t ks, const uint16_t 
         float *sums = out;
         int failed = multiply_few_rows(rows, columns, ks, a, a_row, b, bk, bn, sums, stride, add, threads);
         if (failed || ks % 2 == 0) return failed;
-        /* the last of an odd number of k has no partner in its pair */
+        /* the last of an odd number of k has no other half of its pair */
         for (int64_t r = 0; r < rows; r++) {
             float last = from_bits((uint32_t)a[r * a_row + ks - 1] << 16);
             for (int64_t n = 0; n < columns; n++)
@@ -512,7 +512,7 @@ int prefloss_multiply(int64_t rows, int64_t columns, int64_t ks, const uint16_t 
     return multiply_many_rows(rows, columns, ks, a, a_k, b, bk, bn, out, kind, stride, add, threads);
 }
 
-/* Logits of one panel in x, those beyond `width` unset, into the sums of its row, and as codes where these are kept */
+/* Add the logits of one panel, x[:width], to the sums of its row, and store them as codes if `codes` is not NULL */
 static void fold_panel(float *restrict x, int width, const float *bias, transform_t t, sums_t *sums, int stats,
                        int16_t *codes, float *reference) {
     if (bias)
@@ -529,9 +529,9 @@ static void fold_panel(float *restrict x, int width, const float *bias, transfor
     store_block(codes, CODE, 0, width, y);
 }
 
-/* The logits x w^T + bias of bfloat16 [rows, width] and [columns, width], which never leave the cache, into the sums of
- * their rows; codes and references of all but ignored rows, unless NULL. Panels are shared out in a fixed number of runs,
- * whose sums are joined in order: the result does not depend on the number of threads. 0 when done. */
+/* Add the logits x w^T + bias of bfloat16 [rows, width] and [columns, width], which never leave the cache, to the sums
+ * of their rows. Store codes and references of all but ignored rows, unless NULL. Panels are divided into a fixed number
+ * of runs, whose sums are joined in order, so the result does not depend on the number of threads. 0 on success. */
 int prefloss_project(int64_t rows, int64_t columns, int64_t width, const uint16_t *x, int64_t x_stride,
                      const uint16_t *w, int64_t w_stride, const float *bias, const int64_t *targets, int64_t first,
                      transform_t t, sums_t *sums, int stats, int16_t *codes, int64_t codes_stride, float *references,

@@ -47,13 +47,14 @@ def compile_all(backend, arch, warp_size):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from prefloss.kernels import logprob_gather
+    from prefloss.kernels.triton import kernels
+    from prefloss.kernels.triton import launch as launches
 
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
     for case, dtype, flags in cases_for(arch):
-        kernel = getattr(logprob_gather, case)
+        kernel = getattr(kernels, case)
         names = kernel.arg_names
-        launch = logprob_gather.FORWARD if "LANE" in names else logprob_gather.BACKWARD
+        launch = launches.FORWARD if "LANE" in names else launches.BACKWARD
         loaded = "fp32" if case.startswith("tile") and "KEPT" not in flags else dtype
         constants = {name: name in flags for name in FLAGS} | {"BLOCK": launch.block}
         constants["LANE"] = {"fp32": 4}.get(loaded, 8)
@@ -117,13 +118,13 @@ def test_compiles(tmp_path, request):
         [sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=600
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    found, *lines = run.stdout.splitlines()
-    targets = [target for target in TARGETS if target[0] in found.split()]
+    backends, *lines = run.stdout.splitlines()
+    targets = [target for target in TARGETS if target[0] in backends.split()]
     if not targets:
-        pytest.skip(f"this Triton compiles for {found} only")
+        pytest.skip(f"this Triton compiles for {backends} only")
     records = [json.loads(line) for line in lines]
-    wanted = [(arch, case) for _, arch, _ in targets for case, _, _ in cases_for(arch)]
-    assert [(record["for"], record["kernel"]) for record in records] == wanted
+    expected = [(arch, case) for _, arch, _ in targets for case, _, _ in cases_for(arch)]
+    assert [(record["for"], record["kernel"]) for record in records] == expected
     for record in records:
         assert record["size"] > 0, record
         if "arch" in record:

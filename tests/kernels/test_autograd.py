@@ -1,18 +1,18 @@
 import pytest
 import torch
 
-from prefloss.kernels import ops
+from prefloss.kernels import autograd
 from prefloss.logprobs import linear_token_logps, linear_token_stats, token_logps, token_stats
 
-OPTIONS = (1.3, 3.0, 0.7)
+OPTIONS = (-100, 1.3, 3.0, 0.7)
 TARGETS = torch.tensor([3, -100, 0, 8, 7, -100])
 
 
 @pytest.mark.parametrize("outputs", [1, 5])
 def test_token_op(outputs):
     logits = torch.randn(2, 3, 9, requires_grad=True)
-    targets = torch.where(TARGETS == -100, -1, TARGETS)
-    torch.library.opcheck(ops.token_stats, (logits, targets, *OPTIONS, 4, outputs, "chunked"))
+    options = (*OPTIONS, "recompute", 4, 0, "chunked", outputs)
+    torch.library.opcheck(autograd.token_op, (logits, TARGETS, *options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -24,15 +24,15 @@ def test_linear_op(scheme, kept, frozen, dtype):
     hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((6, 4), (9, 4), (9,)))
     hidden.requires_grad_(frozen < 2)
     weight.requires_grad_(frozen < 1)
-    arguments = (hidden, weight, bias, TARGETS, -100, *OPTIONS, scheme, 2, kept, 1, "chunked")
-    torch.library.opcheck(ops.linear_token_stats, arguments)
+    arguments = (hidden, weight, bias, TARGETS, *OPTIONS, scheme, 2, kept, "chunked", 1)
+    torch.library.opcheck(autograd.linear_op, arguments)
 
 
 def test_backward_op_from_logits():
-    logits, targets = torch.randn(2, 3, 9), torch.where(TARGETS == -100, -1, TARGETS)
-    options = (*OPTIONS, 4, 5, "chunked")
-    stats = ops.token_stats(logits, targets, *options)
-    torch.library.opcheck(ops.token_stats_backward, (torch.randn(5, 6), logits, targets, stats, *options))
+    logits = torch.randn(2, 3, 9)
+    options = (*OPTIONS, "recompute", 4, 0, "chunked", 5)
+    stats = autograd.token_op(logits, TARGETS, *options)
+    torch.library.opcheck(autograd.token_backward_op, (torch.randn(5, 6), logits, TARGETS, stats, *options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,10 +46,10 @@ def test_backward_op_from_logits():
 )
 def test_linear_backward_op(scheme, kept, needs, dtype):
     hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((6, 4), (9, 4), (9,)))
-    options = (-100, *OPTIONS, scheme, 2, kept, 1, "chunked")
-    stats, room = ops.linear_token_stats(hidden, weight, bias, TARGETS, *options)
-    arguments = (torch.randn(2, 6), hidden, weight, bias, TARGETS, stats, room, needs, *options)
-    torch.library.opcheck(ops.linear_token_stats_backward, arguments)
+    options = (*OPTIONS, scheme, 2, kept, "chunked", 1)
+    stats, memory = autograd.linear_op(hidden, weight, bias, TARGETS, *options)
+    arguments = (torch.randn(2, 6), hidden, weight, bias, TARGETS, stats, memory, needs, *options)
+    torch.library.opcheck(autograd.linear_backward_op, arguments)
 
 
 def compiled_equals_eager(call, inputs):
@@ -58,8 +58,8 @@ def compiled_equals_eager(call, inputs):
     results = []
     for op in (compiled, call):
         out = op(*inputs)
-        wanted = [x for x in inputs if x.requires_grad]
-        results.append((out, *torch.autograd.grad(out.square().sum(), wanted)))
+        trained = [x for x in inputs if x.requires_grad]
+        results.append((out, *torch.autograd.grad(out.square().sum(), trained)))
     for got, want in zip(*results, strict=True):
         error = (got - want).double().norm() / want.double().norm()
         assert error < (5e-3 if want.dtype == torch.bfloat16 else 1e-5)

@@ -1,0 +1,339 @@
+"""The ops as autograd and torch.compile see them: shapes, ignored targets, what is saved for the backward pass.
+
+Eager code runs `torch.autograd.Function`s, which cost less per call and can write gradients in place. torch.compile
+puts custom ops, ``torch.ops.prefloss.*``, into its graphs. A graph must know every shape, so these return [2 or 5, N]
+statistics and N (or `kept_tokens`) rows of what the scheme keeps, however many tokens count; unused rows are 0. Torch
+requires flat schemas, so theirs list the options one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefloss.kernels.linear import backend_of, empty_memory, linear_backward, linear_forward, scale
+from prefloss.kernels.naive import LogitTransform, compute_dtype
+from prefloss.kernels.plan import Plan
+from prefloss.kernels.tiles import LinearInputs, select_targets
+
+InputGradients = tuple[Tensor | None, ...]
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+    plan: Plan,
+    outputs: int,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Statistics of each target: [..., V] logits and [...] targets -> [outputs, ...], 0 at ignored targets.
+
+    `outputs` is 1 for log-probs alone or 5 for all of `softmax.STATS`.
+    """
+    y = targets.reshape(-1)
+    if torch.compiler.is_compiling():
+        stats = token_op(logits, y, *_flat(transform, ignore_index, plan, outputs))[:outputs]
+    else:
+        y = _negative_if_ignored(y, ignore_index)
+        stats = _TokenStats.apply(logits, y, transform, plan, outputs, inplace_backward)
+    return stats.reshape(outputs, *targets.shape)
+
+
+def linear_token_stats(
+    inputs: LinearInputs, selected: Tensor | None, ignore_index: int, plan: Plan, outputs: int
+) -> Tensor:
+    """The same from hidden states [..., H] and a head.
+
+    `selected` are the positions that count, see `tiles.select_targets`; None in a compiled graph, which finds them
+    when it runs.
+    """
+    hidden, weight, bias, targets, transform = inputs
+    x, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if selected is None:
+        options = _flat(transform, ignore_index, plan, outputs)
+        stats = linear_op(x, weight, bias, y, *options)[0][:outputs]
+    else:
+        stats = _LinearTokenStats.apply(x, weight, bias, y[selected], selected, transform, plan, outputs)
+    return stats.reshape(outputs, *targets.shape)
+
+
+def _negative_if_ignored(targets: Tensor, ignore_index: int) -> Tensor:
+    return torch.where(targets != ignore_index, targets, -1)
+
+
+class _NoSecondGradient(torch.autograd.Function):
+    """Identity whose backward pass raises."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("impl: 'chunked' can be differentiated once; 'naive' gives second derivatives")
+
+
+def differentiable_once(
+    backward: Callable[[Any, Tensor], InputGradients],
+) -> Callable[[Any, Tensor], InputGradients]:
+    """Like torch's once_differentiable, but a second derivative raises also where `grad` is a constant."""
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, grad: Tensor) -> InputGradients:
+        with torch.no_grad():
+            gradients = backward(ctx, grad)
+        if not torch.is_grad_enabled():
+            return gradients
+        depends_on = [x for x in (grad, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        return tuple(None if g is None else _NoSecondGradient.apply(g, *depends_on) for g in gradients)
+
+    return guarded
+
+
+class _TokenStats(torch.autograd.Function):
+    """Logits [..., V] and N targets, -1 at those to leave out -> [outputs, N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        transform: LogitTransform,
+        plan: Plan,
+        outputs: int,
+        inplace_backward: bool,
+    ) -> Tensor:
+        stats = backend_of(plan.impl).token_forward(logits, targets, transform, plan.chunk_tokens, outputs)
+        ctx.save_for_backward(logits, targets, stats)
+        ctx.impl, ctx.options = plan.impl, (transform, plan.chunk_tokens, inplace_backward)
+        # a copy, so that the caller may write over the result
+        return stats[:outputs].clone()
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> InputGradients:
+        return backend_of(ctx.impl).token_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    """Hidden [N, H], weight [V, H], bias [V], the n targets that count and their positions -> [outputs, N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        selected: Tensor,
+        transform: LogitTransform,
+        plan: Plan,
+        outputs: int,
+    ) -> Tensor:
+        inputs = LinearInputs(_rows(hidden, selected), weight, bias, targets, transform)
+        stats, kept = linear_forward(inputs, plan, outputs)
+        ctx.save_for_backward(hidden, weight, bias, targets, selected, stats)
+        # not through save_for_backward, because the backward pass writes over it
+        ctx.kept, ctx.plan, ctx.transform = kept, plan, transform
+        return stats.new_zeros(outputs, len(hidden)).index_copy_(1, selected, stats[:outputs])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> InputGradients:
+        hidden, weight, bias, targets, selected, stats = ctx.saved_tensors
+        grad = grad if len(selected) == len(hidden) else grad[:, selected]
+        kept = ctx.kept
+        if ctx.plan.scheme == "unscaled":
+            d_x, d_weight, d_bias = scale(kept, grad, hidden.dtype), None, None
+        else:
+            # this pass writes over it; a second one computes the logits again
+            ctx.kept = None
+            inputs = LinearInputs(_rows(hidden, selected), weight, bias, targets, ctx.transform)
+            d_x, d_weight, d_bias = linear_backward(
+                grad, inputs, stats, kept, ctx.plan, ctx.needs_input_grad[:3]
+            )
+        # the largest of all tensors here
+        del kept
+        if d_x is not None and len(selected) < len(hidden):
+            d_x = torch.zeros_like(hidden).index_copy_(0, selected, d_x)
+        return d_x, d_weight, d_bias, *(None,) * 5
+
+
+def _rows(hidden: Tensor, selected: Tensor) -> Tensor:
+    return hidden if len(selected) == len(hidden) else hidden.index_select(0, selected)
+
+
+_OPTIONS = (
+    "int ignore_index, float logit_scale, float? softcap, float temperature, str scheme, int chunk_tokens, "
+    "int kept_tokens, str impl, int outputs"
+)
+
+
+class _Options(NamedTuple):
+    """Options of the custom ops, as `_OPTIONS` lists them."""
+
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    scheme: Any
+    chunk_tokens: int
+    kept_tokens: int
+    impl: Any
+    outputs: int
+
+    @property
+    def transform(self) -> LogitTransform:
+        return LogitTransform(self.logit_scale, self.softcap, self.temperature)
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.scheme, self.chunk_tokens, self.kept_tokens, self.impl)
+
+
+def _flat(transform: LogitTransform, ignore_index: int, plan: Plan, outputs: int) -> tuple[Any, ...]:
+    """The `_OPTIONS`; a plain function and tuple, which torch.compile traces in all versions."""
+    softcap = None if transform.softcap is None else float(transform.softcap)
+    floats = float(transform.logit_scale), softcap, float(transform.temperature)
+    return ignore_index, *floats, plan.scheme, plan.chunk_tokens, plan.kept_tokens, plan.impl, outputs
+
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
+
+
+def _custom_op(name: str, arguments: str, returns: str) -> Callable[..., Any]:
+    return torch.library.custom_op(f"prefloss::{name}", mutates_args=(), schema=f"({arguments}) -> {returns}")
+
+
+@_custom_op("token_stats", f"Tensor logits, Tensor targets, {_OPTIONS}", "Tensor")
+def token_op(logits: Tensor, targets: Tensor, *flat: Any) -> Tensor:
+    """Logits [..., V] and targets [N] -> statistics [2 or 5, N]."""
+    options = _Options(*flat)
+    y = _negative_if_ignored(targets, options.ignore_index)
+    token_forward = backend_of(options.impl).token_forward
+    return token_forward(logits, y, options.transform, options.chunk_tokens, options.outputs)
+
+
+@token_op.register_fake
+def _(logits: Tensor, targets: Tensor, *flat: Any) -> Tensor:
+    return _empty_stats(logits, targets, _Options(*flat).outputs)
+
+
+@_custom_op(
+    "token_stats_backward", f"Tensor grad, Tensor logits, Tensor targets, Tensor stats, {_OPTIONS}", "Tensor"
+)
+def token_backward_op(grad: Tensor, logits: Tensor, targets: Tensor, stats: Tensor, *flat: Any) -> Tensor:
+    """Gradient of the logits from that of the first `outputs` statistics."""
+    options = _Options(*flat)
+    y = _negative_if_ignored(targets, options.ignore_index)
+    token_backward = backend_of(options.impl).token_backward
+    return token_backward(grad[: options.outputs], logits, y, stats, options.transform, options.chunk_tokens)
+
+
+@token_backward_op.register_fake
+def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _save_token(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2], output)
+    ctx.options = inputs[2:]
+
+
+def _token_gradients(ctx: Any, grad: Tensor) -> InputGradients:
+    d_logits = token_backward_op(grad, *ctx.saved_tensors, *ctx.options)
+    return d_logits, None, *(None for _ in ctx.options)
+
+
+token_op.register_autograd(_token_gradients, setup_context=_save_token)
+
+
+@_custom_op("linear_token_stats", f"{_HEAD}, {_OPTIONS}", "(Tensor, Tensor)")
+def linear_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *flat: Any
+) -> tuple[Tensor, Tensor]:
+    """Hidden [N, H], weight [V, H], bias [V] and targets [N] -> statistics [2 or 5, N] and what the scheme keeps."""
+    options = _Options(*flat)
+    plan, selected = options.plan, select_targets(targets, options.ignore_index)
+    memory = empty_memory(hidden, weight, plan)
+    if len(selected) < len(memory):
+        # the output of an op depends on its inputs only, not on what was in the memory before
+        memory.zero_()
+    inputs = LinearInputs(
+        hidden.index_select(0, selected), weight, bias, targets[selected], options.transform
+    )
+    stats, _ = linear_forward(inputs, plan, options.outputs, memory)
+    return stats.new_zeros(len(stats), len(hidden)).index_copy_(1, selected, stats), memory
+
+
+@linear_op.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *flat: Any
+) -> tuple[Tensor, Tensor]:
+    options = _Options(*flat)
+    return _empty_stats(hidden, targets, options.outputs), empty_memory(hidden, weight, options.plan)
+
+
+@_custom_op(
+    "linear_token_stats_backward",
+    f"Tensor grad, {_HEAD}, Tensor stats, Tensor memory, bool[] needs, {_OPTIONS}",
+    "(Tensor, Tensor, Tensor)",
+)
+def linear_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, without elements where `needs` is false."""
+    hidden, weight, bias, targets, stats, memory, needs, *flat = arguments
+    options = _Options(*flat)
+    plan, selected = options.plan, select_targets(targets, options.ignore_index)
+    grad, d_weight, d_bias = grad[: options.outputs, selected], None, None
+    if plan.scheme == "unscaled":
+        d_x = scale(memory[: len(selected)], grad, hidden.dtype)
+    else:
+        x = hidden.index_select(0, selected)
+        inputs = LinearInputs(x, weight, bias, targets[selected], options.transform)
+        kept = memory if min(len(selected), plan.kept_tokens) else None
+        d_x, d_weight, d_bias = linear_backward(
+            grad, inputs, stats[:, selected], kept, plan, tuple(needs), overwrite=False
+        )
+    d_hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
+    if d_x is not None:
+        d_hidden.index_copy_(0, selected, d_x)
+    none = hidden.new_zeros(0)
+    return d_hidden, none if d_weight is None else d_weight, none.clone() if d_bias is None else d_bias
+
+
+@linear_backward_op.register_fake
+def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, *_, needs = arguments[:7]
+    shapes = (hidden.shape, weight.shape, (weight.shape[0],))
+    d_hidden, d_weight, d_bias = (
+        torch.empty(shape if need else (0,), dtype=hidden.dtype, device=hidden.device)
+        for shape, need in zip(shapes, needs, strict=True)
+    )
+    return d_hidden, d_weight, d_bias
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.options = inputs[4:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _linear_gradients(ctx: Any, grad: Tensor, _: Any) -> InputGradients:
+    needs = [bool(need) for need in ctx.needs_input_grad[:3]]
+    gradients = linear_backward_op(grad, *ctx.saved_tensors, needs, *ctx.options)
+    needed = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return *needed, None, *(None for _ in ctx.options)
+
+
+linear_op.register_autograd(_linear_gradients, setup_context=_save_linear)
+
+
+def _empty_stats(x: Tensor, targets: Tensor, outputs: int) -> Tensor:
+    shape = (max(2, outputs), targets.shape[0])
+    return torch.empty(shape, dtype=compute_dtype(x.dtype), device=x.device)

@@ -1,0 +1,1 @@
+"""Compiled C for what PyTorch lacks on a CPU."""

@@ -1,0 +1,167 @@
+"""Products with the head, [V, H], and sums of its gradient: in float32, some rows of the head at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from prefloss.kernels import constant_when_compiled
+from prefloss.kernels.cpu import native
+from prefloss.kernels.naive import compute_dtype
+from prefloss.kernels.tiles import Grid, on_cpu, rows_of, slices
+
+HeadGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+# Elements of the head that are converted at a time, 16 MiB.
+HEAD_ELEMENTS = 2**22
+# torch.addmm takes out_dtype from here on; before, a mixed matmul could not add
+_ADDS_MIXED = TorchVersion(torch.__version__) >= TorchVersion("2.10")
+
+
+def has_mixed_matmul(x: Tensor) -> bool:
+    """Whether `matmul` multiplies x in half precision into float32."""
+    if on_cpu(x):
+        return native.multiplies(x.dtype)
+    return _device_has_mixed_matmul(x.device.type, x.dtype)
+
+
+@constant_when_compiled
+def _device_has_mixed_matmul(device_type: str, dtype: torch.dtype) -> bool:
+    # builds for AMD devices have the overload too, but some fail when it is called
+    exists = (
+        device_type == "cuda" and torch.version.hip is None and "dtype_out" in torch.ops.aten.mm.overloads()
+    )
+    return exists and dtype in (torch.float16, torch.bfloat16)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """Out = a @ b or out += a @ b, summed in the precision of `out`, or in float32 if a and b are half precision.
+
+    `out` may be bfloat16 if nothing is added: with a mixed matmul on the CPU it is rounded once, after the sum.
+    """
+    if on_cpu(out) and has_mixed_matmul(a) and native.multiply(a, b, out, add):
+        return out
+    if a.dtype != out.dtype and (on_cpu(out) or not has_mixed_matmul(a)):
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if a.dtype == out.dtype:
+        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    if not add:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    if _ADDS_MIXED:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return out.add_(torch.mm(a, b, out_dtype=out.dtype))
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> Tensor:
+    """Logits x @ weight.T + bias in the precision of z, [m, V], which is filled and returned."""
+    if x.dtype == z.dtype or has_mixed_matmul(x):
+        matmul(x, weight.T, out=z)
+    else:
+        x = x.to(z.dtype)
+        for part in slices(len(weight), rows_of(weight, HEAD_ELEMENTS)):
+            matmul(x, weight[part].to(z.dtype).T, out=z[:, part])
+    return z if bias is None else z.add_(bias)
+
+
+def add_product(dz: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Out += dz @ weight, a gradient of hidden states, summed in the precision of `out`."""
+    if dz.dtype == weight.dtype:
+        matmul(dz, weight, out=out, add=True)
+        return
+    for part in slices(len(weight), rows_of(weight, HEAD_ELEMENTS)):
+        out.addmm_(dz[:, part], weight[part].to(dz.dtype))
+
+
+def gradient_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which the gradient of the logits enters the matmuls of the backward pass."""
+    # A float32 matmul takes 2 (CPU) to 10 (GPU) times as long, so one factor is rounded to bfloat16, once, and the
+    # sums stay in float32. In float16 the small entries would vanish.
+    rounds = x.dtype == torch.bfloat16 and has_mixed_matmul(x)
+    return torch.bfloat16 if rounds else compute_dtype(x.dtype)
+
+
+class Gradients:
+    """Sums the gradients of hidden states [n, H], weight and bias from tiles of the gradient of the logits.
+
+    Tiles come span by span of the vocabulary: `add` for each slice of tokens, then `finish` for the span.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        needs: tuple[bool, ...],
+        grid: Grid,
+        dz_dtype: torch.dtype,
+        *,
+        unit: Tensor | None = None,
+        memory: Tensor | None = None,
+        rounded: bool = True,
+    ) -> None:
+        """Allocate the sums.
+
+        Args:
+            x: Hidden states.
+            weight: Weight of the head.
+            needs: Whether hidden states, weight and bias need a gradient.
+            grid: How the tiles cut the logits.
+            dz_dtype: Of the gradients of the logits.
+            unit: What the gradients of the logits have been divided by, or None.
+            memory: For the gradient of the weight, written to when a span is finished, or None.
+            rounded: Whether to round the gradient of x to its dtype; False leaves it in float32 to be summed over
+                processes.
+        """
+        need_x, need_weight, need_bias = needs
+        dtype = compute_dtype(x.dtype)
+        self.x, self.weight, self.unit, self.rounded = x, weight, unit, rounded
+        self.d_x = self.d_weight = self.sum = None
+        # A single product needs no sum: the device adds in float32 and rounds once. (A CPU does so for d_weight only.)
+        exact = unit is None and dz_dtype == x.dtype
+        self.direct = exact and len(grid.spans) == 1 and (x.dtype == dtype or (rounded and not on_cpu(x)))
+        if need_x:
+            new = torch.empty if self.direct else torch.zeros
+            self.d_x = new(x.shape, dtype=x.dtype if self.direct else dtype, device=x.device)
+        self.d_bias = torch.zeros(len(weight), dtype=dtype, device=x.device) if need_bias else None
+        self.first = True
+        if not need_weight:
+            return
+        self.d_weight = (
+            torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if memory is None else memory
+        )
+        if not (exact and len(grid.slabs) == 1) and (weight.dtype != dtype or memory is not None):
+            self.sum = torch.empty(grid.width, weight.shape[1], dtype=dtype, device=x.device)
+
+    def add(self, rows: slice, span: slice, dz: Tensor) -> None:
+        """Add the gradient of the logits of some rows and a span of columns, [m, w]."""
+        if self.d_bias is not None:
+            self.d_bias[span] += dz.sum(0, dtype=self.d_bias.dtype)
+        if self.d_x is not None and self.direct:
+            matmul(dz, self.weight[span], out=self.d_x[rows])
+        elif self.d_x is not None:
+            add_product(dz, self.weight[span], self.d_x[rows])
+        if self.d_weight is None:
+            return
+        sums = self.d_weight[span] if self.sum is None else self.sum[: span.stop - span.start]
+        matmul(dz.T, self.x[rows].to(dz.dtype), out=sums, add=not self.first)
+        self.first = False
+
+    def finish(self, span: slice) -> None:
+        """Write the gradient of some rows of the weight, whose tiles have all been added."""
+        if self.d_weight is not None and self.first:
+            self.d_weight[span] = 0
+        elif self.d_weight is not None and self.sum is not None:
+            total = self.sum[: span.stop - span.start]
+            self.d_weight[span] = total if self.unit is None else total.mul_(self.unit)
+        self.first = True
+
+    def gradients(self) -> HeadGradients:
+        """Of hidden states, weight and bias; None for those that need none."""
+        dtype = self.x.dtype
+        d_x, d_bias = self.d_x, self.d_bias
+        if self.unit is not None:
+            d_x = None if d_x is None else d_x.mul_(self.unit)
+            d_bias = None if d_bias is None else d_bias.mul_(self.unit)
+        if d_x is not None and self.rounded:
+            d_x = d_x.to(dtype)
+        return d_x, self.d_weight, None if d_bias is None else d_bias.to(dtype)

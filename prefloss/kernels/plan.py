@@ -1,0 +1,275 @@
+"""How a log-prob op is computed: chosen from sizes, dtype, device and memory budget.
+
+Of n tokens that count, one product with a head of V rows takes 2 n V H operations. The schemes of the linear op:
+
+- "unscaled", for a frozen head: the gradient of each log-prob in its hidden state is saved, [n, H]. It depends on that
+  token alone, so backward only scales it. Two products, one tile of memory.
+- "keep": the logits of the first `kept_tokens` tokens are kept, in float32, or in 16 bits for half precision. Triton
+  keeps the softmax instead. Three products.
+- "recompute": nothing is kept; backward computes the logits of each tile again. Four products.
+- "score": there is no gradient. One product.
+
+Any loss may follow.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefloss import kernels
+from prefloss.kernels.arguments import Options
+from prefloss.kernels.cpu import native
+from prefloss.kernels.kept import kept_columns, kept_dtype
+from prefloss.kernels.matmul import gradient_dtype, has_mixed_matmul
+from prefloss.kernels.naive import compute_dtype
+from prefloss.kernels.softmax import too_low_for_codes
+from prefloss.kernels.tiles import MATMUL_ELEMENTS, default_chunk, on_cpu
+
+_log = logging.getLogger("prefloss")
+logged: set[tuple[object, ...]] = set()
+
+Scheme = Literal["autograd", "score", "unscaled", "keep", "recompute"]
+
+# "auto" takes naive for up to this many logits: there it takes the same time (CPU), can be compiled as one graph and
+# can be differentiated twice. Beyond, its 12 to 16 bytes per logit matter, and allocating that much takes longer than
+# computing the logits twice.
+NAIVE_ELEMENTS = 2**20
+
+# Memory for logits kept between forward and backward and for tiles of them, besides the gradients: 1 GiB, that is
+# 2048 tokens of a vocabulary of 128k in float32 and twice as many in bfloat16.
+BUDGET_BYTES = 2**30
+
+
+class Request(NamedTuple):
+    """What a plan depends on besides the number of tokens.
+
+    Attributes:
+        like: A tensor of the dtype and on the device of the inputs.
+        vocabulary: V.
+        width: H of the hidden states; None for an op on logits.
+        gradient: What needs a gradient: nothing, hidden states only, or the head too.
+        stats_gradient: Whether entropy and the other statistics need one too.
+        options: Options of the op.
+    """
+
+    like: Tensor
+    vocabulary: int
+    width: int | None
+    gradient: Literal["none", "hidden", "head"]
+    stats_gradient: bool
+    options: Options
+
+    def naive(self, positions: int) -> bool:
+        """Whether plain torch does it, for so many positions, ignored ones included."""
+        impl, few = self.options.impl, positions * self.vocabulary <= NAIVE_ELEMENTS
+        return impl == "naive" or (impl == "auto" and self.options.chunk_tokens is None and few)
+
+    def triton(self) -> bool:
+        """Whether Triton kernels do what plain torch does not."""
+        runs = self.like.dtype != torch.float64 and kernels.available()
+        auto = self.options.impl == "auto" and self.like.device.type not in ("cpu", "meta")
+        return self.options.impl == "triton" or (auto and runs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an op is computed, and why. Kernels read the scheme, the two numbers of tokens and `impl`.
+
+    Attributes:
+        scheme: What stays in memory for the backward pass: "autograd", "score", "unscaled", "keep" or "recompute";
+            see `prefloss.kernels.plan`.
+        chunk_tokens: Size of a tile of logits, as the number of tokens whose logits fill it; at least 1.
+        kept_tokens: Tokens, from the first on, whose logits are kept for the backward pass.
+        impl: "naive", "chunked" or "triton".
+        op: "token" (from logits) or "linear" (from hidden states and a head).
+        row_passes: What computes softmax and its gradient: "native" (compiled C), "triton" or "torch".
+        head_sums: How products with a half-precision head are summed in float32: "native", "mixed" (the device's own
+            matmul), "upcast" (a copy of the head in float32, some rows at a time) or "same" (not half precision).
+        matmuls: Products of 2 n V H operations in forward and backward together, n the tokens that count.
+        tokens: n, or an upper bound of it where a graph is compiled.
+        bytes_kept: Memory held between forward and backward, gradients and statistics left out. "chunked" writes the
+            gradient of the head over the logits kept of the first tokens, about H of them.
+        bytes_scratch: Memory of tiles, held during forward and again during backward.
+        why: Why this scheme.
+        fallback: Why a faster way is not available, or None.
+    """
+
+    scheme: Scheme = "recompute"
+    chunk_tokens: int = 1
+    kept_tokens: int = 0
+    impl: Literal["naive", "chunked", "triton"] = "chunked"
+    op: Literal["token", "linear"] = "linear"
+    row_passes: Literal["native", "triton", "torch"] = "torch"
+    head_sums: Literal["native", "mixed", "upcast", "same"] = "same"
+    matmuls: float = 0
+    tokens: int = 0
+    bytes_kept: int = 0
+    bytes_scratch: int = 0
+    why: str = ""
+    fallback: str | None = None
+
+    def __str__(self) -> str:
+        """One attribute per line."""
+        return "\n".join(f"{field.name:>13}  {getattr(self, field.name)}" for field in fields(self))
+
+
+def make_plan(request: Request, tokens: int, positions: int | None = None) -> Plan:
+    """The plan for `tokens` that count among so many `positions`; None if all positions count."""
+    positions = tokens if positions is None else positions
+    if request.naive(positions):
+        return _plan_naive(request, positions)
+    return (
+        _plan_token(request, tokens)
+        if request.width is None
+        else _plan_linear(request, tokens, request.width)
+    )
+
+
+def _plan_naive(request: Request, tokens: int) -> Plan:
+    logits = tokens * request.vocabulary
+    matmuls = 0 if request.width is None else {"none": 1, "hidden": 2, "head": 3}[request.gradient]
+    return Plan(
+        "autograd", tokens, tokens, "naive", "token" if request.width is None else "linear", matmuls=matmuls,
+        tokens=tokens, bytes_kept=logits * 3 * compute_dtype(request.like.dtype).itemsize,
+        why=f"{logits} logits are few, or impl is 'naive': plain torch stores all of them",
+    )  # fmt: skip
+
+
+def _plan_token(request: Request, tokens: int) -> Plan:
+    like, vocabulary = request.like, request.vocabulary
+    passes, fallback = _row_passes(request)
+    chunk = request.options.chunk_tokens or max(1, min(tokens, MATMUL_ELEMENTS // vocabulary))
+    scratch = 0 if passes != "torch" else min(chunk * vocabulary, 2**21) * compute_dtype(like.dtype).itemsize
+    return Plan(
+        "recompute", chunk, 0, _impl(passes), "token", passes, tokens=tokens, bytes_scratch=scratch,
+        why="forward and backward each read the logits once; a logsumexp and a log-prob per token are kept",
+        fallback=fallback,
+    )  # fmt: skip
+
+
+def _plan_linear(request: Request, tokens: int, width: int) -> Plan:
+    like, vocabulary = request.like, request.vocabulary
+    budget, chunk = request.options.budget_bytes, request.options.chunk_tokens
+    budget = BUDGET_BYTES if budget is None else budget
+    chunk = chunk or default_chunk(tokens, vocabulary, on_cpu(like))
+    chunk = max(1, min(chunk, tokens))
+    passes, slow_rows = _row_passes(request)
+    sums, slow_head = _head_sums(like)
+    memory = _memory(request, width, chunk)
+    scheme, kept, why = _scheme(request, tokens, memory, budget)
+    too_small = None
+    if scheme == "keep" and kept < tokens:
+        too_small = f"{kept} of {tokens} tokens fit the budget of {budget} bytes, the rest is projected again"
+        scheme = "keep" if kept else "recompute"
+    share = kept / tokens if tokens else 1
+    matmuls = {"score": 1, "unscaled": 2, "keep": 4 - share, "recompute": 4}[scheme]
+    if scheme in ("keep", "recompute") and request.gradient == "hidden":
+        matmuls -= 1
+    all_kept = scheme == "keep" and kept == tokens
+    return Plan(
+        scheme, chunk, kept, _impl(passes), "linear", passes, sums, matmuls, tokens,
+        bytes_kept=tokens * memory.unscaled if scheme == "unscaled" else kept * memory.kept,
+        bytes_scratch=memory.tiles["recompute" if scheme == "keep" and not all_kept else scheme],
+        why=why,
+        fallback="; ".join(filter(None, (too_small, slow_rows, slow_head))) or None,
+    )  # fmt: skip
+
+
+def _impl(passes: str) -> Literal["chunked", "triton"]:
+    return "triton" if passes == "triton" else "chunked"
+
+
+class _Memory(NamedTuple):
+    """Bytes per token of kept logits and of a gradient saved unscaled, and bytes of the tiles of each scheme.
+
+    Those of "keep" hold if all tokens are kept.
+    """
+
+    kept: int
+    unscaled: int
+    tiles: dict[str, int]
+
+
+def _memory(request: Request, width: int, chunk: int) -> _Memory:
+    like, vocabulary = request.like, request.vocabulary
+    size = compute_dtype(like.dtype).itemsize
+    kept = kept_columns(like.dtype, vocabulary) * kept_dtype(like.dtype).itemsize
+    codes = not too_low_for_codes(request.options.transform)
+    fused = on_cpu(like) and native.multiplies(like.dtype) and width % 2 == 0 and codes
+    gradient = chunk * vocabulary * gradient_dtype(like).itemsize
+    logits = chunk * (kept if fused else vocabulary * size)
+    # the gradient is written over logits of its own precision, or over codes
+    both = max(logits, gradient) if fused or gradient == logits else logits + gradient
+    tiles = {
+        "score": 0 if fused else logits,
+        "unscaled": both,
+        "keep": gradient if fused or kept_dtype(like.dtype).itemsize == size else max(logits, gradient),
+        "recompute": logits + gradient if fused else both,
+    }
+    return _Memory(kept, width * size, tiles)
+
+
+def _scheme(request: Request, tokens: int, memory: _Memory, budget: int) -> tuple[Scheme, int, str]:
+    """The scheme with the fewest matmuls that the budget allows, how many tokens it keeps, and why."""
+    if request.gradient == "none":
+        return "score", 0, "no gradient is needed"
+    unscaled = tokens * memory.unscaled + memory.tiles["unscaled"]
+    if request.gradient == "hidden" and not request.stats_gradient and unscaled <= budget:
+        return (
+            "unscaled",
+            0,
+            "the head is frozen, so the gradient of each log-prob in its hidden state is saved",
+        )
+    if kept_dtype(request.like.dtype) == torch.int16 and too_low_for_codes(request.options.transform):
+        return "recompute", 0, "the softcap is too low for logits in 16 bits"
+    if tokens * memory.kept + memory.tiles["keep"] <= budget:
+        return "keep", tokens, "the logits of all tokens fit the budget"
+    kept = max(0, (budget - memory.tiles["recompute"]) // memory.kept)
+    return "keep", min(tokens, kept), "the logits of all tokens do not fit the budget"
+
+
+def _row_passes(request: Request) -> tuple[Literal["native", "triton", "torch"], str | None]:
+    like = request.like
+    if request.triton():
+        return "triton", None
+    if on_cpu(like) and native.passes_over(like.dtype):
+        return "native", None
+    if like.dtype == torch.float64:
+        return "torch", None
+    why = "no Triton for this device, or impl is not 'triton'"
+    if on_cpu(like):
+        why = "native.c could not be compiled here or is switched off"
+    return "torch", f"{why}, so plain torch passes over the rows"
+
+
+def _head_sums(like: Tensor) -> tuple[Literal["native", "mixed", "upcast", "same"], str | None]:
+    if like.dtype not in (torch.bfloat16, torch.float16):
+        return "same", None
+    if has_mixed_matmul(like):
+        return ("native" if on_cpu(like) else "mixed"), None
+    return "upcast", (
+        f"{like.device.type} cannot multiply {like.dtype} matrices with float32 sums, so the head is copied to "
+        "float32 some rows at a time"
+    )
+
+
+def report(plan: Plan, strict: bool) -> Plan:
+    """Log the first plan of each kind; with `strict`, raise RuntimeError if it has a fallback."""
+    if strict and plan.fallback is not None:
+        raise RuntimeError(f"strict: got a fallback, expected none: {plan.fallback}")
+    if torch.compiler.is_compiling():
+        return plan
+    kind = (plan.op, plan.impl, plan.scheme, plan.row_passes, plan.head_sums, plan.fallback is None)
+    if kind not in logged:
+        logged.add(kind)
+        _log.info(
+            "prefloss: %s log-probs of %d tokens by %s/%s, %.3g matmuls, %.0f MiB kept, tiles of %d tokens (%s)%s",
+            plan.op, plan.tokens, plan.impl, plan.scheme, plan.matmuls, plan.bytes_kept / 2**20, plan.chunk_tokens,
+            plan.why, "" if plan.fallback is None else f"; fallback: {plan.fallback}",
+        )  # fmt: skip
+    return plan

@@ -1,0 +1,178 @@
+"""Launchers of the Triton kernels: the ops from logits, and the passes over one tile of logits.
+
+`token_forward` and `token_backward` have the arguments and results of their namesakes in `chunked`, for half precision
+and float32; `chunk_tokens` has no effect here.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from math import e, log2
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from prefloss.kernels.naive import LogitTransform
+from prefloss.kernels.softmax import coefficients
+from prefloss.kernels.tiles import TileSpec
+from prefloss.kernels.triton import kernels
+
+
+class Launch(NamedTuple):
+    """How many logits a program works on at a time, and on how many warps."""
+
+    block: int
+    warps: int
+
+
+# 32 logits per thread (where a warp has 32): four loads of 16 bytes each in bfloat16, at 32 registers
+FORWARD = Launch(4096, 4)
+BACKWARD = Launch(4096, 4)
+
+
+def token_forward(
+    logits: Tensor, targets: Tensor, transform: LogitTransform, chunk_tokens: int, outputs: int
+) -> Tensor:
+    """Statistics [2 or 5, N] of logits [..., V] and N targets, negative at those to leave out.
+
+    A target of V or more, as in another shard of the vocabulary, has log-prob -inf and no gradient of its own.
+    """
+    x, vocabulary = _rows(logits), logits.shape[-1]
+    inner, outer, _ = factors(transform)
+    stats = torch.empty(max(2, outputs), len(targets), dtype=torch.float32, device=logits.device)
+    block, warps = _launch(FORWARD, vocabulary)
+    _run(
+        kernels.gather_fwd_kernel, len(targets), warps, x.data, targets, stats, *x.strides, stats.stride(0),
+        x.per_batch, vocabulary, inner, outer, outer * log2(e), SOFTCAP=transform.softcap is not None,
+        STATS=outputs > 2, BLOCK=block, LANE=_lane(logits),
+    )  # fmt: skip
+    return stats
+
+
+def token_backward(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    transform: LogitTransform,
+    chunk_tokens: int,
+    over_logits: bool = False,
+) -> Tensor:
+    """Gradient of logits [..., V]; `over_logits` writes it over them unless some of them share memory."""
+    x, vocabulary = _rows(logits), logits.shape[-1]
+    inner, outer, slope = factors(transform)
+    shared = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
+    over_logits = over_logits and not shared and x.data.data_ptr() == logits.data_ptr()
+    if over_logits:
+        d_logits, d_strides = logits.detach(), x.strides
+    else:
+        d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        d_strides = (x.per_batch * vocabulary, vocabulary)
+    block, warps = _launch(BACKWARD, vocabulary)
+    _run(
+        kernels.gather_bwd_kernel, len(targets) * triton.cdiv(vocabulary, block), warps, x.data, targets, stats,
+        coefficients(grad, stats), d_logits, *x.strides, *d_strides, stats.stride(0), x.per_batch, vocabulary, inner,
+        outer, slope, SOFTCAP=transform.softcap is not None, PLAIN=len(grad) == 1, BLOCK=block,
+    )  # fmt: skip
+    if over_logits:
+        # autograd then raises for any op that saved the logits for its own backward pass
+        torch.autograd.graph.increment_version(logits)
+    return d_logits
+
+
+def fold_tile(
+    logits: Tensor,
+    bias: Tensor | None,
+    spec: TileSpec,
+    sums: Tensor,
+    more: bool,
+    numerators: Tensor | None,
+    whole: bool,
+) -> None:
+    """Add raw logits [m, w] to the sums of their rows, [5, m].
+
+    Softmax numerators go to `numerators` if given: the softmax itself with `whole` rows, else against the peak so far.
+    """
+    inner, outer, _ = factors(spec.transform)
+    block, warps = _launch(FORWARD, logits.shape[1])
+    _run(
+        kernels.tile_stats_kernel, len(logits), warps, logits, bias, spec.targets, sums, numerators, logits.stride(0),
+        0 if numerators is None else numerators.stride(0), sums.stride(0), spec.first, logits.shape[1], inner,
+        outer * log2(e), SOFTCAP=spec.transform.softcap is not None, BIAS=bias is not None, STATS=more,
+        KEEP=numerators is not None, WHOLE=whole, BLOCK=block, LANE=_lane(logits),
+    )  # fmt: skip
+
+
+def differentiate_tile(
+    tile: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    spec: TileSpec,
+    stats: Tensor,
+    rates: Tensor,
+    plain: bool,
+    kept: bool,
+) -> None:
+    """Raw logits [m, w], or the softmax `kept` of them -> their gradient, in `out`, by `coefficients` in `rates`."""
+    inner, outer, slope = factors(spec.transform)
+    block, warps = _launch(BACKWARD, tile.shape[1])
+    if tile.dtype == torch.int16:
+        tile = tile.view(torch.float16)
+    _run(
+        kernels.tile_grad_kernel, len(tile) * triton.cdiv(tile.shape[1], block), warps, tile, bias, spec.targets,
+        stats, rates, out, tile.stride(0), out.stride(0), stats.stride(0), spec.first, tile.shape[1], inner, outer,
+        slope, SOFTCAP=spec.transform.softcap is not None, BIAS=bias is not None and not kept, PLAIN=plain, KEPT=kept,
+        BLOCK=block,
+    )  # fmt: skip
+
+
+class _Rows(NamedTuple):
+    """[..., V] as rows: `per_batch` of them strides[1] apart, the next so many strides[0] away; elements adjacent."""
+
+    data: Tensor
+    strides: tuple[int, int]
+    per_batch: int
+
+
+def _rows(x: Tensor) -> _Rows:
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    try:
+        matrix = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        if x.dim() == 3:
+            return _Rows(x, (x.stride(0), x.stride(1)), x.shape[1])
+        matrix = x.reshape(-1, x.shape[-1])
+    return _Rows(matrix, (0, matrix.stride(0)), max(1, len(matrix)))
+
+
+def factors(transform: LogitTransform) -> tuple[float, float, float]:
+    """Inner, outer, and the slope of z at x = 0; see `kernels`."""
+    if transform.softcap is None:
+        return 1.0, transform.factor, transform.factor
+    inner, outer = transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
+    return inner, outer, transform.factor
+
+
+def _launch(launch: Launch, columns: int) -> Launch:
+    """A smaller block for few columns, in powers of two, so that few variants are compiled."""
+    block = min(launch.block, max(128, triton.next_power_of_2(columns)))
+    return Launch(block, max(1, min(launch.warps, block // 256)))
+
+
+def _lane(x: Tensor) -> int:
+    """How many logits one thread loads at a time: 16 bytes, the widest load."""
+    return 16 // x.element_size()
+
+
+def _run(kernel: Any, programs: int, warps: int, *arguments: Any, **constants: Any) -> None:
+    device = arguments[0].device
+    # Triton launches on the current device, which may not be that of the tensors
+    context: AbstractContextManager[object] = nullcontext()
+    if device.type != "cpu":
+        context = torch.xpu.device(device) if device.type == "xpu" else torch.cuda.device(device)
+    if programs:
+        with context:
+            kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=True)
