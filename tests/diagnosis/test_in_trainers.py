@@ -64,7 +64,7 @@ def trained(where, folder, model, loss="dpo", diagnose=FALLING, **options):
 def test_a_training_where_chosen_fall_is_told_so(tmp_path, tuned, where):
     logs, said = trained(where, tmp_path, tuned)
     assert "Chosen completions are becoming less likely" in said[0]
-    assert "Losses that do: dpop" in said[0]
+    assert "Losses that do: " in said[0]
     assert len(said) <= 3
     for name in WATCHED:
         assert f"prefloss/{name}" in logs[-1]

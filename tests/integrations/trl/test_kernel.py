@@ -8,10 +8,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 from trl.trainer import utils
 
-from prefloss import plan
 from prefloss.integrations.trl import PreferenceLossCallback, attach, disable, enable
 from prefloss.integrations.trl import kernel as kernel_module
 from prefloss.integrations.trl.callback import attached
+from prefloss.kernels import plan
 from tests import tiny
 
 SIZES = {
@@ -66,7 +66,7 @@ UNLIKE = ("step_time", "total_flos", "epoch", "_runtime", "_second")
 @pytest.fixture(autouse=True)
 def fused(monkeypatch):
     """The fused path, where "auto" would take plain torch for such small sizes."""
-    monkeypatch.setattr(plan, "is_naive", lambda *args: False)
+    monkeypatch.setattr(plan, "NAIVE_ELEMENTS", 0)
 
 
 @pytest.fixture(autouse=True)
