@@ -5,9 +5,8 @@ import torch
 from transformers import TrainerCallback
 
 import prefloss
-from prefloss.integrations.transformers import PreferenceCollator, PreferenceLossCallback, Reference
+from prefloss.integrations.transformers import PreferenceLossCallback, Reference
 from prefloss.integrations.trl import PreferenceLossCallback as TrlCallback
-from prefloss.training import PreferenceBatch
 from tests import tiny
 
 
@@ -157,11 +156,3 @@ def test_another_callback_sees_the_figures(tmp_path):
     item = Sees()
     tiny.plain_train(tmp_path, "dpo", tiny.pairs(8), callbacks=[item], max_steps=1)
     assert item.seen["rewards/accuracies"] == 0.0
-
-
-def test_a_batch_that_was_sliced_is_refused():
-    batch = PreferenceCollator()([{"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 1]}] * 4)
-    # As accelerate's dispatcher does: the first half of all tensors.
-    half = {name: value[: len(batch["input_ids"]) // 2] for name, value in batch.items()}
-    with pytest.raises(ValueError, match=r"batch: got 4 rows for 4 examples; .*'dispatch_batches': False"):
-        PreferenceBatch.of(half)
