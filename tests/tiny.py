@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -69,6 +70,11 @@ def experts():
             eos_token_id=1,
         )
     )
+
+
+def adapted(policy=None, **options):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
+    return get_peft_model(model() if policy is None else policy, config)
 
 
 def _text(rng, shortest, longest):

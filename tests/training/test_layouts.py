@@ -10,7 +10,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from prefloss.integrations.transformers import PreferenceCollator, PreferenceObjective, Reference
 from tests import tiny
-from tests.training.test_forward import CONFIGS, HEADS, SMALL, V
+from tests.training.architectures import CONFIGS, HEADS, SMALL, V
 
 COMPACT = ("packed", "shared_prefix")
 ARCHITECTURES = {

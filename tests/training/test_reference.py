@@ -10,7 +10,6 @@ from prefloss.integrations.transformers import PreferenceLossCallback, Reference
 from prefloss.logratios import completion_targets
 from prefloss.training.batch import Rows
 from tests import tiny
-from tests.integrations.transformers.test_models import adapted
 
 
 def dropping():
@@ -81,7 +80,7 @@ def bf16(model):
 
 
 def second_adapter(init):
-    policy = adapted(init_lora_weights=False)
+    policy = tiny.adapted(init_lora_weights=False)
     policy.add_adapter("sft", LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init))
     for name, value in policy.named_parameters():
         if ".sft." in name:
@@ -98,7 +97,7 @@ WRONG = {
         r"another dtype \(torch.bfloat16, the policy torch.float32\)",
     ),
     "adapter": (
-        lambda: adapted(init_lora_weights=False),
+        lambda: tiny.adapted(init_lora_weights=False),
         lambda _: Reference.adapter_off(),
         "does not start at zero",
     ),
@@ -178,7 +177,7 @@ def test_an_adapter_that_cannot_be_a_reference_is_refused(tmp_path, name, messag
 def test_the_base_model_of_a_peft_model_is_no_reference(tmp_path):
     base = tiny.model()
     with pytest.raises(ValueError, match=r"Reference.adapter_off\(\) for a PEFT model"):
-        tiny.plain_train(tmp_path, "dpo", tiny.pairs(8), adapted(base), own={"reference": base})
+        tiny.plain_train(tmp_path, "dpo", tiny.pairs(8), tiny.adapted(base), own={"reference": base})
 
 
 def test_a_loss_of_log_ratios_needs_a_reference():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import MambaConfig, MambaForCausalLM
 
 from prefloss.integrations.transformers import Reference, model_logps
@@ -68,13 +68,8 @@ def test_router_loss_of_experts_is_kept(tmp_path):
     assert found["eval_loss"] > 0.5 * found["eval_aux_loss"]
 
 
-def adapted(policy=None, **options):
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options)
-    return get_peft_model(tiny.model() if policy is None else policy, config)
-
-
 def test_adapters_train_against_the_model_without_them(tmp_path):
-    lora = adapted()
+    lora = tiny.adapted()
     ours = tiny.plain_train(
         tmp_path, "dpo", tiny.pairs(), lora, own={"reference": Reference.adapter_off()}, learning_rate=1e-2
     )
@@ -89,7 +84,7 @@ def test_adapters_train_against_the_model_without_them(tmp_path):
 
 
 def test_an_adapter_is_the_reference_of_another(tmp_path):
-    lora = adapted(init_lora_weights=False)
+    lora = tiny.adapted(init_lora_weights=False)
     lora.add_adapter("sft", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     source = {name: value for name, value in lora.named_parameters() if ".default." in name}
     for name, value in lora.named_parameters():
