@@ -5,21 +5,27 @@ JOBS ?= 2
 # Passed on to the command behind `make demo` and `make test`, e.g. make test ARGS='-k dpo -x'
 ARGS ?=
 
+# What `make quick` runs.
+QUICK := tests/test_deprecated.py tests/test_feedback.py tests/test_logratios.py tests/test_metrics.py tests/test_registry.py \
+	tests/losses/test_against_oracle.py tests/losses/test_traits.py tests/data \
+	tests/diagnosis/test_findings.py tests/training/test_batch.py tests/training/test_checks.py \
+	tests/training/test_collator.py tests/integrations/trl/test_options.py tests/integrations/test_binding.py
+
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
-demo test proof: export HF_HUB_OFFLINE := 1
-test proof: export OMP_NUM_THREADS := 1
-test proof: export MKL_NUM_THREADS := 1
-test proof: export TOKENIZERS_PARALLELISM := false
+demo test quick proof: export HF_HUB_OFFLINE := 1
+test quick proof: export OMP_NUM_THREADS := 1
+test quick proof: export MKL_NUM_THREADS := 1
+test quick proof: export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test proof lint format types docs clean
+.PHONY: help demo test quick proof lint format types docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +35,9 @@ demo: $(INSTALLED) ## train a small model on the built-in preference data, on CP
 
 test: $(INSTALLED) ## all tests and docstring examples
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+quick: $(INSTALLED) ## the tests of the core, in under a minute
+	$(BIN)/pytest -n $(JOBS) $(QUICK) $(ARGS)
 
 proof: $(INSTALLED) ## the losses alone: every kit check, every oracle point, counted in the closing line
 	$(BIN)/pytest -n $(JOBS) tests/losses tests/oracle tests/testing $(ARGS)

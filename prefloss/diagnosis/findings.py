@@ -358,9 +358,9 @@ def _pull_and_push(loss: Loss, chosen: float, rejected: float) -> tuple[float, f
     policy = [torch.tensor([h - 40.0], requires_grad=True) for h in (chosen, rejected)]
     sides = [LogRatios(side, torch.full((1,), -40.0), torch.tensor([20])) for side in policy]
     pairs = Pairs(sides[0], sides[1])
-    votes = loss.spec.feedback is Labels
     with frozen_state(loss), torch.enable_grad():
-        values = loss(replace(pairs.to_labels(), kl=torch.tensor(0.0)) if votes else pairs)
+        takes_labels = loss.spec.feedback is Labels
+        values = loss(replace(pairs.to_labels(), kl=torch.tensor(0.0)) if takes_labels else pairs)
         up, down = torch.autograd.grad(values.sum(), policy, allow_unused=True)
     return (0.0 if up is None else -float(up)), (0.0 if down is None else float(down))
 
