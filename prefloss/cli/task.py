@@ -9,8 +9,8 @@ from typing import Any
 
 import prefloss
 from prefloss import data as pdata
+from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.console import CliError
-from prefloss.cli.options import TrainOptions
 from prefloss.data.rows import KIND_WORDS, kind_text
 from prefloss.demo import world
 from prefloss.feedback import KINDS, Labels, Pairs, Rankings, columns_of, optional_fields
@@ -29,7 +29,6 @@ class Task:
 
     Attributes:
         train: A datasets.Dataset, paired or labelled.
-        kind: `Pairs` or `Labels`.
         conversational: Whether texts are messages.
         better: Held-out (prompt, completion) that people preferred or upvoted.
         worse: Held-out ones that they rejected or downvoted.
@@ -37,15 +36,14 @@ class Task:
         prompts: Prompts to sample completions for.
         spoken: Rows (prompt, completion) for a supervised warm start.
         spoken_are: What these rows are, in words.
+        facts: Sentences about the data.
+        warnings: Sentences about what may be wrong with them.
         reward: True reward of a completion for `prompts[i]`, if it is known.
         ceiling: Held-out accuracy that the true reward itself reaches.
         held_out: Whether `better` and `worse` were kept out of training.
-        facts: Sentences about the data.
-        warnings: Sentences about what may be wrong with them.
     """
 
     train: Any
-    kind: type
     conversational: bool
     better: list[Row]
     worse: list[Row]
@@ -53,11 +51,11 @@ class Task:
     prompts: list[Any]
     spoken: list[Row]
     spoken_are: str
+    facts: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     reward: Callable[[int, str], float] | None = None
     ceiling: float | None = None
     held_out: bool = True
-    facts: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 def task_of(options: TrainOptions, loss: prefloss.Loss) -> Task:
@@ -84,6 +82,12 @@ def _some_losses(feedback: type, most: int = 6) -> str:
 # Optional column -> what a loss must read to use it; a weight multiplies any loss.
 _NEEDS = {field.column: field.need for kind in KINDS for field in optional_fields(kind)}
 
+_NEED_WORDS = {
+    "scores": "graded feedback: numbers in the columns score_chosen and score_rejected (of pairs) or score (of "
+    "labelled rows)",
+    "baseline": "the value of each prompt: numbers in the column baseline (of labelled rows)",
+}
+
 
 def _read_columns(loss: prefloss.Loss, columns: Collection[str]) -> list[str]:
     """The optional columns that a loss reads."""
@@ -92,14 +96,9 @@ def _read_columns(loss: prefloss.Loss, columns: Collection[str]) -> list[str]:
 
 def _check_needs(loss: prefloss.Loss, columns: Collection[str], source: str) -> None:
     """Refuse a loss that needs a column that the data do not have."""
-    words = {
-        "scores": "graded feedback: numbers in the columns score_chosen and score_rejected (of pairs) or score "
-        "(of labelled rows)",
-        "baseline": "the value of each prompt: numbers in the column baseline (of labelled rows)",
-    }
-    for need, text in words.items():
+    for need, words in _NEED_WORDS.items():
         if need in loss.needs and need not in {_NEEDS[name] for name in columns}:
-            raise CliError(f"{loss.name} needs {text}; {source} has none")
+            raise CliError(f"{loss.name} needs {words}; {source} has none")
 
 
 def _sides(rows: Any, paired: bool) -> tuple[list[Row], list[Row]]:
@@ -133,12 +132,11 @@ def _world_task(options: TrainOptions, loss: prefloss.Loss) -> Task:
     rows = [_graded(draw(), grades) for _ in range(ROWS)]
     if paired and grades:
         rows = [row for row in rows if row["score_chosen"] > row["score_rejected"]]
-    what = "judged pairs" if paired else "thumbs up and down"
+    what = "judged pairs" if paired else "upvotes and downvotes"
     judge = "a judge that gives grades" if grades else "a noisy judge"
     better, worse = _sides(held_out, paired=True)
     return Task(
         train=Dataset.from_list(rows),
-        kind=loss.spec.feedback,
         conversational=False,
         better=better,
         worse=worse,
@@ -176,7 +174,13 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
             f"{loss.name} compares two completions, but {data.name} holds {kind_text(data.kind)} rows; "
             f"losses that learn from labels: {_some_losses(Labels)}"
         )
-    columns = _columns_for(loss, data)
+    columns = list(data.optional)
+    if data.kind is Rankings:
+        columns += ["score_chosen", "score_rejected"]
+    if labelled and "score_chosen" in columns:
+        columns = [*(name for name in columns if not name.startswith("score_")), "score"]
+    columns = _read_columns(loss, columns)
+    _check_needs(loss, columns, data.name)
     train, held_out = pdata.split(data.rows, options.eval_fraction, options.seed)
     facts = _facts(loss, data)
     if data.kind is Rankings:
@@ -199,7 +203,6 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
         warnings += _label_warnings(loss, *pdata.label_counts(train))
     return Task(
         train=train.select_columns([*columns_of(loss.spec.feedback), *columns]),
-        kind=loss.spec.feedback,
         conversational=data.conversational,
         better=better,
         worse=worse,
@@ -215,22 +218,6 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
         facts=tuple(facts),
         warnings=tuple(warnings),
     )
-
-
-def _columns_for(loss: prefloss.Loss, data: pdata.Preferences) -> list[str]:
-    """Optional columns of the training rows that the loss reads, after their conversion to its kind.
-
-    Raises:
-        CliError: If one that it needs is missing.
-    """
-    columns = list(data.optional)
-    if data.kind is Rankings:
-        columns += ["score_chosen", "score_rejected"]
-    if loss.spec.feedback is Labels and "score_chosen" in columns:
-        columns = [*(name for name in columns if not name.startswith("score_")), "score"]
-    columns = _read_columns(loss, columns)
-    _check_needs(loss, columns, data.name)
-    return columns
 
 
 def _facts(loss: prefloss.Loss, data: pdata.Preferences) -> list[str]:
