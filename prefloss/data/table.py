@@ -121,10 +121,7 @@ class ReferenceTable:
     def __init__(
         self, path: Path, header: Header, keys: np.ndarray, logps: np.ndarray, tokens: np.ndarray
     ) -> None:
-        self.path = path
-        self.header = header
-        self.logps = logps
-        self.tokens = tokens
+        self.path, self.header, self.logps, self.tokens = path, header, logps, tokens
         # Two arrays, so that the binary search reads neighbouring numbers.
         self._first, self._second = (keys[:, i].copy() for i in (0, 1))
 
@@ -139,10 +136,18 @@ class ReferenceTable:
             TableError: If it is missing, damaged, no reference table, or of a later format.
             ModuleNotFoundError: If pyarrow is missing.
         """
+        import numpy as np
+
         path = Path(path)
         header, columns = _read(path)
         table = cls(path, header, *columns)
-        table._check()
+        first, second = table._first, table._second
+        rising = (first[1:] > first[:-1]) | ((first[1:] == first[:-1]) & (second[1:] > second[:-1]))
+        if not (rising.all() and np.isfinite(table.logps).all() and (table.tokens > 0).all()):
+            raise TableError(
+                f"{path}: a damaged reference table (its rows are not sorted and finite); run `prefloss reference` "
+                "again with --overwrite"
+            )
         return table
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
@@ -167,17 +172,6 @@ class ReferenceTable:
 
         held = np.stack([self._first, self._second], axis=1).astype(">u8").tobytes()
         return [held[i : i + _KEY_BYTES] for i in range(0, len(held), _KEY_BYTES)]
-
-    def _check(self) -> None:
-        import numpy as np
-
-        first, second = self._first, self._second
-        rising = (first[1:] > first[:-1]) | ((first[1:] == first[:-1]) & (second[1:] > second[:-1]))
-        if not (rising.all() and np.isfinite(self.logps).all() and (self.tokens > 0).all()):
-            raise TableError(
-                f"{self.path}: a damaged reference table (its rows are not sorted and finite); run `prefloss "
-                "reference` again with --overwrite"
-            )
 
 
 def write_table(
