@@ -120,11 +120,7 @@ class TrainOptions:
             raise CliError(str(error)) from error
 
     def output_folder(self, loss: str) -> Path:
-        """The folder that `--output` names, or the first free prefloss-runs/<loss>-<number>; not made yet.
-
-        Raises:
-            CliError: If it is a file, or is not empty and `--overwrite` is not given.
-        """
+        """The folder that `--output` names, if it may be used, or the first free prefloss-runs/<loss>-<number>."""
         folder = self.output
         if folder is None:
             # A sum of losses has a name like "0.8*dpo + 0.2*ipo".

@@ -140,11 +140,7 @@ def quiet(console: Console) -> Iterator[None]:
 
 
 class Screen:
-    """Progress of a run, as a context manager: bars and curves on a terminal, one line per measurement elsewhere.
-
-    Args:
-        console: Where to print.
-    """
+    """Progress of a run, as a context manager: bars and curves on a terminal, one line per measurement elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

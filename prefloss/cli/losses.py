@@ -48,11 +48,7 @@ _NAME_WIDTH, _PAPER_WIDTH, _WIDE = 16, 18, 110
 
 
 def show_losses(name: str | None) -> None:
-    """Print all losses, or one in full.
-
-    Raises:
-        CliError: If no loss has that name.
-    """
+    """Print all losses, or one in full; a `CliError` if no loss has that name."""
     console = Console(highlight=False)
     if name is None:
         console.print(_groups(console.width))

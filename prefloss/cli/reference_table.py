@@ -27,11 +27,7 @@ from prefloss.training import Built, ReferenceBuilder, distributed, header_of, p
 
 
 def write_reference(options: ReferenceOptions) -> None:
-    """Score the data, write the table, print what is in it.
-
-    Raises:
-        CliError: If the run cannot start or go on as asked.
-    """
+    """Score the data, write the table, print what is in it; a `CliError` if that cannot be done as asked."""
     options.check()
     # One process prints for all.
     console = Console(highlight=False, quiet=int(os.environ.get("RANK", "0")) != 0)

@@ -80,10 +80,9 @@ def print_report(console: Console, result: Result) -> None:
     console.print(table(result))
     for sentence in verdict(result):
         console.print(sentence)
-    texts = samples(result)
-    if texts is not None:
+    if result.after.samples:
         console.print()
-        console.print(texts)
+        console.print(samples(result))
 
 
 def table(result: Result) -> Table:
@@ -140,8 +139,9 @@ def verdict(result: Result) -> list[Text]:
         gain = after.reward - before.reward
         error = math.hypot(before.reward_error or 0, after.reward_error or 0)
         good = gain > 2 * error
-        words = f"The true reward {'rose' if good else 'did not clearly rise'}: {gain:+.2f} ± {error:.2f}."
-        sentences.append(Text(words, style="green" if good else "yellow"))
+        rose = "rose" if good else "did not clearly rise"
+        sentence = f"The true reward {rose}: {gain:+.2f} ± {error:.2f}."
+        sentences.append(Text(sentence, style="green" if good else "yellow"))
     elif after.accuracy is not None and after.accuracy_error is not None:
         good = after.accuracy - 0.5 > 2 * after.accuracy_error
         compared = "clearly better than" if good else "within the noise of"
@@ -170,10 +170,8 @@ def _fall(result: Result, margin: float) -> Text:
     return Text(words, style="dim")
 
 
-def samples(result: Result, count: int = 3) -> Table | None:
+def samples(result: Result, count: int = 3) -> Table:
     """What the model says before and after, to the same prompts."""
-    if not result.after.samples:
-        return None
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, title="Samples", title_justify="left", title_style="bold"
     )
@@ -182,9 +180,11 @@ def samples(result: Result, count: int = 3) -> Table | None:
     table.add_column("after", ratio=1, style="bold")
     texts = zip(result.prompts, result.before.samples, result.after.samples, strict=True)
     # One row per prompt, the first of its samples.
-    first = {prompt: (prompt, old, new) for prompt, old, new in reversed(list(texts))}
-    for prompt in list(dict.fromkeys(result.prompts))[:count]:
-        table.add_row(*(Text(_printable(text)) for text in first[prompt]))
+    rows: dict[str, tuple[str, ...]] = {}
+    for row in texts:
+        rows.setdefault(row[0], row)
+    for row in list(rows.values())[:count]:
+        table.add_row(*(Text(_printable(text)) for text in row))
     return table
 
 
@@ -241,13 +241,15 @@ def write_picture(result: Result, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True)
     figure.suptitle(f"{result.loss}\n{result.setting}", fontsize=12)
-    _first_panel(axes[0, 0], result)
-    _kl_panel(axes[0, 1], result)
-    _accuracy_panel(axes[1, 0], result)
-    _log_prob_panel(axes[1, 1], result)
+    for axis, draw in zip(
+        axes.flat, (_first_panel, _kl_panel, _accuracy_panel, _log_prob_panel), strict=True
+    ):
+        draw(axis, result)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, loc="lower left" if axis is axes[1, 1] else "lower right")
     for axis in axes[1]:
         axis.set_xlabel("optimizer steps")
     figure.savefig(path, dpi=130)
@@ -256,7 +258,7 @@ def write_picture(result: Result, path: Path) -> None:
 def _first_panel(axis: Any, result: Result) -> None:
     rewards = _series(result, "reward")[1]
     if not rewards:
-        axis.plot([step for step, _ in result.losses], [value for _, value in result.losses], color=_BLUE)
+        axis.plot(*zip(*result.losses, strict=True), color=_BLUE)
         axis.set(title="Training loss", ylabel="loss")
         return
     low = _banded(axis, result, "reward", _BLUE, "policy, ± 2 standard errors")
@@ -266,7 +268,6 @@ def _first_panel(axis: Any, result: Result) -> None:
     axis.set(title="True reward of sampled completions", ylabel="reward (judge's scale)")
     # Room for the legend below the curve, which rises.
     axis.set_ylim(min(low, first - 0.4 * (best - first)), best + 0.3)
-    axis.legend(frameon=False, loc="lower right")
 
 
 def _kl_panel(axis: Any, result: Result) -> None:
@@ -276,15 +277,13 @@ def _kl_panel(axis: Any, result: Result) -> None:
         return
     low = _banded(axis, result, "kl", _ORANGE, "± 2 standard errors")
     axis.set_ylim(bottom=min(0.0, low))
-    axis.legend(frameon=False, loc="lower right")
 
 
 def _banded(axis: Any, result: Result, field: str, colour: str, label: str) -> float:
     """Draw a curve with a band of two standard errors; returns the lowest point of the band."""
     steps, values = _series(result, field)
-    errors = _series(result, f"{field}_error")[1]
-    low = [value - 2 * error for value, error in zip(values, errors, strict=True)]
-    high = [value + 2 * error for value, error in zip(values, errors, strict=True)]
+    points = list(zip(values, _series(result, f"{field}_error")[1], strict=True))
+    low, high = ([value + sign * 2 * error for value, error in points] for sign in (-1, 1))
     axis.plot(steps, values, "o-", color=colour, label=label)
     axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     return min(low)
@@ -307,7 +306,6 @@ def _accuracy_panel(axis: Any, result: Result) -> None:
         axis.axhline(result.ceiling, color=_GREEN, linestyle=":", linewidth=1.5, label=words)
     axis.set_ylim(min(0.2, *shares), 1.0)
     axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axis.legend(frameon=False, loc="lower right")
 
 
 def _log_prob_panel(axis: Any, result: Result) -> None:
@@ -317,7 +315,6 @@ def _log_prob_panel(axis: Any, result: Result) -> None:
             axis.plot(steps, changes, "o-", color=colour, label=name)
     axis.axhline(0.0, color=_GREY, linestyle="--", linewidth=1, label="as at the start")
     axis.set(title=f"Log-probability of {result.rows} completions", ylabel="change per completion, nats")
-    axis.legend(frameon=False, loc="lower left")
 
 
 def _series(result: Result, field: str) -> tuple[list[int], list[float]]:

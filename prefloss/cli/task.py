@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,7 @@ class Task:
 
 
 def task_of(options: TrainOptions, loss: prefloss.Loss) -> Task:
-    """The task of a file, if the options name one, or of the generated world.
-
-    Raises:
-        CliError: If the data cannot be read or lack what the loss needs, or TRL has no trainer for the loss.
-    """
+    """The task of a file, or of the generated world; a `CliError` if the loss cannot be trained on it."""
     if loss.spec.feedback is Rankings:
         raise CliError(
             f"{loss.name} takes Rankings, and TRL has no trainer for ranked groups; call it from your own loop, or "
@@ -109,9 +106,9 @@ def _sides(rows: Any, paired: bool) -> tuple[list[Row], list[Row]]:
     return better, [{"prompt": row["prompt"], "completion": row["rejected"]} for row in rows]
 
 
-def _cycled(prompts: list[Any], count: int) -> list[Any]:
+def _cycled(prompts: Sequence[Any], count: int) -> list[Any]:
     """`count` prompts, starting over if there are fewer."""
-    return [prompts[i % len(prompts)] for i in range(count)]
+    return list(itertools.islice(itertools.cycle(prompts), count))
 
 
 def _world_task(options: TrainOptions, loss: prefloss.Loss) -> Task:
@@ -189,9 +186,20 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
     measured = held_out if len(held_out) else train
     if len(measured) > MEASURED:
         measured = measured.shuffle(seed=options.seed).select(range(MEASURED))
-    facts.append(_split_fact(len(train), len(held_out), len(measured)))
+    if len(held_out):
+        part = f", {len(measured)} of them measured on" if len(measured) < len(held_out) else ""
+        facts.append(
+            f"{len(train)} rows to train on; {len(held_out)} held out{part}, none of whose prompts is trained on"
+        )
+    else:
+        facts.append(
+            f"{len(train)} rows to train on and none held out: measured on {len(measured)} of the training rows"
+        )
     better, worse = _sides(measured, from_pairs)
-    preferred, others = _sides(train, from_pairs)
+    spoken, others = _sides(train, from_pairs)
+    spoken_are = "the preferred completions"
+    if not spoken:
+        spoken, spoken_are = others, "the downvoted completions, for there are no others"
     warnings = list(data.notes)
     if labelled and from_pairs:
         train = pdata.pairs_to_labels(train, options.seed)
@@ -207,13 +215,9 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
         better=better,
         worse=worse,
         paired=from_pairs,
-        prompts=_cycled(
-            list(measured["prompt"]), FILE_SAMPLES if options.samples is None else options.samples
-        ),
-        spoken=preferred or others,
-        spoken_are="the preferred completions"
-        if preferred
-        else "the downvoted completions, for there are no others",
+        prompts=_cycled(measured["prompt"], FILE_SAMPLES if options.samples is None else options.samples),
+        spoken=spoken,
+        spoken_are=spoken_are,
         held_out=len(held_out) > 0,
         facts=tuple(facts),
         warnings=tuple(warnings),
@@ -231,13 +235,6 @@ def _facts(loss: prefloss.Loss, data: pdata.Preferences) -> list[str]:
     return facts + ([f"columns that {loss.name} does not read: {', '.join(unused)}"] if unused else [])
 
 
-def _split_fact(train: int, held_out: int, measured: int) -> str:
-    if not held_out:
-        return f"{train} rows to train on and none held out: measured on {measured} of the training rows"
-    part = f", {measured} of them measured on" if measured < held_out else ""
-    return f"{train} rows to train on; {held_out} held out{part}, none of whose prompts is trained on"
-
-
 def _label_warnings(loss: prefloss.Loss, up: int, down: int) -> list[str]:
     """What the balance of upvotes and downvotes may do to the training."""
     if not up or not down:
@@ -246,26 +243,20 @@ def _label_warnings(loss: prefloss.Loss, up: int, down: int) -> list[str]:
             f"all {up + down} labels are {which}: {loss.name} can train on them, but without {lacking} it only "
             f"learns {'what to avoid' if not up else 'to raise everything it is shown'}"
         ]
-    liked, disliked = (_fixed_weight(loss, name) for name in ("desirable_weight", "undesirable_weight"))
-    if not liked or not disliked:
+    weights = [loss.params.get(name) for name in ("desirable_weight", "undesirable_weight")]
+    # A loss may have none, and a schedule is no number.
+    if not all(isinstance(weight, int | float) and weight for weight in weights):
         return []
+    liked, disliked = weights
     # Eq. 8 of the KTO paper: the two sides should weigh about the same, upvotes up to a third more.
     ratio = liked * up / (disliked * down)
     if 0.95 <= ratio <= 4 / 3:
         return []
     # In the middle of the advised range, by the weight that has to grow.
-    name, value = (
-        ("desirable_weight", 1.15 * disliked * down / up)
-        if ratio < 1
-        else ("undesirable_weight", liked * up / down / 1.15)
-    )
+    name, value = "undesirable_weight", liked * up / down / 1.15
+    if ratio < 1:
+        name, value = "desirable_weight", 1.15 * disliked * down / up
     return [
         f"{up} upvotes and {down} downvotes weigh {ratio:.2f} to 1; the KTO paper advises 1 to 1.33, as with "
         f"--param {name}={value:.2g}. Too far from it, all completions can become unlikely together"
     ]
-
-
-def _fixed_weight(loss: prefloss.Loss, name: str) -> float | None:
-    """A hyperparameter that is a number; None for a schedule, or where the loss has none."""
-    value = loss.params.get(name)
-    return value if isinstance(value, int | float) else None

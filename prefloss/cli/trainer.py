@@ -47,11 +47,7 @@ class Start:
 
 
 def start_of(options: TrainOptions, task: Task) -> Start:
-    """The model that the options name, or the built-in one.
-
-    Raises:
-        CliError: If it cannot be loaded.
-    """
+    """The model that the options name, or the built-in one; a `CliError` if it cannot be loaded."""
     return _built_in(options, task) if options.model is None else _saved(options, task, options.model)
 
 
@@ -139,11 +135,7 @@ def _texts(task: Task) -> Iterator[str]:
 
 
 def configuration(options: TrainOptions, start: Start, task: Task, loss: prefloss.Loss, folder: Path) -> Any:
-    """TRL's configuration of the run: the options, and defaults for what they leave open.
-
-    Raises:
-        CliError: If TRL's trainer cannot give the loss what it needs.
-    """
+    """TRL's configuration: the options, and defaults for the others; a `CliError` if the loss cannot run with it."""
     steps, epochs = options.steps, options.epochs
     if steps is None and epochs is None:
         steps = _WORLD_STEPS if options.data is None else None
@@ -217,7 +209,15 @@ def build(
     if _feedback_columns(task, loss):
         inner = DataCollatorForPreference if paired else DataCollatorForUnpairedPreference
         collator = FeedbackCollator(inner(pad_id(start.tokenizer), config.max_length))
-    adapter = None if rank is None else _adapter(rank)
+    adapter = None
+    if rank is not None:
+        try:
+            from peft import LoraConfig
+        except ModuleNotFoundError as error:
+            if error.name != "peft":
+                raise
+            raise CliError("--lora: peft is not installed: pip install 'prefloss[peft]'") from error
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = (DPOTrainer if paired else KTOTrainer)(
         model=start.model,
         ref_model=None if adapter is not None else copy.deepcopy(start.model),
@@ -237,24 +237,8 @@ def _feedback_columns(task: Task, loss: prefloss.Loss) -> set[str]:
     return set(task.train.column_names) - set(columns_of(loss.spec.feedback))
 
 
-def _adapter(rank: int) -> Any:
-    try:
-        from peft import LoraConfig
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        raise CliError("--lora: peft is not installed: pip install 'prefloss[peft]'") from error
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
 class Watcher(TrainerCallback):
-    """Shows every step, and measures now and then.
-
-    Args:
-        screen: Where to show it.
-        name: Of the bar.
-        measure: Called with the step when it is time to measure.
-    """
+    """Shows every step on a bar of this name; calls `measure` with the step when it is time to measure."""
 
     def __init__(self, screen: Screen, name: str, measure: Callable[[int], None]) -> None:
         self._screen, self._name, self._measure = screen, name, measure

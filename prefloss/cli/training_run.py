@@ -52,11 +52,7 @@ class _Run:
 def run(
     options: TrainOptions, loss: prefloss.Loss, task: Task, folder: Path, console: Console, clock: Clock
 ) -> Result:
-    """Load the model, warm it up, train it with the preference loss, save it.
-
-    Raises:
-        CliError: If model, data and loss do not go together.
-    """
+    """Load the model, warm it up, train it, save it; a `CliError` if model, data and loss do not go together."""
     print_facts(console, "loss", (repr(loss),))
     print_facts(console, "data", task.facts, task.warnings)
     start = start_of(options, task)
@@ -132,9 +128,19 @@ def _preferences(run: _Run, folder: Path, warm_loss: float | None) -> Result:
         meter = _meter(run, trainer)
         measure(0)
         _check_step_zero(measurements[0])
-        _train(trainer, loss)
+        try:
+            trainer.train()
+        except (FloatingPointError, ValueError) as error:
+            # What the loss itself refuses, such as scores in the wrong order, is in the data or the options.
+            if str(error).startswith(tuple(term.loss.name for term in loss.terms)):
+                raise CliError(str(error)) from error
+            raise
     with clock.part("saving"):
-        _save(folder, trainer.accelerator.unwrap_model(trainer.model), start.tokenizer)
+        # Shards of a larger model, or an adapter, would be loaded together with what is written now.
+        for stale in (path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+            stale.unlink()
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+        start.tokenizer.save_pretrained(folder)
     model = "built-in Llama" if run.options.model is None else run.options.model
     data = "the generated world" if run.options.data is None else run.options.data.name
     setting = (
@@ -155,16 +161,6 @@ def _preferences(run: _Run, folder: Path, warm_loss: float | None) -> Result:
         seconds=clock.seconds,
         about=_about(run, trainer),
     )
-
-
-def _train(trainer: Any, loss: prefloss.Loss) -> None:
-    try:
-        trainer.train()
-    except (FloatingPointError, ValueError) as error:
-        # What the loss itself refuses, such as scores in the wrong order, is in the data or the options.
-        if str(error).startswith(tuple(term.loss.name for term in loss.terms)):
-            raise CliError(str(error)) from error
-        raise
 
 
 def _meter(run: _Run, trainer: Any) -> Meter:
@@ -204,10 +200,8 @@ def _print_cut_rows(run: _Run, kept: int) -> None:
     if kept == 0:
         raise CliError(f"--max-length: all {count} rows have a prompt that alone fills {max_length} tokens")
     if kept < count:
-        warning = (
-            f"{count - kept} of {count} rows left out: their prompt alone fills --max-length {max_length}"
-        )
-        print_facts(console, "", (), (warning,))
+        left = f"{count - kept} of {count} rows left out"
+        print_facts(console, "", (), (f"{left}: their prompt alone fills --max-length {max_length}",))
     rows = [*task.better, *task.worse][:200]
     # TRL cuts off the end of a prompt that becomes another token when a completion follows.
     merged = sum(
@@ -231,16 +225,6 @@ def _check_step_zero(first: Measurement) -> None:
             f"before the first step, policy and reference differ by {off:.3g} nats per completion, expected 0; "
             "does the model compute otherwise in training than in evaluation, or not depend on its input alone?"
         )
-
-
-def _save(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write model and tokenizer in transformers' format, in place of weights that an earlier run left there."""
-    # Shards of a larger model, or an adapter, would be loaded together with what is written now.
-    for pattern in _WEIGHTS:
-        for stale in folder.glob(pattern):
-            stale.unlink()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _encoded(tokenizer: Any, rows: list[Row]) -> list[Encoded]:
