@@ -67,9 +67,8 @@ def print_facts(console: Console, name: str, facts: Sequence[str], warnings: Seq
     grid = Table.grid(padding=(0, 1))
     grid.add_column(style="cyan", width=8, no_wrap=True)
     grid.add_column()
-    lines = [Text(fact) for fact in facts] + [Text(warning, style="yellow") for warning in warnings]
-    for i, line in enumerate(lines):
-        grid.add_row(name if i == 0 else "", line)
+    lines = [*map(Text, facts), *(Text(warning, style="yellow") for warning in warnings)]
+    grid.add_row(name, Text("\n").join(lines))
     console.print(grid)
 
 
@@ -79,19 +78,16 @@ class Clock:
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self._inner = 0.0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the time inside for this part; parts of one name add up."""
-        since, outer = time.perf_counter(), self._inner
-        self._inner = 0.0
+        since, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            spent = time.perf_counter() - since
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner
-            self._inner = outer + spent
+            nested = sum(self.seconds.values()) - before
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - since - nested
 
     def __str__(self) -> str:
         """As "46 s in all: imports 6, training 40"."""

@@ -243,7 +243,7 @@ def _label_warnings(loss: prefloss.Loss, up: int, down: int) -> list[str]:
             f"all {up + down} labels are {which}: {loss.name} can train on them, but without {lacking} it only "
             f"learns {'what to avoid' if not up else 'to raise everything it is shown'}"
         ]
-    weights = [loss.params.get(name) for name in ("desirable_weight", "undesirable_weight")]
+    weights: list[Any] = [loss.params.get(name) for name in ("desirable_weight", "undesirable_weight")]
     # A loss may have none, and a schedule is no number.
     if not all(isinstance(weight, int | float) and weight for weight in weights):
         return []

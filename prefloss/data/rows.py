@@ -168,7 +168,13 @@ def _with_prompt(
     """Prompt and sides, all plain or all messages, and what was rewritten."""
     whole = [side for side in sides if not isinstance(side, str) and side and side[0]["role"] != "assistant"]
     if "prompt" in row and not (whole and isinstance(row["prompt"], str)):
-        return _alike(_text(place, "column 'prompt'", row["prompt"]), sides)
+        prompt = _text(place, "column 'prompt'", row["prompt"])
+        if len({isinstance(text, str) for text in (prompt, *sides)}) == 1:
+            return prompt, sides, ""
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in sides]
+        return prompt, sides, "rewritten: plain text became messages, as other texts of the row are"
     if sides and len(whole) == len(sides):
         # The sides are whole conversations, as in many published sets: what they share is the prompt.
         shared = _shared(whole, kind)
@@ -177,16 +183,6 @@ def _with_prompt(
             return whole[0][:shared], [side[shared:] for side in whole], note
     has = ", ".join(map(repr, row))
     raise DataError(f"{place}: missing column 'prompt' of {kind_text(kind)} rows; it has columns {has}")
-
-
-def _alike(prompt: Text, sides: list[Text]) -> tuple[Text, list[Text], str]:
-    """Wrap plain text in messages where a row has both forms."""
-    if len({isinstance(text, str) for text in (prompt, *sides)}) == 1:
-        return prompt, sides, ""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    wrapped = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in sides]
-    return prompt, list(wrapped), "rewritten: plain text became messages, as other texts of the row are"
 
 
 def _shared(sides: list[list[dict[str, str]]], kind: type) -> int:
@@ -203,10 +199,8 @@ def _shared(sides: list[list[dict[str, str]]], kind: type) -> int:
 
 
 def _text(place: str, where: str, value: Any) -> Text:
-    if isinstance(value, str):
-        return _string(place, where, value)
     if not isinstance(value, list):
-        raise DataError(f"{place}: {where}: got {shown(value)}, expected a string or a list of messages")
+        return _string(place, where, value, "a string or a list of messages")
     return [_message(place, f"{where}[{i}]", message) for i, message in enumerate(value)]
 
 
@@ -222,9 +216,9 @@ def _message(place: str, where: str, value: Any) -> dict[str, str]:
     return {name: _string(place, f"{where}.{name}", value[name]) for name in ("role", "content")}
 
 
-def _string(place: str, where: str, value: Any) -> str:
+def _string(place: str, where: str, value: Any, expected: str = "a string") -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {where}: got {shown(value)}, expected a string")
+        raise DataError(f"{place}: {where}: got {shown(value)}, expected {expected}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

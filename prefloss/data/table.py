@@ -232,14 +232,6 @@ def _read(path: Path) -> tuple[Header, tuple[Any, Any, Any]]:
             f"{path}: not a readable Parquet file, perhaps cut off or damaged ({str(error).splitlines()[0]}); run "
             "`prefloss reference` again with --overwrite"
         ) from error
-    header = _header(path, table)
-    key, logp, tokens = (table.column(name).combine_chunks() for name in _COLUMNS)
-    start = key.offset * _KEY_BYTES
-    held = key.buffers()[1][start : start + len(key) * _KEY_BYTES].to_pybytes() if len(key) else b""
-    return header, (_as_numbers(held), logp.to_numpy(), tokens.to_numpy())
-
-
-def _header(path: Path, table: Any) -> Header:
     text = (table.schema.metadata or {}).get(_HEADER)
     if text is None or tuple(table.column_names) != _COLUMNS:
         raise TableError(
@@ -252,7 +244,11 @@ def _header(path: Path, table: Any) -> Header:
             f"{path}: a reference table of format {values.get('format')}, and this prefloss reads format {FORMAT}; "
             "update prefloss, or write the table again"
         )
-    return Header(**{field.name: values.get(field.name) for field in fields(Header)})
+    header = Header(**{field.name: values.get(field.name) for field in fields(Header)})
+    key, logp, tokens = (table.column(name).combine_chunks() for name in _COLUMNS)
+    start = key.offset * _KEY_BYTES
+    held = key.buffers()[1][start : start + len(key) * _KEY_BYTES].to_pybytes() if len(key) else b""
+    return header, (_as_numbers(held), logp.to_numpy(), tokens.to_numpy())
 
 
 def _as_numbers(keys: bytes) -> np.ndarray:
