@@ -178,10 +178,9 @@ def samples(result: Result, count: int = 3) -> Table:
     table.add_column("prompt", style="dim", max_width=28)
     table.add_column("before", ratio=1)
     table.add_column("after", ratio=1, style="bold")
-    texts = zip(result.prompts, result.before.samples, result.after.samples, strict=True)
     # One row per prompt, the first of its samples.
     rows: dict[str, tuple[str, ...]] = {}
-    for row in texts:
+    for row in zip(result.prompts, result.before.samples, result.after.samples, strict=True):
         rows.setdefault(row[0], row)
     for row in list(rows.values())[:count]:
         table.add_row(*(Text(_printable(text)) for text in row))
@@ -241,11 +240,9 @@ def write_picture(result: Result, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True)
     figure.suptitle(f"{result.loss}\n{result.setting}", fontsize=12)
-    for axis, draw in zip(
-        axes.flat, (_first_panel, _kl_panel, _accuracy_panel, _log_prob_panel), strict=True
-    ):
+    panels = (_first_panel, _kl_panel, _accuracy_panel, _log_prob_panel)
+    for axis, draw in zip(axes.flat, panels, strict=True):
         draw(axis, result)
-    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:

@@ -30,7 +30,6 @@ from prefloss.diagnosis import resists_falling
 # Weights that an earlier run may have left in the output folder.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 
-
 # Steps, rows of a step and learning rate of the warm start: the world's sentences have 20 tokens, and a row of a file
 # has some hundreds.
 _WARM_UP_ON_WORLD, _WARM_UP_ON_FILE = (600, 32, 5e-3), (200, 8, 2e-3)
