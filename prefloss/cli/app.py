@@ -1,18 +1,22 @@
-"""The typer application: commands and their help texts; each command's options are a dataclass of `options`."""
+"""The typer application: commands and their help texts; each command's options are a dataclass."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 import prefloss
-from prefloss.cli.console import errors_as_text
-from prefloss.cli.losses import show_losses
-from prefloss.cli.options import ReferenceOptions, TrainOptions
+from prefloss.cli.command_options import ReferenceOptions, TrainOptions
+from prefloss.cli.console import CliError, Clock, errors_as_text, quiet
+from prefloss.cli.task import task_of
 
 app = typer.Typer(
     name="prefloss",
@@ -60,6 +64,8 @@ def losses(
     name: Annotated[str | None, typer.Argument(help="Show one loss: formula, parameters, sources.")] = None,
 ) -> None:
     """List the registered losses, or show one in full."""
+    from prefloss.cli.losses import show_losses
+
     with errors_as_text():
         show_losses(name)
 
@@ -71,9 +77,42 @@ def train(options: TrainOptions) -> None:
     The example builds a small model and a generated preference world, trains on what a noisy judge says,
     and marks the result against the judge's true reward: about a minute on two CPU cores, offline.
     """
-    from prefloss.cli.train import train
-
-    train(options)
+    clock = Clock()
+    options.check()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CliError(
+            "prefloss train runs in one process; for several, use PreferenceLossCallback in a script of your own "
+            "with TRL's trainers"
+        )
+    loss = options.bound_loss()
+    folder = options.output_folder(loss.name)
+    console = Console(highlight=False)
+    with clock.part("data"):
+        task = task_of(options, loss)
+    # TRL and transformers take seconds to load, so options and data are checked before.
+    with clock.part("imports"):
+        from prefloss.cli import report
+        from prefloss.cli.training_run import run
+    try:
+        with quiet(console):
+            result = run(options, loss, task, folder, console, clock)
+    except BaseException:
+        # An empty folder would make the next run choose another number.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+    with clock.part("report"):
+        report.write_metrics(result, folder / "metrics.json")
+        report.write_picture(result, folder / "curves.png")
+    report.print_report(console, result)
+    files = (
+        (folder, "model and tokenizer, in transformers' format"),
+        (folder / "curves.png", "the curves"),
+        (folder / "metrics.json", "every number"),
+    )
+    for path, content in files:
+        console.print(Text.assemble((str(path), "bold"), (f"   {content}", "dim")), soft_wrap=True)
+    console.print(Text(str(clock), style="dim"))
 
 
 @_command(ReferenceOptions)
@@ -83,6 +122,6 @@ def reference(options: ReferenceOptions) -> None:
     Stopped at any moment, the same command goes on where it was. Under `torchrun` or `accelerate launch` the
     processes share the work. Data that are in the table already are not scored again.
     """
-    from prefloss.cli.reference import reference
+    from prefloss.cli.reference_table import write_reference
 
-    reference(options)
+    write_reference(options)

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
@@ -45,6 +45,11 @@ class CliError(Exception):
     """A run that cannot start or go on as asked; the message says why and what would work."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another package's error message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextmanager
 def errors_as_text() -> Iterator[None]:
     """Print a `CliError` raised inside as one paragraph without traceback, and exit with code 2."""
@@ -57,14 +62,13 @@ def errors_as_text() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def print_facts(console: Console, name: str, facts: tuple[str, ...], warnings: tuple[str, ...] = ()) -> None:
+def print_facts(console: Console, name: str, facts: Sequence[str], warnings: Sequence[str] = ()) -> None:
     """Print sentences under one name, the warnings in yellow."""
     grid = Table.grid(padding=(0, 1))
     grid.add_column(style="cyan", width=8, no_wrap=True)
     grid.add_column()
-    lines = [Text(fact) for fact in facts] + [Text(warning, style="yellow") for warning in warnings]
-    for i, line in enumerate(lines):
-        grid.add_row(name if i == 0 else "", line)
+    lines = [*map(Text, facts), *(Text(warning, style="yellow") for warning in warnings)]
+    grid.add_row(name, Text("\n").join(lines))
     console.print(grid)
 
 
@@ -74,19 +78,16 @@ class Clock:
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self._inner = 0.0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the time inside for this part; parts of one name add up."""
-        since, outer = time.perf_counter(), self._inner
-        self._inner = 0.0
+        since, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            spent = time.perf_counter() - since
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner
-            self._inner = outer + spent
+            nested = sum(self.seconds.values()) - before
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - since - nested
 
     def __str__(self) -> str:
         """As "46 s in all: imports 6, training 40"."""
@@ -94,27 +95,22 @@ class Clock:
         return f"{time.perf_counter() - self._began:.0f} s in all: {parts}"
 
 
-class _Collector(logging.Handler):
-    """Keeps each message once, in order."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: dict[str, None] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if not any(ours in text for ours in _OURS):
-            self.messages[f"{record.name.partition('.')[0]}: {text}"] = None
-
-
 @contextmanager
-def quiet() -> Iterator[list[str]]:
-    """Silence datasets, transformers and TRL; their warnings are in the list when the block ends."""
+def quiet(console: Console) -> Iterator[None]:
+    """Silence datasets, transformers and TRL; their warnings are printed, each once, when the block ends."""
     import datasets
     from transformers.utils import logging as hf_logging
 
-    collected: list[str] = []
-    collector = _Collector()
+    # Written to and read in order, each message once.
+    messages: dict[str, None] = {}
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if not any(ours in text for ours in _OURS):
+                messages[f"{record.name.partition('.')[0]}: {text}"] = None
+
+    collector = Collector(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("transformers", "trl", "accelerate", "peft")]
     before = [(logger.handlers[:], logger.propagate) for logger in loggers]
     bars = not datasets.are_progress_bars_disabled(), hf_logging.is_progress_bar_enabled()
@@ -125,7 +121,7 @@ def quiet() -> Iterator[list[str]]:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            yield collected
+            yield
     finally:
         for logger, (handlers, propagate) in zip(loggers, before, strict=True):
             logger.handlers, logger.propagate = handlers, propagate
@@ -134,16 +130,13 @@ def quiet() -> Iterator[list[str]]:
         if bars[1]:
             hf_logging.enable_progress_bar()
     # Python warnings of prefloss are for the user; those of other packages are for their developers.
-    ours = (str(warning.message) for warning in caught if "prefloss" in warning.filename)
-    collected += [*collector.messages, *dict.fromkeys(ours)]
+    messages |= {str(warning.message): None for warning in caught if "prefloss" in warning.filename}
+    for message in messages:
+        console.print(Text(message, style="yellow"))
 
 
 class Screen:
-    """Progress of a run, as a context manager: bars and curves on a terminal, one line per measurement elsewhere.
-
-    Args:
-        console: Where to print.
-    """
+    """Progress of a run, as a context manager: bars and curves on a terminal, one line per measurement elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -78,10 +80,9 @@ def print_report(console: Console, result: Result) -> None:
     console.print(table(result))
     for sentence in verdict(result):
         console.print(sentence)
-    texts = samples(result)
-    if texts is not None:
+    if result.after.samples:
         console.print()
-        console.print(texts)
+        console.print(samples(result))
 
 
 def table(result: Result) -> Table:
@@ -138,8 +139,9 @@ def verdict(result: Result) -> list[Text]:
         gain = after.reward - before.reward
         error = math.hypot(before.reward_error or 0, after.reward_error or 0)
         good = gain > 2 * error
-        words = f"The true reward {'rose' if good else 'did not clearly rise'}: {gain:+.2f} ± {error:.2f}."
-        sentences.append(Text(words, style="green" if good else "yellow"))
+        rose = "rose" if good else "did not clearly rise"
+        sentence = f"The true reward {rose}: {gain:+.2f} ± {error:.2f}."
+        sentences.append(Text(sentence, style="green" if good else "yellow"))
     elif after.accuracy is not None and after.accuracy_error is not None:
         good = after.accuracy - 0.5 > 2 * after.accuracy_error
         compared = "clearly better than" if good else "within the noise of"
@@ -168,21 +170,20 @@ def _fall(result: Result, margin: float) -> Text:
     return Text(words, style="dim")
 
 
-def samples(result: Result, count: int = 3) -> Table | None:
+def samples(result: Result, count: int = 3) -> Table:
     """What the model says before and after, to the same prompts."""
-    if not result.after.samples:
-        return None
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, title="Samples", title_justify="left", title_style="bold"
     )
     table.add_column("prompt", style="dim", max_width=28)
     table.add_column("before", ratio=1)
     table.add_column("after", ratio=1, style="bold")
-    texts = zip(result.prompts, result.before.samples, result.after.samples, strict=True)
     # One row per prompt, the first of its samples.
-    first = {prompt: (prompt, old, new) for prompt, old, new in reversed(list(texts))}
-    for prompt in list(dict.fromkeys(result.prompts))[:count]:
-        table.add_row(*(Text(_printable(text)) for text in first[prompt]))
+    rows: dict[str, tuple[str, ...]] = {}
+    for row in zip(result.prompts, result.before.samples, result.after.samples, strict=True):
+        rows.setdefault(row[0], row)
+    for row in list(rows.values())[:count]:
+        table.add_row(*(Text(_printable(text)) for text in row))
     return table
 
 
@@ -228,3 +229,91 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#666666"
+
+
+def write_picture(result: Result, path: Path) -> None:
+    """Four panels over steps: reward (or loss), KL, accuracy, log-probs."""
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, sharex=True)
+    figure.suptitle(f"{result.loss}\n{result.setting}", fontsize=12)
+    panels = (_first_panel, _kl_panel, _accuracy_panel, _log_prob_panel)
+    for axis, draw in zip(axes.flat, panels, strict=True):
+        draw(axis, result)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, loc="lower left" if axis is axes[1, 1] else "lower right")
+    for axis in axes[1]:
+        axis.set_xlabel("optimizer steps")
+    figure.savefig(path, dpi=130)
+
+
+def _first_panel(axis: Any, result: Result) -> None:
+    rewards = _series(result, "reward")[1]
+    if not rewards:
+        axis.plot(*zip(*result.losses, strict=True), color=_BLUE)
+        axis.set(title="Training loss", ylabel="loss")
+        return
+    low = _banded(axis, result, "reward", _BLUE, "policy, ± 2 standard errors")
+    first, best = rewards[0], world.BEST_REWARD
+    axis.axhline(first, color=_GREY, linestyle="--", linewidth=1, label=f"before training, {first:+.2f}")
+    axis.axhline(best, color=_GREEN, linestyle=":", linewidth=1.5, label=f"best possible, {best:g}")
+    axis.set(title="True reward of sampled completions", ylabel="reward (judge's scale)")
+    # Room for the legend below the curve, which rises.
+    axis.set_ylim(min(low, first - 0.4 * (best - first)), best + 0.3)
+
+
+def _kl_panel(axis: Any, result: Result) -> None:
+    axis.set(title="How far the model moved, per completion", ylabel="KL(policy ‖ reference), nats")
+    if not _series(result, "kl")[1]:
+        axis.text(0.5, 0.5, "not measured (--samples 0)", transform=axis.transAxes, ha="center", color=_GREY)
+        return
+    low = _banded(axis, result, "kl", _ORANGE, "± 2 standard errors")
+    axis.set_ylim(bottom=min(0.0, low))
+
+
+def _banded(axis: Any, result: Result, field: str, colour: str, label: str) -> float:
+    """Draw a curve with a band of two standard errors; returns the lowest point of the band."""
+    steps, values = _series(result, field)
+    points = list(zip(values, _series(result, f"{field}_error")[1], strict=True))
+    low, high = ([value + sign * 2 * error for value, error in points] for sign in (-1, 1))
+    axis.plot(steps, values, "o-", color=colour, label=label)
+    axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    return min(low)
+
+
+def _accuracy_panel(axis: Any, result: Result) -> None:
+    steps, shares = _series(result, "accuracy")
+    axis.set(title=f"Implicit-reward accuracy on {result.rows} rows")
+    axis.set_ylabel("pairs ordered as judged" if result.paired else "upvoted above downvoted")
+    if not shares:
+        axis.text(0.5, 0.5, "needs both kinds of rows", transform=axis.transAxes, ha="center", color=_GREY)
+        return
+    if len(_series(result, "accuracy_error")[1]) == len(shares):
+        _banded(axis, result, "accuracy", _BLUE, "policy, ± 2 standard errors")
+    else:
+        axis.plot(steps, shares, "o-", color=_BLUE, label="policy")
+    axis.axhline(0.5, color=_GREY, linestyle="--", linewidth=1, label="coin flip, 50 %")
+    if result.ceiling is not None:
+        words = f"the true reward, {result.ceiling:.1%}"
+        axis.axhline(result.ceiling, color=_GREEN, linestyle=":", linewidth=1.5, label=words)
+    axis.set_ylim(min(0.2, *shares), 1.0)
+    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+
+
+def _log_prob_panel(axis: Any, result: Result) -> None:
+    for field, name, colour in zip(("chosen", "rejected"), result.sides, (_GREEN, _ORANGE), strict=True):
+        steps, changes = _series(result, field)
+        if changes:
+            axis.plot(steps, changes, "o-", color=colour, label=name)
+    axis.axhline(0.0, color=_GREY, linestyle="--", linewidth=1, label="as at the start")
+    axis.set(title=f"Log-probability of {result.rows} completions", ylabel="change per completion, nats")
+
+
+def _series(result: Result, field: str) -> tuple[list[int], list[float]]:
+    points = [(m.step, getattr(m, field)) for m in result.measurements if getattr(m, field) is not None]
+    return [step for step, _ in points], [value for _, value in points]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import prefloss
 from prefloss import data as pdata
+from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.console import CliError
-from prefloss.cli.options import TrainOptions
 from prefloss.data.rows import KIND_WORDS, kind_text
 from prefloss.demo import world
 from prefloss.feedback import KINDS, Labels, Pairs, Rankings, columns_of, optional_fields
@@ -29,7 +30,6 @@ class Task:
 
     Attributes:
         train: A datasets.Dataset, paired or labelled.
-        kind: `Pairs` or `Labels`.
         conversational: Whether texts are messages.
         better: Held-out (prompt, completion) that people preferred or upvoted.
         worse: Held-out ones that they rejected or downvoted.
@@ -37,15 +37,14 @@ class Task:
         prompts: Prompts to sample completions for.
         spoken: Rows (prompt, completion) for a supervised warm start.
         spoken_are: What these rows are, in words.
+        facts: Sentences about the data.
+        warnings: Sentences about what may be wrong with them.
         reward: True reward of a completion for `prompts[i]`, if it is known.
         ceiling: Held-out accuracy that the true reward itself reaches.
         held_out: Whether `better` and `worse` were kept out of training.
-        facts: Sentences about the data.
-        warnings: Sentences about what may be wrong with them.
     """
 
     train: Any
-    kind: type
     conversational: bool
     better: list[Row]
     worse: list[Row]
@@ -53,19 +52,15 @@ class Task:
     prompts: list[Any]
     spoken: list[Row]
     spoken_are: str
+    facts: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     reward: Callable[[int, str], float] | None = None
     ceiling: float | None = None
     held_out: bool = True
-    facts: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 def task_of(options: TrainOptions, loss: prefloss.Loss) -> Task:
-    """The task of a file, if the options name one, or of the generated world.
-
-    Raises:
-        CliError: If the data cannot be read or lack what the loss needs, or TRL has no trainer for the loss.
-    """
+    """The task of a file, or of the generated world; a `CliError` if the loss cannot be trained on it."""
     if loss.spec.feedback is Rankings:
         raise CliError(
             f"{loss.name} takes Rankings, and TRL has no trainer for ranked groups; call it from your own loop, or "
@@ -84,6 +79,12 @@ def _some_losses(feedback: type, most: int = 6) -> str:
 # Optional column -> what a loss must read to use it; a weight multiplies any loss.
 _NEEDS = {field.column: field.need for kind in KINDS for field in optional_fields(kind)}
 
+_NEED_WORDS = {
+    "scores": "graded feedback: numbers in the columns score_chosen and score_rejected (of pairs) or score (of "
+    "labelled rows)",
+    "baseline": "the value of each prompt: numbers in the column baseline (of labelled rows)",
+}
+
 
 def _read_columns(loss: prefloss.Loss, columns: Collection[str]) -> list[str]:
     """The optional columns that a loss reads."""
@@ -92,14 +93,9 @@ def _read_columns(loss: prefloss.Loss, columns: Collection[str]) -> list[str]:
 
 def _check_needs(loss: prefloss.Loss, columns: Collection[str], source: str) -> None:
     """Refuse a loss that needs a column that the data do not have."""
-    words = {
-        "scores": "graded feedback: numbers in the columns score_chosen and score_rejected (of pairs) or score "
-        "(of labelled rows)",
-        "baseline": "the value of each prompt: numbers in the column baseline (of labelled rows)",
-    }
-    for need, text in words.items():
+    for need, words in _NEED_WORDS.items():
         if need in loss.needs and need not in {_NEEDS[name] for name in columns}:
-            raise CliError(f"{loss.name} needs {text}; {source} has none")
+            raise CliError(f"{loss.name} needs {words}; {source} has none")
 
 
 def _sides(rows: Any, paired: bool) -> tuple[list[Row], list[Row]]:
@@ -110,9 +106,9 @@ def _sides(rows: Any, paired: bool) -> tuple[list[Row], list[Row]]:
     return better, [{"prompt": row["prompt"], "completion": row["rejected"]} for row in rows]
 
 
-def _cycled(prompts: list[Any], count: int) -> list[Any]:
+def _cycled(prompts: Sequence[Any], count: int) -> list[Any]:
     """`count` prompts, starting over if there are fewer."""
-    return [prompts[i % len(prompts)] for i in range(count)]
+    return list(itertools.islice(itertools.cycle(prompts), count))
 
 
 def _world_task(options: TrainOptions, loss: prefloss.Loss) -> Task:
@@ -133,12 +129,11 @@ def _world_task(options: TrainOptions, loss: prefloss.Loss) -> Task:
     rows = [_graded(draw(), grades) for _ in range(ROWS)]
     if paired and grades:
         rows = [row for row in rows if row["score_chosen"] > row["score_rejected"]]
-    what = "judged pairs" if paired else "thumbs up and down"
+    what = "judged pairs" if paired else "upvotes and downvotes"
     judge = "a judge that gives grades" if grades else "a noisy judge"
     better, worse = _sides(held_out, paired=True)
     return Task(
         train=Dataset.from_list(rows),
-        kind=loss.spec.feedback,
         conversational=False,
         better=better,
         worse=worse,
@@ -176,7 +171,13 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
             f"{loss.name} compares two completions, but {data.name} holds {kind_text(data.kind)} rows; "
             f"losses that learn from labels: {_some_losses(Labels)}"
         )
-    columns = _columns_for(loss, data)
+    columns = list(data.optional)
+    if data.kind is Rankings:
+        columns += ["score_chosen", "score_rejected"]
+    if labelled and "score_chosen" in columns:
+        columns = [*(name for name in columns if not name.startswith("score_")), "score"]
+    columns = _read_columns(loss, columns)
+    _check_needs(loss, columns, data.name)
     train, held_out = pdata.split(data.rows, options.eval_fraction, options.seed)
     facts = _facts(loss, data)
     if data.kind is Rankings:
@@ -185,9 +186,20 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
     measured = held_out if len(held_out) else train
     if len(measured) > MEASURED:
         measured = measured.shuffle(seed=options.seed).select(range(MEASURED))
-    facts.append(_split_fact(len(train), len(held_out), len(measured)))
+    if len(held_out):
+        part = f", {len(measured)} of them measured on" if len(measured) < len(held_out) else ""
+        facts.append(
+            f"{len(train)} rows to train on; {len(held_out)} held out{part}, none of whose prompts is trained on"
+        )
+    else:
+        facts.append(
+            f"{len(train)} rows to train on and none held out: measured on {len(measured)} of the training rows"
+        )
     better, worse = _sides(measured, from_pairs)
-    preferred, others = _sides(train, from_pairs)
+    spoken, others = _sides(train, from_pairs)
+    spoken_are = "the preferred completions"
+    if not spoken:
+        spoken, spoken_are = others, "the downvoted completions, for there are no others"
     warnings = list(data.notes)
     if labelled and from_pairs:
         train = pdata.pairs_to_labels(train, options.seed)
@@ -199,38 +211,17 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
         warnings += _label_warnings(loss, *pdata.label_counts(train))
     return Task(
         train=train.select_columns([*columns_of(loss.spec.feedback), *columns]),
-        kind=loss.spec.feedback,
         conversational=data.conversational,
         better=better,
         worse=worse,
         paired=from_pairs,
-        prompts=_cycled(
-            list(measured["prompt"]), FILE_SAMPLES if options.samples is None else options.samples
-        ),
-        spoken=preferred or others,
-        spoken_are="the preferred completions"
-        if preferred
-        else "the downvoted completions, for there are no others",
+        prompts=_cycled(measured["prompt"], FILE_SAMPLES if options.samples is None else options.samples),
+        spoken=spoken,
+        spoken_are=spoken_are,
         held_out=len(held_out) > 0,
         facts=tuple(facts),
         warnings=tuple(warnings),
     )
-
-
-def _columns_for(loss: prefloss.Loss, data: pdata.Preferences) -> list[str]:
-    """Optional columns of the training rows that the loss reads, after their conversion to its kind.
-
-    Raises:
-        CliError: If one that it needs is missing.
-    """
-    columns = list(data.optional)
-    if data.kind is Rankings:
-        columns += ["score_chosen", "score_rejected"]
-    if loss.spec.feedback is Labels and "score_chosen" in columns:
-        columns = [*(name for name in columns if not name.startswith("score_")), "score"]
-    columns = _read_columns(loss, columns)
-    _check_needs(loss, columns, data.name)
-    return columns
 
 
 def _facts(loss: prefloss.Loss, data: pdata.Preferences) -> list[str]:
@@ -244,13 +235,6 @@ def _facts(loss: prefloss.Loss, data: pdata.Preferences) -> list[str]:
     return facts + ([f"columns that {loss.name} does not read: {', '.join(unused)}"] if unused else [])
 
 
-def _split_fact(train: int, held_out: int, measured: int) -> str:
-    if not held_out:
-        return f"{train} rows to train on and none held out: measured on {measured} of the training rows"
-    part = f", {measured} of them measured on" if measured < held_out else ""
-    return f"{train} rows to train on; {held_out} held out{part}, none of whose prompts is trained on"
-
-
 def _label_warnings(loss: prefloss.Loss, up: int, down: int) -> list[str]:
     """What the balance of upvotes and downvotes may do to the training."""
     if not up or not down:
@@ -259,26 +243,20 @@ def _label_warnings(loss: prefloss.Loss, up: int, down: int) -> list[str]:
             f"all {up + down} labels are {which}: {loss.name} can train on them, but without {lacking} it only "
             f"learns {'what to avoid' if not up else 'to raise everything it is shown'}"
         ]
-    liked, disliked = (_fixed_weight(loss, name) for name in ("desirable_weight", "undesirable_weight"))
-    if not liked or not disliked:
+    weights: list[Any] = [loss.params.get(name) for name in ("desirable_weight", "undesirable_weight")]
+    # A loss may have none, and a schedule is no number.
+    if not all(isinstance(weight, int | float) and weight for weight in weights):
         return []
+    liked, disliked = weights
     # Eq. 8 of the KTO paper: the two sides should weigh about the same, upvotes up to a third more.
     ratio = liked * up / (disliked * down)
     if 0.95 <= ratio <= 4 / 3:
         return []
     # In the middle of the advised range, by the weight that has to grow.
-    name, value = (
-        ("desirable_weight", 1.15 * disliked * down / up)
-        if ratio < 1
-        else ("undesirable_weight", liked * up / down / 1.15)
-    )
+    name, value = "undesirable_weight", liked * up / down / 1.15
+    if ratio < 1:
+        name, value = "desirable_weight", 1.15 * disliked * down / up
     return [
         f"{up} upvotes and {down} downvotes weigh {ratio:.2f} to 1; the KTO paper advises 1 to 1.33, as with "
         f"--param {name}={value:.2g}. Too far from it, all completions can become unlikely together"
     ]
-
-
-def _fixed_weight(loss: prefloss.Loss, name: str) -> float | None:
-    """A hyperparameter that is a number; None for a schedule, or where the loss has none."""
-    value = loss.params.get(name)
-    return value if isinstance(value, int | float) else None

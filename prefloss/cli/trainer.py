@@ -1,123 +1,178 @@
-"""One of TRL's own trainers, with the loss in it."""
+"""What trains: the model and tokenizer of a run, and one of TRL's own trainers with the loss in it."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 import prefloss
-from prefloss.cli.console import CliError
-from prefloss.cli.models import Start
-from prefloss.cli.options import TrainOptions
+from prefloss.cli.command_options import TrainOptions, check_model_folder
+from prefloss.cli.console import CliError, Screen, first_line
 from prefloss.cli.task import Task
 from prefloss.data.tokens import pad_id
+from prefloss.demo.model import CHAT_TEMPLATE, END, tiny_llama, train_tokenizer, word_tokenizer
 from prefloss.feedback import Pairs, columns_of
 from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback
 from prefloss.integrations.trl.options import resolve
 
-_BUILT_IN_RATE, _WHOLE_RATE, _LORA_RATE = 2e-4, 1e-6, 1e-5
+_WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+_UNTRAINED_RATE, _WHOLE_RATE, _LORA_RATE = 2e-4, 1e-6, 1e-5
 _WORLD_STEPS, _MEASUREMENTS = 400, 10
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast to train.
+class Start:
+    """Where a run starts.
 
     Attributes:
-        steps: Optimizer steps; None if epochs decide.
-        epochs: Passes over the data; None if steps decide.
-        learning_rate: The highest one.
-        batch_size: Rows per forward pass.
-        on_cpu: Whether to leave an accelerator alone.
-        bf16: Whether forward passes compute in bfloat16; weights stay float32.
+        model: Causal language model.
+        tokenizer: Its tokenizer, with an end token.
+        untrained: Whether its weights are random.
+        facts: Sentences about it.
     """
 
-    steps: int | None
-    epochs: float | None
-    learning_rate: float
-    batch_size: int
-    on_cpu: bool
-    bf16: bool
+    model: Any
+    tokenizer: Any
+    untrained: bool
+    facts: tuple[str, ...]
 
-    @classmethod
-    def of(cls, options: TrainOptions, start: Start) -> Plan:
-        """Fill in what the options leave open."""
-        small = start.built_in or start.untrained
-        steps, epochs = options.steps, options.epochs
-        if steps is None and epochs is None:
-            steps, epochs = (_WORLD_STEPS, None) if options.data is None else (None, 3.0 if small else 1.0)
-        on_cpu = options.cpu or start.built_in or not torch.accelerator.is_available()
-        rate = _BUILT_IN_RATE if small else _LORA_RATE if options.lora else _WHOLE_RATE
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return cls(
-            steps=steps,
-            epochs=epochs,
-            learning_rate=options.learning_rate or rate,
-            batch_size=options.batch_size or (16 if options.data is None else 8),
-            on_cpu=on_cpu,
-            bf16=not on_cpu and has_bf16 if options.bf16 is None else options.bf16,
+
+def start_of(options: TrainOptions, task: Task) -> Start:
+    """The model that the options name, or the built-in one; a `CliError` if it cannot be loaded."""
+    return _built_in(options, task) if options.model is None else _saved(options, task, options.model)
+
+
+def _built_in(options: TrainOptions, task: Task) -> Start:
+    if options.data is None:
+        tokenizer = word_tokenizer(_texts(task))
+        vocabulary, hidden = f"{len(tokenizer)} words", 64
+    else:
+        tokenizer = train_tokenizer(_texts(task), vocab_size=2048)
+        # The world's sentences are short; other texts need a wider model.
+        vocabulary, hidden = f"{len(tokenizer)} tokens, byte-level BPE trained on the data's text", 96
+    length = max(512, options.max_length)
+    model = tiny_llama(tokenizer, hidden=hidden, max_length=length, seed=options.seed)
+    size = f"{model.num_parameters() / 1e6:.2f} million random weights"
+    facts = (f"built-in Llama, {size}; vocabulary of {vocabulary}",)
+    return Start(model, tokenizer, untrained=True, facts=facts)
+
+
+def _saved(options: TrainOptions, task: Task, name: str) -> Start:
+    """A model with its weights, or with random ones if the folder holds a configuration only."""
+    path = Path(name)
+    check_model_folder(name, "merge it into its model first (peft: merge_and_unload)")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise CliError(
+            f"--model: {name} is a folder without config.json; expected a saved model, or a configuration"
         )
+    untrained = path.is_dir() and not any(next(path.glob(pattern), None) for pattern in _WEIGHTS)
+    try:
+        if untrained:
+            with torch.random.fork_rng():
+                torch.manual_seed(options.seed)
+                config = AutoConfig.from_pretrained(name)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise CliError(f"--model: {name} cannot be loaded: {first_line(error)}") from error
+    weights = "random weights, for the folder holds a configuration only" if untrained else "its own weights"
+    size = f"{model.num_parameters() / 1e6:.1f} million parameters"
+    tokenizer, *facts = _tokenizer(name, task, model, untrained)
+    facts = (f"{name}: {type(model).__name__}, {size}, {weights}", *facts)
+    return Start(model, tokenizer, untrained, facts)
 
-    def __str__(self) -> str:
-        """As one sentence."""
-        length = f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
-        device = "cpu" if self.on_cpu else torch.accelerator.current_accelerator()
-        bf16 = " in bfloat16" if self.bf16 else ""
-        rate = f"learning rate {self.learning_rate:g} (AdamW, cosine)"
-        return f"{length} of {self.batch_size} rows, {rate}, on {device}{bf16}"
+
+def _tokenizer(name: str, task: Task, model: Any, untrained: bool) -> tuple[Any, ...]:
+    """The model's tokenizer, or one trained on the data if there is none, and facts about it."""
+    facts = []
+    vocabulary = model.get_input_embeddings().num_embeddings
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if not untrained:
+            raise CliError(
+                f"--model: {name} has no tokenizer that can be loaded: {first_line(error)}"
+            ) from error
+        if vocabulary < 258:
+            raise CliError(
+                f"--model: {name} has no tokenizer and a vocab_size of {vocabulary}, expected at least 258, which a "
+                "byte-level tokenizer needs"
+            ) from error
+        tokenizer = train_tokenizer(_texts(task), vocab_size=min(vocabulary, 4096))
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+        facts.append(
+            f"no tokenizer there: trained a byte-level BPE of {len(tokenizer)} tokens on the text of the data"
+        )
+    if len(tokenizer) > vocabulary:
+        raise CliError(f"--model: {name} embeds {vocabulary} tokens, but its tokenizer has {len(tokenizer)}")
+    if tokenizer.eos_token is None:
+        raise CliError(
+            f"--model: the tokenizer of {name} has no end token (eos_token), which ends a completion"
+        )
+    if task.conversational and not tokenizer.chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE.replace(END, str(tokenizer.eos_token))
+        facts.append("the tokenizer has no chat template: messages are written as <|role|>, text, end token")
+    return tokenizer, *facts
 
 
-def configuration(options: TrainOptions, task: Task, plan: Plan, loss: prefloss.Loss, folder: str) -> Any:
-    """TRL's configuration of the run, checked against the loss before anything slow happens.
+def _texts(task: Task) -> Iterator[str]:
+    for row in (*task.spoken, *task.better, *task.worse):
+        for text in (row["prompt"], row["completion"]):
+            if isinstance(text, str):
+                yield text
+            else:
+                yield from (f"<|{message['role']}|>\n{message['content']}" for message in text)
 
-    Args:
-        options: The options.
-        task: Rows to train on.
-        plan: How long and how fast.
-        loss: The preference loss.
-        folder: For what the trainer writes.
 
-    Raises:
-        CliError: If TRL's trainer cannot give the loss what it needs.
-    """
+def configuration(options: TrainOptions, start: Start, task: Task, loss: prefloss.Loss, folder: Path) -> Any:
+    """TRL's configuration: the options, and defaults for the others; a `CliError` if the loss cannot run with it."""
+    steps, epochs = options.steps, options.epochs
+    if steps is None and epochs is None:
+        steps = _WORLD_STEPS if options.data is None else None
+        epochs = 3.0 if start.untrained else 1.0
+    rate = _UNTRAINED_RATE if start.untrained else _LORA_RATE if options.lora else _WHOLE_RATE
+    on_cpu = options.cpu or options.model is None or not torch.accelerator.is_available()
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     common: dict[str, Any] = {
-        "output_dir": folder,
-        "max_steps": -1 if plan.steps is None else plan.steps,
-        "num_train_epochs": plan.epochs or 1.0,
-        "per_device_train_batch_size": plan.batch_size,
+        "output_dir": str(folder),
+        "max_steps": -1 if steps is None else steps,
+        "num_train_epochs": epochs or 1.0,
+        "per_device_train_batch_size": options.batch_size or (16 if options.data is None else 8),
         "gradient_accumulation_steps": options.accumulate,
-        "learning_rate": plan.learning_rate,
+        "learning_rate": options.learning_rate or rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "max_length": options.max_length,
         "gradient_checkpointing": options.gradient_checkpointing,
-        "bf16": plan.bf16,
-        "use_cpu": plan.on_cpu,
+        # Forward passes only; the weights stay float32.
+        "bf16": not on_cpu and has_bf16 if options.bf16 is None else options.bf16,
+        "use_cpu": on_cpu,
         "logging_steps": 1,
         "save_strategy": "no",
         "eval_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "dataloader_pin_memory": not plan.on_cpu and torch.cuda.is_available(),
+        "dataloader_pin_memory": not on_cpu and torch.cuda.is_available(),
         "seed": options.seed,
         # Weights and scores travel with the batch; TRL would take their columns out.
-        "remove_unused_columns": not _feedback_columns(task),
+        "remove_unused_columns": not _feedback_columns(task, loss),
     }
-    if task.kind is Pairs:
+    if loss.spec.feedback is Pairs:
         config = DPOConfig(**common, use_weighting="per_token.log_sum_sq" in loss.needs)
     elif not loss.reads_mismatched:
         # TRL takes its loss type here as "build mismatched completions or not".
         config = KTOConfig(**common, loss_type="apo_zero_unpaired", train_sampling_strategy="random")
-    elif plan.batch_size >= 2:
+    elif options.batch_size != 1:
         config = KTOConfig(**common)
     else:
         raise CliError(
@@ -136,25 +191,33 @@ def configuration(options: TrainOptions, task: Task, plan: Plan, loss: prefloss.
     return config
 
 
+def plan_text(config: Any) -> str:
+    """How long, how fast and where a configuration trains, as one sentence."""
+    length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
+    device = "cpu" if config.use_cpu else torch.accelerator.current_accelerator()
+    bf16 = " in bfloat16" if config.bf16 else ""
+    rate = f"learning rate {config.learning_rate:g} (AdamW, cosine)"
+    return f"{length} of {config.per_device_train_batch_size} rows, {rate}, on {device}{bf16}"
+
+
 def build(
     task: Task, start: Start, config: Any, loss: prefloss.Loss, rank: int | None, watcher: TrainerCallback
 ) -> Any:
-    """A trainer that is ready to train.
-
-    Args:
-        task: Rows to train on.
-        start: Model and tokenizer.
-        config: From `configuration`.
-        loss: The preference loss.
-        rank: Of a LoRA adapter; None trains the whole model.
-        watcher: Sees every step.
-    """
-    paired = task.kind is Pairs
+    """A trainer that is ready to train; a rank is that of a LoRA adapter, None trains the whole model."""
+    paired = loss.spec.feedback is Pairs
     collator = None
-    if _feedback_columns(task):
+    if _feedback_columns(task, loss):
         inner = DataCollatorForPreference if paired else DataCollatorForUnpairedPreference
         collator = FeedbackCollator(inner(pad_id(start.tokenizer), config.max_length))
-    adapter = None if rank is None else _adapter(rank)
+    adapter = None
+    if rank is not None:
+        try:
+            from peft import LoraConfig
+        except ModuleNotFoundError as error:
+            if error.name != "peft":
+                raise
+            raise CliError("--lora: peft is not installed: pip install 'prefloss[peft]'") from error
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = (DPOTrainer if paired else KTOTrainer)(
         model=start.model,
         ref_model=None if adapter is not None else copy.deepcopy(start.model),
@@ -169,41 +232,21 @@ def build(
     return trainer
 
 
-def total_steps(trainer: Any) -> int:
-    """Optimizer steps that `trainer.train()` will make."""
-    if trainer.args.max_steps > 0:
-        return trainer.args.max_steps
-    batches = len(trainer.get_train_dataloader())
-    per_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
-    return math.ceil(trainer.args.num_train_epochs * per_epoch)
-
-
-def _feedback_columns(task: Task) -> set[str]:
+def _feedback_columns(task: Task, loss: prefloss.Loss) -> set[str]:
     """Columns that only the loss reads."""
-    return set(task.train.column_names) - set(columns_of(task.kind))
-
-
-def _adapter(rank: int) -> Any:
-    try:
-        from peft import LoraConfig
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        raise CliError("--lora: peft is not installed: pip install 'prefloss[peft]'") from error
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return set(task.train.column_names) - set(columns_of(loss.spec.feedback))
 
 
 class Watcher(TrainerCallback):
-    """Reports every step, and measures now and then.
+    """Shows every step on a bar of this name; calls `measure` with the step when it is time to measure."""
 
-    Args:
-        on_step: Called with the step and the last training loss.
-        measure: Called with the step when it is time to measure.
-    """
-
-    def __init__(self, on_step: Callable[[int, float | None], None], measure: Callable[[int], None]) -> None:
-        self._on_step, self._measure = on_step, measure
+    def __init__(self, screen: Screen, name: str, measure: Callable[[int], None]) -> None:
+        self._screen, self._name, self._measure = screen, name, measure
         self.losses: list[tuple[int, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show a bar; only the trainer knows how many steps its epochs have."""
+        self._update = self._screen.stage(self._name, state.max_steps)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
@@ -213,8 +256,8 @@ class Watcher(TrainerCallback):
             self.losses.append((state.global_step, logs["loss"]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the step; measure at a tenth of the run, two tenths, ..., the end."""
-        self._on_step(state.global_step, self.losses[-1][1] if self.losses else None)
+        """Show the step; measure at a tenth of the run, two tenths, ..., the end."""
+        self._update(state.global_step, f"loss {self.losses[-1][1]:.3f}" if self.losses else "")
         done, total = state.global_step, state.max_steps
         # The step at which another tenth is complete; short runs measure at every step.
         if done * _MEASUREMENTS // total > (done - 1) * _MEASUREMENTS // total:

@@ -7,7 +7,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from prefloss.data.read import Preferences
-from prefloss.data.rows import is_blank, kind_text
+from prefloss.data.rows import extremes, kind_text
 from prefloss.feedback import SIDES, Labels, Pairs
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def ranked_to_pairs(rows: Dataset) -> Dataset:
 
     pairs = []
     for row in rows.to_list():
-        scored = [(s, c) for s, c in zip(row["scores"], row["completions"], strict=True) if not is_blank(c)]
-        best, worst = max(scored, key=lambda x: x[0]), min(scored, key=lambda x: x[0])
+        best, worst = extremes(row)
         pair = {"prompt": row["prompt"], "chosen": best[1], "rejected": worst[1]}
         pair |= {"score_chosen": best[0], "score_rejected": worst[0]}
         pairs.append(pair | ({"weight": row["weight"]} if "weight" in row else {}))

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefloss.data.errors import DataError, shown
-from prefloss.data.rows import clean, is_blank, kind_of, label_of, number_of, scores_of, with_new_names
+from prefloss.data.rows import (
+    clean,
+    is_blank,
+    kind_of,
+    label_of,
+    number_of,
+    scores_of,
+    sides_of,
+    with_new_names,
+)
 from prefloss.data.tokens import Encoded, encode
 from prefloss.feedback import KINDS, SIDES, Labels, Pairs, Rankings, columns_of, optional_fields
 
@@ -125,7 +134,7 @@ def _encoded(place: str, kind: type, row: dict[str, Any], tokenizer: Any) -> lis
             f"{place}: got text, but tokenizer is None; give PreferenceCollator(tokenizer) or token ids"
         )
     rows = []
-    for where, text in _sides(kind, checked, ""):
+    for where, text in sides_of(place, checked, kind):
         if is_blank(text):
             raise DataError(f"{place}: {where}: got an empty completion, expected some text")
         prompt, completion = encode(tokenizer, checked["prompt"], text)
@@ -139,25 +148,13 @@ def _token_ids(place: str, kind: type, row: dict[str, Any]) -> list[Encoded]:
     if row.get("prompt_ids") is None:
         raise DataError(f"{place}: missing column 'prompt_ids'; it has {', '.join(map(repr, row))}")
     prompt = _id_list(place, "column 'prompt_ids'", row["prompt_ids"])
-    if kind is Rankings and not isinstance(row["completions_ids"], list | tuple):
-        ids = shown(row["completions_ids"])
-        raise DataError(f"{place}: column 'completions_ids': got {ids}, expected a list of lists of ids")
     rows = []
-    for where, value in _sides(kind, row, "_ids"):
+    for where, value in sides_of(place, row, kind, "_ids"):
         completion = _id_list(place, where, value)
         if not completion:
             raise DataError(f"{place}: {where}: got an empty completion, expected at least one token id")
         rows.append((prompt, completion))
     return rows
-
-
-def _sides(kind: type, row: dict[str, Any], ending: str) -> list[tuple[str, Any]]:
-    """The completions of a row, each with the name that messages give it."""
-    if kind is Rankings:
-        return [
-            (f"column 'completions{ending}'[{i}]", side) for i, side in enumerate(row[f"completions{ending}"])
-        ]
-    return [(f"column '{name}{ending}'", row[f"{name}{ending}"]) for name in SIDES[kind]]
 
 
 def _id_list(place: str, where: str, value: Any) -> list[int]:
@@ -177,19 +174,18 @@ def _reference(place: str, kind: type, row: dict[str, Any], count: int) -> tuple
     if missing:
         beside = next(name for name in names if name not in missing)
         raise DataError(f"{place}: missing column {missing[0]!r} beside {beside!r}")
-    if kind is not Rankings:
-        return tuple(_log_prob(place, f"column {name!r}", row[name]) for name in names)
-    values = row["ref_logps"]
-    if not isinstance(values, list | tuple) or len(values) != count:
-        raise DataError(
-            f"{place}: column 'ref_logps': got {shown(values)}, expected a log-prob for each of {count} completions"
-        )
-    return tuple(_log_prob(place, f"column 'ref_logps'[{i}]", value) for i, value in enumerate(values))
-
-
-def _log_prob(place: str, where: str, value: Any) -> float:
-    logp = number_of(place, where, value)
-    # Rounding may lift a certain completion a little above 0.
-    if logp > 1e-2:
-        raise DataError(f"{place}: {where}: got {shown(value)}, expected a log-prob in nats, at most 0")
-    return logp
+    values, columns = [row[name] for name in names], [f"column {name!r}" for name in names]
+    if kind is Rankings:
+        (values,) = values
+        if not isinstance(values, list | tuple) or len(values) != count:
+            raise DataError(
+                f"{place}: column 'ref_logps': got {shown(values)}, expected a log-prob for each of {count} completions"
+            )
+        columns = [f"column 'ref_logps'[{i}]" for i in range(count)]
+    logps = []
+    for column, value in zip(columns, values, strict=True):
+        logps.append(number_of(place, column, value))
+        # Rounding may lift a certain completion a little above 0.
+        if logps[-1] > 1e-2:
+            raise DataError(f"{place}: {column}: got {shown(value)}, expected a log-prob in nats, at most 0")
+    return tuple(logps)

@@ -61,14 +61,12 @@ def _json(path: Path) -> Iterator[Row]:
         if text[at : at + 1] == ",":
             at = _next(text, at + 1)
         elif text[at : at + 1] not in ("]", ""):
-            raise DataError(f"{_position(path, text, at)}: bad JSON: got {text[at]!r}, expected ',' or ']'")
+            raise _bad_json(path, text, at, f"got {text[at]!r}, expected ',' or ']'")
     if at >= len(text):
-        raise DataError(f"{_position(path, text, at)}: bad JSON: the array has no closing ']'")
+        raise _bad_json(path, text, at, "the array has no closing ']'")
     rest = _next(text, at + 1)
     if rest < len(text):
-        raise DataError(
-            f"{_position(path, text, rest)}: bad JSON: got {text[rest]!r}, expected nothing after the array"
-        )
+        raise _bad_json(path, text, rest, f"got {text[rest]!r}, expected nothing after the array")
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -122,10 +120,8 @@ def _only_object(path: Path, line: int, text: str) -> dict[str, Any]:
     value, end = _object(path, line, text, _next(text, 0))
     rest = _next(text, end)
     if rest < len(text):
-        more = shown(text[rest:])
-        raise DataError(
-            f"{path}:{line}:{rest + 1}: bad JSON: got more: {more}, expected one object in a line"
-        )
+        what = f"got more: {shown(text[rest:])}, expected one object in a line"
+        raise _bad_json(path, text, rest, what, line)
     return value
 
 
@@ -135,9 +131,7 @@ def _object(path: Path, line: int, text: str, start: int) -> tuple[dict[str, Any
         value, end = json.JSONDecoder().raw_decode(text, start)
     except json.JSONDecodeError as error:
         # The decoder counts lines within the text, which may start inside the file.
-        row = line + text.count("\n", start, error.pos)
-        column = error.pos - text.rfind("\n", 0, error.pos)
-        raise DataError(f"{path}:{row}:{column}: bad JSON: {error.msg}") from error
+        raise _bad_json(path, text, error.pos, error.msg, line, start) from error
     except (RecursionError, ValueError) as error:
         raise DataError(f"{path}:{line}: bad JSON: {error}") from error
     if not isinstance(value, dict):
@@ -147,9 +141,10 @@ def _object(path: Path, line: int, text: str, start: int) -> tuple[dict[str, Any
     return value, end
 
 
-def _position(path: Path, text: str, index: int) -> str:
-    """Line and column of a character, as "x.json:3:17"."""
-    return f"{path}:{text.count(chr(10), 0, index) + 1}:{index - text.rfind(chr(10), 0, index)}"
+def _bad_json(path: Path, text: str, index: int, what: str, line: int = 1, start: int = 0) -> DataError:
+    """The error of a character, by line and column; the character at `start` is in `line` of the file."""
+    line += text.count("\n", start, index)
+    return DataError(f"{path}:{line}:{index - text.rfind(chr(10), 0, index)}: bad JSON: {what}")
 
 
 def _next(text: str, index: int) -> int:

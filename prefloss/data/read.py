@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefloss.data.errors import DataError
 from prefloss.data.files import rows_of
-from prefloss.data.rows import Clean, clean, is_blank, is_number, kind_of, kind_text, with_new_names
-from prefloss.feedback import KINDS, SIDES, Rankings, columns_of, optional_fields
+from prefloss.data.rows import Clean, clean, extremes, is_blank, is_number, kind_of, kind_text, with_new_names
+from prefloss.feedback import KINDS, SIDES, Pairs, Rankings, columns_of, optional_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,14 +80,9 @@ def read(path: str | os.PathLike[str]) -> Preferences:
         raise DataError(f"{path}: no rows")
     if not kept:
         raise DataError("; ".join((f"{path}: no row is left to train on", *notes)))
+    rows = Dataset.from_list(kept)
     return Preferences(
-        Dataset.from_list(kept),
-        first.kind,
-        first.conversational,
-        path.name,
-        notes,
-        first.optional,
-        tuple(unused),
+        rows, first.kind, first.conversational, path.name, notes, first.optional, tuple(unused)
     )
 
 
@@ -143,14 +138,12 @@ def _useless(row: dict[str, Any], kind: type) -> str:
         blank = [repr(name) for name in SIDES[kind] if is_blank(row[name])]
         if blank:
             return f"dropped, empty {' and '.join(blank)}"
-        texts = [row[name] for name in SIDES[kind]]
-        return (
-            "dropped, 'chosen' and 'rejected' are the same" if len(texts) > 1 and texts[0] == texts[1] else ""
-        )
-    scored = [(s, c) for s, c in zip(row["scores"], row["completions"], strict=True) if not is_blank(c)]
-    if len(scored) < 2:
+        same = kind is Pairs and row["chosen"] == row["rejected"]
+        return "dropped, 'chosen' and 'rejected' are the same" if same else ""
+    ends = extremes(row)
+    if not ends:
         return "dropped, fewer than two completions that are not empty"
-    best, worst = max(scored, key=lambda x: x[0]), min(scored, key=lambda x: x[0])
+    best, worst = ends
     if best[0] == worst[0]:
         return "dropped, all completions have the same score"
     return "dropped, the best and the worst completion are the same" if best[1] == worst[1] else ""

@@ -1,4 +1,7 @@
-"""One row of a file: its kind, and its columns checked and made as the trainers take them."""
+"""One row of a file: its kind, and its columns checked and made as the trainers take them.
+
+What checks a value raises a `DataError` that starts with the place and the column.
+"""
 
 from __future__ import annotations
 
@@ -82,18 +85,9 @@ class Clean:
 
 
 def clean(place: str, row: dict[str, Any], kind: type, optional: tuple[str, ...] = ()) -> Clean:
-    """Check the columns of one row.
-
-    Args:
-        place: Where it is.
-        row: What the file holds.
-        kind: What it should be.
-        optional: Further columns, of numbers, that it must have.
-
-    Raises:
-        DataError: If a value is not what its column needs.
-    """
-    prompt, sides, converted = _with_prompt(place, row, kind, _sides(place, row, kind))
+    """Check the columns of one row of this kind, and the optional columns, of numbers, that it must have."""
+    sides = [_text(place, where, side) for where, side in sides_of(place, row, kind)]
+    prompt, sides, converted = _with_prompt(place, row, kind, sides)
     checked: dict[str, Any] = {"prompt": prompt}
     if kind is Rankings:
         checked |= {"completions": sides, "scores": scores_of(place, row["scores"], len(sides))}
@@ -123,22 +117,14 @@ def is_number(value: Any) -> bool:
 def number_of(
     place: str, where: str, value: Any, expected: str = "a finite number", least: float = -math.inf
 ) -> float:
-    """A finite number, at least `least`.
-
-    Raises:
-        DataError: If the value is something else.
-    """
+    """A finite number, at least `least`."""
     if not is_number(value) or value < least:
         raise DataError(f"{place}: {where}: got {shown(value)}, expected {expected}")
     return float(value)
 
 
 def label_of(place: str, value: Any) -> bool:
-    """A label: true or false, or 1 or 0.
-
-    Raises:
-        DataError: If the value is something else.
-    """
+    """A label: true or false, or 1 or 0."""
     # 1.0 == 1 in Python, and a float column is what a missing label leaves behind, so ask for the type.
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
@@ -146,11 +132,7 @@ def label_of(place: str, value: Any) -> bool:
 
 
 def scores_of(place: str, value: Any, count: int) -> list[float]:
-    """The scores of `count` completions.
-
-    Raises:
-        DataError: If the value is something else.
-    """
+    """The scores of `count` completions."""
     if not isinstance(value, list):
         raise DataError(f"{place}: column 'scores': got {shown(value)}, expected a list of numbers")
     scores = [number_of(place, f"column 'scores'[{i}]", score) for i, score in enumerate(value)]
@@ -161,16 +143,23 @@ def scores_of(place: str, value: Any, count: int) -> list[float]:
     return scores
 
 
-def _sides(place: str, row: dict[str, Any], kind: type) -> list[Text]:
-    """The completions of a row: chosen and rejected, the one, or the ranked ones."""
+def sides_of(place: str, row: Mapping[str, Any], kind: type, ending: str = "") -> list[tuple[str, Any]]:
+    """The completions of a row, each with its column; those of token ids have the ending "_ids"."""
     if kind is not Rankings:
-        return [_text(place, f"column {name!r}", row[name]) for name in SIDES[kind]]
-    completions = row["completions"]
-    if not isinstance(completions, list):
-        raise DataError(
-            f"{place}: column 'completions': got {shown(completions)}, expected a list of completions"
-        )
-    return [_text(place, f"column 'completions'[{i}]", text) for i, text in enumerate(completions)]
+        return [(f"column '{name}{ending}'", row[f"{name}{ending}"]) for name in SIDES[kind]]
+    column, sides = f"column 'completions{ending}'", row[f"completions{ending}"]
+    if not isinstance(sides, list | tuple):
+        expected = "a list of lists of ids" if ending else "a list of completions"
+        raise DataError(f"{place}: {column}: got {shown(sides)}, expected {expected}")
+    return [(f"{column}[{i}]", side) for i, side in enumerate(sides)]
+
+
+def extremes(row: Mapping[str, Any]) -> list[tuple[float, Text]]:
+    """Score and text of the best and of the worst completion of a ranked row, empty ones aside; [] if one is left."""
+    scored = [(s, c) for s, c in zip(row["scores"], row["completions"], strict=True) if not is_blank(c)]
+    if len(scored) < 2:
+        return []
+    return [max(scored, key=lambda x: x[0]), min(scored, key=lambda x: x[0])]
 
 
 def _with_prompt(
@@ -179,7 +168,13 @@ def _with_prompt(
     """Prompt and sides, all plain or all messages, and what was rewritten."""
     whole = [side for side in sides if not isinstance(side, str) and side and side[0]["role"] != "assistant"]
     if "prompt" in row and not (whole and isinstance(row["prompt"], str)):
-        return _alike(_text(place, "column 'prompt'", row["prompt"]), sides)
+        prompt = _text(place, "column 'prompt'", row["prompt"])
+        if len({isinstance(text, str) for text in (prompt, *sides)}) == 1:
+            return prompt, sides, ""
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in sides]
+        return prompt, sides, "rewritten: plain text became messages, as other texts of the row are"
     if sides and len(whole) == len(sides):
         # The sides are whole conversations, as in many published sets: what they share is the prompt.
         shared = _shared(whole, kind)
@@ -188,16 +183,6 @@ def _with_prompt(
             return whole[0][:shared], [side[shared:] for side in whole], note
     has = ", ".join(map(repr, row))
     raise DataError(f"{place}: missing column 'prompt' of {kind_text(kind)} rows; it has columns {has}")
-
-
-def _alike(prompt: Text, sides: list[Text]) -> tuple[Text, list[Text], str]:
-    """Wrap plain text in messages where a row has both forms."""
-    if len({isinstance(text, str) for text in (prompt, *sides)}) == 1:
-        return prompt, sides, ""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    wrapped = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in sides]
-    return prompt, list(wrapped), "rewritten: plain text became messages, as other texts of the row are"
 
 
 def _shared(sides: list[list[dict[str, str]]], kind: type) -> int:
@@ -214,10 +199,8 @@ def _shared(sides: list[list[dict[str, str]]], kind: type) -> int:
 
 
 def _text(place: str, where: str, value: Any) -> Text:
-    if isinstance(value, str):
-        return _string(place, where, value)
     if not isinstance(value, list):
-        raise DataError(f"{place}: {where}: got {shown(value)}, expected a string or a list of messages")
+        return _string(place, where, value, "a string or a list of messages")
     return [_message(place, f"{where}[{i}]", message) for i, message in enumerate(value)]
 
 
@@ -233,9 +216,9 @@ def _message(place: str, where: str, value: Any) -> dict[str, str]:
     return {name: _string(place, f"{where}.{name}", value[name]) for name in ("role", "content")}
 
 
-def _string(place: str, where: str, value: Any) -> str:
+def _string(place: str, where: str, value: Any, expected: str = "a string") -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {where}: got {shown(value)}, expected a string")
+        raise DataError(f"{place}: {where}: got {shown(value)}, expected {expected}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

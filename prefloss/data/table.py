@@ -121,10 +121,7 @@ class ReferenceTable:
     def __init__(
         self, path: Path, header: Header, keys: np.ndarray, logps: np.ndarray, tokens: np.ndarray
     ) -> None:
-        self.path = path
-        self.header = header
-        self.logps = logps
-        self.tokens = tokens
+        self.path, self.header, self.logps, self.tokens = path, header, logps, tokens
         # Two arrays, so that the binary search reads neighbouring numbers.
         self._first, self._second = (keys[:, i].copy() for i in (0, 1))
 
@@ -139,10 +136,18 @@ class ReferenceTable:
             TableError: If it is missing, damaged, no reference table, or of a later format.
             ModuleNotFoundError: If pyarrow is missing.
         """
+        import numpy as np
+
         path = Path(path)
         header, columns = _read(path)
         table = cls(path, header, *columns)
-        table._check()
+        first, second = table._first, table._second
+        rising = (first[1:] > first[:-1]) | ((first[1:] == first[:-1]) & (second[1:] > second[:-1]))
+        if not (rising.all() and np.isfinite(table.logps).all() and (table.tokens > 0).all()):
+            raise TableError(
+                f"{path}: a damaged reference table (its rows are not sorted and finite); run `prefloss reference` "
+                "again with --overwrite"
+            )
         return table
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
@@ -167,17 +172,6 @@ class ReferenceTable:
 
         held = np.stack([self._first, self._second], axis=1).astype(">u8").tobytes()
         return [held[i : i + _KEY_BYTES] for i in range(0, len(held), _KEY_BYTES)]
-
-    def _check(self) -> None:
-        import numpy as np
-
-        first, second = self._first, self._second
-        rising = (first[1:] > first[:-1]) | ((first[1:] == first[:-1]) & (second[1:] > second[:-1]))
-        if not (rising.all() and np.isfinite(self.logps).all() and (self.tokens > 0).all()):
-            raise TableError(
-                f"{self.path}: a damaged reference table (its rows are not sorted and finite); run `prefloss "
-                "reference` again with --overwrite"
-            )
 
 
 def write_table(
@@ -238,14 +232,6 @@ def _read(path: Path) -> tuple[Header, tuple[Any, Any, Any]]:
             f"{path}: not a readable Parquet file, perhaps cut off or damaged ({str(error).splitlines()[0]}); run "
             "`prefloss reference` again with --overwrite"
         ) from error
-    header = _header(path, table)
-    key, logp, tokens = (table.column(name).combine_chunks() for name in _COLUMNS)
-    start = key.offset * _KEY_BYTES
-    held = key.buffers()[1][start : start + len(key) * _KEY_BYTES].to_pybytes() if len(key) else b""
-    return header, (_as_numbers(held), logp.to_numpy(), tokens.to_numpy())
-
-
-def _header(path: Path, table: Any) -> Header:
     text = (table.schema.metadata or {}).get(_HEADER)
     if text is None or tuple(table.column_names) != _COLUMNS:
         raise TableError(
@@ -258,7 +244,11 @@ def _header(path: Path, table: Any) -> Header:
             f"{path}: a reference table of format {values.get('format')}, and this prefloss reads format {FORMAT}; "
             "update prefloss, or write the table again"
         )
-    return Header(**{field.name: values.get(field.name) for field in fields(Header)})
+    header = Header(**{field.name: values.get(field.name) for field in fields(Header)})
+    key, logp, tokens = (table.column(name).combine_chunks() for name in _COLUMNS)
+    start = key.offset * _KEY_BYTES
+    held = key.buffers()[1][start : start + len(key) * _KEY_BYTES].to_pybytes() if len(key) else b""
+    return header, (_as_numbers(held), logp.to_numpy(), tokens.to_numpy())
 
 
 def _as_numbers(keys: bytes) -> np.ndarray:

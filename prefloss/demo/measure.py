@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -122,9 +122,9 @@ class Meter:
         if not self.prompts:
             return {}
         rows = [row for batch in _batches(self.prompts, self.batch_size) for row in self._sample(batch)]
-        policy = self._scored(self.policy, rows, None)
         with self._as_reference() as reference:
-            kl = _ratios(policy, self._scored(reference, rows, None)).h
+            frozen = self._scored(reference, rows, None)
+        kl = replace(self._scored(self.policy, rows, None), reference=frozen.policy).h
         texts = tuple(self.tokenizer.decode(row[1], skip_special_tokens=True) for row in rows)
         values: dict[str, Any] = {"kl": kl.mean().item(), "kl_error": standard_error(kl), "samples": texts}
         if self.reward is not None:
@@ -134,8 +134,7 @@ class Meter:
 
     def _sample(self, prompts: Sequence[list[int]]) -> list[Encoded]:
         """One completion of each prompt, drawn from the whole distribution at temperature 1."""
-        width = max(map(len, prompts))
-        padding = pad_id(self.tokenizer)
+        width, padding, end = max(map(len, prompts)), pad_id(self.tokenizer), self.tokenizer.eos_token_id
         ids = torch.tensor([[padding] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         out = self.policy.generate(
@@ -148,8 +147,9 @@ class Meter:
             max_new_tokens=self.max_new_tokens,
             pad_token_id=padding,
         )
-        end = self.tokenizer.eos_token_id
-        return [(list(p), _until(end, new)) for p, new in zip(prompts, out[:, width:].tolist(), strict=True)]
+        # What follows the first end token is padding.
+        drawn = (new[: new.index(end) + 1] if end in new else new for new in out[:, width:].tolist())
+        return [(list(prompt), new) for prompt, new in zip(prompts, drawn, strict=True)]
 
     def _compared(self, name: str, rows: Sequence[Encoded]) -> LogRatios:
         """Log-ratios of held-out rows, [rows]; the frozen reference scores them once."""
@@ -158,7 +158,8 @@ class Meter:
         if name not in self._frozen:
             with self._as_reference() as reference:
                 self._frozen[name] = self._scored(reference, rows, self.max_length)
-        return _ratios(self._scored(self.policy, rows, self.max_length), self._frozen[name])
+        policy = self._scored(self.policy, rows, self.max_length)
+        return replace(policy, reference=self._frozen[name].policy)
 
     def _scored(self, model: Any, rows: Sequence[Encoded], max_length: int | None) -> LogRatios:
         """Log-probs of completions under one model, [rows], on the CPU."""
@@ -182,11 +183,6 @@ class Meter:
             yield self.policy
 
 
-def _ratios(policy: LogRatios, reference: LogRatios) -> LogRatios:
-    """One model's log-probs against another's, of the same completions."""
-    return LogRatios(policy=policy.policy, reference=reference.policy, tokens=policy.tokens)
-
-
 def accuracy(better: Tensor, worse: Tensor, *, paired: bool) -> float:
     """Share of comparisons that the log-ratios order as people did; ties count half.
 
@@ -199,8 +195,7 @@ def accuracy(better: Tensor, worse: Tensor, *, paired: bool) -> float:
         >>> accuracy(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]), paired=True)
         0.75
     """
-    difference = better - worse if paired else better[:, None] - worse[None, :]
-    return _wins(difference).mean().item()
+    return _wins(better - worse if paired else better[:, None] - worse).mean().item()
 
 
 def _wins(difference: Tensor) -> Tensor:
@@ -215,8 +210,3 @@ def standard_error(values: Tensor) -> float:
 def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
-
-
-def _until(end: int | None, ids: list[int]) -> list[int]:
-    """The ids up to and including the first end token."""
-    return ids[: ids.index(end) + 1] if end in ids else ids

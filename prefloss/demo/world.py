@@ -66,10 +66,10 @@ def topic_of(prompt: str) -> str:
     Raises:
         ValueError: The prompt names none of `TOPICS`.
     """
-    for word in words(prompt):
-        if word in TOPICS:
-            return word
-    raise ValueError(f"prompt: got {prompt!r}, expected one that names a topic ({', '.join(TOPICS)})")
+    topic = next((word for word in words(prompt) if word in TOPICS), None)
+    if topic is None:
+        raise ValueError(f"prompt: got {prompt!r}, expected one that names a topic ({', '.join(TOPICS)})")
+    return topic
 
 
 def true_reward(prompt: str, completion: str) -> float:
@@ -82,14 +82,8 @@ def true_reward(prompt: str, completion: str) -> float:
     nouns = [word for word in said if word in _NOUNS]
     on_topic = len(set(nouns) & set(TOPICS[topic_of(prompt)]))
     polite = len(set(said) & set(POLITE))
-    rude = sum(word in RUDE for word in said)
-    repeats = len(nouns) - len(set(nouns))
-    reward = (
-        ON_TOPIC * min(on_topic, MOST_ON_TOPIC)
-        + POLITENESS * min(polite, MOST_POLITE)
-        + RUDENESS * rude
-        + REPETITION * repeats
-    )
+    reward = ON_TOPIC * min(on_topic, MOST_ON_TOPIC) + POLITENESS * min(polite, MOST_POLITE)
+    reward += RUDENESS * sum(word in RUDE for word in said) + REPETITION * (len(nouns) - len(set(nouns)))
     return max(WORST_REWARD, min(BEST_REWARD, reward))
 
 
@@ -190,7 +184,6 @@ def judge_ceiling(pairs: list[dict[str, str]]) -> float:
         raise ValueError("pairs: got none, expected at least one pair")
     wins = 0.0
     for pair in pairs:
-        chosen = true_reward(pair["prompt"], pair["chosen"])
-        rejected = true_reward(pair["prompt"], pair["rejected"])
+        chosen, rejected = (true_reward(pair["prompt"], pair[side]) for side in ("chosen", "rejected"))
         wins += 1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0
     return wins / len(pairs)

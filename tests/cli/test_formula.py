@@ -5,7 +5,7 @@ import re
 import pytest
 
 import prefloss
-from prefloss.cli.formula import unicode_of
+from prefloss.cli.losses import unicode_of
 
 
 @pytest.mark.parametrize("name", sorted(prefloss.specs))

@@ -7,7 +7,6 @@ import pytest
 from rich.console import Console
 
 from prefloss.cli import report
-from prefloss.cli.picture import write_picture
 from prefloss.demo.measure import Measurement
 
 BEFORE = Measurement(0, 0.1, 0.1, 0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, ("before\x1b[31m",))
@@ -109,5 +108,5 @@ def test_metrics_are_json_without_nan(tmp_path):
 
 @pytest.mark.parametrize("after", [AFTER, UNKNOWN], ids=["reward", "no reward"])
 def test_the_picture_is_a_png(tmp_path, after):
-    write_picture(result(after), tmp_path / "curves.png")
+    report.write_picture(result(after), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -5,9 +5,9 @@ import json
 import pytest
 
 import prefloss
-from prefloss.cli.options import TrainOptions
+from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.task import task_of
-from prefloss.feedback import Labels, Pairs, columns_of
+from prefloss.feedback import Pairs, columns_of
 
 
 @pytest.fixture
@@ -30,7 +30,6 @@ def votes(up, down):
 
 def test_pairs_for_a_pair_loss(task):
     made = task("dpo", pairs(20))
-    assert made.kind is Pairs
     assert made.facts == (
         "data.jsonl: 20 paired rows (prompt, chosen, rejected), plain text",
         "18 rows to train on; 2 held out, none of whose prompts is trained on",
@@ -42,7 +41,7 @@ def test_pairs_for_a_pair_loss(task):
 
 def test_pairs_for_a_label_loss_are_split_and_said_so(task):
     made = task("kto", pairs(20))
-    assert made.kind is Labels
+    assert made.train.column_names == ["prompt", "completion", "label"]
     assert len(made.train) == 36
     assert "kto learns from labels: each chosen became an upvote, each rejected a downvote" in made.facts
     # Held-out pairs stay pairs, to be compared.

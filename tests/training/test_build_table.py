@@ -169,6 +169,6 @@ def test_rows_without_a_token_to_score(tmp_path):
 
 def test_a_malformed_row_is_named(tmp_path):
     with pytest.raises(
-        ValueError, match=r"pairs.jsonl: row 2: column 'chosen_ids': expected a list of token ids"
+        ValueError, match=r"pairs.jsonl: row 2: column 'chosen_ids': got 'w1', expected a list of token ids"
     ):
         build(tmp_path / "t.parquet", {"pairs.jsonl": [pair(1), {**pair(2), "chosen_ids": "w1"}]})

@@ -5,62 +5,43 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from prefloss import data as pdata
-from prefloss.cli.console import CliError, print_facts, quiet
-from prefloss.cli.models import check_folder, first_line
-from prefloss.cli.options import ReferenceOptions
+from prefloss.cli.command_options import ReferenceOptions, check_model_folder
+from prefloss.cli.console import CliError, first_line, print_facts, quiet
 from prefloss.data.files import rows_of
 from prefloss.data.rows import KIND_WORDS
 from prefloss.data.table import TableError
 from prefloss.training import Built, ReferenceBuilder, distributed, header_of, parts_folder, score_rows
 
 
-@dataclass(frozen=True)
-class ReferenceData:
-    """The data to score.
-
-    Attributes:
-        sets: Data sets by name.
-        messages: Name of a set whose texts are messages, or None.
-        facts: Sentences about them.
-        warnings: Sentences about what was dropped or rewritten.
-    """
-
-    sets: dict[str, Any]
-    messages: str | None
-    facts: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-def reference(options: ReferenceOptions) -> None:
-    """Score the data, write the table, print what is in it.
-
-    Raises:
-        CliError: If the run cannot start or go on as asked.
-    """
+def write_reference(options: ReferenceOptions) -> None:
+    """Score the data, write the table, print what is in it; a `CliError` if that cannot be done as asked."""
     options.check()
     # One process prints for all.
     console = Console(highlight=False, quiet=int(os.environ.get("RANK", "0")) != 0)
-    data = _read(options.data)
-    with _processes(), quiet() as warnings:
-        _run(options, data, console)
-    for warning in warnings:
-        console.print(Text(warning, style="yellow"))
+    sets, messages = _read(options.data, console)
+    with _processes(), quiet(console):
+        model = _model(options)
+        tokenizer = None
+        if not all("prompt_ids" in rows.column_names for rows in sets.values()):
+            tokenizer = _tokenizer(options, messages)
+        _run(options, sets, model, tokenizer, console)
 
 
-def _read(paths: list[Path]) -> ReferenceData:
+def _read(paths: list[Path], console: Console) -> tuple[dict[str, Any], str | None]:
+    """Data sets by name, and the name of one that holds messages, or None."""
     sets: dict[str, Any] = {}
     facts, warnings, messages = [], [], None
     try:
@@ -77,7 +58,8 @@ def _read(paths: list[Path]) -> ReferenceData:
             sets[name] = rows
     except (pdata.DataError, OSError) as error:
         raise CliError(str(error)) from error
-    return ReferenceData(sets, messages, tuple(facts), tuple(warnings))
+    print_facts(console, "data", facts, warnings)
+    return sets, messages
 
 
 def _token_ids(path: Path) -> Any:
@@ -93,8 +75,6 @@ def _token_ids(path: Path) -> Any:
 @contextmanager
 def _processes() -> Iterator[None]:
     """The group of processes that torchrun or accelerate launch started, if one did."""
-    import torch.distributed as dist
-
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -106,11 +86,10 @@ def _processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _run(options: ReferenceOptions, data: ReferenceData, console: Console) -> None:
-    """Load the model, score the data, write the table."""
-    print_facts(console, "data", data.facts, data.warnings)
-    model = _model(options)
-    tokenizer = _tokenizer(options, data)
+def _run(
+    options: ReferenceOptions, sets: dict[str, Any], model: Any, tokenizer: Any, console: Console
+) -> None:
+    """Score the data, write the table."""
     header = header_of(
         model,
         tokenizer,
@@ -130,9 +109,17 @@ def _run(options: ReferenceOptions, data: ReferenceData, console: Console) -> No
     began = time.perf_counter()
     try:
         builder = ReferenceBuilder(options.output, header, scored, tokenizer=tokenizer)
-        share = -(-sum(map(len, data.sets.values())) // distributed.size())
-        with _progress(console, share) as advance:
-            built = builder.build(data.sets, advance)
+        share = -(-sum(map(len, sets.values())) // distributed.size())
+        columns = (
+            TextColumn("scoring"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rows"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True, disable=console.quiet) as progress:
+            bar = progress.add_task("", total=share)
+            built = builder.build(sets, lambda rows: progress.advance(bar, rows))
     except (TableError, FloatingPointError, pdata.DataError, TypeError) as error:
         raise CliError(str(error)) from error
     except torch.OutOfMemoryError as error:
@@ -158,7 +145,7 @@ def _model(options: ReferenceOptions) -> Any:
     from transformers import AutoModelForCausalLM
 
     name = options.model
-    check_folder(
+    check_model_folder(
         name, "name its base model as --model, and the adapter as --adapter if the reference has it on"
     )
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -167,27 +154,25 @@ def _model(options: ReferenceOptions) -> Any:
     except (OSError, ValueError) as error:
         raise CliError(f"--model: {name} cannot be loaded: {first_line(error)}") from error
     if options.adapter is not None:
-        model = _adapted(model, options.adapter)
-    return model.to(_device(options)).eval()
+        try:
+            from peft import PeftModel
+        except ModuleNotFoundError as error:
+            raise CliError("--adapter: peft is not installed: pip install 'prefloss[peft]'") from error
+        try:
+            model = PeftModel.from_pretrained(model, options.adapter)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CliError(f"--adapter: {options.adapter} cannot be loaded: {first_line(error)}") from error
+    device = None if options.cpu else torch.accelerator.current_accelerator(check_available=True)
+    if device is not None:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device(device.type, local % torch.accelerator.device_count())
+    return model.to(device or "cpu").eval()
 
 
-def _adapted(model: Any, adapter: str) -> Any:
-    try:
-        from peft import PeftModel
-    except ModuleNotFoundError as error:
-        raise CliError("--adapter: peft is not installed: pip install 'prefloss[peft]'") from error
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CliError(f"--adapter: {adapter} cannot be loaded: {first_line(error)}") from error
-
-
-def _tokenizer(options: ReferenceOptions, data: ReferenceData) -> Any:
-    """The tokenizer, or None if all data are token ids."""
+def _tokenizer(options: ReferenceOptions, messages: str | None) -> Any:
+    """The tokenizer; it needs a chat template if a data set holds messages."""
     from transformers import AutoTokenizer
 
-    if all("prompt_ids" in rows.column_names for rows in data.sets.values()):
-        return None
     option, name, revision = "--model", options.model, options.revision
     if options.tokenizer is not None:
         option, name, revision = "--tokenizer", options.tokenizer, None
@@ -197,20 +182,12 @@ def _tokenizer(options: ReferenceOptions, data: ReferenceData) -> Any:
         raise CliError(
             f"{option}: {name} has no tokenizer that can be loaded: {first_line(error)}"
         ) from error
-    if data.messages is not None and not tokenizer.chat_template:
+    if messages is not None and not tokenizer.chat_template:
         raise CliError(
-            f"{option}: {data.messages} holds messages, and the tokenizer of {name} has no chat template; expected the "
+            f"{option}: {messages} holds messages, and the tokenizer of {name} has no chat template; expected the "
             "tokenizer of the training, with its template (--tokenizer)"
         )
     return tokenizer
-
-
-def _device(options: ReferenceOptions) -> torch.device:
-    accelerator = None if options.cpu else torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None:
-        return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device(accelerator.type, local % torch.accelerator.device_count())
 
 
 def _check_rows(rows: list[Any], model: Any) -> None:
@@ -240,21 +217,6 @@ def _model_facts(options: ReferenceOptions, model: Any, dtype: str) -> tuple[str
         f"{options.model}{adapter}: {model.num_parameters() / 1e6:.1f} million parameters, {dtype}, on {where}",
         f"prompt and completion together {cut}",
     )
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar; call what it gives with the number of rows that were done."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=console.quiet) as progress:
-        task = progress.add_task("scoring", total=total)
-        yield lambda rows: progress.advance(task, rows)
 
 
 def _print_table(console: Console, output: Path, built: Built, seconds: float) -> None:

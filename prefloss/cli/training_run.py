@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ import trl
 from rich.console import Console
 
 import prefloss
-from prefloss.cli import models
+from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.console import CliError, Clock, Screen, print_facts
-from prefloss.cli.options import TrainOptions
 from prefloss.cli.report import Result
 from prefloss.cli.task import Row, Task
-from prefloss.cli.trainer import Plan, Watcher, build, configuration, total_steps
+from prefloss.cli.trainer import Start, Watcher, build, configuration, plan_text, start_of
 from prefloss.data.rows import KIND_WORDS
 from prefloss.data.tokens import Encoded, encode, encode_prompt, pad_id
 from prefloss.demo.measure import Measurement, Meter
@@ -31,18 +30,9 @@ from prefloss.diagnosis import resists_falling
 # Weights that an earlier run may have left in the output folder.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 
-
-@dataclass(frozen=True)
-class _WarmUp:
-    """Length, batch and learning rate of the supervised warm start."""
-
-    steps: int
-    rows: int
-    learning_rate: float
-
-
-# The world's sentences have 20 tokens; a row of a file has some hundreds.
-_ON_WORLD, _ON_FILE = _WarmUp(600, 32, 5e-3), _WarmUp(200, 8, 2e-3)
+# Steps, rows of a step and learning rate of the warm start: the world's sentences have 20 tokens, and a row of a file
+# has some hundreds.
+_WARM_UP_ON_WORLD, _WARM_UP_ON_FILE = (600, 32, 5e-3), (200, 8, 2e-3)
 
 
 @dataclass(frozen=True)
@@ -52,9 +42,8 @@ class _Run:
     options: TrainOptions
     loss: prefloss.Loss
     task: Task
-    start: models.Start
-    plan: Plan
-    folder: Path
+    start: Start
+    config: Any
     screen: Screen
     clock: Clock
 
@@ -62,31 +51,27 @@ class _Run:
 def run(
     options: TrainOptions, loss: prefloss.Loss, task: Task, folder: Path, console: Console, clock: Clock
 ) -> Result:
-    """Load the model, warm it up, train it with the preference loss, save it.
-
-    Raises:
-        CliError: If model, data and loss do not go together.
-    """
+    """Load the model, warm it up, train it, save it; a `CliError` if model, data and loss do not go together."""
     print_facts(console, "loss", (repr(loss),))
     print_facts(console, "data", task.facts, task.warnings)
-    start = models.start(options, task)
+    start = start_of(options, task)
     print_facts(console, "model", start.facts)
     options = _within_positions(options, start.model, console)
-    plan = Plan.of(options, start)
-    config = configuration(options, task, plan, loss, str(folder))
-    with Screen(console) as screen, _threads(1 if start.built_in else None):
-        parts = _Run(options, loss, task, start, plan, folder, screen, clock)
+    config = configuration(options, start, task, loss, folder)
+    # The built-in model has too little work for two threads.
+    with Screen(console) as screen, _threads(1 if options.model is None else torch.get_num_threads()):
+        parts = _Run(options, loss, task, start, config, screen, clock)
         warm_loss = _warm_up(parts)
         console.print()
-        print_facts(console, "training", (str(plan),))
-        return replace(_preferences(parts, config), warm_loss=warm_loss)
+        print_facts(console, "training", (plan_text(config),))
+        return _preferences(parts, folder, warm_loss)
 
 
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Torch on this many threads: a tiny model has too little work for two."""
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch on this many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -96,17 +81,19 @@ def _threads(count: int | None) -> Iterator[None]:
 def _warm_up(run: _Run) -> float | None:
     """Supervised training of a model with random weights, before it is copied as the reference."""
     options, task, start, screen = run.options, run.task, run.start, run.screen
-    how = _ON_WORLD if options.data is None else _ON_FILE
-    default = how.steps if start.untrained else 0
-    steps = default if options.warm_start is None else options.warm_start
+    steps, count, rate = _WARM_UP_ON_WORLD if options.data is None else _WARM_UP_ON_FILE
+    if options.warm_start is not None:
+        steps = options.warm_start
+    elif not start.untrained:
+        steps = 0
     if steps == 0 or not task.spoken:
         return None
-    fact = f"supervised, on {task.spoken_are}: {steps} steps of {how.rows} rows"
+    fact = f"supervised, on {task.spoken_are}: {steps} steps of {count} rows"
     print_facts(screen.console, "warm-up", (fact,))
-    if not run.plan.on_cpu:
+    if not run.config.use_cpu:
         start.model.to(torch.accelerator.current_accelerator())
     update = screen.stage("warm-up", steps)
-    rows, most = task.spoken, steps * how.rows
+    rows, most = task.spoken, steps * count
     rows = rows if len(rows) <= most else random.Random(options.seed).sample(rows, most)
     with run.clock.part("warm-up"):
         return warm_start(
@@ -114,39 +101,51 @@ def _warm_up(run: _Run) -> float | None:
             _encoded(start.tokenizer, rows),
             padding=pad_id(start.tokenizer),
             steps=steps,
-            batch_size=how.rows,
-            learning_rate=how.learning_rate,
+            batch_size=count,
+            learning_rate=rate,
             max_length=options.max_length,
             seed=options.seed,
             on_step=lambda step, value: update(step, f"{value:.2f} nats per token"),
         )
 
 
-def _preferences(run: _Run, config: Any) -> Result:
+def _preferences(run: _Run, folder: Path, warm_loss: float | None) -> Result:
     """Train with the preference loss, measuring on the way, and save the model."""
-    loss, task, start, screen, clock = run.loss, run.task, run.start, run.screen, run.clock
+    loss, task, start, clock = run.loss, run.task, run.start, run.clock
     measurements: list[Measurement] = []
 
     def measure(step: int) -> None:
         with clock.part("measuring"):
             measurements.append(meter(step))
-        screen.measured(measurements[-1])
+        run.screen.measured(measurements[-1])
 
-    def on_step(step: int, value: float | None) -> None:
-        update(step, "" if value is None else f"loss {value:.3f}")
-
-    watcher = Watcher(on_step, measure)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    watcher = Watcher(run.screen, loss.name, measure)
+    folder.mkdir(parents=True, exist_ok=True)
     with clock.part("training"):
-        trainer = build(task, start, config, loss, run.options.adapter_rank, watcher)
+        trainer = build(task, start, run.config, loss, run.options.adapter_rank, watcher)
         _print_cut_rows(run, len(trainer.train_dataset))
         meter = _meter(run, trainer)
         measure(0)
         _check_step_zero(measurements[0])
-        update = screen.stage(loss.name, total_steps(trainer))
-        _train(trainer, loss)
+        try:
+            trainer.train()
+        except (FloatingPointError, ValueError) as error:
+            # What the loss itself refuses, such as scores in the wrong order, is in the data or the options.
+            if str(error).startswith(tuple(term.loss.name for term in loss.terms)):
+                raise CliError(str(error)) from error
+            raise
     with clock.part("saving"):
-        _save(run.folder, trainer.accelerator.unwrap_model(trainer.model), start.tokenizer)
+        # Shards of a larger model, or an adapter, would be loaded together with what is written now.
+        for stale in (path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+            stale.unlink()
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+        start.tokenizer.save_pretrained(folder)
+    model = "built-in Llama" if run.options.model is None else run.options.model
+    data = "the generated world" if run.options.data is None else run.options.data.name
+    setting = (
+        f"{model} on {data}, {type(trainer).__name__}, {trainer.state.global_step} steps, "
+        f"learning rate {run.config.learning_rate:g}, seed {run.options.seed}"
+    )
     return Result(
         loss=repr(loss),
         measurements=measurements,
@@ -155,22 +154,12 @@ def _preferences(run: _Run, config: Any) -> Result:
         paired=task.paired,
         held_out=task.held_out,
         holds_chosen=resists_falling(loss),
-        setting=_setting(run, trainer),
-        warm_loss=None,
+        setting=setting,
+        warm_loss=warm_loss,
         prompts=[prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in task.prompts],
         seconds=clock.seconds,
         about=_about(run, trainer),
     )
-
-
-def _train(trainer: Any, loss: prefloss.Loss) -> None:
-    try:
-        trainer.train()
-    except (FloatingPointError, ValueError) as error:
-        # What the loss itself refuses, such as scores in the wrong order, is in the data or the options.
-        if str(error).startswith(tuple(term.loss.name for term in loss.terms)):
-            raise CliError(str(error)) from error
-        raise
 
 
 def _meter(run: _Run, trainer: Any) -> Meter:
@@ -186,9 +175,9 @@ def _meter(run: _Run, trainer: Any) -> Meter:
         reward=task.reward,
         max_new_tokens=32 if task.reward is not None else 64,
         max_length=options.max_length,
-        batch_size=256 if options.data is None else 2 * run.plan.batch_size,
+        batch_size=256 if options.data is None else 2 * run.config.per_device_train_batch_size,
         seed=options.seed,
-        autocast=lambda: torch.autocast(trainer.model.device.type, torch.bfloat16, enabled=run.plan.bf16),
+        autocast=lambda: torch.autocast(trainer.model.device.type, torch.bfloat16, enabled=run.config.bf16),
     )
 
 
@@ -204,20 +193,14 @@ def _within_positions(options: TrainOptions, model: Any, console: Console) -> Tr
 
 
 def _print_cut_rows(run: _Run, kept: int) -> None:
-    """Print how many rows TRL left out for their length, and how many prompts lose their end.
-
-    Raises:
-        CliError: If no row is left.
-    """
+    """Print how many rows TRL left out for their length, and how many prompts lose their end."""
     task, tokenizer, console = run.task, run.start.tokenizer, run.screen.console
     count, max_length = len(task.train), run.options.max_length
     if kept == 0:
         raise CliError(f"--max-length: all {count} rows have a prompt that alone fills {max_length} tokens")
     if kept < count:
-        warning = (
-            f"{count - kept} of {count} rows left out: their prompt alone fills --max-length {max_length}"
-        )
-        print_facts(console, "", (), (warning,))
+        left = f"{count - kept} of {count} rows left out"
+        print_facts(console, "", (), (f"{left}: their prompt alone fills --max-length {max_length}",))
     rows = [*task.better, *task.worse][:200]
     # TRL cuts off the end of a prompt that becomes another token when a completion follows.
     merged = sum(
@@ -243,33 +226,13 @@ def _check_step_zero(first: Measurement) -> None:
         )
 
 
-def _save(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write model and tokenizer in transformers' format, in place of weights that an earlier run left there."""
-    # Shards of a larger model, or an adapter, would be loaded together with what is written now.
-    for pattern in _WEIGHTS:
-        for stale in folder.glob(pattern):
-            stale.unlink()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _encoded(tokenizer: Any, rows: list[Row]) -> list[Encoded]:
     return [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
 
 
-def _setting(run: _Run, trainer: Any) -> str:
-    """Model, data and length in one line."""
-    model = "built-in Llama" if run.start.built_in else run.options.model
-    data = "the generated world" if run.options.data is None else run.options.data.name
-    return (
-        f"{model} on {data}, {type(trainer).__name__}, {trainer.state.global_step} steps, "
-        f"learning rate {run.plan.learning_rate:g}, seed {run.options.seed}"
-    )
-
-
 def _about(run: _Run, trainer: Any) -> dict[str, Any]:
     """Everything needed to repeat the run."""
-    options, task, plan = run.options, run.task, run.plan
+    options, task, config = run.options, run.task, run.config
     plain = (str, int, float, bool, type(None))
     return {
         "loss_name": run.loss.name,
@@ -278,18 +241,18 @@ def _about(run: _Run, trainer: Any) -> dict[str, Any]:
             for name, value in run.loss.params.items()
         },
         "data": "generated world" if options.data is None else str(options.data),
-        "data_kind": KIND_WORDS[task.kind],
+        "data_kind": KIND_WORDS[run.loss.spec.feedback],
         "training_rows": len(trainer.train_dataset),
-        "facts": [*task.facts, *run.start.facts, str(plan)],
+        "facts": [*task.facts, *run.start.facts, plan_text(config)],
         "warnings": list(task.warnings),
         "model": options.model or "built-in",
         "lora_rank": options.adapter_rank,
         "steps": trainer.state.global_step,
-        "learning_rate": plan.learning_rate,
-        "batch_size": plan.batch_size,
+        "learning_rate": config.learning_rate,
+        "batch_size": config.per_device_train_batch_size,
         "accumulate": options.accumulate,
         "max_length": options.max_length,
-        "bf16": plan.bf16,
+        "bf16": config.bf16,
         "seed": options.seed,
         "versions": {
             "prefloss": prefloss.__version__,

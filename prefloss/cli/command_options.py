@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +13,6 @@ from typer import Option
 import prefloss
 from prefloss import registry
 from prefloss.cli.console import CliError
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,7 @@ class TrainOptions:
         return self.lora_rank if self.lora else None
 
     def check(self) -> None:
-        """Refuse options that are out of range or contradict each other.
-
-        Raises:
-            CliError: If there are such.
-        """
+        """Raise a `CliError` if options are out of range or contradict each other."""
         if not 0 <= self.eval_fraction < 1:
             raise CliError(f"--eval-fraction: got {self.eval_fraction}, expected a number >= 0 and < 1")
         for name, value in (("--epochs", self.epochs), ("--learning-rate", self.learning_rate)):
@@ -111,11 +107,7 @@ class TrainOptions:
             )
 
     def bound_loss(self) -> prefloss.Loss:
-        """The loss that `--loss` and `--param` name.
-
-        Raises:
-            CliError: If there is none, or a hyperparameter is wrong; the registry's own words.
-        """
+        """The loss that `--loss` and `--param` name, or a `CliError` in the registry's words."""
         parameters: dict[str, Any] = {}
         for text in self.param or ():
             for name, value in _parsed(text).items():
@@ -126,6 +118,29 @@ class TrainOptions:
             return prefloss.get(self.loss, **parameters)
         except (TypeError, ValueError) as error:
             raise CliError(str(error)) from error
+
+    def output_folder(self, loss: str) -> Path:
+        """The folder that `--output` names, if it may be used, or the first free prefloss-runs/<loss>-<number>."""
+        folder = self.output
+        if folder is None:
+            # A sum of losses has a name like "0.8*dpo + 0.2*ipo".
+            slug = re.sub(r"[^A-Za-z0-9._]+", "_", loss).strip("_")
+            folders = (Path("prefloss-runs") / f"{slug}-{number}" for number in itertools.count(1))
+            return next(folder for folder in folders if not folder.exists())
+        if folder.exists() and not folder.is_dir():
+            raise CliError(f"--output: {folder} is a file; expected a folder")
+        if folder.is_dir() and any(folder.iterdir()) and not self.overwrite:
+            raise CliError(f"--output: {folder} exists and is not empty; choose another, or add --overwrite")
+        return folder
+
+
+def check_model_folder(name: str, adapter_advice: str) -> None:
+    """Raise a `CliError` if a model's name is a missing folder, or the folder of an adapter."""
+    path = Path(name)
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise CliError(f"--model: {name} is an adapter; {adapter_advice}")
+    if not path.exists() and (path.is_absolute() or name.startswith(".")):
+        raise CliError(f"--model: no such folder: {name}")
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -170,13 +185,9 @@ class ReferenceOptions:
     cpu: Annotated[bool, Option("--cpu", help="Stay on the CPU though there is an accelerator.")] = False
 
     def check(self) -> None:
-        """Refuse options that no run can follow.
-
-        Raises:
-            CliError: If an option is out of range, or there is nothing to write to.
-        """
-        if self.dtype not in DTYPES:
-            raise CliError(f"--dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        """Raise a `CliError` if there is no such dtype, or nothing to write to."""
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise CliError(f"--dtype: got {self.dtype!r}, expected one of auto, float32, bfloat16, float16")
         if self.output.is_dir():
             raise CliError(f"--output: {self.output} is a folder; expected a file, as table.parquet")
         if self.output.suffix != ".parquet":

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
-from prefloss.cli import reference
+from prefloss.cli import reference_table
 from prefloss.cli.app import app
 from prefloss.data.table import ReferenceTable
 from prefloss.integrations.transformers import Reference
@@ -175,7 +175,7 @@ def process(rank, port, options, stall):
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
-    own, calls = reference.score_rows, []
+    own, calls = reference_table.score_rows, []
 
     def once(*args, **kwargs):
         calls.append(1)
@@ -183,7 +183,7 @@ def process(rank, port, options, stall):
             time.sleep(1)
         return own(*args, **kwargs)
 
-    reference.score_rows = once
+    reference_table.score_rows = once
     app(["reference", "--model", "model", *options], standalone_mode=False)
 
 

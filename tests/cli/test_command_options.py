@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefloss.cli.options import TrainOptions
+from prefloss.cli.command_options import TrainOptions
 
 
 @pytest.mark.parametrize(
