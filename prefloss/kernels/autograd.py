@@ -253,8 +253,8 @@ def _(
 )
 def linear_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, without elements where `needs` is false."""
-    hidden, weight, bias, targets, stats, memory, needs, *flat = arguments
-    transform, ignore_index, plan, outputs = _nested(tuple(flat))
+    hidden, weight, bias, targets, stats, memory, needs, *_ = arguments
+    transform, ignore_index, plan, outputs = _nested(arguments[7:])
     selected = select_targets(targets, ignore_index)
     grad, d_weight, d_bias = grad[:outputs, selected], None, None
     if plan.scheme == "unscaled":
@@ -266,11 +266,10 @@ def linear_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, T
         d_x, d_weight, d_bias = linear_backward(
             grad, inputs, stats[:, selected], kept, plan, tuple(needs), overwrite=False
         )
-    d_hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
     if d_x is not None:
-        d_hidden.index_copy_(0, selected, d_x)
-    none = hidden.new_zeros(0)
-    return d_hidden, none if d_weight is None else d_weight, none.clone() if d_bias is None else d_bias
+        d_x = hidden.new_zeros(hidden.shape).index_copy_(0, selected, d_x)
+    d_hidden, d_weight, d_bias = (hidden.new_zeros(0) if d is None else d for d in (d_x, d_weight, d_bias))
+    return d_hidden, d_weight, d_bias
 
 
 @linear_backward_op.register_fake

@@ -139,10 +139,9 @@ class ForwardTiles(_Tiles):
         return RowSums(sums, sums[:, 0], sums[:, 1], sums[:, 4])
 
     def fold(self, rows: slice, span: slice, sums: RowSums) -> Tensor | None:
-        """Add a tile to the sums of its rows, and keep it if planned.
+        """Add a tile to the sums of its rows; "keep" stores it.
 
-        Returns:
-            For the scheme "unscaled" exp(z - peak) times the slope of z, 0 at the target, [m, w].
+        "unscaled" returns exp(z - peak) times the slope of z, 0 at the target, [m, w].
         """
         z = None
         for part, tile in self.kept.tiles(rows, span):

@@ -48,13 +48,9 @@ BUDGET_BYTES = 2**30
 class Request(NamedTuple):
     """What a plan depends on besides the number of tokens.
 
-    Attributes:
-        like: A tensor of the dtype and on the device of the inputs.
-        vocabulary: V.
-        width: H of the hidden states; None for an op on logits.
-        gradient: What needs a gradient: nothing, hidden states only, or the head too.
-        stats_gradient: Whether entropy and the other statistics need one too.
-        options: Options of the op.
+    `like` has the dtype and device of the inputs. `width` is H of the hidden states; None for an op on logits.
+    `gradient`: what needs one, nothing, hidden states only, or the head too. `stats_gradient`: whether entropy and the
+    other statistics need one too.
     """
 
     like: Tensor
