@@ -21,7 +21,7 @@ from prefloss.kernels.arguments import (
     check_reference,
     check_targets,
 )
-from prefloss.kernels.naive import LogitTransform
+from prefloss.kernels.naive import LogitTransform, Model
 from prefloss.kernels.plan import Plan, Request, make_plan, report
 from prefloss.kernels.tiles import LinearInputs, select_targets
 
@@ -132,17 +132,8 @@ def token_stats(
 ) -> TokenStats:
     """Log-prob of each target token and further numbers of its distribution, in one pass over the logits.
 
-    Args:
-        logits: As in `token_logps`, like all that follow.
-        targets: As there.
-        temperature: As there.
-        logit_scale: As there.
-        softcap: As there.
-        ignore_index: As there.
-        impl: As there.
-        chunk_tokens: As there.
-        stats_gradient: Whether logsumexp, entropy and log_sum_sq have a gradient; the log-probs always do.
-        strict: As there.
+    `token_logps` describes the other arguments and the errors. `stats_gradient`: whether logsumexp, entropy and
+    log_sum_sq have a gradient; the log-probs always do.
 
     Returns:
         The numbers, each [...].
@@ -238,21 +229,8 @@ def linear_token_stats(
 ) -> TokenStats:
     """Log-prob of each target token and further numbers of its distribution, without storing the logits.
 
-    Args:
-        hidden: As in `linear_token_logps`, like all that follow.
-        weight: As there.
-        targets: As there.
-        bias: As there.
-        temperature: As there.
-        logit_scale: As there.
-        softcap: As there.
-        ignore_index: As there.
-        impl: As there.
-        chunk_tokens: As there.
-        budget_bytes: As there.
-        stats_gradient: Whether logsumexp, entropy and log_sum_sq have a gradient; the log-probs always do. With a
-            frozen head it costs a third matmul.
-        strict: As there.
+    `linear_token_logps` describes the other arguments and the errors. `stats_gradient`: whether logsumexp, entropy
+    and log_sum_sq have a gradient, which with a frozen head costs a third matmul; the log-probs always do.
 
     Returns:
         The numbers, each [...].
@@ -311,14 +289,14 @@ def linear_token_kl(
         tensor([0.])
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
-    options = Options(transform, ignore_index, chunk_tokens=chunk_tokens)
-    vocabulary = check_linear(hidden, weight, bias)
-    check_reference(hidden, vocabulary, reference_hidden, reference_weight, reference_bias)
-    options.check(hidden.dtype)
+    policy = Model(hidden, weight, bias)
+    reference = Model(reference_hidden, reference_weight, reference_bias)
+    vocabulary = check_linear(*policy)
+    check_reference(hidden, vocabulary, reference)
+    Options(transform, ignore_index, chunk_tokens=chunk_tokens).check(hidden.dtype)
     targets = check_targets(targets, "hidden", hidden, vocabulary, ignore_index)
     reference_bias = None if reference_bias is None else reference_bias.detach()
-    reference = kl.Model(reference_hidden.detach(), reference_weight.detach(), reference_bias)
-    policy = kl.Model(hidden, weight, bias)
+    reference = Model(reference_hidden.detach(), reference_weight.detach(), reference_bias)
     out = kl.linear_token_kl(policy, reference, targets, transform, ignore_index, chunk_tokens)
     return TokenKL(out[0], out[1], out[2].detach())
 
@@ -372,15 +350,13 @@ def _token_stats(
     """[outputs, ...] statistics from logits."""
     check_logits(logits, inplace_backward)
     options.check(logits.dtype)
-    ignore_index = options.ignore_index
+    transform, ignore_index = options.transform, options.ignore_index
     targets = check_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
     request = Request(logits, logits.shape[-1], None, "none", False, options)
     plan = report(make_plan(request, targets.numel()), options.strict)
     if plan.impl == "naive":
-        return naive.token_stats(logits, targets, options.transform, ignore_index, outputs)
-    return autograd.token_stats(
-        logits, targets, options.transform, ignore_index, plan, outputs, inplace_backward
-    )
+        return naive.token_stats(logits, targets, transform, ignore_index, outputs)
+    return autograd.token_stats(logits, targets, transform, ignore_index, plan, outputs, inplace_backward)
 
 
 def _linear_token_stats(

@@ -26,10 +26,7 @@ def constant_when_compiled(function: Function) -> Function:
 
 @constant_when_compiled
 def available() -> bool:
-    """Whether Triton kernels can run here; asks the device and the import system, imports no Triton.
-
-    Returns:
-        True with Triton installed and a device that it compiles for, or its interpreter switched on.
+    """Whether Triton is installed, and a device that it compiles for or its interpreter; imports no Triton.
 
     Example:
         >>> available() in (True, False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefloss import kernels
-from prefloss.kernels.naive import LogitTransform
+from prefloss.kernels.naive import LogitTransform, Model
 
 Impl = Literal["auto", "naive", "chunked", "triton"]
 _IMPLS = get_args(Impl)
@@ -97,21 +97,14 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: st
     return vocabulary
 
 
-def check_reference(
-    hidden: Tensor,
-    vocabulary: int,
-    reference_hidden: Tensor,
-    reference_weight: Tensor,
-    reference_bias: Tensor | None,
-) -> None:
+def check_reference(hidden: Tensor, vocabulary: int, reference: Model) -> None:
     """Check that the reference has the vocabulary and the positions of the policy."""
-    if check_linear(reference_hidden, reference_weight, reference_bias, "reference_") != vocabulary:
+    rows = check_linear(*reference, "reference_")
+    if rows != vocabulary:
+        raise ValueError(f"reference_weight: got {rows} rows, expected {vocabulary} (V) as weight has")
+    if reference.hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
-            f"reference_weight: got {len(reference_weight)} rows, expected {vocabulary} (V) as weight has"
-        )
-    if reference_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"reference_hidden: got shape {list(reference_hidden.shape)}, expected {list(hidden.shape[:-1])}, as "
+            f"reference_hidden: got shape {list(reference.hidden.shape)}, expected {list(hidden.shape[:-1])}, as "
             "hidden has, and any width"
         )
 
@@ -148,18 +141,14 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def _check_tensor(name: str, value: Tensor, *, floating: bool) -> None:
-    """Check for a tensor of floating-point numbers or, without `floating`, of integers."""
     expected = "a floating-point tensor" if floating else "an integer tensor"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     # float8 is left out: it is a storage format that means nothing without its scale
-    if floating != (value.dtype in _DTYPES) or (not floating and not _is_integer(value.dtype)):
+    if not (value.dtype in _DTYPES if floating else integer):
         of = " of float16, bfloat16, float32 or float64" if floating else ""
         raise TypeError(f"{name}: got {value.dtype}, expected {expected}{of}")
-
-
-def _is_integer(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _check_head(name: str, value: Tensor, hidden_name: str, hidden: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ def linear_token_stats(
 ) -> Tensor:
     """The same from hidden states [..., H] and a head.
 
-    `selected` are the positions that count, see `tiles.select_targets`; None in a compiled graph, which finds them
-    when it runs.
+    `selected`: `tiles.select_targets`, or None in a compiled graph, which finds them when it runs.
     """
     hidden, weight, bias, targets, transform = inputs
     x, y = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -100,15 +99,8 @@ class _TokenStats(torch.autograd.Function):
     """Logits [..., V] and N targets, -1 at those to leave out -> [outputs, N]."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        transform: LogitTransform,
-        plan: Plan,
-        outputs: int,
-        inplace_backward: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        logits, targets, transform, plan, outputs, inplace_backward = arguments
         stats = backend_of(plan.impl).token_forward(logits, targets, transform, plan.chunk_tokens, outputs)
         ctx.save_for_backward(logits, targets, stats)
         ctx.impl, ctx.options = plan.impl, (transform, plan.chunk_tokens, inplace_backward)
@@ -125,17 +117,8 @@ class _LinearTokenStats(torch.autograd.Function):
     """Hidden [N, H], weight [V, H], bias [V], the n targets that count and their positions -> [outputs, N]."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        selected: Tensor,
-        transform: LogitTransform,
-        plan: Plan,
-        outputs: int,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        hidden, weight, bias, targets, selected, transform, plan, outputs = arguments
         inputs = LinearInputs(_rows(hidden, selected), weight, bias, targets, transform)
         stats, kept = linear_forward(inputs, plan, outputs)
         ctx.save_for_backward(hidden, weight, bias, targets, selected, stats)
@@ -175,33 +158,18 @@ _OPTIONS = (
 )
 
 
-class _Options(NamedTuple):
-    """Options of the custom ops, as `_OPTIONS` lists them."""
-
-    ignore_index: int
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-    scheme: Any
-    chunk_tokens: int
-    kept_tokens: int
-    impl: Any
-    outputs: int
-
-    @property
-    def transform(self) -> LogitTransform:
-        return LogitTransform(self.logit_scale, self.softcap, self.temperature)
-
-    @property
-    def plan(self) -> Plan:
-        return Plan(self.scheme, self.chunk_tokens, self.kept_tokens, self.impl)
-
-
 def _flat(transform: LogitTransform, ignore_index: int, plan: Plan, outputs: int) -> tuple[Any, ...]:
     """The `_OPTIONS`; a plain function and tuple, which torch.compile traces in all versions."""
     softcap = None if transform.softcap is None else float(transform.softcap)
     floats = float(transform.logit_scale), softcap, float(transform.temperature)
     return ignore_index, *floats, plan.scheme, plan.chunk_tokens, plan.kept_tokens, plan.impl, outputs
+
+
+def _nested(flat: tuple[Any, ...]) -> tuple[LogitTransform, int, Plan, int]:
+    """What `_flat` was called with."""
+    ignore_index, scale, softcap, temperature, scheme, chunk_tokens, kept_tokens, impl, outputs = flat
+    plan = Plan(scheme, chunk_tokens, kept_tokens, impl)
+    return LogitTransform(scale, softcap, temperature), ignore_index, plan, outputs
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
@@ -214,15 +182,14 @@ def _custom_op(name: str, arguments: str, returns: str) -> Callable[..., Any]:
 @_custom_op("token_stats", f"Tensor logits, Tensor targets, {_OPTIONS}", "Tensor")
 def token_op(logits: Tensor, targets: Tensor, *flat: Any) -> Tensor:
     """Logits [..., V] and targets [N] -> statistics [2 or 5, N]."""
-    options = _Options(*flat)
-    y = _negative_if_ignored(targets, options.ignore_index)
-    token_forward = backend_of(options.impl).token_forward
-    return token_forward(logits, y, options.transform, options.chunk_tokens, options.outputs)
+    transform, ignore_index, plan, outputs = _nested(flat)
+    y = _negative_if_ignored(targets, ignore_index)
+    return backend_of(plan.impl).token_forward(logits, y, transform, plan.chunk_tokens, outputs)
 
 
 @token_op.register_fake
 def _(logits: Tensor, targets: Tensor, *flat: Any) -> Tensor:
-    return _empty_stats(logits, targets, _Options(*flat).outputs)
+    return _empty_stats(logits, targets, flat[-1])
 
 
 @_custom_op(
@@ -230,10 +197,10 @@ def _(logits: Tensor, targets: Tensor, *flat: Any) -> Tensor:
 )
 def token_backward_op(grad: Tensor, logits: Tensor, targets: Tensor, stats: Tensor, *flat: Any) -> Tensor:
     """Gradient of the logits from that of the first `outputs` statistics."""
-    options = _Options(*flat)
-    y = _negative_if_ignored(targets, options.ignore_index)
-    token_backward = backend_of(options.impl).token_backward
-    return token_backward(grad[: options.outputs], logits, y, stats, options.transform, options.chunk_tokens)
+    transform, ignore_index, plan, outputs = _nested(flat)
+    y = _negative_if_ignored(targets, ignore_index)
+    token_backward = backend_of(plan.impl).token_backward
+    return token_backward(grad[:outputs], logits, y, stats, transform, plan.chunk_tokens)
 
 
 @token_backward_op.register_fake
@@ -259,16 +226,15 @@ def linear_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor]:
     """Hidden [N, H], weight [V, H], bias [V] and targets [N] -> statistics [2 or 5, N] and what the scheme keeps."""
-    options = _Options(*flat)
-    plan, selected = options.plan, select_targets(targets, options.ignore_index)
+    transform, ignore_index, plan, outputs = _nested(flat)
+    selected = select_targets(targets, ignore_index)
     memory = empty_memory(hidden, weight, plan)
     if len(selected) < len(memory):
         # the output of an op depends on its inputs only, not on what was in the memory before
         memory.zero_()
-    inputs = LinearInputs(
-        hidden.index_select(0, selected), weight, bias, targets[selected], options.transform
-    )
-    stats, _ = linear_forward(inputs, plan, options.outputs, memory)
+    x = hidden.index_select(0, selected)
+    inputs = LinearInputs(x, weight, bias, targets[selected], transform)
+    stats, _ = linear_forward(inputs, plan, outputs, memory)
     return stats.new_zeros(len(stats), len(hidden)).index_copy_(1, selected, stats), memory
 
 
@@ -276,8 +242,8 @@ def linear_op(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor]:
-    options = _Options(*flat)
-    return _empty_stats(hidden, targets, options.outputs), empty_memory(hidden, weight, options.plan)
+    _, _, plan, outputs = _nested(flat)
+    return _empty_stats(hidden, targets, outputs), empty_memory(hidden, weight, plan)
 
 
 @_custom_op(
@@ -287,33 +253,31 @@ def _(
 )
 def linear_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, without elements where `needs` is false."""
-    hidden, weight, bias, targets, stats, memory, needs, *flat = arguments
-    options = _Options(*flat)
-    plan, selected = options.plan, select_targets(targets, options.ignore_index)
-    grad, d_weight, d_bias = grad[: options.outputs, selected], None, None
+    hidden, weight, bias, targets, stats, memory, needs, *_ = arguments
+    transform, ignore_index, plan, outputs = _nested(arguments[7:])
+    selected = select_targets(targets, ignore_index)
+    grad, d_weight, d_bias = grad[:outputs, selected], None, None
     if plan.scheme == "unscaled":
         d_x = scale(memory[: len(selected)], grad, hidden.dtype)
     else:
         x = hidden.index_select(0, selected)
-        inputs = LinearInputs(x, weight, bias, targets[selected], options.transform)
+        inputs = LinearInputs(x, weight, bias, targets[selected], transform)
         kept = memory if min(len(selected), plan.kept_tokens) else None
         d_x, d_weight, d_bias = linear_backward(
             grad, inputs, stats[:, selected], kept, plan, tuple(needs), overwrite=False
         )
-    d_hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
     if d_x is not None:
-        d_hidden.index_copy_(0, selected, d_x)
-    none = hidden.new_zeros(0)
-    return d_hidden, none if d_weight is None else d_weight, none.clone() if d_bias is None else d_bias
+        d_x = hidden.new_zeros(hidden.shape).index_copy_(0, selected, d_x)
+    d_hidden, d_weight, d_bias = (hidden.new_zeros(0) if d is None else d for d in (d_x, d_weight, d_bias))
+    return d_hidden, d_weight, d_bias
 
 
 @linear_backward_op.register_fake
 def _(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, *_, needs = arguments[:7]
-    shapes = (hidden.shape, weight.shape, (weight.shape[0],))
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
     d_hidden, d_weight, d_bias = (
-        torch.empty(shape if need else (0,), dtype=hidden.dtype, device=hidden.device)
-        for shape, need in zip(shapes, needs, strict=True)
+        hidden.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)
     )
     return d_hidden, d_weight, d_bias
 

@@ -32,7 +32,9 @@ def token_forward(
     with torch.no_grad(), no_autocast(logits.device):
         for part, rows in _row_slices(logits, chunk_tokens):
             if not _all_ignored(targets[rows]):
-                softmax.score(part, targets[rows], transform, stats[:, rows])
+                sums = softmax.new_sums(len(part), part)
+                softmax.fold(part, TileSpec(targets[rows], 0, transform), sums, outputs > 2)
+                softmax.finish(sums, targets[rows], stats[:, rows])
     return stats
 
 
@@ -88,27 +90,48 @@ def _matrices(x: Tensor) -> list[Tensor]:
         return [matrix for part in x.unbind() for matrix in _matrices(part)]
 
 
-class ForwardTiles:
-    """Forward pass of `linear` over some tokens and a head.
+class _Tiles:
+    """What both passes share: the tiles, and a buffer for the logits or codes of one, allocated at first use."""
 
-    Attributes:
-        order: Slabs of tokens, each with the spans of the vocabulary.
-        kept: Logits kept for the backward pass.
-    """
+    def __init__(self, inputs: LinearInputs, plan: Plan) -> None:
+        self.grid = _grid(len(inputs.x), inputs.weight, plan)
+        # whether projections are scored in the cache and stored as codes if at all
+        self._fused = softmax.projects(inputs.x, inputs.weight, inputs.transform)
+        self._inputs = inputs
+        self._scratch: Tensor | None = None
+
+    def _part(self, rows: slice, span: slice) -> tuple[Tensor, Tensor, Tensor | None, TileSpec]:
+        """Hidden states, weight and bias of a tile, and its spec."""
+        x, weight, bias, targets, transform = self._inputs
+        spec = TileSpec(targets[rows], span.start, transform)
+        return x[rows], weight[span], None if bias is None else bias[span], spec
+
+    def _tile(self, rows: int, columns: int) -> Tensor:
+        """The scratch of a tile's logits, [rows, columns], or of its codes."""
+        if self._fused:
+            columns = softmax.code_columns(columns)
+        if self._scratch is None:
+            x, (height, width) = self._inputs.x, (self.grid.height, self.grid.width)
+            size = height * (softmax.code_columns(width) if self._fused else width)
+            self._scratch = x.new_empty(size, dtype=torch.int16 if self._fused else compute_dtype(x.dtype))
+        return self._scratch[: rows * columns].view(rows, columns)
+
+
+class ForwardTiles(_Tiles):
+    """Forward pass of `linear`: `order` has slabs of tokens with their spans, `kept` logits for the backward pass."""
 
     def __init__(self, inputs: LinearInputs, plan: Plan, outputs: int, memory: Tensor | None) -> None:
-        n = len(inputs.x)
-        grid = _grid(n, inputs.weight, plan)
-        self.order = [(slab, grid.spans) for slab in grid.slabs]
+        super().__init__(inputs, plan)
+        spans, x = self.grid.spans, inputs.x
+        self.order = [(slab, spans) for slab in self.grid.slabs]
         self.kept = Kept()
         if plan.scheme == "keep":
-            tokens = min(n, plan.kept_tokens)
+            tokens = min(len(x), plan.kept_tokens)
             if memory is None or not len(memory):
-                self.kept = kept.allocate(inputs.x, inputs.weight, tokens, grid.spans)
+                self.kept = kept.allocate(x, inputs.weight, tokens, spans)
             else:
-                self.kept = kept.kept_in(memory, tokens, grid.spans, inputs.x.dtype)
-        self._inputs, self._more, self._unscaled = inputs, outputs > 2, plan.scheme == "unscaled"
-        self._scratch = _Scratch(inputs, grid)
+                self.kept = kept.kept_in(memory, tokens, spans, x.dtype)
+        self._more, self._unscaled = outputs > 2, plan.scheme == "unscaled"
 
     def new_sums(self, rows: slice) -> RowSums:
         """The sums of a slab before its first tile."""
@@ -116,10 +139,9 @@ class ForwardTiles:
         return RowSums(sums, sums[:, 0], sums[:, 1], sums[:, 4])
 
     def fold(self, rows: slice, span: slice, sums: RowSums) -> Tensor | None:
-        """Add a tile to the sums of its rows, and keep it if planned.
+        """Add a tile to the sums of its rows; "keep" stores it.
 
-        Returns:
-            For the scheme "unscaled" exp(z - peak) times the slope of z, 0 at the target, [m, w].
+        "unscaled" returns exp(z - peak) times the slope of z, 0 at the target, [m, w].
         """
         z = None
         for part, tile in self.kept.tiles(rows, span):
@@ -128,14 +150,14 @@ class ForwardTiles:
 
     def _fold(self, rows: slice, span: slice, sums: Tensor, tile: Tensor | None) -> Tensor | None:
         """The logits or codes of a tile, in `tile` to be kept, or in scratch; None if they are stored nowhere."""
-        x, weight, bias, spec = _part(self._inputs, rows, span)
-        if self._scratch.fused:
+        x, weight, bias, spec = self._part(rows, span)
+        if self._fused:
             if tile is None and self._unscaled:
-                tile = self._scratch.tile(len(x), softmax.code_columns(len(weight)))
+                tile = self._tile(len(x), len(weight))
             softmax.project(x, weight, bias, spec, sums, self._more, tile)
             return tile
         raw = tile is not None and tile.dtype == compute_dtype(x.dtype)
-        z = tile if tile is not None and raw else self._scratch.tile(len(x), len(weight))
+        z = tile if tile is not None and raw else self._tile(len(x), len(weight))
         matmul.project(x, weight, bias, z)
         softmax.fold(z, spec, sums, self._more, overwrite=tile is None and not self._unscaled)
         if tile is not None and not raw:
@@ -143,7 +165,7 @@ class ForwardTiles:
         return z
 
     def _numerators(self, z: Tensor, rows: slice, span: slice, sums: RowSums) -> Tensor:
-        _, weight, _, spec = _part(self._inputs, rows, span)
+        _, weight, _, spec = self._part(rows, span)
         dtype = compute_dtype(weight.dtype)
         # of each row 1 for p, and for the target -expm1(0)
         rates = torch.tensor((-1, 1, 0, 0), dtype=dtype, device=z.device).expand(len(z), 4)
@@ -157,14 +179,10 @@ class ForwardTiles:
         softmax.finish(sums.memory, self._inputs.targets[rows], stats)
 
 
-class BackwardTiles:
-    """Backward pass of `linear`: the gradient of the logits, a tile at a time.
+class BackwardTiles(_Tiles):
+    """Backward pass of `linear`: gradients of the logits in `dtype`, a tile of `grid` at a time.
 
-    Attributes:
-        grid: The tiles.
-        dtype: Of the gradients.
-        home: Memory for the gradient of the weight, or None.
-        unit: None; see `Gradients`.
+    `home` is memory for the gradient of the weight, or None; for `unit` see `Gradients`.
     """
 
     unit = None
@@ -179,17 +197,16 @@ class BackwardTiles:
         needs: tuple[bool, ...],
         overwrite: bool,
     ) -> None:
-        n, weight = len(inputs.x), inputs.weight
-        self.grid, self.dtype = _grid(n, weight, plan), matmul.gradient_dtype(inputs.x)
+        super().__init__(inputs, plan)
+        x, spans = inputs.x, self.grid.spans
+        self.dtype = matmul.gradient_dtype(x)
         if isinstance(saved, Tensor):
-            saved = kept.kept_in(saved, min(n, plan.kept_tokens), self.grid.spans, inputs.x.dtype)
+            saved = kept.kept_in(saved, min(len(x), plan.kept_tokens), spans, x.dtype)
         self._kept = Kept() if saved is None else saved
         home = self._kept.home
-        self.home = home.view(weight.dtype) if overwrite and home is not None else None
-        self._inputs, self._stats = inputs, stats
-        self._rates, self._plain = softmax.coefficients(grad, stats), len(grad) == 1
-        self._scratch = _Scratch(inputs, self.grid)
-        self._memory = torch.empty(self.grid.height * self.grid.width, dtype=self.dtype, device=weight.device)
+        self.home = home.view(x.dtype) if overwrite and home is not None else None
+        self._stats, self._rates, self._plain = stats, softmax.coefficients(grad, stats), len(grad) == 1
+        self._memory = x.new_empty(self.grid.height * self.grid.width, dtype=self.dtype)
 
     def gradient(self, rows: slice, span: slice) -> Tensor:
         """Of the raw logits of a tile, [m, w]; valid until the next call."""
@@ -204,11 +221,11 @@ class BackwardTiles:
 
     def _logits(self, rows: slice, span: slice, out: Tensor) -> Tensor:
         """Computed again, raw or as codes; in `out` if that has their precision."""
-        x, weight, bias, spec = _part(self._inputs, rows, span)
-        if not self._scratch.fused:
+        x, weight, bias, spec = self._part(rows, span)
+        if not self._fused:
             raw = out.dtype == compute_dtype(x.dtype)
-            return matmul.project(x, weight, bias, out if raw else self._scratch.tile(len(x), len(weight)))
-        z = self._scratch.tile(len(x), softmax.code_columns(len(weight)))
+            return matmul.project(x, weight, bias, out if raw else self._tile(len(x), len(weight)))
+        z = self._tile(len(x), len(weight))
         # the statistics are known, so these sums are not read
         softmax.project(x, weight, bias, spec, softmax.new_sums(len(x), x), False, z)
         return z
@@ -224,31 +241,3 @@ def _grid(n: int, weight: Tensor, plan: Plan) -> Grid:
     columns = even(vocabulary, max(most, PANEL))
     # a multiple of a panel of codes
     return Grid(list(slices(n, height)), list(slices(vocabulary, columns + -columns % PANEL)))
-
-
-def _part(inputs: LinearInputs, rows: slice, span: slice) -> tuple[Tensor, Tensor, Tensor | None, TileSpec]:
-    """Hidden states, weight and bias of a tile, and its spec."""
-    bias = None if inputs.bias is None else inputs.bias[span]
-    spec = TileSpec(inputs.targets[rows], span.start, inputs.transform)
-    return inputs.x[rows], inputs.weight[span], bias, spec
-
-
-class _Scratch:
-    """A buffer for one tile of logits or codes, allocated at first use and then reused.
-
-    Attributes:
-        fused: Whether projections are scored in the cache and stored as codes if at all.
-    """
-
-    def __init__(self, inputs: LinearInputs, grid: Grid) -> None:
-        self.fused = softmax.projects(inputs.x, inputs.weight, inputs.transform)
-        self._size = grid.height * (softmax.code_columns(grid.width) if self.fused else grid.width)
-        self._dtype = torch.int16 if self.fused else compute_dtype(inputs.x.dtype)
-        self._device = inputs.x.device
-        self._memory: Tensor | None = None
-
-    def tile(self, rows: int, columns: int) -> Tensor:
-        """Its first elements, [rows, columns]."""
-        if self._memory is None:
-            self._memory = torch.empty(self._size, dtype=self._dtype, device=self._device)
-        return self._memory[: rows * columns].view(rows, columns)

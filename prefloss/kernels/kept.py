@@ -8,7 +8,6 @@ been used. The logits of further tokens have memory of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -27,33 +26,23 @@ def kept_columns(dtype: torch.dtype, vocabulary: int) -> int:
     return code_columns(vocabulary) if kept_dtype(dtype) == torch.int16 else vocabulary
 
 
-class _Part(NamedTuple):
-    """Some tokens, and for each span, by its start, their logits or codes, [tokens, columns]."""
-
-    rows: slice
-    tiles: dict[int, Tensor]
-
-
 class Kept(NamedTuple):
-    """Logits of the first tokens.
+    """Logits of the first `tokens`.
 
-    Attributes:
-        tokens: How many tokens.
-        parts: Their logits, in order.
-        home: The memory of the gradient of the head, [V, H], or None.
+    `parts`: slices of the tokens, each with their logits or codes, [tokens, columns], by the start of the span. `home`
+    is the memory of the gradient of the head, [V, H], or None.
     """
 
     tokens: int = 0
-    parts: tuple[_Part, ...] = ()
+    parts: tuple[tuple[slice, dict[int, Tensor]], ...] = ()
     home: Tensor | None = None
 
     def tiles(self, rows: slice, span: slice) -> Iterator[tuple[slice, Tensor | None]]:
         """Cut some rows, in order, into parts whose logits of a span are in one place; None where they are not kept."""
-        for part in self.parts:
-            start, stop = max(rows.start, part.rows.start), min(rows.stop, part.rows.stop)
+        for part, tiles in self.parts:
+            start, stop = max(rows.start, part.start), min(rows.stop, part.stop)
             if start < stop:
-                tile = part.tiles[span.start]
-                yield slice(start, stop), tile[start - part.rows.start : stop - part.rows.start]
+                yield slice(start, stop), tiles[span.start][start - part.start : stop - part.start]
         if rows.stop > self.tokens:
             yield slice(max(rows.start, self.tokens), rows.stop), None
 
@@ -64,25 +53,24 @@ def allocate(x: Tensor, weight: Tensor, tokens: int, spans: list[slice]) -> Kept
         return Kept()
     dtype, widths = kept_dtype(x.dtype), _widths(x.dtype, spans)
     if not weight.requires_grad:
-        return kept_in(torch.empty(tokens, sum(widths), dtype=dtype, device=x.device), tokens, spans, x.dtype)
-    home = torch.empty(weight.shape, dtype=dtype, device=x.device)
-    places = [home[span].view(-1) for span in spans]
-    fit = min(tokens, *(len(place) // width for place, width in zip(places, widths, strict=True)))
+        return kept_in(x.new_empty(tokens, sum(widths), dtype=dtype), tokens, spans, x.dtype)
+    home = weight.new_empty(weight.shape, dtype=dtype)
+    places = {span.start: home[span].view(-1) for span in spans}
+    fit = min(tokens, *(len(place) // width for place, width in zip(places.values(), widths, strict=True)))
     tiles = {
-        span.start: place[: fit * width].view(fit, width)
-        for span, place, width in zip(spans, places, widths, strict=True)
+        start: place[: fit * width].view(fit, width)
+        for (start, place), width in zip(places.items(), widths, strict=True)
     }
-    parts = [_Part(slice(0, fit), tiles)]
+    parts = [(slice(0, fit), tiles)]
     if fit < tokens:
-        rest = torch.empty(tokens - fit, sum(widths), dtype=dtype, device=x.device)
-        parts.append(_Part(slice(fit, tokens), _cut(rest, spans, x.dtype)))
+        rest = x.new_empty(tokens - fit, sum(widths), dtype=dtype)
+        parts.append((slice(fit, tokens), _cut(rest, spans, x.dtype)))
     return Kept(tokens, tuple(parts), home)
 
 
 def kept_in(memory: Tensor, tokens: int, spans: list[slice], dtype: torch.dtype) -> Kept:
     """The first `tokens` in given memory, [at least `tokens`, columns]; `dtype` is that of the head."""
-    tiles = {start: tile[:tokens] for start, tile in _cut(memory, spans, dtype).items()}
-    return Kept(tokens, (_Part(slice(0, tokens), tiles),))
+    return Kept(tokens, ((slice(0, tokens), _cut(memory, spans, dtype)),))
 
 
 def _widths(dtype: torch.dtype, spans: list[slice]) -> list[int]:
@@ -92,9 +80,7 @@ def _widths(dtype: torch.dtype, spans: list[slice]) -> list[int]:
 def _cut(memory: Tensor, spans: list[slice], dtype: torch.dtype) -> dict[int, Tensor]:
     """Memory as tiles one after another, each [all its rows, the columns of a span]."""
     rows, widths = len(memory), _widths(dtype, spans)
-    ends = accumulate(rows * width for width in widths)
-    flat = memory.view(-1)
+    tiles = memory.view(-1).split([rows * width for width in widths])
     return {
-        span.start: flat[end - rows * width : end].view(rows, width)
-        for span, width, end in zip(spans, widths, ends, strict=True)
+        span.start: tile.view(rows, width) for span, tile, width in zip(spans, tiles, widths, strict=True)
     }

@@ -11,28 +11,15 @@ of both models again.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefloss.kernels.autograd import InputGradients, differentiable_once
 from prefloss.kernels.matmul import Gradients, add_product, gradient_dtype, project
-from prefloss.kernels.naive import LogitTransform, compute_dtype, divergences, no_autocast
+from prefloss.kernels.naive import LogitTransform, Model, compute_dtype, divergences, no_autocast
 from prefloss.kernels.tiles import MATMUL_ELEMENTS, Grid, on_cpu, select_targets, slices
-
-
-class Model(NamedTuple):
-    """Hidden states [..., H] of a model, and weight [V, H] and bias [V] of its head."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-    def select(self, positions: Tensor) -> Model:
-        """The hidden states at some positions, [n, H], with the same head."""
-        hidden = self.hidden.reshape(-1, self.hidden.shape[-1]).index_select(0, positions)
-        return Model(hidden, self.weight, self.bias)
 
 
 def linear_token_kl(
@@ -46,15 +33,17 @@ def linear_token_kl(
     """KL(reference || policy), KL(policy || reference), entropy of the reference over log V -> [3, ...]."""
     selected = select_targets(targets, ignore_index)
     if chunk_tokens is None:
-        chunk_tokens = _default_chunk(len(policy.weight), on_cpu(policy.hidden))
-    models = (*policy.select(selected), *reference.select(selected))
-    out = _LinearTokenKL.apply(*models, transform, chunk_tokens)
+        # the logits of both models are in memory, and one more block of that size
+        elements, least = (2**22, 128) if on_cpu(policy.hidden) else (MATMUL_ELEMENTS // 2, 1)
+        chunk_tokens = max(least, elements // len(policy.weight))
+    tensors = (*_select(policy, selected), *_select(reference, selected))
+    out = _LinearTokenKL.apply(*tensors, transform, chunk_tokens)
     return out.new_zeros(3, targets.numel()).index_copy(1, selected, out).reshape(3, *targets.shape)
 
 
-def _default_chunk(vocabulary: int, cpu: bool) -> int:
-    """Tokens of a slice: the logits of both models are in memory, and one more block of that size."""
-    return max(128, 2**22 // vocabulary) if cpu else max(1, MATMUL_ELEMENTS // 2 // vocabulary)
+def _select(model: Model, positions: Tensor) -> Model:
+    hidden = model.hidden.reshape(-1, model.hidden.shape[-1]).index_select(0, positions)
+    return model._replace(hidden=hidden)
 
 
 class _LinearTokenKL(torch.autograd.Function):
@@ -75,11 +64,9 @@ class _LinearTokenKL(torch.autograd.Function):
                 p, q, slope = _log_softmaxes(policy, reference, rows, transform)
                 out[:, rows] = divergences(p, q)
                 if saved is not None:
-                    for which in (0, 1):
-                        rate = out.new_zeros(2, len(p))
-                        rate[which] = 1
-                        dz = _differentiate(p, q, out[1, rows], rate) * slope
-                        add_product(dz.to(gradient_dtype(x)), weight, saved[which, rows])
+                    for rates, place in zip(torch.eye(2, dtype=dtype, device=x.device), saved, strict=True):
+                        dz = _differentiate(p, q, out[1, rows], rates[:, None]) * slope
+                        add_product(dz.to(gradient_dtype(x)), weight, place[rows])
         ctx.save_for_backward(*tensors, out)
         ctx.saved, ctx.transform, ctx.chunk_tokens = saved, transform, chunk_tokens
         return out.clone()

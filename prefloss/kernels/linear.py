@@ -40,16 +40,10 @@ def backend_of(impl: str) -> Any:
 def linear_forward(
     inputs: LinearInputs, plan: Plan, outputs: int, memory: Tensor | None = None
 ) -> tuple[Tensor, Any]:
-    """Statistics of the targets, and what the scheme keeps for the backward pass.
+    """Statistics of the targets, [2 or 5, n], and what `linear_backward` or `scale` gets of the scheme, or None.
 
-    Args:
-        inputs: Tokens and head.
-        plan: How to do it.
-        outputs: 1 for log-probs alone, or 5 for all `softmax.STATS`.
-        memory: Where to keep it, or None to allocate; see `empty_memory`.
-
-    Returns:
-        [2 or 5, n] in the order of `softmax.STATS`, and an object for `linear_backward`, or None.
+    `outputs` is 1 for log-probs alone, or 5 for all `softmax.STATS`. `memory`: where to keep it, see `empty_memory`;
+    None to allocate.
     """
     x, weight = inputs.x, inputs.weight
     dtype = compute_dtype(x.dtype)
@@ -57,9 +51,7 @@ def linear_forward(
     product = None
     with torch.no_grad(), no_autocast(x.device):
         if plan.scheme == "unscaled":
-            product = (
-                torch.empty(x.shape, dtype=dtype, device=x.device) if memory is None else memory[: len(x)]
-            )
+            product = x.new_empty(x.shape, dtype=dtype) if memory is None else memory[: len(x)]
             product.zero_()
         tiles = backend_of(plan.impl).ForwardTiles(inputs, plan, outputs, memory)
         for rows, spans in tiles.order:
@@ -115,32 +107,15 @@ def linear_backward(
     overwrite: bool = True,
     rounded: bool = True,
 ) -> HeadGradients:
-    """Gradients of hidden states [n, H], weight and bias; not for the scheme "unscaled", see `scale`.
+    """Gradients of hidden states [n, H], weight and bias, None where not in `needs`; for "unscaled" see `scale`.
 
-    Args:
-        grad: Gradients of the statistics, [1 or 5, n].
-        inputs: As in the forward pass.
-        stats: Its statistics.
-        kept: What it kept; None to compute the logits again.
-        plan: As there.
-        needs: Whether hidden states, weight and bias need a gradient.
-        overwrite: Whether the gradients may be written over `kept`.
-        rounded: Whether the gradient of the hidden states is rounded to their dtype, see `Gradients`.
-
-    Returns:
-        The three, None for those that need none.
+    From `grad`, those of the statistics, [1 or 5, n], and what `linear_forward` returned; without `kept` the logits are
+    computed again. `overwrite`: whether the gradients may be written over `kept`. `rounded`: see `Gradients`.
     """
     with torch.no_grad(), no_autocast(inputs.x.device):
         tiles = backend_of(plan.impl).BackwardTiles(grad, inputs, stats, kept, plan, needs, overwrite)
         sums = Gradients(
-            inputs.x,
-            inputs.weight,
-            needs,
-            tiles.grid,
-            tiles.dtype,
-            unit=tiles.unit,
-            memory=tiles.home,
-            rounded=rounded,
+            inputs.x, inputs.weight, needs, tiles.grid, tiles.dtype, tiles.unit, tiles.home, rounded
         )
         for span in tiles.grid.spans:
             for rows in tiles.grid.slabs:
@@ -151,14 +126,13 @@ def linear_backward(
 
 def scale(saved: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of hidden states, [n, H], from what "unscaled" saved and the gradient of the log-probs, [1, n]."""
-    out = torch.empty(saved.shape, dtype=dtype, device=saved.device)
-    return torch.mul(saved, grad[0].unsqueeze(-1), out=out)
+    return torch.mul(saved, grad[0].unsqueeze(-1), out=torch.empty_like(saved, dtype=dtype))
 
 
 def empty_memory(hidden: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     """Memory of a size known beforehand for what the scheme keeps, as a compiled graph needs it."""
     if plan.scheme == "unscaled":
-        return torch.empty(hidden.shape, dtype=compute_dtype(hidden.dtype), device=hidden.device)
+        return hidden.new_empty(hidden.shape, dtype=compute_dtype(hidden.dtype))
     columns = len(weight) if plan.impl == "triton" else kept_columns(hidden.dtype, len(weight))
     rows = plan.kept_tokens if plan.scheme == "keep" else 0
-    return torch.empty(rows, columns, dtype=kept_dtype(hidden.dtype), device=hidden.device)
+    return hidden.new_empty(rows, columns, dtype=kept_dtype(hidden.dtype))

@@ -82,9 +82,11 @@ def gradient_dtype(x: Tensor) -> torch.dtype:
 
 
 class Gradients:
-    """Sums the gradients of hidden states [n, H], weight and bias from tiles of the gradient of the logits.
+    """Sums the gradients of hidden states x, [n, H], weight and bias from tiles of the gradient dz of the logits.
 
-    Tiles come span by span of the vocabulary: `add` for each slice of tokens, then `finish` for the span.
+    Tiles come span by span of the vocabulary: `add` for each slice of tokens, then `finish` for the span. `needs`:
+    which of the three are asked for. `unit`: what dz has been divided by. `memory`: for the gradient of the weight,
+    written to when a span is finished. Without `rounded` that of x stays float32, to be summed over processes.
     """
 
     def __init__(
@@ -94,24 +96,10 @@ class Gradients:
         needs: tuple[bool, ...],
         grid: Grid,
         dz_dtype: torch.dtype,
-        *,
         unit: Tensor | None = None,
         memory: Tensor | None = None,
         rounded: bool = True,
     ) -> None:
-        """Allocate the sums.
-
-        Args:
-            x: Hidden states.
-            weight: Weight of the head.
-            needs: Whether hidden states, weight and bias need a gradient.
-            grid: How the tiles cut the logits.
-            dz_dtype: Of the gradients of the logits.
-            unit: What the gradients of the logits have been divided by, or None.
-            memory: For the gradient of the weight, written to when a span is finished, or None.
-            rounded: Whether to round the gradient of x to its dtype; False leaves it in float32 to be summed over
-                processes.
-        """
         need_x, need_weight, need_bias = needs
         dtype = compute_dtype(x.dtype)
         self.x, self.weight, self.unit, self.rounded = x, weight, unit, rounded
@@ -122,15 +110,13 @@ class Gradients:
         if need_x:
             new = torch.empty if self.direct else torch.zeros
             self.d_x = new(x.shape, dtype=x.dtype if self.direct else dtype, device=x.device)
-        self.d_bias = torch.zeros(len(weight), dtype=dtype, device=x.device) if need_bias else None
+        self.d_bias = x.new_zeros(len(weight), dtype=dtype) if need_bias else None
         self.first = True
         if not need_weight:
             return
-        self.d_weight = (
-            torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if memory is None else memory
-        )
+        self.d_weight = weight.new_empty(weight.shape) if memory is None else memory
         if not (exact and len(grid.slabs) == 1) and (weight.dtype != dtype or memory is not None):
-            self.sum = torch.empty(grid.width, weight.shape[1], dtype=dtype, device=x.device)
+            self.sum = x.new_empty(grid.width, weight.shape[1], dtype=dtype)
 
     def add(self, rows: slice, span: slice, dz: Tensor) -> None:
         """Add the gradient of the logits of some rows and a span of columns, [m, w]."""
@@ -157,11 +143,10 @@ class Gradients:
 
     def gradients(self) -> HeadGradients:
         """Of hidden states, weight and bias; None for those that need none."""
-        dtype = self.x.dtype
         d_x, d_bias = self.d_x, self.d_bias
         if self.unit is not None:
             d_x = None if d_x is None else d_x.mul_(self.unit)
             d_bias = None if d_bias is None else d_bias.mul_(self.unit)
         if d_x is not None and self.rounded:
-            d_x = d_x.to(dtype)
-        return d_x, self.d_weight, None if d_bias is None else d_bias.to(dtype)
+            d_x = d_x.to(self.x.dtype)
+        return d_x, self.d_weight, None if d_bias is None else d_bias.to(self.x.dtype)

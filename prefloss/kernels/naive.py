@@ -48,6 +48,14 @@ class LogitTransform(NamedTuple):
         return tanh.square_().neg_().add_(1).mul_(self.factor)
 
 
+class Model(NamedTuple):
+    """Hidden states [..., H] of a model, and weight [V, H] and bias [V] of its head."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision in which log-probs of ``dtype`` inputs are computed and returned."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -96,30 +104,18 @@ def linear_token_stats(
     outputs: int = 5,
 ) -> Tensor:
     """The same with logits = hidden @ weight.T + bias, for [..., H] hidden, [V, H] weight and [V] bias."""
-    keep = targets != ignore_index
     with no_autocast(hidden.device):
-        logits = _project(hidden, weight, bias, keep)
+        logits = _project(hidden, weight, bias, targets != ignore_index)
         return token_stats(logits, targets, transform, ignore_index, outputs)
 
 
 def linear_token_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference_hidden: Tensor,
-    reference_weight: Tensor,
-    reference_bias: Tensor | None,
-    targets: Tensor,
-    transform: LogitTransform,
-    ignore_index: int,
+    policy: Model, reference: Model, targets: Tensor, transform: LogitTransform, ignore_index: int
 ) -> Tensor:
     """KL(reference || policy), KL(policy || reference), entropy of the reference over log V -> [3, ...]."""
     keep = targets != ignore_index
-    with no_autocast(hidden.device):
-        p = transform.apply(_project(hidden, weight, bias, keep)).log_softmax(-1)
-        q = transform.apply(_project(reference_hidden, reference_weight, reference_bias, keep)).log_softmax(
-            -1
-        )
+    with no_autocast(policy.hidden.device):
+        p, q = (transform.apply(_project(*m, keep)).log_softmax(-1) for m in (policy, reference))
     return torch.where(keep, divergences(p, q), 0)
 
 

@@ -48,13 +48,9 @@ BUDGET_BYTES = 2**30
 class Request(NamedTuple):
     """What a plan depends on besides the number of tokens.
 
-    Attributes:
-        like: A tensor of the dtype and on the device of the inputs.
-        vocabulary: V.
-        width: H of the hidden states; None for an op on logits.
-        gradient: What needs a gradient: nothing, hidden states only, or the head too.
-        stats_gradient: Whether entropy and the other statistics need one too.
-        options: Options of the op.
+    `like` has the dtype and device of the inputs. `width` is H of the hidden states; None for an op on logits.
+    `gradient`: what needs one, nothing, hidden states only, or the head too. `stats_gradient`: whether entropy and the
+    other statistics need one too.
     """
 
     like: Tensor
@@ -86,7 +82,7 @@ class Plan:
         chunk_tokens: Size of a tile of logits, as the number of tokens whose logits fill it; at least 1.
         kept_tokens: Tokens, from the first on, whose logits are kept for the backward pass.
         impl: "naive", "chunked" or "triton".
-        op: "token" (from logits) or "linear" (from hidden states and a head).
+        op: "token" or "linear": from logits, or from hidden states and a head.
         row_passes: What computes softmax and its gradient: "native" (compiled C), "triton" or "torch".
         head_sums: How products with a half-precision head are summed in float32: "native", "mixed" (the device's own
             matmul), "upcast" (a copy of the head in float32, some rows at a time) or "same" (not half precision).
@@ -123,11 +119,9 @@ def make_plan(request: Request, tokens: int, positions: int | None = None) -> Pl
     positions = tokens if positions is None else positions
     if request.naive(positions):
         return _plan_naive(request, positions)
-    return (
-        _plan_token(request, tokens)
-        if request.width is None
-        else _plan_linear(request, tokens, request.width)
-    )
+    if request.width is None:
+        return _plan_token(request, tokens)
+    return _plan_linear(request, tokens, request.width)
 
 
 def _plan_naive(request: Request, tokens: int) -> Plan:
@@ -146,22 +140,21 @@ def _plan_token(request: Request, tokens: int) -> Plan:
     chunk = request.options.chunk_tokens or max(1, min(tokens, MATMUL_ELEMENTS // vocabulary))
     scratch = 0 if passes != "torch" else min(chunk * vocabulary, 2**21) * compute_dtype(like.dtype).itemsize
     return Plan(
-        "recompute", chunk, 0, _impl(passes), "token", passes, tokens=tokens, bytes_scratch=scratch,
+        "recompute", chunk, 0, "triton" if passes == "triton" else "chunked", "token", passes, tokens=tokens,
+        bytes_scratch=scratch, fallback=fallback,
         why="forward and backward each read the logits once; a logsumexp and a log-prob per token are kept",
-        fallback=fallback,
     )  # fmt: skip
 
 
 def _plan_linear(request: Request, tokens: int, width: int) -> Plan:
-    like, vocabulary = request.like, request.vocabulary
-    budget, chunk = request.options.budget_bytes, request.options.chunk_tokens
-    budget = BUDGET_BYTES if budget is None else budget
-    chunk = chunk or default_chunk(tokens, vocabulary, on_cpu(like))
+    like, options = request.like, request.options
+    budget = BUDGET_BYTES if options.budget_bytes is None else options.budget_bytes
+    chunk = options.chunk_tokens or default_chunk(tokens, request.vocabulary, on_cpu(like))
     chunk = max(1, min(chunk, tokens))
     passes, slow_rows = _row_passes(request)
     sums, slow_head = _head_sums(like)
-    memory = _memory(request, width, chunk)
-    scheme, kept, why = _scheme(request, tokens, memory, budget)
+    per_token, tiles = _memory(request, width, chunk)
+    scheme, kept, why = _scheme(request, tokens, per_token, tiles, budget)
     too_small = None
     if scheme == "keep" and kept < tokens:
         too_small = f"{kept} of {tokens} tokens fit the budget of {budget} bytes, the rest is projected again"
@@ -170,32 +163,16 @@ def _plan_linear(request: Request, tokens: int, width: int) -> Plan:
     matmuls = {"score": 1, "unscaled": 2, "keep": 4 - share, "recompute": 4}[scheme]
     if scheme in ("keep", "recompute") and request.gradient == "hidden":
         matmuls -= 1
-    all_kept = scheme == "keep" and kept == tokens
     return Plan(
-        scheme, chunk, kept, _impl(passes), "linear", passes, sums, matmuls, tokens,
-        bytes_kept=tokens * memory.unscaled if scheme == "unscaled" else kept * memory.kept,
-        bytes_scratch=memory.tiles["recompute" if scheme == "keep" and not all_kept else scheme],
-        why=why,
-        fallback="; ".join(filter(None, (too_small, slow_rows, slow_head))) or None,
+        scheme, chunk, kept, "triton" if passes == "triton" else "chunked", "linear", passes, sums, matmuls, tokens,
+        bytes_kept=(tokens if scheme == "unscaled" else kept) * per_token.get(scheme, 0),
+        bytes_scratch=tiles["recompute" if scheme == "keep" and kept < tokens else scheme],
+        why=why, fallback="; ".join(filter(None, (too_small, slow_rows, slow_head))) or None,
     )  # fmt: skip
 
 
-def _impl(passes: str) -> Literal["chunked", "triton"]:
-    return "triton" if passes == "triton" else "chunked"
-
-
-class _Memory(NamedTuple):
-    """Bytes per token of kept logits and of a gradient saved unscaled, and bytes of the tiles of each scheme.
-
-    Those of "keep" hold if all tokens are kept.
-    """
-
-    kept: int
-    unscaled: int
-    tiles: dict[str, int]
-
-
-def _memory(request: Request, width: int, chunk: int) -> _Memory:
+def _memory(request: Request, width: int, chunk: int) -> tuple[dict[str, int], dict[str, int]]:
+    """By scheme, bytes kept of each token and bytes of tiles; those of "keep" hold if all tokens are kept."""
     like, vocabulary = request.like, request.vocabulary
     size = compute_dtype(like.dtype).itemsize
     kept = kept_columns(like.dtype, vocabulary) * kept_dtype(like.dtype).itemsize
@@ -211,25 +188,24 @@ def _memory(request: Request, width: int, chunk: int) -> _Memory:
         "keep": gradient if fused or kept_dtype(like.dtype).itemsize == size else max(logits, gradient),
         "recompute": logits + gradient if fused else both,
     }
-    return _Memory(kept, width * size, tiles)
+    return {"keep": kept, "unscaled": width * size}, tiles
 
 
-def _scheme(request: Request, tokens: int, memory: _Memory, budget: int) -> tuple[Scheme, int, str]:
+def _scheme(
+    request: Request, tokens: int, per_token: dict[str, int], tiles: dict[str, int], budget: int
+) -> tuple[Scheme, int, str]:
     """The scheme with the fewest matmuls that the budget allows, how many tokens it keeps, and why."""
     if request.gradient == "none":
         return "score", 0, "no gradient is needed"
-    unscaled = tokens * memory.unscaled + memory.tiles["unscaled"]
+    unscaled = tokens * per_token["unscaled"] + tiles["unscaled"]
     if request.gradient == "hidden" and not request.stats_gradient and unscaled <= budget:
-        return (
-            "unscaled",
-            0,
-            "the head is frozen, so the gradient of each log-prob in its hidden state is saved",
-        )
+        why = "the head is frozen, so the gradient of each log-prob in its hidden state is saved"
+        return "unscaled", 0, why
     if kept_dtype(request.like.dtype) == torch.int16 and too_low_for_codes(request.options.transform):
         return "recompute", 0, "the softcap is too low for logits in 16 bits"
-    if tokens * memory.kept + memory.tiles["keep"] <= budget:
+    if tokens * per_token["keep"] + tiles["keep"] <= budget:
         return "keep", tokens, "the logits of all tokens fit the budget"
-    kept = max(0, (budget - memory.tiles["recompute"]) // memory.kept)
+    kept = max(0, (budget - tiles["recompute"]) // per_token["keep"])
     return "keep", min(tokens, kept), "the logits of all tokens do not fit the budget"
 
 

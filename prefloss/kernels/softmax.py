@@ -42,13 +42,6 @@ def new_sums(rows: int, like: Tensor) -> Tensor:
     return torch.tensor((-torch.inf, 0, 0, 0, -torch.inf), dtype=dtype, device=like.device).repeat(rows, 1)
 
 
-def score(z: Tensor, targets: Tensor, transform: LogitTransform, stats: Tensor) -> None:
-    """Raw logits [m, V] and targets [m], negative at rows to leave out -> `stats`, [2 or 5, m], 0 in those rows."""
-    sums = new_sums(len(z), z)
-    fold(z, TileSpec(targets, 0, transform), sums, len(stats) > 2)
-    finish(sums, targets, stats)
-
-
 def fold(z: Tensor, spec: TileSpec, sums: Tensor, more: bool, overwrite: bool = False) -> None:
     """Add raw logits [m, w] to the `SUMS` of their rows, [m, 5].
 
@@ -83,7 +76,7 @@ def finite(peak: Tensor) -> Tensor:
 
 
 def finish(sums: Tensor, targets: Tensor, stats: Tensor) -> None:
-    """The sums of complete rows, [m, 5] -> `stats`, [2 or 5, m]."""
+    """The sums of complete rows, [m, 5] -> `stats`, [2 or 5, m], 0 at negative targets."""
     peak, total, weighted, squares, picked = sums.unbind(-1)
     log_sum = total.log()
     # in this order: the difference of two large logits is exact, and small against the logsumexp
@@ -149,7 +142,13 @@ def differentiate(
         block.scatter_(-1, y, torch.where(inside, at_target, block.gather(-1, y)))
         if not (isinstance(slope, float) and slope == 1):
             block.mul_(slope)
-        _clear_(block, spec.targets[part] < 0)
+        # written, not multiplied in, because rows to leave out may hold inf or NaN
+        ignored = spec.targets[part] < 0
+        if on_cpu(block):
+            block.index_fill_(0, torch.nonzero(ignored).squeeze(-1), 0)
+        else:
+            # an accelerator would have to wait for the indices
+            block.masked_fill_(ignored[:, None], 0)
         if block.data_ptr() != out[part].data_ptr():
             out[part] = block
     return out
@@ -175,7 +174,7 @@ def references_of(codes: Tensor, vocabulary: int) -> Tensor:
 
 
 def _split(codes: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """References and codes to write to, [m, panels] and [m, V]; the padding between them is zeroed."""
+    """References [m, panels] and codes [m, V] to write to; the padding between them is zeroed."""
     codes[:, vocabulary : _code_end(vocabulary)] = 0
     return references_of(codes, vocabulary), codes[:, :vocabulary]
 
@@ -222,9 +221,7 @@ def project(
     codes: Tensor | None,
 ) -> None:
     """`fold` of x @ weight.T + bias, where `projects` allows it; codes go to [m, code_columns(w)] if given."""
-    references = None
-    if codes is not None:
-        references, codes = _split(codes, len(weight))
+    references, codes = (None, None) if codes is None else _split(codes, len(weight))
     native.project(x, weight, bias, spec, sums, more, codes, references)
 
 
@@ -243,14 +240,6 @@ def _blocks(x: Tensor, overwrite: bool) -> Iterator[tuple[slice, Tensor]]:
         for part in slices(len(x), size):
             yield part, x[part]
         return
-    buffer = torch.empty(min(size, len(x)), x.shape[-1], dtype=dtype, device=x.device)
+    buffer = x.new_empty(min(size, len(x)), x.shape[-1], dtype=dtype)
     for part in slices(len(x), size):
         yield part, buffer[: part.stop - part.start].copy_(x[part])
-
-
-def _clear_(z: Tensor, ignored: Tensor) -> Tensor:
-    """Zeros in the ignored rows of z; written, not multiplied in, because those rows may hold inf or NaN."""
-    if on_cpu(z):
-        return z.index_fill_(0, torch.nonzero(ignored).squeeze(-1), 0)
-    # an accelerator would have to wait for the indices
-    return z.masked_fill_(ignored[:, None], 0)

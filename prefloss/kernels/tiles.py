@@ -18,13 +18,10 @@ _CPU_MATMUL_ELEMENTS = 2**22
 
 
 class TileSpec(NamedTuple):
-    """What a pass over a tile of logits, [m, w], needs besides the logits.
+    """What a pass over a tile of logits, [m, w], from column `first` of the vocabulary on, needs besides the logits.
 
-    Attributes:
-        targets: Targets in the whole vocabulary, [m]. A negative one marks a row to leave out. One of V or more, as in
-            another shard of the vocabulary, has log-prob -inf and no gradient of its own.
-        first: Column of the vocabulary at which the tile begins.
-        transform: What happens to the logits.
+    Targets, [m], are those in the whole vocabulary. A negative one marks a row to leave out. One of V or more, as in
+    another shard of the vocabulary, has log-prob -inf and no gradient of its own.
     """
 
     targets: Tensor
@@ -33,14 +30,10 @@ class TileSpec(NamedTuple):
 
 
 class LinearInputs(NamedTuple):
-    """Hidden states and the head that gives their logits, transform(x @ weight.T + bias).
+    """Hidden states, the head that gives their logits, transform(x @ weight.T + bias), and the targets.
 
-    Attributes:
-        x: Hidden states, [..., H]; [n, H] of the tokens that count once these are selected.
-        weight: Weight of the head, [V, H].
-        bias: Bias of the head, [V], or None.
-        targets: The token at each position of x, [...] or [n].
-        transform: What happens to the logits.
+    Shapes: x [..., H], weight [V, H], bias [V] or None, targets [...]; once the tokens that count are selected, x is
+    [n, H] and targets are [n].
     """
 
     x: Tensor
@@ -51,12 +44,7 @@ class LinearInputs(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Logits [n, V] cut into tiles: slabs of tokens by spans of the vocabulary.
-
-    Attributes:
-        slabs: Slices of the tokens, in order.
-        spans: Slices of the vocabulary, in order.
-    """
+    """Logits [n, V] cut into tiles: slabs of tokens by spans of the vocabulary, both in order."""
 
     slabs: list[slice]
     spans: list[slice]
@@ -73,15 +61,10 @@ class Grid(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Running sums of the rows of a slab, as the scheme "unscaled" reads them; all are views of `memory`.
+    """Running sums of the rows of a slab, [m] each; views of `memory`, which has the layout of the backend.
 
-    Attributes:
-        memory: All sums, in the layout of the backend.
-        peak: Largest logit so far, [m], in units of `nats`.
-        total: Sum of exp(z - peak), [m].
-        picked: Logit of the target, [m], in units of `nats`.
-        nats: The unit of `peak` and `picked`.
-        numerator_unit: The softmax numerators of the backend are to be multiplied by this.
+    `peak` is the largest logit so far, `total` the sum of exp(z - peak), `picked` the logit of the target. `nats` is
+    the unit of the two logits. The softmax numerators of the backend are to be multiplied by `numerator_unit`.
     """
 
     memory: Tensor

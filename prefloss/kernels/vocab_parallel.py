@@ -37,22 +37,12 @@ def linear_token_logps(
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Log-prob of each target token; see `prefloss.linear_token_logps`, whose options mean the same.
+    """Log-prob of each target token, [...], the same on every process.
 
-    Args:
-        hidden: The same on every process, floating point, [..., H].
-        weight: This process's rows of the head, [V of this rank, H], or a DTensor sharded in its first dimension.
-        targets: The same on every process, in the whole vocabulary, [...].
-        group: The processes that share the head, in order of its rows; None for all. That of a DTensor is its mesh.
-        bias: This process's part of the bias, [V of this rank], or a DTensor, or None.
-        temperature: Divides the logits last.
-        logit_scale: Multiplies the logits first.
-        softcap: Bounds the scaled logits; None leaves them.
-        ignore_index: Target of the positions to leave out.
-        chunk_tokens: Size of a tile of logits, as many as so many tokens have; None chooses by device.
-
-    Returns:
-        Log-probs, [...], the same on every process.
+    `hidden`, [..., H], and `targets`, [...], in the whole vocabulary, are the same on every process. `weight`,
+    [V of this rank, H], and `bias`, [V of this rank] or None, are this process's part of the head, or DTensors sharded
+    in their first dimension. `group`: the processes that share the head, in order of its rows; None for all; a
+    DTensor's is its mesh. The other options are those of `prefloss.linear_token_logps`.
     """
     weight, group = _local(weight, group)
     bias = None if bias is None else _local(bias, group)[0]
@@ -101,16 +91,8 @@ class _VocabParallel(torch.autograd.Function):
     """Hidden [n, H], rows of the head [V, H] and [V], and the n targets, V if in another process -> [n]."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        transform: LogitTransform,
-        plan: Plan,
-        group: dist.ProcessGroup | None,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, bias, targets, transform, plan, group = arguments
         stats, _ = linear_forward(LinearInputs(x, weight, bias, targets, transform), plan, 1)
         logps, lse = _join(stats[0], stats[1], targets < len(weight), group)
         ctx.save_for_backward(x, weight, bias, targets, torch.stack((logps, lse)))
@@ -120,9 +102,8 @@ class _VocabParallel(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> InputGradients:
-        *tensors, stats = ctx.saved_tensors
-        (x, weight, bias, targets), needs = tensors, ctx.needs_input_grad[:3]
-        inputs = LinearInputs(x, weight, bias, targets, ctx.transform)
+        x, weight, bias, targets, stats = ctx.saved_tensors
+        inputs, needs = LinearInputs(x, weight, bias, targets, ctx.transform), ctx.needs_input_grad[:3]
         d_x, d_weight, d_bias = linear_backward(
             grad[None], inputs, stats, None, ctx.plan, needs, rounded=False
         )

@@ -11,9 +11,9 @@ def test_kept_logits_lie_in_the_gradient_buffer_of_the_head(monkeypatch):
     spans = list(slices(301, 64))
     for tokens, parts in ((5, [5]), (24, [24]), (30, [24, 6])):
         memory = kept.allocate(torch.randn(30, 24), weight, tokens, spans)
-        assert [part.rows.stop - part.rows.start for part in memory.parts] == parts
+        assert [part.stop - part.start for part, _ in memory.parts] == parts
         for span in spans:
-            tile = memory.parts[0].tiles[span.start]
+            tile = memory.parts[0][1][span.start]
             assert tile.data_ptr() == memory.home[span].data_ptr()
             assert tile.numel() <= memory.home[span].numel()
     # ... and the gradient is written there
@@ -30,4 +30,4 @@ def test_kept_logits_lie_in_the_gradient_buffer_of_the_head(monkeypatch):
     memory = kept.allocate(
         torch.randn(30, 24).bfloat16(), weight.detach().bfloat16().requires_grad_(), 24, spans
     )
-    assert [part.rows.stop - part.rows.start for part in memory.parts] == [22, 2]
+    assert [part.stop - part.start for part, _ in memory.parts] == [22, 2]

@@ -17,7 +17,10 @@ def test_kl_against_float64(dtype, transform, trained, row_passes):
     upstream[2] = 0
     results = []
     for policy, out in (
-        (exact, naive.linear_token_kl(*exact, *exact_reference, targets, transform, -100)),
+        (
+            exact,
+            naive.linear_token_kl(kl.Model(*exact), kl.Model(*exact_reference), targets, transform, -100),
+        ),
         (inputs, kl.linear_token_kl(kl.Model(*inputs), kl.Model(*reference), targets, transform, -100, 8)),
     ):
         trained_inputs = [x for x in policy if x.requires_grad]

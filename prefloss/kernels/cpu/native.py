@@ -71,7 +71,7 @@ def fold(logits: Tensor, spec: TileSpec, sums: Tensor, more: bool) -> None:
     """
     rows, columns = logits.shape
     targets = spec.targets.contiguous()
-    _call().prefloss_fold(
+    library().prefloss_fold(
         _address(logits), _KINDS[logits.dtype], rows, columns, logits.stride(0), _address(targets), spec.first,
         _struct(spec.transform), _address(sums), more, _threads(rows * columns),
     )  # fmt: skip
@@ -82,7 +82,7 @@ def encode(
 ) -> None:
     """Raw float32 logits [m, w] -> int16 codes of them [m, w] and their references, see `kept`."""
     rows, columns = logits.shape
-    _call().prefloss_encode(
+    library().prefloss_encode(
         _address(logits), rows, columns, logits.stride(0), _struct(transform), _address(above.contiguous()),
         _address(codes), codes.stride(0), _address(references), references.stride(0), _threads(rows * columns),
     )  # fmt: skip
@@ -106,7 +106,7 @@ def differentiate(
     rows, columns = x.shape
     targets, coefficients = spec.targets.contiguous(), coefficients.contiguous()
     logps, lses = (row.contiguous() for row in stats[:2])
-    _call().prefloss_differentiate(
+    library().prefloss_differentiate(
         _address(x), _KINDS[x.dtype], x.stride(0), _address(out), _KINDS[out.dtype], out.stride(0), rows, columns,
         _address(targets), spec.first, _struct(spec.transform), _address(logps), _address(lses),
         _address(coefficients), plain, _address(references), _stride(references), fresh, _threads(rows * columns),
@@ -120,7 +120,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> bool:
     """
     if out.stride(1) != 1 or out.dtype not in (torch.float32, torch.bfloat16) or 0 in (*a.shape, *b.shape):
         return False
-    status = _call().prefloss_multiply(
+    status = library().prefloss_multiply(
         a.shape[0], b.shape[1], a.shape[1], _address(a), *a.stride(), _address(b), *b.stride(), _address(out),
         _KINDS[out.dtype], out.stride(0), add, _threads(a.shape[0] * b.shape[1] * a.shape[1] // 64),
     )  # fmt: skip
@@ -152,7 +152,7 @@ def project(
         return
     bias = None if bias is None else bias.float().contiguous()
     targets = spec.targets.contiguous()
-    status = _call().prefloss_project(
+    status = library().prefloss_project(
         len(x), len(weight), x.shape[1], _address(x), x.stride(0), _address(weight), weight.stride(0),
         _address(bias), _address(targets), spec.first, _struct(spec.transform), _address(sums), more,
         _address(codes), _stride(codes), _address(references), _stride(references),
@@ -182,12 +182,6 @@ def _struct(transform: LogitTransform) -> _Transform:
     return _Transform(transform.factor, cap_in, cap_out)
 
 
-def _call() -> Any:
-    lib = library()
-    assert lib is not None
-    return lib
-
-
 @functools.lru_cache(maxsize=1)
 def library() -> Any:
     """The compiled functions, or None with one line in the log that says why."""
@@ -200,39 +194,28 @@ def library() -> Any:
     try:
         lib = ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", "") or error
-        _log.info(
-            "prefloss: CPU log-probs run in plain torch, which takes longer: building native.c failed: %s",
-            detail,
+        message = (
+            "prefloss: CPU log-probs run in plain torch, which takes longer: building native.c failed: %s"
         )
+        _log.info(message, getattr(error, "stderr", "") or error)
         return None
     return _declare(lib)
 
 
 def _declare(lib: Any) -> Any:
-    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    # fmt: off
+    types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "T": _Transform}
     arguments = {
-        "fold": (pointer, number, size, size, size, pointer, size, _Transform, pointer, number, number),
-        "encode": (pointer, size, size, size, _Transform, pointer, pointer, size, pointer, size, number),
-        "differentiate": (
-            pointer, number, size, pointer, number, size, size, size, pointer, size, _Transform, pointer, pointer,
-            pointer, number, pointer, size, number, number,
-        ),
-        "multiply": (
-            size, size, size, pointer, size, size, pointer, size, size, pointer, number, size, number, number,
-        ),
-        "project": (
-            size, size, size, pointer, size, pointer, size, pointer, pointer, size, _Transform, pointer, number,
-            pointer, size, pointer, size, number,
-        ),
+        "fold": "p i l l l p l T p i i",
+        "encode": "p l l l T p p l p l i",
+        "differentiate": "p i l p i l l l p l T p p p i p l i i",
+        "multiply": "l l l p l l p l l p i l i i",
+        "project": "l l l p l p l p p l T p i p l p l i",
     }
-    # fmt: on
-    for name, types in arguments.items():
+    for name, letters in arguments.items():
         function = getattr(lib, f"prefloss_{name}")
-        function.argtypes = types
+        function.argtypes = [types[letter] for letter in letters.split()]
         # the others cannot fail
-        function.restype = number if name in ("multiply", "project") else None
+        function.restype = ctypes.c_int if name in ("multiply", "project") else None
     return lib
 
 

@@ -56,10 +56,9 @@ class ForwardTiles:
         return RowSums(sums, sums[0], sums[1], sums[2], outer, slope / KEPT_SCALE.value)
 
     def fold(self, rows: slice, span: slice, sums: RowSums) -> Tensor | None:
-        """Add a tile to the sums of its rows, and keep its softmax if planned.
+        """Add a tile to the sums of its rows; "keep" stores its softmax.
 
-        Returns:
-            For the scheme "unscaled" the softmax numerators of the tile, 0 at the target, [m, w].
+        "unscaled" returns the softmax numerators of the tile, 0 at the target, [m, w].
         """
         x, weight, bias, targets, transform = self._inputs
         logits = _matrix(self._scratch, rows.stop - rows.start, span.stop - span.start)
