@@ -21,7 +21,6 @@ def soft_label_dpo(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -
         \quad z = \beta (h_w - h_l)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
         eta: Scale of the scores, in nats per unit of score.
 
     Example:
@@ -51,7 +50,6 @@ def margin_dpo(pairs: Pairs, *, beta: Positive = 0.1, margin_weight: NonNegative
         \ell = -\log \sigma(\beta (h_w - h_l) - \lambda (r_w - r_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r.
         margin_weight: Weight λ of the difference of the scores, in nats per unit of score; 0 is DPO.
 
     Example:
@@ -83,7 +81,6 @@ def odpo(
         \ell = -\log \sigma(\beta (h_w - h_l) - \alpha f(r_w - r_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r.
         alpha: Weight of the offset.
         scale: f, `"log"` or `"identity"`; the log needs the chosen completion scored higher.
 
@@ -125,7 +122,6 @@ def rpo_bwd_kl(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
         \quad p = \sigma(\beta (h_w - h_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
         eta: Scale of the scores, in nats per unit of score.
 
     Returns:
@@ -155,7 +151,6 @@ def rpo_fwd_kl(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
         \quad p = \sigma(\beta (h_w - h_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
         eta: Scale of the scores, in nats per unit of score.
 
     Returns:
@@ -184,7 +179,6 @@ def rpo_sq(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Tensor
         \ell = (\beta (h_w - h_l) - \eta (r_w - r_l))^2
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
         eta: Scale of the scores, in nats per unit of score.
 
     Returns:

@@ -204,7 +204,6 @@ def pro(rankings: Rankings, *, nll_weight: NonNegative = 0.05) -> Tensor:
         - \mu (K-1)^2 \log \pi(y_{(1)} \mid x), \quad T_k = \max_{i > k} (r_k - r_i)
 
     Args:
-        rankings: Reads the policy log-probs, [groups, K], nats, the token counts, and the scores r.
         nll_weight: Weight μ of the NLL of the best completion, before its factor (K - 1)^2.
 
     Example:

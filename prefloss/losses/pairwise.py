@@ -118,7 +118,6 @@ def ln_dpo(pairs: Pairs, *, beta: Positive = 5.0) -> Tensor:
         \ell = -\log \sigma\left(\beta \left(\frac{h_w}{|y_w|} - \frac{h_l}{|y_l|}\right)\right)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their token counts |y|.
         beta: Strength of the pull towards the reference, in tokens: about 50 times DPO's.
 
     Example:
@@ -145,7 +144,6 @@ def r_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -> T
         \ell = -\log \sigma(\beta (h_w - h_l) + \alpha (|y_w| - |y_l|))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their token counts |y|.
         alpha: Strength of the length term, in 1/tokens.
 
     Example:
@@ -201,9 +199,6 @@ def dpo_nll(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0
 
     .. math::
         \ell = -\log \sigma(\beta (h_w - h_l)) - \alpha \frac{\log \pi(y_w)}{|y_w|}
-
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and the chosen side's token count.
 
     Example:
         >>> chosen = LogRatios(policy=[-20.0], reference=[-21.5], tokens=[10])

@@ -160,7 +160,6 @@ def simnpo(labels: Labels, *, beta: Positive = 2.5, gamma: NonNegative = 0.0) ->
         \text{ if undesirable, else } 0
 
     Args:
-        labels: Reads the policy log-probs, [n], nats, the token counts and the labels.
         beta: Slope, in tokens per nat.
         gamma: Margin, in nats.
 

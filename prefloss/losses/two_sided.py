@@ -241,7 +241,7 @@ def cal_dpo(pairs: Pairs, *, beta: Positive = 0.001, calibration_weight: NonNega
 def dpo_shift(
     pairs: Pairs, *, beta: Positive = 0.1, rejected_weight: Annotated[float, Interval(gt=0, le=1)] = 0.7
 ) -> Tensor:
-    r"""DPO with less weight on the rejected side (DPO-running.Shift).
+    r"""DPO with less weight on the rejected side (DPO-Shift).
 
     .. math::
         \ell = -\log \sigma(\beta (h_w - \lambda h_l))

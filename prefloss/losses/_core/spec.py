@@ -127,15 +127,16 @@ def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec
     unknown = sorted(traits.keys() - set(TRAITS))
     if unknown:
         raise TypeError(f"{name}: got the unknown trait {unknown[0]!r}, expected {', '.join(TRAITS)}")
-    text = docstring.parse(function)
-    kind, feedback, parameters = _signature(function, name)
+    kind, parameters = _signature(function, name)
     beta = traits.pop("beta", None) or ("beta" if "beta" in parameters else None)
     if beta is not None and beta not in parameters:
         raise TypeError(
             f"{name}: beta: got {beta!r}, expected one of its hyperparameters {sorted(parameters)}"
         )
-    strength = beta if traits.get("needs_reference", True) else None
-    described = {**docstring.standard_args(kind, feedback, parameters, strength), **text.args}
+    strength = {beta: docstring.STRENGTH} if traits.get("needs_reference", True) else {}
+    described = {**docstring.PARAMETERS, **strength, **docstring.arguments(function)}
+    parts = docstring.parse(function)
+    parts["returns"] = parts["returns"] or docstring.RETURNS[kind]
     aliases = {
         alias: Alias(entry) if isinstance(entry, str) else Alias(*entry)
         for alias, entry in (traits.pop("aliases", None) or {}).items()
@@ -154,13 +155,7 @@ def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec
         beta=beta,
         needs=_fields(name, "needs", traits.pop("needs", ())),
         reads=_fields(name, "reads", traits.pop("reads", ())),
-        summary=text.summary,
-        formula=text.formula,
-        returns=text.returns or docstring.standard_returns(kind),
-        paper=text.paper,
-        equation=text.equation,
-        reference=text.reference,
-        note=text.note,
+        **parts,
         **traits,
     )
 
@@ -170,9 +165,9 @@ def complete_docstring(spec: LossSpec) -> None:
     function = spec.function
     if spec.formula and isinstance(function, types.FunctionType):
         feedback = next(iter(inspect.signature(function).parameters))
-        standard = docstring.standard_args(spec.feedback, feedback, (), None)
+        reads = docstring.reads(spec.feedback, spec.needs_reference, spec.needs)
         described = {name: parameter.description for name, parameter in spec.parameters.items()}
-        args = {**standard, **described, **docstring.parse(function).args}
+        args = {feedback: reads, **described, **docstring.arguments(function)}
         function.__doc__ = docstring.completed(function, args, spec.returns)
 
 
@@ -183,8 +178,8 @@ def _fields(name: str, trait: str, listed: Iterable[str]) -> frozenset[str]:
     return frozenset(listed)
 
 
-def _signature(function: Any, name: str) -> tuple[type, str, dict[str, tuple[Any, Any]]]:
-    """Kind of feedback, name of its parameter, and annotation and default of each hyperparameter."""
+def _signature(function: Any, name: str) -> tuple[type, dict[str, tuple[Any, Any]]]:
+    """Kind of feedback, and annotation and default of each hyperparameter."""
     try:
         hints = get_type_hints(function, include_extras=True)
     except NameError as error:
@@ -202,8 +197,4 @@ def _signature(function: Any, name: str) -> tuple[type, str, dict[str, tuple[Any
             raise TypeError(
                 f"{name}: {parameter.name}: got a {parameter.kind.description} parameter, expected keyword-only"
             )
-    return (
-        kind,
-        first.name,
-        {parameter.name: (hints.get(parameter.name, Any), parameter.default) for parameter in rest},
-    )
+    return kind, {parameter.name: (hints.get(parameter.name, Any), parameter.default) for parameter in rest}

@@ -236,7 +236,6 @@ def asft(pairs: Pairs, *, beta: NonNegative = 0.1) -> Tensor:
         \bar p = \pi(y \mid x)^{1 / |y|}
 
     Args:
-        pairs: Reads the policy log-probs of both sides, [pairs], nats, and the token counts.
         beta: Weight of the preference beside the NLL.
 
     Returns:
