@@ -207,11 +207,7 @@ def humanline_dpo(
 
     Reference: Humanline 2025, arXiv:2509.24207.
     """
-    chosen, rejected = (
-        transforms.clamped_tokens(side, log_epsilon_p, log_epsilon_r)
-        for side in (pairs.chosen, pairs.rejected)
-    )
-    return dpo(replace(pairs, chosen=chosen, rejected=rejected), beta=beta)
+    return dpo(transforms.clamped_tokens(pairs, log_epsilon_p, log_epsilon_r), beta=beta)
 
 
 def _summed_kl(ratios: LogRatios) -> Tensor:

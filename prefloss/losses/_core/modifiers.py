@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from prefloss.feedback import Labels, Pairs, required
-from prefloss.logratios import LogRatios
 from prefloss.losses._core import transforms
 from prefloss.losses._core.parameters import Coerce, FlipProbability, Interval, Parameter
 from prefloss.losses._core.spec import LossSpec
@@ -49,14 +48,9 @@ def refusal(spec: LossSpec, name: str) -> str | None:
 
 
 def capabilities(spec: LossSpec) -> Mapping[str, str]:
-    """What a loss takes, needs and admits, in words; "no: ..." gives the reason that `prefloss.get` gives.
+    """What a loss takes, needs and admits: column -> words, in the order of the table.
 
-    Args:
-        spec: A registered loss.
-
-    Returns:
-        Column -> cell, in the order of the table: feedback, reference, needs, composes, modifiers by name, fused,
-        state.
+    "no: ..." gives the reason that `prefloss.get` gives.
 
     Example:
         >>> row = capabilities(prefloss.specs["dpo"])
@@ -131,15 +125,6 @@ def _reads_tokens(spec: LossSpec) -> bool:
     return any(name.startswith("per_token") for name in spec.needs)
 
 
-def _clamp(feedback: Any, bounds: tuple[float, float], beta: float) -> Any:
-    def clamped(ratios: LogRatios) -> LogRatios:
-        return transforms.clamped_tokens(ratios, *bounds)
-
-    if isinstance(feedback, Labels):
-        return replace(feedback, completions=clamped(feedback.completions))
-    return replace(feedback, chosen=clamped(feedback.chosen), rejected=clamped(feedback.rejected))
-
-
 def _score_margin(pairs: Pairs, weight: float, beta: float) -> Pairs:
     return transforms.shifted(pairs, -weight * transforms.score_gap(pairs) / beta)
 
@@ -195,7 +180,7 @@ MODIFIERS: dict[str, Modifier] = dict(
             Annotated[Any, Coerce(_bounds, "True or two numbers (low, high) in nats, low < high")],
             "Clamp each token's log-ratio to these bounds before the sum (Humanline, arXiv:2509.24207).",
             _no_sums,
-            _clamp,
+            lambda feedback, bounds, beta: transforms.clamped_tokens(feedback, *bounds),
             ("per_token",),
         ),
         _modifier(

@@ -112,12 +112,7 @@ class Parameter:
         return "a finite number" if plain is float else words
 
     def checked(self, loss: str, value: Any) -> Any:
-        """The value to hand to the loss.
-
-        Raises:
-            TypeError: If the type is wrong.
-            ValueError: If it is out of range.
-        """
+        """The value to hand to the loss; TypeError if its type is wrong, ValueError if it is out of range."""
         value = from_config(value, *SCHEDULES)
         if isinstance(value, Schedule) and plain_type(self.type) is float:
             for end in (value.start, value.end):
@@ -164,15 +159,7 @@ def check(
 ) -> dict[str, Any]:
     """All hyperparameters of a loss: the values given, checked, and the defaults of the rest.
 
-    Args:
-        loss: Name of the loss, for messages.
-        parameters: Its hyperparameters.
-        values: Values by name.
-        modifiers: Names of modifiers that it admits, for the hint at an unknown name.
-
-    Raises:
-        TypeError: If one is unknown, missing, or of the wrong type.
-        ValueError: If one is out of range.
+    Raises as `Parameter.checked` does; TypeError if a name is unknown (the hint lists the modifiers) or missing.
     """
     for name in values:
         if name not in parameters:
