@@ -6,7 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast, get_type_hints
+from typing import Any, TypedDict, cast, get_type_hints
 
 from torch import Tensor
 
@@ -43,8 +43,7 @@ class LossSpec:
         function: The registered function.
         feedback: The kind of feedback it takes: `Pairs`, `Labels` or `Rankings`.
         parameters: Its hyperparameters by name.
-        aliases: Names under which trainers know it, each with those trainers and the hyperparameters by which their
-            form of it differs.
+        aliases: Names under which trainers know it.
         needs_reference: It reads reference log-probs.
         separable: The loss of an example depends on that example alone.
         difference_only: It depends on a pair only through the difference of the two scores.
@@ -89,29 +88,30 @@ class LossSpec:
     note: str = ""
 
 
-TRAITS = (
-    "aliases",
-    "beta",
-    "difference_only",
-    "holds_chosen",
-    "monotone",
-    "needs",
-    "needs_reference",
-    "reads",
-    "separable",
-    "stateful",
-    "valid",
-)
-"""What may be declared beside a function; signature and docstring give the rest."""
+class Traits(TypedDict, total=False):
+    """What may be declared beside a function, as in `LossSpec`; signature and docstring give the rest.
+
+    `register` says what an alias maps to; `beta` defaults to the hyperparameter of that name, if there is one.
+    """
+
+    aliases: Mapping[str, str | tuple[str, Mapping[str, Any]]] | None
+    beta: str | None
+    difference_only: bool
+    holds_chosen: bool
+    monotone: bool
+    needs: Iterable[str]
+    needs_reference: bool
+    reads: Iterable[str]
+    separable: bool
+    stateful: bool
+    valid: Callable[[Any], Tensor] | None
+
+
+TRAITS = tuple(Traits.__annotations__)
 
 
 def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec:
     """The spec that `register` makes of a function; nothing is registered.
-
-    Args:
-        function: The loss.
-        name: Its name; that of the function if None.
-        **traits: As `register` takes them.
 
     Raises:
         ValueError: If the name is not an identifier or a field is unknown.
@@ -141,16 +141,15 @@ def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec
         alias: Alias(entry) if isinstance(entry, str) else Alias(*entry)
         for alias, entry in (traits.pop("aliases", None) or {}).items()
     }
+    hyperparameters = {
+        key: Parameter.of(key, annotation, default, described.get(key, ""))
+        for key, (annotation, default) in parameters.items()
+    }
     return LossSpec(
         name=name,
         function=cast(Any, function),
         feedback=kind,
-        parameters=types.MappingProxyType(
-            {
-                parameter: Parameter.of(parameter, annotation, default, described.get(parameter, ""))
-                for parameter, (annotation, default) in parameters.items()
-            }
-        ),
+        parameters=types.MappingProxyType(hyperparameters),
         aliases=types.MappingProxyType(aliases),
         beta=beta,
         needs=_fields(name, "needs", traits.pop("needs", ())),
