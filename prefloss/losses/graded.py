@@ -53,8 +53,7 @@ def margin_dpo(pairs: Pairs, *, beta: Positive = 0.1, margin_weight: NonNegative
         margin_weight: Weight λ of the difference of the scores, in nats per unit of score; 0 is DPO.
 
     Example:
-        >>> scores = {"score_chosen": [2.0], "score_rejected": [1.5]}
-        >>> margin_dpo(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), beta=0.1)
+        >>> margin_dpo(Pairs.of([1.5], [-1.0], score_chosen=[2.0], score_rejected=[1.5]), beta=0.1)
         tensor([0.8259])
 
     Note:
@@ -69,11 +68,7 @@ def margin_dpo(pairs: Pairs, *, beta: Positive = 0.1, margin_weight: NonNegative
 
 @register(difference_only=True, monotone=True, needs=("scores",))
 def odpo(
-    pairs: Pairs,
-    *,
-    beta: Positive = 0.1,
-    alpha: NonNegative = 1.0,
-    scale: Literal["log", "identity"] = "log",
+    pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 1.0, scale: Literal["log", "identity"] = "log"
 ) -> Tensor:
     r"""DPO with an offset that grows with the difference of the scores (ODPO).
 
@@ -88,8 +83,7 @@ def odpo(
         ValueError: If `scale` is `"log"` and a chosen completion is not scored above the rejected one.
 
     Example:
-        >>> scores = {"score_chosen": [3.0], "score_rejected": [1.0]}
-        >>> odpo(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), beta=0.1, alpha=1.0)
+        >>> odpo(Pairs.of([1.5], [-1.0], score_chosen=[3.0], score_rejected=[1.0]), beta=0.1, alpha=1.0)
         tensor([0.9391])
 
     Note:
@@ -128,8 +122,7 @@ def rpo_bwd_kl(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
         Loss of each pair, [pairs], nats, at least 0; not reduced.
 
     Example:
-        >>> scores = {"score_chosen": [2.0], "score_rejected": [1.0]}
-        >>> rpo_bwd_kl(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), beta=0.1)
+        >>> rpo_bwd_kl(Pairs.of([1.5], [-1.0], score_chosen=[2.0], score_rejected=[1.0]), beta=0.1)
         tensor([0.0610])
 
     Note:
@@ -157,8 +150,7 @@ def rpo_fwd_kl(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
         Loss of each pair, [pairs], nats, at least 0; not reduced.
 
     Example:
-        >>> scores = {"score_chosen": [2.0], "score_rejected": [1.0]}
-        >>> rpo_fwd_kl(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), beta=0.1)
+        >>> rpo_fwd_kl(Pairs.of([1.5], [-1.0], score_chosen=[2.0], score_rejected=[1.0]), beta=0.1)
         tensor([0.0657])
 
     Note:
@@ -185,8 +177,7 @@ def rpo_sq(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Tensor
         Loss of each pair, [pairs], nats squared; not reduced.
 
     Example:
-        >>> scores = {"score_chosen": [2.0], "score_rejected": [1.0]}
-        >>> rpo_sq(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), beta=0.1)
+        >>> rpo_sq(Pairs.of([1.5], [-1.0], score_chosen=[2.0], score_rejected=[1.0]), beta=0.1)
         tensor([0.5625])
 
     Note:
@@ -214,8 +205,7 @@ def rebel(pairs: Pairs, *, eta: Positive = 1.0) -> Tensor:
         Loss of each pair, [pairs], nats squared; not reduced.
 
     Example:
-        >>> scores = {"score_chosen": [2.0], "score_rejected": [1.0]}
-        >>> rebel(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), eta=1.0)
+        >>> rebel(Pairs.of([1.5], [-1.0], score_chosen=[2.0], score_rejected=[1.0]), eta=1.0)
         tensor([2.2500])
 
     Note:
@@ -245,8 +235,7 @@ def sppo(pairs: Pairs, *, beta: Positive = 0.001) -> Tensor:
         Loss of each pair, [pairs], nats squared; not reduced.
 
     Example:
-        >>> wins = {"score_chosen": [0.8], "score_rejected": [0.2]}
-        >>> sppo(Pairs.of(chosen=[1.5], rejected=[-1.0], **wins), beta=0.1)
+        >>> sppo(Pairs.of([1.5], [-1.0], score_chosen=[0.8], score_rejected=[0.2]), beta=0.1)
         tensor([3.1250])
 
     Note:

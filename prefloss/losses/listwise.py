@@ -222,7 +222,7 @@ def pro(rankings: Rankings, *, nll_weight: NonNegative = 0.05) -> Tensor:
     scores, policy = _scores(rankings), torch.where(rankings.present, rankings.completions.policy, 0.0)
     mean = torch.where(rankings.present, rankings.completions.policy_mean, 0.0)
     worse = _worse(rankings)
-    gaps = torch.where(worse, scores.unsqueeze(-1) - scores.unsqueeze(-2), 0.0)
+    gaps = torch.where(worse, _apart(scores), 0.0)
     below, some = maths.log_sum_exp(mean.unsqueeze(-2) * gaps, worse)
     ranked = torch.where(some, -F.logsigmoid(mean * _largest(gaps) - below), 0.0).sum(-1)
     factor = (rankings.present.sum(-1) - 1).clamp(min=0) ** 2
@@ -281,36 +281,30 @@ def _apart(values: Tensor) -> Tensor:
     return values.unsqueeze(-1) - values.unsqueeze(-2)
 
 
+def _both(rankings: Rankings) -> Tensor:
+    """True at [group, k, j] where both completions are present."""
+    return rankings.present.unsqueeze(-1) & rankings.present.unsqueeze(-2)
+
+
 def _scored_worse(rankings: Rankings) -> Tensor:
     """True at [group, k, j] where j has a lower score than k, both present."""
-    both = rankings.present.unsqueeze(-1) & rankings.present.unsqueeze(-2)
-    scores = _scores(rankings)
-    return both & (scores.unsqueeze(-1) > scores.unsqueeze(-2))
+    return _both(rankings) & (_apart(_scores(rankings)) > 0)
 
 
 def _worse(rankings: Rankings) -> Tensor:
     """True at [group, k, j] where j ranks below k, both present; ties rank in the order given."""
-    both = rankings.present.unsqueeze(-1) & rankings.present.unsqueeze(-2)
-    scores = _scores(rankings)
-    tied = both & (scores.unsqueeze(-1) == scores.unsqueeze(-2))
-    return _scored_worse(rankings) | (tied & _later(both))
+    return _both(rankings) & (_apart(_ranks(_scores(rankings), rankings.present)) < 0)
 
 
 def _best(rankings: Rankings) -> Tensor:
     """True at the first of the best completions, [groups, K]; nowhere in an empty group."""
-    return rankings.present & ~_worse(rankings).any(-2)
+    return rankings.present & (_ranks(_scores(rankings), rankings.present) == 1)
 
 
 def _ranks(values: Tensor, present: Tensor) -> Tensor:
-    """Rank of each value, highest 1, [groups, K]; ties in the order given."""
-    apart = _apart(values)
-    above = (apart < 0) | ((apart == 0) & _later(apart).transpose(-1, -2))
-    return 1 + (above & present.unsqueeze(-2)).sum(-1)
-
-
-def _later(like: Tensor) -> Tensor:
-    """True at [k, j] where j is given after k."""
-    return torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device).triu(1)
+    """Rank of each value, highest 1, [groups, K]; ties in the order given, absent ones last."""
+    order = values.masked_fill(~present, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return 1 + order.argsort(dim=-1)
 
 
 def _largest(gaps: Tensor) -> Tensor:

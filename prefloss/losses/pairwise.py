@@ -10,11 +10,7 @@ from prefloss.feedback import Pairs, required
 from prefloss.losses._authoring import NonNegative, Positive, register, transforms
 
 
-@register(
-    aliases={"sigmoid": "TRL, Liger, LLaMA-Factory, ms-swift"},
-    difference_only=True,
-    monotone=True,
-)
+@register(aliases={"sigmoid": "TRL, Liger, LLaMA-Factory, ms-swift"}, difference_only=True, monotone=True)
 def dpo(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""Logistic loss of the margin (DPO).
 
@@ -76,9 +72,7 @@ def ipo(pairs: Pairs, *, tau: Positive = 0.1, per_token: bool = True) -> Tensor:
 
 
 @register(
-    aliases={"RSOLoss": "torchtune", "hinge-norm": "the RSO paper"},
-    difference_only=True,
-    monotone=True,
+    aliases={"RSOLoss": "torchtune", "hinge-norm": "the RSO paper"}, difference_only=True, monotone=True
 )
 def hinge(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""Hinge loss of the margin (RSO's loss; SLiC's with a reference).

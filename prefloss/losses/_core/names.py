@@ -30,10 +30,7 @@ AMBIGUOUS: dict[str, tuple[str, ...]] = {
         "balanced_bpo: balanced preference optimization, arXiv:2506.03557",
         "bregman_dpo: Bregman preference optimization, arXiv:2505.19601",
     ),
-    "xpo": (
-        "xpo: exploratory PO, arXiv:2405.21046",
-        "chipo: chi-squared PO, arXiv:2407.13399",
-    ),
+    "xpo": ("xpo: exploratory PO, arXiv:2405.21046", "chipo: chi-squared PO, arXiv:2407.13399"),
     "tpo": (
         "tpo: triple preference optimization, arXiv:2405.16681",
         "tpo_l: triple preference optimization, length-normalised, arXiv:2405.16681",
