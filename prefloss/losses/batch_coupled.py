@@ -181,8 +181,8 @@ def beta_dpo(
         differs), moments of the global batch updated before use, the unbiased std, no gradient into beta_b or the
         filter. Their code also updates the moments in evaluation and once per micro-batch. While the std is 0 (first
         batches of one pair) all pairs are equally likely to be kept; at least one is. The filter and its mean are those
-        of the rank. The raw function takes no `"running"`; `get` makes the state. oxRL's `beta_dpo` sets the strength
-        per pair, with gradient and no filter. When to use: noisy or uneven pairs, and batches of 16 or more.
+        of the rank. oxRL's `beta_dpo` sets the strength per pair, with gradient and no filter. When to use: noisy or
+        uneven pairs, and batches of 16 or more.
 
     Reference: Wu et al. 2024, arXiv:2407.08639.
     """
@@ -233,9 +233,8 @@ def alpha_dpo(
         This is the form of the authors' code: all log-probs per token, moments of the global batch that start at 0 and
         are updated before use, the unbiased std, no gradient into the bracket. Published (beta, gamma/beta, alpha):
         Llama-3 (2.5, 0.6, 0.2), the default here, or (10, 0.4, 0.2); Mistral (2.5, 0.15, 0.05); Gemma-2 (10, 0.4,
-        0.05). While s is 0 (first batches of one pair) the margin is gamma. The plain function does not take
-        `"running"`; `get` makes the state. Not `alphapo`, nor the alpha-divergence. When to use: as `simpo`, with a
-        reference.
+        0.05). While s is 0 (first batches of one pair) the margin is gamma. Not `alphapo`, nor the alpha-divergence.
+        When to use: as `simpo`, with a reference.
 
     Reference: Wu et al. 2024, arXiv:2410.10148.
     """

@@ -24,8 +24,7 @@ def dpo_pl(rankings: Rankings, *, beta: Positive = 0.1) -> Tensor:
         rankings: Reads the log-ratios h, [groups, K], nats, and the order of the scores.
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
-        >>> dpo_pl(group, beta=0.1)
+        >>> dpo_pl(Rankings(LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]]), beta=0.1)
         tensor([1.6094])
 
     Note:
@@ -50,8 +49,7 @@ def s_dpo(rankings: Rankings, *, beta: Positive = 1.0) -> Tensor:
         rankings: Reads the log-ratios h, [groups, K], nats, and which score is highest.
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
-        >>> s_dpo(group, beta=0.1)
+        >>> s_dpo(Rankings(LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]]), beta=0.1)
         tensor([0.9838])
 
     Note:
@@ -79,8 +77,7 @@ def infonca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0)
         Loss of each group, [groups], nats; not reduced. Its minimum is the entropy of q, not 0.
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
-        >>> infonca(group, beta=0.1, alpha=1.0)
+        >>> infonca(Rankings(LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]]), beta=0.1, alpha=1.0)
         tensor([1.0332])
 
     Note:
@@ -108,8 +105,7 @@ def nca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0) -> 
         alpha: Temperature of the scores, in their units: scores that differ by much more make q one-hot.
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
-        >>> nca(group, beta=0.1, alpha=1.0)
+        >>> nca(Rankings(LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]]), beta=0.1, alpha=1.0)
         tensor([1.3545])
 
     Note:
@@ -141,8 +137,7 @@ def exo(rankings: Rankings, *, beta: Positive = 0.1, beta_r: Positive = 0.1) -> 
         Loss of each group, [groups], nats; not reduced. At least 0.
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
-        >>> exo(group, beta=0.1, beta_r=1.0)
+        >>> exo(Rankings(LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]]), beta=0.1, beta_r=1.0)
         tensor([0.2315])
 
     Note:
@@ -239,8 +234,7 @@ def lipo_lambda(rankings: Rankings, *, beta: Positive = 0.05) -> Tensor:
         \log\left(1 + e^{-\beta (h_i - h_j)}\right), \quad \tau \text{ the rank by } h \text{, best } 1
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, -1.0]]), scores=[[1.0, 0.0]])
-        >>> lipo_lambda(group, beta=0.1)
+        >>> lipo_lambda(Rankings(LogRatios.of([[1.5, -1.0]]), scores=[[1.0, 0.0]]), beta=0.1)
         tensor([0.3067])
 
     Note:

@@ -172,8 +172,7 @@ def hdpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.9) -> Tensor
         alpha: Weight of the policy's entropy; below 1 the policy gets sharper, 1 is DPO.
 
     Example:
-        >>> chosen, rejected = LogRatios([-20.0], [-21.5]), LogRatios([-24.0], [-23.0])
-        >>> hdpo(Pairs(chosen, rejected), beta=0.1, alpha=0.9)
+        >>> hdpo(Pairs(LogRatios([-20.0], [-21.5]), LogRatios([-24.0], [-23.0])), beta=0.1, alpha=0.9)
         tensor([0.5936])
 
     Note:
@@ -228,8 +227,7 @@ def xpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 1e-5) -> Ten
         Loss of each pair, [pairs], nats; not reduced. Unbounded below.
 
     Example:
-        >>> gold = LogRatios(policy=[-30.0], reference=[-30.0])
-        >>> xpo(Pairs(LogRatios.of([1.5]), LogRatios.of([-1.0]), gold=gold), beta=0.1)
+        >>> xpo(Pairs.of([1.5], [-1.0], gold=LogRatios(policy=[-30.0], reference=[-30.0])), beta=0.1)
         tensor([0.5756])
 
     Note:
