@@ -6,17 +6,13 @@ no state is shared, with the number of ranks. A pair with an empty side is left 
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._authoring import Interval, NonNegative, Positive, maths, register, resolve, running
+from prefloss.losses._authoring import NonNegative, Positive, Share, maths, register, resolve, running
 from prefloss.losses.pairwise import dpo
-
-KeptShare = Annotated[float, Interval(gt=0, le=1)]
 
 
 @register(separable=False, monotone=True)
@@ -150,7 +146,7 @@ def beta_dpo(
     *,
     beta: Positive = 0.1,
     alpha: NonNegative = 0.6,
-    keep: KeptShare = 0.8,
+    keep: Share = 0.8,
     moments: running.Spread = "running",
     draws: running.Seed = 0,
 ) -> Tensor:
@@ -249,8 +245,7 @@ def _at_the_same_place(values: Tensor, among: Tensor, keep: Tensor) -> Tensor:
     """For each entry of `among` that counts, the value at its place when both are sorted; 0 elsewhere."""
     # NaN sorts last: entries that do not count go to the end, and a NaN that counts is not lost.
     ordered = values.masked_fill(~keep, torch.nan).flatten().sort(stable=True).values
-    order = among.masked_fill(~keep, torch.nan).flatten().argsort(dim=0, stable=True)
-    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    place = among.masked_fill(~keep, torch.nan).flatten().argsort(dim=0, stable=True).argsort()
     return torch.where(keep, ordered[place].reshape(keep.shape), 0.0)
 
 
@@ -262,7 +257,6 @@ def _drawn(log_weight: Tensor, counted: Tensor, share: float, generator: torch.G
     # A pair whose weight underflows to 0 still comes before a pair that does not count.
     key = (log_weight + noise).clamp(min=torch.finfo(log_weight.dtype).min)
     order = key.masked_fill(~counted, -torch.inf).flatten().argsort(descending=True, stable=True)
-    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
     # The tolerance: 0.29 * 100 is 28.999999999999996.
     size = torch.floor(counted.sum() * share + 1e-6).clamp(min=1)
-    return counted & (rank.reshape(counted.shape) < size)
+    return counted & (order.argsort().reshape(counted.shape) < size)

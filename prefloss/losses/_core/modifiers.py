@@ -111,10 +111,6 @@ def _no_sums(spec: LossSpec) -> str | None:
     return "reads tokens itself" if _reads_tokens(spec) else None
 
 
-def _no_sums_of_pairs(spec: LossSpec) -> str | None:
-    return "takes no pairs" if spec.feedback is not Pairs else _no_sums(spec)
-
-
 def _no_separate_pairs(spec: LossSpec) -> str | None:
     if spec.feedback is not Pairs:
         return "takes no pairs"
@@ -187,7 +183,7 @@ MODIFIERS: dict[str, Modifier] = dict(
             "ld_alpha",
             Annotated[float, Interval(ge=0, le=1)],
             "Weight of the longer side's tokens beyond the shorter side's length (LD-DPO, arXiv:2409.06411).",
-            _no_sums_of_pairs,
+            lambda spec: _no_sums(spec) if spec.feedback is Pairs else "takes no pairs",
             lambda pairs, alpha, beta: transforms.reweighted_tail(pairs, alpha),
             ("per_token",),
         ),

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import ge, gt, le, lt
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from prefloss.losses._core.state import SCHEDULES, Schedule, from_config
@@ -30,13 +31,8 @@ class Interval:
 
     def __contains__(self, value: float) -> bool:
         """Whether the value satisfies every bound; NaN and infinity never do."""
-        return (
-            math.isfinite(value)
-            and (self.gt is None or value > self.gt)
-            and (self.ge is None or value >= self.ge)
-            and (self.lt is None or value < self.lt)
-            and (self.le is None or value <= self.le)
-        )
+        bounds = ((gt, self.gt), (ge, self.ge), (lt, self.lt), (le, self.le))
+        return math.isfinite(value) and all(bound is None or holds(value, bound) for holds, bound in bounds)
 
     def __str__(self) -> str:
         """The bounds in words that fit an error message and a table."""
@@ -64,6 +60,7 @@ class Coerce:
 Positive = Annotated[float, Interval(gt=0)]
 NonNegative = Annotated[float, Interval(ge=0)]
 FlipProbability = Annotated[float, Interval(ge=0, lt=0.5)]
+Share = Annotated[float, Interval(gt=0, le=1)]
 
 
 @dataclass(frozen=True)

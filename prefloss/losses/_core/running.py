@@ -32,25 +32,24 @@ def _stateful(kind: type[State], fixed: Callable[[Any], Any], expected: str) -> 
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, str):
-        raise ValueError(f"got the unknown name {value!r}, expected a number")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"got {value!r}, expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"got {value!r}, expected a finite number")
+    # `Parameter.checked` says what was got and expected.
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError
+    if isinstance(value, str) or not math.isfinite(value):
+        raise ValueError
     return float(value)
 
 
 def _numbers(value: Any) -> tuple[float, ...]:
     if not isinstance(value, list | tuple):
-        raise TypeError(f"got {value!r}, expected a list of numbers")
+        raise TypeError
     return tuple(map(_number, value))
 
 
 def _mean_and_std(value: Any) -> tuple[float, ...]:
     numbers = _numbers(value)
     if len(numbers) != 2 or numbers[1] < 0:
-        raise ValueError(f"got {value!r}, expected two numbers, the second >= 0")
+        raise ValueError
     return numbers
 
 
@@ -279,11 +278,9 @@ BASELINES: Mapping[str, KLBaseline] = {
 
 
 def _baseline(value: Any) -> Any:
-    if isinstance(value, str) and value not in BASELINES:
-        raise ValueError(f"got {value!r}, expected one of {', '.join(BASELINES)}")
-    if not isinstance(value, str) and not callable(value):
-        raise TypeError(f"got {value!r}, expected a name or a callable")
-    return value
+    if callable(value) or (isinstance(value, str) and value in BASELINES):
+        return value
+    raise (ValueError if isinstance(value, str) else TypeError)
 
 
 _NAMES = ", ".join(map(repr, [*BASELINES, RunningMean.name]))
