@@ -9,4 +9,5 @@ from prefloss.losses._core.parameters import FlipProbability as FlipProbability
 from prefloss.losses._core.parameters import Interval as Interval
 from prefloss.losses._core.parameters import NonNegative as NonNegative
 from prefloss.losses._core.parameters import Positive as Positive
+from prefloss.losses._core.parameters import Share as Share
 from prefloss.losses._core.state import resolve as resolve

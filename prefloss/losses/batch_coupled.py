@@ -6,17 +6,13 @@ no state is shared, with the number of ranks. A pair with an empty side is left 
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._authoring import Interval, NonNegative, Positive, maths, register, resolve, running
+from prefloss.losses._authoring import NonNegative, Positive, Share, maths, register, resolve, running
 from prefloss.losses.pairwise import dpo
-
-KeptShare = Annotated[float, Interval(gt=0, le=1)]
 
 
 @register(separable=False, monotone=True)
@@ -52,11 +48,7 @@ def aot(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     return -F.logsigmoid(beta * (margin - _at_the_same_place(reference, margin, pairs.valid)))
 
 
-@register(
-    aliases={"aot_pair": "TRL up to 0.28", "oxrl:aot": "oxRL"},
-    separable=False,
-    monotone=True,
-)
+@register(aliases={"aot_pair": "TRL up to 0.28", "oxrl:aot": "oxRL"}, separable=False, monotone=True)
 def aot_unpaired(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     r"""Logistic loss between the sorted log-ratios of chosen and of rejected completions (AOT, unpaired).
 
@@ -154,7 +146,7 @@ def beta_dpo(
     *,
     beta: Positive = 0.1,
     alpha: NonNegative = 0.6,
-    keep: KeptShare = 0.8,
+    keep: Share = 0.8,
     moments: running.Spread = "running",
     draws: running.Seed = 0,
 ) -> Tensor:
@@ -185,8 +177,8 @@ def beta_dpo(
         differs), moments of the global batch updated before use, the unbiased std, no gradient into beta_b or the
         filter. Their code also updates the moments in evaluation and once per micro-batch. While the std is 0 (first
         batches of one pair) all pairs are equally likely to be kept; at least one is. The filter and its mean are those
-        of the rank. The raw function takes no `"running"`; `get` makes the state. oxRL's `beta_dpo` sets the strength
-        per pair, with gradient and no filter. When to use: noisy or uneven pairs, and batches of 16 or more.
+        of the rank. oxRL's `beta_dpo` sets the strength per pair, with gradient and no filter. When to use: noisy or
+        uneven pairs, and batches of 16 or more.
 
     Reference: Wu et al. 2024, arXiv:2407.08639.
     """
@@ -237,9 +229,8 @@ def alpha_dpo(
         This is the form of the authors' code: all log-probs per token, moments of the global batch that start at 0 and
         are updated before use, the unbiased std, no gradient into the bracket. Published (beta, gamma/beta, alpha):
         Llama-3 (2.5, 0.6, 0.2), the default here, or (10, 0.4, 0.2); Mistral (2.5, 0.15, 0.05); Gemma-2 (10, 0.4,
-        0.05). While s is 0 (first batches of one pair) the margin is gamma. The plain function does not take
-        `"running"`; `get` makes the state. Not `alphapo`, nor the alpha-divergence. When to use: as `simpo`, with a
-        reference.
+        0.05). While s is 0 (first batches of one pair) the margin is gamma. Not `alphapo`, nor the alpha-divergence.
+        When to use: as `simpo`, with a reference.
 
     Reference: Wu et al. 2024, arXiv:2410.10148.
     """
@@ -254,8 +245,7 @@ def _at_the_same_place(values: Tensor, among: Tensor, keep: Tensor) -> Tensor:
     """For each entry of `among` that counts, the value at its place when both are sorted; 0 elsewhere."""
     # NaN sorts last: entries that do not count go to the end, and a NaN that counts is not lost.
     ordered = values.masked_fill(~keep, torch.nan).flatten().sort(stable=True).values
-    order = among.masked_fill(~keep, torch.nan).flatten().argsort(dim=0, stable=True)
-    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    place = among.masked_fill(~keep, torch.nan).flatten().argsort(dim=0, stable=True).argsort()
     return torch.where(keep, ordered[place].reshape(keep.shape), 0.0)
 
 
@@ -267,7 +257,6 @@ def _drawn(log_weight: Tensor, counted: Tensor, share: float, generator: torch.G
     # A pair whose weight underflows to 0 still comes before a pair that does not count.
     key = (log_weight + noise).clamp(min=torch.finfo(log_weight.dtype).min)
     order = key.masked_fill(~counted, -torch.inf).flatten().argsort(descending=True, stable=True)
-    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
     # The tolerance: 0.29 * 100 is 28.999999999999996.
     size = torch.floor(counted.sum() * share + 1e-6).clamp(min=1)
-    return counted & (rank.reshape(counted.shape) < size)
+    return counted & (order.argsort().reshape(counted.shape) < size)

@@ -21,7 +21,6 @@ def soft_label_dpo(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -
         \quad z = \beta (h_w - h_l)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
         eta: Scale of the scores, in nats per unit of score.
 
     Example:
@@ -51,12 +50,10 @@ def margin_dpo(pairs: Pairs, *, beta: Positive = 0.1, margin_weight: NonNegative
         \ell = -\log \sigma(\beta (h_w - h_l) - \lambda (r_w - r_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r.
         margin_weight: Weight λ of the difference of the scores, in nats per unit of score; 0 is DPO.
 
     Example:
-        >>> scores = {"score_chosen": [2.0], "score_rejected": [1.5]}
-        >>> margin_dpo(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), beta=0.1)
+        >>> margin_dpo(Pairs.of([1.5], [-1.0], score_chosen=[2.0], score_rejected=[1.5]), beta=0.1)
         tensor([0.8259])
 
     Note:
@@ -71,11 +68,7 @@ def margin_dpo(pairs: Pairs, *, beta: Positive = 0.1, margin_weight: NonNegative
 
 @register(difference_only=True, monotone=True, needs=("scores",))
 def odpo(
-    pairs: Pairs,
-    *,
-    beta: Positive = 0.1,
-    alpha: NonNegative = 1.0,
-    scale: Literal["log", "identity"] = "log",
+    pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 1.0, scale: Literal["log", "identity"] = "log"
 ) -> Tensor:
     r"""DPO with an offset that grows with the difference of the scores (ODPO).
 
@@ -83,7 +76,6 @@ def odpo(
         \ell = -\log \sigma(\beta (h_w - h_l) - \alpha f(r_w - r_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r.
         alpha: Weight of the offset.
         scale: f, `"log"` or `"identity"`; the log needs the chosen completion scored higher.
 
@@ -91,8 +83,7 @@ def odpo(
         ValueError: If `scale` is `"log"` and a chosen completion is not scored above the rejected one.
 
     Example:
-        >>> scores = {"score_chosen": [3.0], "score_rejected": [1.0]}
-        >>> odpo(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), beta=0.1, alpha=1.0)
+        >>> odpo(Pairs.of([1.5], [-1.0], score_chosen=[3.0], score_rejected=[1.0]), beta=0.1, alpha=1.0)
         tensor([0.9391])
 
     Note:
@@ -125,15 +116,13 @@ def rpo_bwd_kl(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
         \quad p = \sigma(\beta (h_w - h_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
         eta: Scale of the scores, in nats per unit of score.
 
     Returns:
         Loss of each pair, [pairs], nats, at least 0; not reduced.
 
     Example:
-        >>> scores = {"score_chosen": [2.0], "score_rejected": [1.0]}
-        >>> rpo_bwd_kl(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), beta=0.1)
+        >>> rpo_bwd_kl(Pairs.of([1.5], [-1.0], score_chosen=[2.0], score_rejected=[1.0]), beta=0.1)
         tensor([0.0610])
 
     Note:
@@ -155,15 +144,13 @@ def rpo_fwd_kl(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Te
         \quad p = \sigma(\beta (h_w - h_l))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
         eta: Scale of the scores, in nats per unit of score.
 
     Returns:
         Loss of each pair, [pairs], nats, at least 0; not reduced.
 
     Example:
-        >>> scores = {"score_chosen": [2.0], "score_rejected": [1.0]}
-        >>> rpo_fwd_kl(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), beta=0.1)
+        >>> rpo_fwd_kl(Pairs.of([1.5], [-1.0], score_chosen=[2.0], score_rejected=[1.0]), beta=0.1)
         tensor([0.0657])
 
     Note:
@@ -184,15 +171,13 @@ def rpo_sq(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Tensor
         \ell = (\beta (h_w - h_l) - \eta (r_w - r_l))^2
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their scores r (rewards in nats).
         eta: Scale of the scores, in nats per unit of score.
 
     Returns:
         Loss of each pair, [pairs], nats squared; not reduced.
 
     Example:
-        >>> scores = {"score_chosen": [2.0], "score_rejected": [1.0]}
-        >>> rpo_sq(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), beta=0.1)
+        >>> rpo_sq(Pairs.of([1.5], [-1.0], score_chosen=[2.0], score_rejected=[1.0]), beta=0.1)
         tensor([0.5625])
 
     Note:
@@ -220,8 +205,7 @@ def rebel(pairs: Pairs, *, eta: Positive = 1.0) -> Tensor:
         Loss of each pair, [pairs], nats squared; not reduced.
 
     Example:
-        >>> scores = {"score_chosen": [2.0], "score_rejected": [1.0]}
-        >>> rebel(Pairs.of(chosen=[1.5], rejected=[-1.0], **scores), eta=1.0)
+        >>> rebel(Pairs.of([1.5], [-1.0], score_chosen=[2.0], score_rejected=[1.0]), eta=1.0)
         tensor([2.2500])
 
     Note:
@@ -251,8 +235,7 @@ def sppo(pairs: Pairs, *, beta: Positive = 0.001) -> Tensor:
         Loss of each pair, [pairs], nats squared; not reduced.
 
     Example:
-        >>> wins = {"score_chosen": [0.8], "score_rejected": [0.2]}
-        >>> sppo(Pairs.of(chosen=[1.5], rejected=[-1.0], **wins), beta=0.1)
+        >>> sppo(Pairs.of([1.5], [-1.0], score_chosen=[0.8], score_rejected=[0.2]), beta=0.1)
         tensor([3.1250])
 
     Note:

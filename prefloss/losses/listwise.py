@@ -24,8 +24,7 @@ def dpo_pl(rankings: Rankings, *, beta: Positive = 0.1) -> Tensor:
         rankings: Reads the log-ratios h, [groups, K], nats, and the order of the scores.
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
-        >>> dpo_pl(group, beta=0.1)
+        >>> dpo_pl(Rankings(LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]]), beta=0.1)
         tensor([1.6094])
 
     Note:
@@ -50,8 +49,7 @@ def s_dpo(rankings: Rankings, *, beta: Positive = 1.0) -> Tensor:
         rankings: Reads the log-ratios h, [groups, K], nats, and which score is highest.
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
-        >>> s_dpo(group, beta=0.1)
+        >>> s_dpo(Rankings(LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]]), beta=0.1)
         tensor([0.9838])
 
     Note:
@@ -79,8 +77,7 @@ def infonca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0)
         Loss of each group, [groups], nats; not reduced. Its minimum is the entropy of q, not 0.
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
-        >>> infonca(group, beta=0.1, alpha=1.0)
+        >>> infonca(Rankings(LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]]), beta=0.1, alpha=1.0)
         tensor([1.0332])
 
     Note:
@@ -108,8 +105,7 @@ def nca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0) -> 
         alpha: Temperature of the scores, in their units: scores that differ by much more make q one-hot.
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
-        >>> nca(group, beta=0.1, alpha=1.0)
+        >>> nca(Rankings(LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]]), beta=0.1, alpha=1.0)
         tensor([1.3545])
 
     Note:
@@ -141,8 +137,7 @@ def exo(rankings: Rankings, *, beta: Positive = 0.1, beta_r: Positive = 0.1) -> 
         Loss of each group, [groups], nats; not reduced. At least 0.
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]])
-        >>> exo(group, beta=0.1, beta_r=1.0)
+        >>> exo(Rankings(LogRatios.of([[1.5, 0.4, -1.0]]), scores=[[2.0, 1.0, 0.0]]), beta=0.1, beta_r=1.0)
         tensor([0.2315])
 
     Note:
@@ -204,7 +199,6 @@ def pro(rankings: Rankings, *, nll_weight: NonNegative = 0.05) -> Tensor:
         - \mu (K-1)^2 \log \pi(y_{(1)} \mid x), \quad T_k = \max_{i > k} (r_k - r_i)
 
     Args:
-        rankings: Reads the policy log-probs, [groups, K], nats, the token counts, and the scores r.
         nll_weight: Weight μ of the NLL of the best completion, before its factor (K - 1)^2.
 
     Example:
@@ -223,7 +217,7 @@ def pro(rankings: Rankings, *, nll_weight: NonNegative = 0.05) -> Tensor:
     scores, policy = _scores(rankings), torch.where(rankings.present, rankings.completions.policy, 0.0)
     mean = torch.where(rankings.present, rankings.completions.policy_mean, 0.0)
     worse = _worse(rankings)
-    gaps = torch.where(worse, scores.unsqueeze(-1) - scores.unsqueeze(-2), 0.0)
+    gaps = torch.where(worse, _apart(scores), 0.0)
     below, some = maths.log_sum_exp(mean.unsqueeze(-2) * gaps, worse)
     ranked = torch.where(some, -F.logsigmoid(mean * _largest(gaps) - below), 0.0).sum(-1)
     factor = (rankings.present.sum(-1) - 1).clamp(min=0) ** 2
@@ -240,8 +234,7 @@ def lipo_lambda(rankings: Rankings, *, beta: Positive = 0.05) -> Tensor:
         \log\left(1 + e^{-\beta (h_i - h_j)}\right), \quad \tau \text{ the rank by } h \text{, best } 1
 
     Example:
-        >>> group = Rankings(completions=LogRatios.of([[1.5, -1.0]]), scores=[[1.0, 0.0]])
-        >>> lipo_lambda(group, beta=0.1)
+        >>> lipo_lambda(Rankings(LogRatios.of([[1.5, -1.0]]), scores=[[1.0, 0.0]]), beta=0.1)
         tensor([0.3067])
 
     Note:
@@ -282,36 +275,30 @@ def _apart(values: Tensor) -> Tensor:
     return values.unsqueeze(-1) - values.unsqueeze(-2)
 
 
+def _both(rankings: Rankings) -> Tensor:
+    """True at [group, k, j] where both completions are present."""
+    return rankings.present.unsqueeze(-1) & rankings.present.unsqueeze(-2)
+
+
 def _scored_worse(rankings: Rankings) -> Tensor:
     """True at [group, k, j] where j has a lower score than k, both present."""
-    both = rankings.present.unsqueeze(-1) & rankings.present.unsqueeze(-2)
-    scores = _scores(rankings)
-    return both & (scores.unsqueeze(-1) > scores.unsqueeze(-2))
+    return _both(rankings) & (_apart(_scores(rankings)) > 0)
 
 
 def _worse(rankings: Rankings) -> Tensor:
     """True at [group, k, j] where j ranks below k, both present; ties rank in the order given."""
-    both = rankings.present.unsqueeze(-1) & rankings.present.unsqueeze(-2)
-    scores = _scores(rankings)
-    tied = both & (scores.unsqueeze(-1) == scores.unsqueeze(-2))
-    return _scored_worse(rankings) | (tied & _later(both))
+    return _both(rankings) & (_apart(_ranks(_scores(rankings), rankings.present)) < 0)
 
 
 def _best(rankings: Rankings) -> Tensor:
     """True at the first of the best completions, [groups, K]; nowhere in an empty group."""
-    return rankings.present & ~_worse(rankings).any(-2)
+    return rankings.present & (_ranks(_scores(rankings), rankings.present) == 1)
 
 
 def _ranks(values: Tensor, present: Tensor) -> Tensor:
-    """Rank of each value, highest 1, [groups, K]; ties in the order given."""
-    apart = _apart(values)
-    above = (apart < 0) | ((apart == 0) & _later(apart).transpose(-1, -2))
-    return 1 + (above & present.unsqueeze(-2)).sum(-1)
-
-
-def _later(like: Tensor) -> Tensor:
-    """True at [k, j] where j is given after k."""
-    return torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device).triu(1)
+    """Rank of each value, highest 1, [groups, K]; ties in the order given, absent ones last."""
+    order = values.masked_fill(~present, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return 1 + order.argsort(dim=-1)
 
 
 def _largest(gaps: Tensor) -> Tensor:

@@ -10,11 +10,7 @@ from prefloss.feedback import Pairs, required
 from prefloss.losses._authoring import NonNegative, Positive, register, transforms
 
 
-@register(
-    aliases={"sigmoid": "TRL, Liger, LLaMA-Factory, ms-swift"},
-    difference_only=True,
-    monotone=True,
-)
+@register(aliases={"sigmoid": "TRL, Liger, LLaMA-Factory, ms-swift"}, difference_only=True, monotone=True)
 def dpo(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""Logistic loss of the margin (DPO).
 
@@ -76,9 +72,7 @@ def ipo(pairs: Pairs, *, tau: Positive = 0.1, per_token: bool = True) -> Tensor:
 
 
 @register(
-    aliases={"RSOLoss": "torchtune", "hinge-norm": "the RSO paper"},
-    difference_only=True,
-    monotone=True,
+    aliases={"RSOLoss": "torchtune", "hinge-norm": "the RSO paper"}, difference_only=True, monotone=True
 )
 def hinge(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""Hinge loss of the margin (RSO's loss; SLiC's with a reference).
@@ -118,7 +112,6 @@ def ln_dpo(pairs: Pairs, *, beta: Positive = 5.0) -> Tensor:
         \ell = -\log \sigma\left(\beta \left(\frac{h_w}{|y_w|} - \frac{h_l}{|y_l|}\right)\right)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their token counts |y|.
         beta: Strength of the pull towards the reference, in tokens: about 50 times DPO's.
 
     Example:
@@ -145,7 +138,6 @@ def r_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -> T
         \ell = -\log \sigma(\beta (h_w - h_l) + \alpha (|y_w| - |y_l|))
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and their token counts |y|.
         alpha: Strength of the length term, in 1/tokens.
 
     Example:
@@ -180,8 +172,7 @@ def hdpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.9) -> Tensor
         alpha: Weight of the policy's entropy; below 1 the policy gets sharper, 1 is DPO.
 
     Example:
-        >>> chosen, rejected = LogRatios([-20.0], [-21.5]), LogRatios([-24.0], [-23.0])
-        >>> hdpo(Pairs(chosen, rejected), beta=0.1, alpha=0.9)
+        >>> hdpo(Pairs(LogRatios([-20.0], [-21.5]), LogRatios([-24.0], [-23.0])), beta=0.1, alpha=0.9)
         tensor([0.5936])
 
     Note:
@@ -201,9 +192,6 @@ def dpo_nll(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0
 
     .. math::
         \ell = -\log \sigma(\beta (h_w - h_l)) - \alpha \frac{\log \pi(y_w)}{|y_w|}
-
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and the chosen side's token count.
 
     Example:
         >>> chosen = LogRatios(policy=[-20.0], reference=[-21.5], tokens=[10])
@@ -239,8 +227,7 @@ def xpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 1e-5) -> Ten
         Loss of each pair, [pairs], nats; not reduced. Unbounded below.
 
     Example:
-        >>> gold = LogRatios(policy=[-30.0], reference=[-30.0])
-        >>> xpo(Pairs(LogRatios.of([1.5]), LogRatios.of([-1.0]), gold=gold), beta=0.1)
+        >>> xpo(Pairs.of([1.5], [-1.0], gold=LogRatios(policy=[-30.0], reference=[-30.0])), beta=0.1)
         tensor([0.5756])
 
     Note:

@@ -127,9 +127,6 @@ def tdpo1(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
         \ell = -\log \sigma(\beta (h_w - h_l - (K_l - K_w))), \quad
         K = \sum_t \mathrm{KL}\left(\pi_\mathrm{ref}(\cdot \mid t) \,\|\, \pi(\cdot \mid t)\right)
 
-    Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and the KL at each token, [pairs, T], nats.
-
     Example:
         >>> from prefloss.logratios import PerToken
         >>> tokens, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, True]])
@@ -157,7 +154,6 @@ def tdpo2(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.5) -> Te
         K = \sum_t \mathrm{KL}\left(\pi_\mathrm{ref}(\cdot \mid t) \,\|\, \pi(\cdot \mid t)\right)
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and the KL at each token, [pairs, T], nats.
         alpha: Weight of the KL difference.
 
     Example:
@@ -211,11 +207,7 @@ def humanline_dpo(
 
     Reference: Humanline 2025, arXiv:2509.24207.
     """
-    chosen, rejected = (
-        transforms.clamped_tokens(side, log_epsilon_p, log_epsilon_r)
-        for side in (pairs.chosen, pairs.rejected)
-    )
-    return dpo(replace(pairs, chosen=chosen, rejected=rejected), beta=beta)
+    return dpo(transforms.clamped_tokens(pairs, log_epsilon_p, log_epsilon_r), beta=beta)
 
 
 def _summed_kl(ratios: LogRatios) -> Tensor:

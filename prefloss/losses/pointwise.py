@@ -117,8 +117,8 @@ def bco(labels: Labels, *, beta: Positive = 0.1, shift: running.Shift = "running
         cumulative mean of the rewards of both classes over all ranks, each reward counted once and included before use,
         with no moving average and no gradient. Published descriptions say a moving average of the two classes' means.
         Under gradient accumulation the mean moves once per micro-batch. BCO's weights for downvotes of another prompt
-        distribution are data: pass them as `weight`. The plain function does not take `"running"`; `get` makes the
-        state. When to use: labels without pairs, as `kto`, with a gradient that stays large for badly wrong rewards.
+        distribution are data: pass them as `weight`. When to use: labels without pairs, as `kto`, with a gradient that
+        stays large for badly wrong rewards.
 
     Reference: Jung et al. 2024, arXiv:2404.04656.
     """
@@ -160,7 +160,6 @@ def simnpo(labels: Labels, *, beta: Positive = 2.5, gamma: NonNegative = 0.0) ->
         \text{ if undesirable, else } 0
 
     Args:
-        labels: Reads the policy log-probs, [n], nats, the token counts and the labels.
         beta: Slope, in tokens per nat.
         gamma: Margin, in nats.
 

@@ -59,7 +59,6 @@ def simpo(pairs: Pairs, *, beta: Positive = 2.5, gamma: NonNegative = 1.375) -> 
         - \gamma\right)
 
     Args:
-        pairs: Reads the policy's log-probs of both sides, [pairs], nats, and their token counts |y|.
         beta: Scale of the reward, in tokens.
         gamma: Margin γ that is asked for, nats.
 
@@ -89,7 +88,6 @@ def cpo(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0) ->
         - \alpha \frac{\log \pi(y_w)}{|y_w|}
 
     Args:
-        pairs: Reads the policy's log-probs of both sides, [pairs], nats, and the chosen side's token count.
         beta: Scale of the margin.
 
     Example:
@@ -129,7 +127,6 @@ def cpo_simpo(
         - \gamma\right) - \alpha \frac{\log \pi(y_w)}{|y_w|}
 
     Args:
-        pairs: Reads the policy's log-probs of both sides, [pairs], nats, and their token counts |y|.
         beta: Scale of the reward, in tokens.
         gamma: Margin γ that is asked for, nats.
 
@@ -158,7 +155,6 @@ def orpo(pairs: Pairs, *, odds_weight: NonNegative = 0.1) -> Tensor:
         - \log \frac{\bar p_l}{1 - \bar p_l}\right), \quad \bar p = \pi(y)^{1 / |y|}
 
     Args:
-        pairs: Reads the policy's log-probs of both sides, [pairs], nats, and their token counts |y|.
         odds_weight: Weight λ of the odds ratio; peers call it beta.
 
     Example:
@@ -187,7 +183,6 @@ def alphapo(pairs: Pairs, *, alpha: float = 0.25, beta: Positive = 2.5, gamma: N
         \quad \bar p = \pi(y)^{1 / |y|}
 
     Args:
-        pairs: Reads the policy's log-probs of both sides, [pairs], nats, and their token counts |y|.
         alpha: Shape of the reward; 0 is SimPO.
         beta: Scale of the reward.
         gamma: Margin γ that is asked for, nats.
@@ -219,9 +214,6 @@ def simper(pairs: Pairs) -> Tensor:
     .. math::
         \ell = -\bar p_w + \bar p_l, \quad \bar p = \pi(y)^{1 / |y|}
 
-    Args:
-        pairs: Reads the policy's log-probs of both sides, [pairs], nats, and their token counts |y|.
-
     Returns:
         Loss of each pair, [pairs], in [-1, 1]; not reduced.
 
@@ -251,7 +243,6 @@ def tpo(pairs: Pairs, *, beta: Positive = 0.01, nll_weight: NonNegative = 1.0) -
         - \alpha \frac{\log \pi(y_\mathrm{gold})}{|y_\mathrm{gold}|}
 
     Args:
-        pairs: Reads the policy's log-probs of all three completions, [pairs], nats, and the gold one's token count.
         beta: Scale of the margin.
 
     Example:
@@ -281,7 +272,6 @@ def tpo_l(
         - \gamma\right) - \alpha \frac{\log \pi(y_\mathrm{gold})}{|y_\mathrm{gold}|}
 
     Args:
-        pairs: Reads the policy's log-probs of all three completions, [pairs], nats, and their token counts |y|.
         beta: Scale of the reward, in tokens.
         gamma: Margin γ that is asked for, nats.
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._authoring import Interval, NonNegative, Positive, register, resolve, running
+from prefloss.losses._authoring import NonNegative, Positive, Share, register, resolve, running
 from prefloss.losses.pairwise import dpo
 
 
@@ -179,9 +177,7 @@ def dpop(pairs: Pairs, *, beta: Positive = 0.1, penalty: NonNegative = 50.0) -> 
 
 
 @register(monotone=True, holds_chosen=True)
-def bdpo(
-    pairs: Pairs, *, beta: Positive = 0.1, mixture: Annotated[float, Interval(gt=0, le=1)] = 0.5
-) -> Tensor:
+def bdpo(pairs: Pairs, *, beta: Positive = 0.1, mixture: Share = 0.5) -> Tensor:
     r"""DPO with the rejected side under a mixture of policy and reference (bounded DPO).
 
     .. math::
@@ -238,10 +234,8 @@ def cal_dpo(pairs: Pairs, *, beta: Positive = 0.001, calibration_weight: NonNega
 
 
 @register(monotone=True)
-def dpo_shift(
-    pairs: Pairs, *, beta: Positive = 0.1, rejected_weight: Annotated[float, Interval(gt=0, le=1)] = 0.7
-) -> Tensor:
-    r"""DPO with less weight on the rejected side (DPO-running.Shift).
+def dpo_shift(pairs: Pairs, *, beta: Positive = 0.1, rejected_weight: Share = 0.7) -> Tensor:
+    r"""DPO with less weight on the rejected side (DPO-Shift).
 
     .. math::
         \ell = -\log \sigma(\beta (h_w - \lambda h_l))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import Tensor
 
 from prefloss.losses._core import names
-from prefloss.losses._core.spec import LossSpec, complete_docstring, spec_from
+from prefloss.losses._core.spec import LossSpec, Traits, complete_docstring, spec_from
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 ENTRY_POINTS = "prefloss.losses"
 """Entry-point group in which other packages publish losses."""
@@ -29,21 +32,7 @@ def register(function: Function, /) -> Function: ...
 
 
 @overload
-def register(
-    *,
-    name: str | None = None,
-    aliases: Mapping[str, str | tuple[str, Mapping[str, Any]]] | None = None,
-    needs_reference: bool = True,
-    separable: bool = True,
-    difference_only: bool = False,
-    monotone: bool = False,
-    holds_chosen: bool = False,
-    stateful: bool = False,
-    beta: str | None = None,
-    needs: Iterable[str] = (),
-    reads: Iterable[str] = (),
-    valid: Callable[[Any], Tensor] | None = None,
-) -> Callable[[Function], Function]: ...
+def register(*, name: str | None = None, **traits: Unpack[Traits]) -> Callable[[Function], Function]: ...
 
 
 def register(function: Any = None, /, **traits: Any) -> Any:
@@ -55,10 +44,9 @@ def register(function: Any = None, /, **traits: Any) -> Any:
 
     Args:
         function: The loss.
-        **traits: `name` (the function's own if absent), `aliases`, `needs_reference`, `separable`,
+        **traits: `name` (the function's own if absent), and `aliases`, `needs_reference`, `separable`,
             `difference_only`, `monotone`, `holds_chosen`, `stateful`, `beta`, `needs`, `reads`, `valid` as in
-            `LossSpec`; an alias maps to the trainers that use it, or to them and the hyperparameters it sets. `beta`
-            defaults to the hyperparameter of that name, if there is one.
+            `LossSpec`. An alias maps to the trainers that use it, or to them and the hyperparameters it sets.
 
     Raises:
         ValueError: If the name or an alias is taken.
@@ -78,11 +66,7 @@ def register(function: Any = None, /, **traits: Any) -> Any:
 
 
 def unregister(name: str) -> None:
-    """Take a loss out of the registry, with its aliases; for tests and notebooks.
-
-    Raises:
-        ValueError: If there is no such loss.
-    """
+    """Take a loss out of the registry, with its aliases; for tests and notebooks. ValueError if there is none."""
     if name not in _specs:
         raise ValueError(names.unknown(name, _specs))
     for alias in _specs.pop(name).aliases:
@@ -91,11 +75,7 @@ def unregister(name: str) -> None:
 
 @contextmanager
 def registered(spec: LossSpec) -> Iterator[None]:
-    """Register a loss inside a `with` block, so that `get`, `repr` and `pickle` find it by name.
-
-    Raises:
-        ValueError: If another loss has the name.
-    """
+    """Register a loss inside a `with` block, so that `get`, `repr` and `pickle` find it by its name, if it is free."""
     # The spec of a weighted sum has an expression for a name: `get` reads it without an entry.
     if _specs.get(spec.name) is spec or not spec.name.isidentifier():
         yield

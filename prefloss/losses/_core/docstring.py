@@ -5,146 +5,82 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
-from prefloss.feedback import Labels, Pairs, Rankings
+from prefloss.feedback import Labels, Pairs, Rankings, meaning_of
 
-_SECTION = re.compile(r"^(Args|Returns|Raises|Example|Examples|Note|Reference):\s*(.*)$")
-_PAPER = re.compile(r"arXiv:\d{4}\.\d{4,5}")
+_SECTION = re.compile(r"^(Args|Returns|Raises|Example|Examples|Note|Reference):", re.MULTILINE)
+_ENTRY = re.compile(r"^    (\w+): (.*(?:\n(?!    \w+: ).*)*)", re.MULTILINE)
+_MATH = re.compile(r"^\s*\.\. math::(.*(?:\n(?: .*)?)*)", re.MULTILINE)
+_PAPER = re.compile(r"(arXiv:\d{4}\.\d{4,5})")
 _EQUATION = re.compile(r"\bEqs?\.\s*([\d.]+(?:\s*[-–]\s*\d+)?)")
 
-_FEEDBACK = {
-    Pairs: "Reads the log-ratios h of both sides, [pairs], nats.",
-    Labels: "Reads the log-ratios h and the labels, [n], nats.",
-    Rankings: "Reads the log-ratios h, [groups, K], nats, and the scores r.",
+_READS = {
+    Pairs: "of both sides, [pairs], nats",
+    Labels: "and the labels, [n], nats",
+    Rankings: "and the scores r, [groups, K], nats",
 }
-_RETURNS = {
+RETURNS = {
     Pairs: "Loss of each pair, [pairs], nats; not reduced.",
     Labels: "Loss of each completion, [n], nats; not reduced.",
     Rankings: "Loss of each group, [groups], nats; not reduced.",
 }
-_STRENGTH = "Strength of the pull towards the reference."
-_PARAMETERS = {
+STRENGTH = "Strength of the pull towards the reference."
+PARAMETERS = {
     "nll_weight": "Weight α of the negative log-likelihood per token.",
     "desirable_weight": "Weight λ_D of upvotes.",
     "undesirable_weight": "Weight λ_U of downvotes.",
 }
+"""What a hyperparameter means in a loss whose docstring does not say otherwise."""
 
 
-@dataclass
-class Docstring:
-    """The parts of a docstring in the shape of `docs/extend.md`; absent parts are empty."""
-
-    summary: str = ""
-    formula: str = ""
-    args: dict[str, str] = field(default_factory=dict)
-    returns: str = ""
-    note: str = ""
-    reference: str = ""
-
-    @property
-    def paper(self) -> str:
-        """The arXiv id in the reference, or empty."""
-        match = _PAPER.search(self.reference)
-        return match.group(0) if match else ""
-
-    @property
-    def equation(self) -> str:
-        """The equation number in the reference, or empty."""
-        match = _EQUATION.search(self.reference)
-        return match.group(1).rstrip(".") if match else ""
-
-
-def parse(documented: object) -> Docstring:
-    """Split the docstring of a function into its parts."""
+def parse(documented: object) -> dict[str, str]:
+    """The parts that `LossSpec` holds, by attribute, of a docstring as `docs/extend.md` shows it; absent ones empty."""
     sections = _sections(documented)
-    head = "\n".join(sections[""])
-    return Docstring(
-        summary=head.strip().split("\n\n")[0].replace("\n", " "),
-        formula=_math(sections[""]),
-        args=_entries(sections.get("Args", [])),
-        returns=_paragraph(sections.get("Returns", [])),
-        note=_paragraph(sections.get("Note", [])),
-        reference=_paragraph(sections.get("Reference", [])),
-    )
+    head, reference = sections[""], sections.get("Reference", "")
+    return {
+        "summary": head.strip().split("\n\n")[0].replace("\n", " "),
+        "formula": _first(_MATH, head),
+        "returns": _paragraph(sections.get("Returns", "")),
+        "note": _paragraph(sections.get("Note", "")),
+        "reference": _paragraph(reference),
+        "paper": _first(_PAPER, reference),
+        "equation": _first(_EQUATION, reference).rstrip("."),
+    }
 
 
-def standard_args(kind: type, feedback: str, names: Iterable[str], strength: str | None) -> dict[str, str]:
-    """What the parameters mean in a loss whose docstring does not say otherwise.
-
-    Args:
-        kind: `Pairs`, `Labels` or `Rankings`.
-        feedback: Name of the first parameter.
-        names: Names of the hyperparameters.
-        strength: Name of the one that pulls towards the reference, or None.
-    """
-    known = {**_PARAMETERS, **({strength: _STRENGTH} if strength else {})}
-    return {feedback: _FEEDBACK[kind], **{name: known[name] for name in names if name in known}}
+def arguments(documented: object) -> dict[str, str]:
+    """The entries of the Args section."""
+    entries = _ENTRY.findall(_sections(documented).get("Args", ""))
+    return {name: _paragraph(text) for name, text in entries}
 
 
-def standard_returns(kind: type) -> str:
-    """What a loss returns if its docstring does not say otherwise."""
-    return _RETURNS[kind]
+def reads(kind: type, needs_reference: bool, needs: Iterable[str]) -> str:
+    """What a loss with these traits reads, for a docstring that does not say it."""
+    log_probs = "log-ratios h" if needs_reference else "policy log-probs"
+    fields = [meaning_of(need, kind) for need in sorted(needs)]
+    return "; ".join([f"Reads the {log_probs} {_READS[kind]}", *fields]) + "."
 
 
 def completed(documented: object, args: Mapping[str, str], returns: str) -> str:
-    """The docstring with an Args section of these lines and a Returns section, if it lacks one.
-
-    Args:
-        documented: The function.
-        args: Description of every parameter, in order.
-        returns: For the Returns section.
-    """
+    """The docstring with this Args section, and this Returns section if it has none."""
     sections = _sections(documented)
-    lines = [f"    {name}: {text}" for name, text in args.items()]
-    added = {"Args": ["", *lines, ""], "Returns": sections.get("Returns", ["", f"    {returns}", ""])}
+    lines = [f"\n    {name}: {text}" for name, text in args.items()]
+    added = {"Args": "".join(lines), "Returns": sections.get("Returns", f"\n    {returns}")}
     rest = {name: body for name, body in sections.items() if name not in ("", *added)}
-    head = "\n".join(sections[""]).rstrip("\n")
-    parts = (
-        f"{name}: {body[0]}".rstrip() + "\n" + "\n".join(body[1:]) for name, body in {**added, **rest}.items()
-    )
-    return "\n\n".join([head, *(part.rstrip("\n") for part in parts)]) + "\n"
+    parts = (f"{name}:{body.rstrip()}" for name, body in {**added, **rest}.items())
+    return "\n\n".join([sections[""].rstrip(), *parts]) + "\n"
 
 
-def _sections(documented: object) -> dict[str, list[str]]:
-    """The lines of each section; the first line of each stands after its heading, those before all are under ''."""
-    sections: dict[str, list[str]] = {"": []}
-    current = ""
-    for line in (inspect.getdoc(documented) or "").splitlines():
-        heading = _SECTION.match(line)
-        if heading:
-            current = heading.group(1)
-            sections[current] = [heading.group(2)]
-        else:
-            sections[current].append(line)
-    return sections
+def _sections(documented: object) -> dict[str, str]:
+    """The text of each section; what stands before all of them under ''."""
+    head, *rest = _SECTION.split(inspect.getdoc(documented) or "")
+    return {"": head, **dict(zip(rest[::2], rest[1::2], strict=True))}
 
 
-def _paragraph(lines: list[str]) -> str:
-    return " ".join(" ".join(lines).split())
+def _paragraph(text: str) -> str:
+    return " ".join(text.split())
 
 
-def _math(lines: list[str]) -> str:
-    starts = [index for index, line in enumerate(lines) if line.strip().startswith(".. math::")]
-    if not starts:
-        return ""
-    first = starts[0]
-    block = [lines[first].split("::", 1)[1]]
-    for line in lines[first + 1 :]:
-        if line.strip() and not line.startswith(" "):
-            break
-        block.append(line)
-    return _paragraph(block)
-
-
-def _entries(lines: list[str]) -> dict[str, str]:
-    entries: dict[str, list[str]] = {}
-    name = ""
-    for line in lines:
-        entry = re.match(r"^    (\w+): (.*)$", line)
-        if entry:
-            name = entry.group(1)
-            entries[name] = [entry.group(2)]
-        elif name:
-            entries[name].append(line)
-    return {key: _paragraph(value) for key, value in entries.items()}
+def _first(pattern: re.Pattern[str], text: str) -> str:
+    match = pattern.search(text)
+    return _paragraph(match.group(1)) if match else ""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefloss.losses._core.catalogue import is_name
 from prefloss.losses._core.loss import Loss
@@ -12,24 +11,22 @@ from prefloss.losses._core.state import SCHEDULES
 from prefloss.losses._core.weighted_sum import WeightedSum
 
 
-@dataclass(frozen=True)
-class ParsedTerm:
+class ParsedTerm(NamedTuple):
     """One weighted loss of an expression."""
 
     weight: float
     name: str
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, Any]
 
 
 def get(name: str, /, **parameters: Any) -> Loss:
     """A loss by name, its hyperparameters checked now rather than at the first batch.
 
     Args:
-        name: Registered name or alias, with hyperparameters if you like (`"ipo(tau=0.1)"`), or a weighted sum of
-            such (`"0.8*dpo(beta=0.1) + 1.0*nll"`). A name that is missing is looked up among the entry points of
-            installed packages.
-        **parameters: Hyperparameters and modifiers (`label_smoothing`, `divergence` ...); the rest keep the defaults
-            of the loss. A numeric one may be a schedule: `beta=Linear(0.5, 0.1, steps=100)`.
+        name: Name or alias, with hyperparameters if you like (`"ipo(tau=0.1)"`), or a weighted sum of such
+            (`"0.8*dpo(beta=0.1) + 1.0*nll"`). Entry points of installed packages are asked for a missing name.
+        **parameters: Hyperparameters and modifiers (`label_smoothing`, `divergence` ...); the rest keep their
+            defaults. A numeric one may be a schedule: `beta=Linear(0.5, 0.1, steps=100)`.
 
     Returns:
         A callable: feedback -> one value per example.
@@ -47,14 +44,15 @@ def get(name: str, /, **parameters: Any) -> Loss:
     if not isinstance(name, str):
         raise TypeError(f"name: got {name!r}, expected the name of a loss")
     # An alias may hold a colon, which an expression may not.
-    terms = [ParsedTerm(1.0, name)] if is_name(name) else parse(name)
-    if len(terms) == 1 and terms[0].weight == 1.0:
-        repeated = sorted(terms[0].parameters.keys() & parameters.keys())
+    terms = [ParsedTerm(1.0, name, {})] if is_name(name) else parse(name)
+    first = terms[0]
+    if len(terms) == 1 and first.weight == 1.0:
+        repeated = sorted(first.parameters.keys() & parameters.keys())
         if repeated:
             raise TypeError(
                 f"{name}: {repeated[0]}: got it both in the name and as an argument, expected it once"
             )
-        return Loss.bind(terms[0].name, {**terms[0].parameters, **parameters})
+        return Loss.bind(first.name, {**first.parameters, **parameters})
     if parameters:
         raise TypeError(
             f"{name}: got {sorted(parameters)} beside a sum of losses, expected them inside its terms"
@@ -73,7 +71,7 @@ def parse(text: str) -> list[ParsedTerm]:
     """
     if not set(text) & set("(+*"):
         # A plain name, right or wrong; the registry knows which.
-        return [ParsedTerm(1.0, text.strip())]
+        return [ParsedTerm(1.0, text.strip(), {})]
     try:
         return _terms(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, _NotAnExpression) as error:
@@ -101,7 +99,7 @@ def _terms(node: ast.expr) -> list[ParsedTerm]:
 
 def _term(node: ast.expr, weight: float) -> ParsedTerm:
     if isinstance(node, ast.Name):
-        return ParsedTerm(weight, node.id)
+        return ParsedTerm(weight, node.id, {})
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
         return ParsedTerm(weight, node.func.id, _keywords(node))
     raise _NotAnExpression(f"{ast.unparse(node)!r} is not a loss with keyword hyperparameters")

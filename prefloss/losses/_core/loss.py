@@ -73,12 +73,7 @@ class Loss:
 
     @classmethod
     def bind(cls, name: str, stated: Mapping[str, Any]) -> Loss:
-        """The loss of that name or alias with these hyperparameters and modifiers, checked; the rest keep defaults.
-
-        Raises:
-            ValueError: If no loss has the name, or a value is out of range.
-            TypeError: If a hyperparameter is unknown, missing or of the wrong type, or a modifier is not admitted.
-        """
+        """The loss of that name or alias with these hyperparameters and modifiers; raises as `get` does."""
         spec = spec_of(name)
         preset = spec.aliases[name].parameters if name in spec.aliases else {}
         values = {**preset, **stated}
@@ -103,11 +98,7 @@ class Loss:
         return (self.name,)
 
     def replaced(self, **changes: Any) -> Loss:
-        """A copy with these hyperparameters in place of its own, checked as `get` does.
-
-        Raises:
-            ValueError: If a hyperparameter is out of range.
-            TypeError: If one is unknown or of the wrong type.
+        """A copy with these hyperparameters in place of its own; raises as `get` does.
 
         Example:
             >>> prefloss.get("dpo").replaced(beta=0.5)
@@ -162,13 +153,8 @@ class Loss:
     def __call__(self, feedback: Feedback) -> Tensor:
         """Loss of each example, [n]: times its weight, and 0 where it does not count.
 
-        A NaN of an example that counts stays NaN.
-
-        Args:
-            feedback: Of the kind the loss takes (`spec.feedback`).
-
         Raises:
-            TypeError: If the feedback is of another kind; the message names the conversion.
+            TypeError: If the feedback is not of the kind `spec.feedback`; the message names the conversion.
             ValueError: If the loss needs something that the feedback lacks, or does not return one value per example.
         """
         self._check(feedback)
@@ -193,11 +179,8 @@ class Loss:
     def counts(self, feedback: Feedback) -> Tensor:
         """How many examples each term counts, [terms], integer.
 
-        A term may leave out other examples than those with an empty completion. Terms that take labels count both
-        sides of a pair.
-
-        Raises:
-            TypeError: If a term takes a kind of feedback that does not follow from this one.
+        Terms that take labels count both sides of a pair. TypeError if a term takes a kind of feedback that does not
+        follow from this one.
 
         Example:
             >>> pairs = prefloss.Pairs.of(chosen=[1.5], rejected=[-1.0])
@@ -211,11 +194,7 @@ class Loss:
         """The loss of a batch, its terms and what to minimise; warns once if some completion is empty.
 
         The mean is the sum of the weighted values over the number of examples that count, so a weight means the same
-        in every batch. A batch where none counts gives 0 with zero gradient.
-
-        Raises:
-            TypeError: As calling the loss does.
-            ValueError: As calling the loss does.
+        in every batch. A batch where none counts gives 0 with zero gradient. Raises as calling the loss does.
         """
         _warn_if_empty(feedback)
         values = self(feedback)
@@ -223,12 +202,7 @@ class Loss:
         return Evaluation(mean, {self.name: values}, {self.name: mean})
 
     def mean(self, feedback: Feedback) -> Tensor:
-        """Mean loss over the examples that count, a scalar.
-
-        Raises:
-            TypeError: As calling the loss does.
-            ValueError: As calling the loss does.
-        """
+        """Mean loss over the examples that count, a scalar; as `evaluate`."""
         return self.evaluate(feedback).mean
 
     @property
@@ -241,11 +215,7 @@ class Loss:
         return {name: value.state_dict() for name, value in self.state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave.
-
-        Raises:
-            ValueError: If the state is of a loss that keeps other things.
-        """
+        """Restore what `state_dict` gave; ValueError if that loss keeps other things."""
         if state.keys() != self.state.keys():
             raise ValueError(f"state: got {sorted(state)}, expected {sorted(self.state)} for {self!r}")
         for name, value in self.state.items():
@@ -291,7 +261,7 @@ class Loss:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name: the registry, not the file, holds the function."""
-        return _rebuild, (self.name, dict(self.params), self.state_dict())
+        return Loss.bind, (self.name, dict(self.params))
 
     @property
     def _baseline(self) -> Any:
@@ -314,9 +284,8 @@ class Loss:
                 raise ValueError(f"{self.name}: {need}: got None, expected {meaning_of(need, kind)}")
 
     def _values(self, feedback: Feedback) -> Tensor:
-        values = self.spec.function(
-            feedback, **{name: _now(self.params[name]) for name in self.spec.parameters}
-        )
+        now = {name: _now(self.params[name]) for name in self.spec.parameters}
+        values = self.spec.function(feedback, **now)
         if values.shape != feedback.shape:
             raise ValueError(
                 f"{self.name}: got values of shape {list(values.shape)}, expected {list(feedback.shape)}: "
@@ -367,9 +336,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | int | float | bool | types.NoneType):
         return value
     return list(value) if isinstance(value, tuple) else getattr(value, "name", repr(value))
-
-
-def _rebuild(name: str, params: dict[str, Any], state: dict[str, Any]) -> Loss:
-    loss = Loss.bind(name, params)
-    loss.load_state_dict(state)
-    return loss

@@ -30,12 +30,7 @@ def log1mexp(x: Tensor) -> Tensor:
     r""":math:`\log(1 - e^x)` for log-probabilities x <= 0, with every digit from both ends.
 
     A probability that rounds to 1 (x = 0) counts as one just below it: finite, with gradient 0. So does x > 0.
-
-    Args:
-        x: Log-probabilities, any shape, nats.
-
-    Returns:
-        Same shape, nats; at least the log of the smallest normal number (-87.3 in float32).
+    The result is at least the log of the smallest normal number (-87.3 in float32).
 
     Example:
         >>> log1mexp(torch.tensor([-1e-9, -1.0, -50.0]))
@@ -76,12 +71,7 @@ def chi_squared(h: Tensor) -> Tensor:
 
 
 def bernoulli_kl(logit: Tensor, log_q: Tensor | float, log_not_q: Tensor | float) -> Tensor:
-    r""":math:`KL(\sigma(z) \,\|\, q)` between two coins, nats; gradient through both.
-
-    Args:
-        logit: z, any shape.
-        log_q: Log of q, same shape or a number.
-        log_not_q: Log of 1 - q.
+    r""":math:`KL(\sigma(z) \,\|\, q)` between two coins, nats, from z, log q and log(1 - q); gradient through all.
 
     Example:
         >>> bernoulli_kl(torch.tensor([0.0, 1e4]), math.log(0.5), math.log(0.5))
@@ -118,11 +108,7 @@ def _masked_logits(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refuse(wrong: Tensor, message: str) -> None:
-    """Raise if any entry is True; silent where no value can be read (while compiling, or under `vmap`).
-
-    Raises:
-        ValueError: With the message.
-    """
+    """Raise ValueError if any entry is True; silent where no value can be read (while compiling, or under `vmap`)."""
     if torch.compiler.is_compiling():
         return
     try:

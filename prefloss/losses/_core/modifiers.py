@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from prefloss.feedback import Labels, Pairs, required
-from prefloss.logratios import LogRatios
 from prefloss.losses._core import transforms
 from prefloss.losses._core.parameters import Coerce, FlipProbability, Interval, Parameter
 from prefloss.losses._core.spec import LossSpec
@@ -49,14 +48,9 @@ def refusal(spec: LossSpec, name: str) -> str | None:
 
 
 def capabilities(spec: LossSpec) -> Mapping[str, str]:
-    """What a loss takes, needs and admits, in words; "no: ..." gives the reason that `prefloss.get` gives.
+    """What a loss takes, needs and admits: column -> words, in the order of the table.
 
-    Args:
-        spec: A registered loss.
-
-    Returns:
-        Column -> cell, in the order of the table: feedback, reference, needs, composes, modifiers by name, fused,
-        state.
+    "no: ..." gives the reason that `prefloss.get` gives.
 
     Example:
         >>> row = capabilities(prefloss.specs["dpo"])
@@ -117,10 +111,6 @@ def _no_sums(spec: LossSpec) -> str | None:
     return "reads tokens itself" if _reads_tokens(spec) else None
 
 
-def _no_sums_of_pairs(spec: LossSpec) -> str | None:
-    return "takes no pairs" if spec.feedback is not Pairs else _no_sums(spec)
-
-
 def _no_separate_pairs(spec: LossSpec) -> str | None:
     if spec.feedback is not Pairs:
         return "takes no pairs"
@@ -129,15 +119,6 @@ def _no_separate_pairs(spec: LossSpec) -> str | None:
 
 def _reads_tokens(spec: LossSpec) -> bool:
     return any(name.startswith("per_token") for name in spec.needs)
-
-
-def _clamp(feedback: Any, bounds: tuple[float, float], beta: float) -> Any:
-    def clamped(ratios: LogRatios) -> LogRatios:
-        return transforms.clamped_tokens(ratios, *bounds)
-
-    if isinstance(feedback, Labels):
-        return replace(feedback, completions=clamped(feedback.completions))
-    return replace(feedback, chosen=clamped(feedback.chosen), rejected=clamped(feedback.rejected))
 
 
 def _score_margin(pairs: Pairs, weight: float, beta: float) -> Pairs:
@@ -195,14 +176,14 @@ MODIFIERS: dict[str, Modifier] = dict(
             Annotated[Any, Coerce(_bounds, "True or two numbers (low, high) in nats, low < high")],
             "Clamp each token's log-ratio to these bounds before the sum (Humanline, arXiv:2509.24207).",
             _no_sums,
-            _clamp,
+            lambda feedback, bounds, beta: transforms.clamped_tokens(feedback, *bounds),
             ("per_token",),
         ),
         _modifier(
             "ld_alpha",
             Annotated[float, Interval(ge=0, le=1)],
             "Weight of the longer side's tokens beyond the shorter side's length (LD-DPO, arXiv:2409.06411).",
-            _no_sums_of_pairs,
+            lambda spec: _no_sums(spec) if spec.feedback is Pairs else "takes no pairs",
             lambda pairs, alpha, beta: transforms.reweighted_tail(pairs, alpha),
             ("per_token",),
         ),

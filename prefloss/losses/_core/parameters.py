@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import ge, gt, le, lt
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from prefloss.losses._core.state import SCHEDULES, Schedule, from_config
@@ -30,13 +31,8 @@ class Interval:
 
     def __contains__(self, value: float) -> bool:
         """Whether the value satisfies every bound; NaN and infinity never do."""
-        return (
-            math.isfinite(value)
-            and (self.gt is None or value > self.gt)
-            and (self.ge is None or value >= self.ge)
-            and (self.lt is None or value < self.lt)
-            and (self.le is None or value <= self.le)
-        )
+        bounds = ((gt, self.gt), (ge, self.ge), (lt, self.lt), (le, self.le))
+        return math.isfinite(value) and all(bound is None or holds(value, bound) for holds, bound in bounds)
 
     def __str__(self) -> str:
         """The bounds in words that fit an error message and a table."""
@@ -64,6 +60,7 @@ class Coerce:
 Positive = Annotated[float, Interval(gt=0)]
 NonNegative = Annotated[float, Interval(ge=0)]
 FlipProbability = Annotated[float, Interval(ge=0, lt=0.5)]
+Share = Annotated[float, Interval(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -112,12 +109,7 @@ class Parameter:
         return "a finite number" if plain is float else words
 
     def checked(self, loss: str, value: Any) -> Any:
-        """The value to hand to the loss.
-
-        Raises:
-            TypeError: If the type is wrong.
-            ValueError: If it is out of range.
-        """
+        """The value to hand to the loss; TypeError if its type is wrong, ValueError if it is out of range."""
         value = from_config(value, *SCHEDULES)
         if isinstance(value, Schedule) and plain_type(self.type) is float:
             for end in (value.start, value.end):
@@ -164,15 +156,7 @@ def check(
 ) -> dict[str, Any]:
     """All hyperparameters of a loss: the values given, checked, and the defaults of the rest.
 
-    Args:
-        loss: Name of the loss, for messages.
-        parameters: Its hyperparameters.
-        values: Values by name.
-        modifiers: Names of modifiers that it admits, for the hint at an unknown name.
-
-    Raises:
-        TypeError: If one is unknown, missing, or of the wrong type.
-        ValueError: If one is out of range.
+    Raises as `Parameter.checked` does; TypeError if a name is unknown (the hint lists the modifiers) or missing.
     """
     for name in values:
         if name not in parameters:

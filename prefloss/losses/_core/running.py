@@ -9,25 +9,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from prefloss.feedback import Labels
-from prefloss.logratios import LogRatios
 from prefloss.losses._core.parameters import Coerce
 from prefloss.losses._core.state import State, from_config
 
 
 def _stateful(kind: type[State], fixed: Callable[[Any], Any], expected: str) -> Coerce:
-    """A hyperparameter that takes a state of one kind, its configuration, or a fixed value.
-
-    Args:
-        kind: Class of the state; `"running"` and its name make one with default settings.
-        fixed: Checks and converts any other value; raises TypeError or ValueError.
-        expected: What is accepted, in words.
-    """
+    """A hyperparameter that takes a state of one kind, its configuration, or a value that `fixed` converts."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, str) and value in ("running", kind.name):
@@ -39,25 +32,24 @@ def _stateful(kind: type[State], fixed: Callable[[Any], Any], expected: str) -> 
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, str):
-        raise ValueError(f"got the unknown name {value!r}, expected a number")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"got {value!r}, expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"got {value!r}, expected a finite number")
+    # `Parameter.checked` says what was got and expected.
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError
+    if isinstance(value, str) or not math.isfinite(value):
+        raise ValueError
     return float(value)
 
 
 def _numbers(value: Any) -> tuple[float, ...]:
     if not isinstance(value, list | tuple):
-        raise TypeError(f"got {value!r}, expected a list of numbers")
+        raise TypeError
     return tuple(map(_number, value))
 
 
 def _mean_and_std(value: Any) -> tuple[float, ...]:
     numbers = _numbers(value)
     if len(numbers) != 2 or numbers[1] < 0:
-        raise ValueError(f"got {value!r}, expected two numbers, the second >= 0")
+        raise ValueError
     return numbers
 
 
@@ -86,12 +78,7 @@ class RewardShift(State):
         self.count = 0.0
 
     def __call__(self, rewards: Tensor, counted: Tensor) -> Tensor:
-        """The shift after taking in the rewards that count, a scalar; 0 before the first one.
-
-        Args:
-            rewards: beta * h, any shape.
-            counted: True where a reward counts, same shape.
-        """
+        """The shift after taking in the rewards beta * h that count, a scalar; 0 before the first one."""
         if self.training:
             count, total, _ = self._totals(rewards, counted)
             self.total += total
@@ -132,7 +119,6 @@ class Moments(State):
 
 
 def _stream(seed: int, call: int) -> torch.Generator:
-    """A CPU generator for one call."""
     # Distinct streams for distinct (seed, call) pairs; the constant is prime and larger than any run is long.
     return torch.Generator().manual_seed((seed * 1_000_003 + call) % 2**63)
 
@@ -190,12 +176,7 @@ class Recent(State):
         self.drawn = 0
 
     def __call__(self, values: Tensor, counted: Tensor) -> list[float]:
-        """Values of earlier batches, drawn without replacement; then, in training, take this batch in.
-
-        Args:
-            values: This batch's, any shape.
-            counted: True where a value counts, same shape.
-        """
+        """Values of earlier batches, drawn without replacement; then, in training, take in those that count."""
         new = values.detach()[counted & values.detach().isfinite()].tolist()
         missing = min(len(self.values), max(0, self.batch - len(new)))
         order = torch.randperm(len(self.values), generator=_stream(self.seed, self.drawn)).tolist()
@@ -208,12 +189,8 @@ class Recent(State):
         return drawn
 
 
-class KLBaseline(Protocol):
-    """Labels -> KL baseline z0, a scalar or [n], nats, without gradient."""
-
-    def __call__(self, labels: Labels, /) -> Tensor:
-        """Estimate the baseline for this batch."""
-        ...
+KLBaseline = Callable[[Labels], Tensor]
+"""Labels -> KL baseline z0, a scalar or [n], nats, without gradient."""
 
 
 def _mismatched(labels: Labels) -> Tensor:
@@ -227,14 +204,12 @@ def _mismatched(labels: Labels) -> Tensor:
 
 
 def _column(labels: Labels) -> Tensor:
-    """A baseline computed elsewhere."""
     if labels.kl is None:
         raise ValueError("kl_baseline: 'column' reads labels.kl: got None, expected a scalar or [n] in nats")
     return labels.kl
 
 
 def _zero(labels: Labels) -> Tensor:
-    """No baseline."""
     return torch.zeros((), device=labels.completions.device, dtype=labels.completions.policy.dtype)
 
 
@@ -257,9 +232,8 @@ def _auto(labels: Labels) -> Tensor:
 class RunningMean(State):
     """KL baseline: mean log-ratio of the examples seen so far, at least 0; works at batch size 1 and in any order.
 
-    A batch is compared with the batches before it, so no example is its own baseline; the first one gets 0. This
-    estimates how far the policy has moved on the data's own completions. It stands in for the paper's mismatched
-    estimate where a second forward pass is too expensive.
+    A batch is compared with the batches before it; the first one gets 0. The data's own completions stand in for the
+    paper's mismatched ones, which need a second forward pass.
 
     Args:
         decay: How much of the past is kept at each batch, in [0, 1).
@@ -284,22 +258,14 @@ class RunningMean(State):
 
     def __call__(self, labels: Labels) -> Tensor:
         """The baseline from earlier batches, a scalar; then, in training, take this batch in."""
-        value = _zero(labels) + max(0.0, self.value)
+        # Dividing by the accumulated weight removes the bias towards 0 of the first batches.
+        value = _zero(labels) + max(0.0, self.total / self.weight if self.weight else 0.0)
         if self.training:
-            self._take_in(labels.completions)
+            count, total, _ = self._totals(labels.completions.h, ~labels.completions.empty)
+            if count:
+                self.total = self.decay * self.total + total / count
+                self.weight = self.decay * self.weight + 1.0
         return value
-
-    @property
-    def value(self) -> float:
-        """Running mean log-ratio, nats; 0 before the first batch."""
-        return self.total / self.weight if self.weight else 0.0
-
-    def _take_in(self, completions: LogRatios) -> None:
-        count, total, _ = self._totals(completions.h, ~completions.empty)
-        if count:
-            # Dividing by the accumulated weight removes the bias towards 0 of the first batches.
-            self.total = self.decay * self.total + total / count
-            self.weight = self.decay * self.weight + 1.0
 
 
 BASELINES: Mapping[str, KLBaseline] = {
@@ -312,11 +278,9 @@ BASELINES: Mapping[str, KLBaseline] = {
 
 
 def _baseline(value: Any) -> Any:
-    if isinstance(value, str) and value not in BASELINES:
-        raise ValueError(f"got {value!r}, expected one of {', '.join(BASELINES)}")
-    if not isinstance(value, str) and not callable(value):
-        raise TypeError(f"got {value!r}, expected a name or a callable")
-    return value
+    if callable(value) or (isinstance(value, str) and value in BASELINES):
+        return value
+    raise (ValueError if isinstance(value, str) else TypeError)
 
 
 _NAMES = ", ".join(map(repr, [*BASELINES, RunningMean.name]))

@@ -6,7 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast, get_type_hints
+from typing import Any, TypedDict, cast, get_type_hints
 
 from torch import Tensor
 
@@ -43,8 +43,7 @@ class LossSpec:
         function: The registered function.
         feedback: The kind of feedback it takes: `Pairs`, `Labels` or `Rankings`.
         parameters: Its hyperparameters by name.
-        aliases: Names under which trainers know it, each with those trainers and the hyperparameters by which their
-            form of it differs.
+        aliases: Names under which trainers know it.
         needs_reference: It reads reference log-probs.
         separable: The loss of an example depends on that example alone.
         difference_only: It depends on a pair only through the difference of the two scores.
@@ -89,29 +88,30 @@ class LossSpec:
     note: str = ""
 
 
-TRAITS = (
-    "aliases",
-    "beta",
-    "difference_only",
-    "holds_chosen",
-    "monotone",
-    "needs",
-    "needs_reference",
-    "reads",
-    "separable",
-    "stateful",
-    "valid",
-)
-"""What may be declared beside a function; signature and docstring give the rest."""
+class Traits(TypedDict, total=False):
+    """What may be declared beside a function, as in `LossSpec`; signature and docstring give the rest.
+
+    `register` says what an alias maps to; `beta` defaults to the hyperparameter of that name, if there is one.
+    """
+
+    aliases: Mapping[str, str | tuple[str, Mapping[str, Any]]] | None
+    beta: str | None
+    difference_only: bool
+    holds_chosen: bool
+    monotone: bool
+    needs: Iterable[str]
+    needs_reference: bool
+    reads: Iterable[str]
+    separable: bool
+    stateful: bool
+    valid: Callable[[Any], Tensor] | None
+
+
+TRAITS = tuple(Traits.__annotations__)
 
 
 def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec:
     """The spec that `register` makes of a function; nothing is registered.
-
-    Args:
-        function: The loss.
-        name: Its name; that of the function if None.
-        **traits: As `register` takes them.
 
     Raises:
         ValueError: If the name is not an identifier or a field is unknown.
@@ -127,40 +127,34 @@ def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec
     unknown = sorted(traits.keys() - set(TRAITS))
     if unknown:
         raise TypeError(f"{name}: got the unknown trait {unknown[0]!r}, expected {', '.join(TRAITS)}")
-    text = docstring.parse(function)
-    kind, feedback, parameters = _signature(function, name)
+    kind, parameters = _signature(function, name)
     beta = traits.pop("beta", None) or ("beta" if "beta" in parameters else None)
     if beta is not None and beta not in parameters:
         raise TypeError(
             f"{name}: beta: got {beta!r}, expected one of its hyperparameters {sorted(parameters)}"
         )
-    strength = beta if traits.get("needs_reference", True) else None
-    described = {**docstring.standard_args(kind, feedback, parameters, strength), **text.args}
+    strength = {beta: docstring.STRENGTH} if traits.get("needs_reference", True) else {}
+    described = {**docstring.PARAMETERS, **strength, **docstring.arguments(function)}
+    parts = docstring.parse(function)
+    parts["returns"] = parts["returns"] or docstring.RETURNS[kind]
     aliases = {
         alias: Alias(entry) if isinstance(entry, str) else Alias(*entry)
         for alias, entry in (traits.pop("aliases", None) or {}).items()
+    }
+    hyperparameters = {
+        key: Parameter.of(key, annotation, default, described.get(key, ""))
+        for key, (annotation, default) in parameters.items()
     }
     return LossSpec(
         name=name,
         function=cast(Any, function),
         feedback=kind,
-        parameters=types.MappingProxyType(
-            {
-                parameter: Parameter.of(parameter, annotation, default, described.get(parameter, ""))
-                for parameter, (annotation, default) in parameters.items()
-            }
-        ),
+        parameters=types.MappingProxyType(hyperparameters),
         aliases=types.MappingProxyType(aliases),
         beta=beta,
         needs=_fields(name, "needs", traits.pop("needs", ())),
         reads=_fields(name, "reads", traits.pop("reads", ())),
-        summary=text.summary,
-        formula=text.formula,
-        returns=text.returns or docstring.standard_returns(kind),
-        paper=text.paper,
-        equation=text.equation,
-        reference=text.reference,
-        note=text.note,
+        **parts,
         **traits,
     )
 
@@ -170,9 +164,9 @@ def complete_docstring(spec: LossSpec) -> None:
     function = spec.function
     if spec.formula and isinstance(function, types.FunctionType):
         feedback = next(iter(inspect.signature(function).parameters))
-        standard = docstring.standard_args(spec.feedback, feedback, (), None)
+        reads = docstring.reads(spec.feedback, spec.needs_reference, spec.needs)
         described = {name: parameter.description for name, parameter in spec.parameters.items()}
-        args = {**standard, **described, **docstring.parse(function).args}
+        args = {feedback: reads, **described, **docstring.arguments(function)}
         function.__doc__ = docstring.completed(function, args, spec.returns)
 
 
@@ -183,8 +177,8 @@ def _fields(name: str, trait: str, listed: Iterable[str]) -> frozenset[str]:
     return frozenset(listed)
 
 
-def _signature(function: Any, name: str) -> tuple[type, str, dict[str, tuple[Any, Any]]]:
-    """Kind of feedback, name of its parameter, and annotation and default of each hyperparameter."""
+def _signature(function: Any, name: str) -> tuple[type, dict[str, tuple[Any, Any]]]:
+    """Kind of feedback, and annotation and default of each hyperparameter."""
     try:
         hints = get_type_hints(function, include_extras=True)
     except NameError as error:
@@ -202,8 +196,4 @@ def _signature(function: Any, name: str) -> tuple[type, str, dict[str, tuple[Any
             raise TypeError(
                 f"{name}: {parameter.name}: got a {parameter.kind.description} parameter, expected keyword-only"
             )
-    return (
-        kind,
-        first.name,
-        {parameter.name: (hints.get(parameter.name, Any), parameter.default) for parameter in rest},
-    )
+    return kind, {parameter.name: (hints.get(parameter.name, Any), parameter.default) for parameter in rest}

@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 
 
-def _one_rank(sums: Tensor) -> Tensor:
-    return sums
-
-
 class State:
     """Base of the states: named numbers that are saved, restored and held still in evaluation.
 
-    Subclasses name the state in `name`, the attributes to save in `saved` and the constructor's arguments in
-    `settings`.
-
     Attributes:
+        name: What configurations call it.
+        saved: Attributes to save.
+        settings: Arguments of the constructor.
         training: Whether calls change the state.
-        all_sum: Sums a tensor over all ranks. Trainers set it; the default is the identity, for one rank.
+        all_sum: Sums a tensor over all ranks. Trainers set it; the default is for one rank.
     """
 
     name: ClassVar[str]
@@ -34,7 +30,7 @@ class State:
 
     def __init__(self) -> None:
         self.training = True
-        self.all_sum: Callable[[Tensor], Tensor] = _one_rank
+        self.all_sum: Callable[[Tensor], Tensor] = torch.clone
 
     def train(self, mode: bool = True) -> None:
         """Let calls change the state, or hold it still."""
@@ -48,11 +44,7 @@ class State:
         return {name: getattr(self, name) for name in self.saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave.
-
-        Raises:
-            ValueError: If the names differ from those saved here.
-        """
+        """Restore what `state_dict` gave; ValueError if the names differ."""
         if set(state) != set(self.saved):
             raise ValueError(f"state: got {sorted(state)}, expected {sorted(self.saved)} for {self!r}")
         for name in self.saved:
@@ -68,11 +60,9 @@ class State:
 
     def __eq__(self, other: object) -> bool:
         """Same name, settings and state."""
-        return (
-            isinstance(other, State)
-            and self.config() == other.config()
-            and self.state_dict() == other.state_dict()
-        )
+        if not isinstance(other, State):
+            return False
+        return (self.config(), self.state_dict()) == (other.config(), other.state_dict())
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -84,8 +74,7 @@ class State:
         counted = counted & values.detach().isfinite()
         kept = torch.where(counted, values.detach(), 0.0).double()
         sums = self.all_sum(torch.stack([counted.sum().double(), kept.sum(), (kept**2).sum()]))
-        count, total, squares = sums.tolist()
-        return count, total, squares
+        return tuple(sums.tolist())
 
 
 def from_config(value: Any, *kinds: type[State]) -> Any:
@@ -98,16 +87,9 @@ def from_config(value: Any, *kinds: type[State]) -> Any:
 
 
 def resolve(name: str, value: Any, *inputs: Any, functions: Mapping[str, Callable[..., Any]] = {}) -> Any:
-    """The value of a hyperparameter for a batch: what its state or function returns, or the fixed value.
+    """The value of a hyperparameter for a batch: what its state or function makes of the inputs, or the fixed value.
 
-    Args:
-        name: Name of the hyperparameter.
-        value: A state, a function, the name of a function, or a fixed value.
-        *inputs: What states and functions are called with.
-        functions: Functions that have a name.
-
-    Raises:
-        ValueError: For the name of a state, such as `"running"`: a state made here would be forgotten after the call.
+    The name of a state, such as `"running"`, is refused: a state made here would be forgotten after the call.
     """
     if isinstance(value, str):
         if value not in functions:
@@ -126,10 +108,6 @@ class Schedule(State):
         start: Value before the first step.
         end: Value from step `steps` on.
         steps: Number of optimizer steps, at least 1.
-
-    Raises:
-        TypeError: If an argument is not a number.
-        ValueError: If `steps` is below 1 or a value not finite.
     """
 
     saved = ("done",)

@@ -36,20 +36,12 @@ def log_odds(ratios: LogRatios) -> Tensor:
 
 
 def lengths(ratios: LogRatios) -> Tensor:
-    """Token counts, [...], in the log-probs' dtype.
-
-    Raises:
-        ValueError: If they are unknown.
-    """
+    """Token counts, [...], in the log-probs' dtype."""
     return required(ratios, "tokens").to(ratios.policy.dtype)
 
 
 def scores_of(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Scores of the chosen and of the rejected completions, each [pairs], in the log-ratios' dtype, no gradient.
-
-    Raises:
-        ValueError: If the pairs carry none.
-    """
+    """Scores of the chosen and of the rejected completions, each [pairs], in the log-ratios' dtype, no gradient."""
     dtype = pairs.chosen.policy.dtype
     chosen, rejected = required(pairs, "score_chosen"), required(pairs, "score_rejected")
     return chosen.detach().to(dtype), rejected.detach().to(dtype)
@@ -57,9 +49,6 @@ def scores_of(pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 def score_gap(pairs: Pairs) -> Tensor:
     """How much higher the chosen completion is scored, [pairs], in the scores' unit, without gradient.
-
-    Raises:
-        ValueError: If the pairs carry no scores.
 
     Example:
         >>> score_gap(Pairs.of([0.0], [0.0], score_chosen=[2.0], score_rejected=[0.5]))
@@ -70,22 +59,13 @@ def score_gap(pairs: Pairs) -> Tensor:
 
 
 def per_token(ratios: LogRatios, name: str) -> Tensor:
-    """What the per-token rows hold under a name, [..., T].
-
-    Raises:
-        ValueError: If there are no rows, or they lack it.
-    """
+    """What the per-token rows hold under a name, [..., T]."""
     return required(required(ratios, "per_token"), name)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """An f-divergence between policy and reference: the score s(h) that takes the place of the log-ratio.
-
-    Attributes:
-        name: As written in a loss's string.
-        score: h -> s.
-    """
+    """An f-divergence between policy and reference: the score s(h) that takes the place of the log-ratio."""
 
     name: str
     score: Callable[[Tensor], Tensor]
@@ -99,22 +79,17 @@ DIVERGENCES = "'forward_kl', 'js', 'chi_squared' or 'alpha(a)' with 0 < a < 1"
 
 
 def as_divergence(value: Any) -> Divergence:
-    """A divergence from its name: `forward_kl`, `js`, `alpha(0.5)` or `chi_squared`.
-
-    Raises:
-        ValueError: If the name is unknown or alpha outside (0, 1).
-        TypeError: If it is not a string.
-    """
+    """A divergence from its name, one of `DIVERGENCES`."""
     if isinstance(value, Divergence):
         return value
     if not isinstance(value, str):
-        raise TypeError(f"got {value!r}, expected {DIVERGENCES}")
+        raise TypeError
     named = {"forward_kl": maths.forward_kl, "js": maths.jensen_shannon, "chi_squared": maths.chi_squared}
     if value in named:
         return Divergence(value, named[value])
     match = re.fullmatch(r"alpha\(([\d.]+)\)", value)
     if not match or not 0 < float(match.group(1)) < 1:
-        raise ValueError(f"got {value!r}, expected {DIVERGENCES}")
+        raise ValueError
     alpha = float(match.group(1))
     return Divergence(value, lambda h: maths.alpha_divergence(h, alpha))
 
@@ -139,9 +114,6 @@ def reweighted_tail(pairs: Pairs, alpha: float) -> Pairs:
     r"""LD-DPO: of the longer side, tokens beyond the shorter side's length count :math:`\alpha`.
 
     Policy and reference alike; the token counts stay those of the completions.
-
-    Raises:
-        ValueError: If the pairs carry no per-token values.
     """
     chosen, rejected = required(pairs.chosen, "per_token"), required(pairs.rejected, "per_token")
     shared = torch.minimum(chosen.mask.sum(-1), rejected.mask.sum(-1))
@@ -158,24 +130,22 @@ def reweighted_tail(pairs: Pairs, alpha: float) -> Pairs:
     return replace(pairs, chosen=side(chosen), rejected=side(rejected))
 
 
-def clamped_tokens(ratios: LogRatios, low: float, high: float) -> LogRatios:
-    """Humanline: each token's log-ratio clamped to [low, high] nats before the sum; no gradient outside.
+def clamped_tokens(feedback: Any, low: float, high: float) -> Any:
+    """Humanline: each token's log-ratio clamped to [low, high] nats before the sum; no gradient outside."""
 
-    Raises:
-        ValueError: If the completions carry no per-token values with a reference.
-    """
-    rows, reference = required(ratios, "per_token"), per_token(ratios, "reference")
-    h = (rows.policy - reference).clamp(low, high)
-    return replace(rows, policy=torch.where(rows.mask, reference + h, 0.0)).log_ratios()
+    def clamped(ratios: LogRatios) -> LogRatios:
+        rows, reference = required(ratios, "per_token"), per_token(ratios, "reference")
+        h = (rows.policy - reference).clamp(low, high)
+        return replace(rows, policy=torch.where(rows.mask, reference + h, 0.0)).log_ratios()
+
+    names = ("chosen", "rejected") if isinstance(feedback, Pairs) else ("completions",)
+    return replace(feedback, **{name: clamped(getattr(feedback, name)) for name in names})
 
 
 def confidence(pairs: Pairs) -> Tensor:
     r"""WPO's weight of each pair, [pairs], without gradient: :math:`\min(1, e^{a_w + a_l})`.
 
     a is the mean over tokens of the log-prob minus the log of the sum over the vocabulary of squared probabilities.
-
-    Raises:
-        ValueError: If the pairs carry no `per_token.log_sum_sq`.
     """
     total = pairs.chosen.policy.new_zeros(pairs.shape)
     for side in (pairs.chosen, pairs.rejected):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -120,21 +120,20 @@ def _spec_of(terms: Sequence[Term]) -> LossSpec:
     if len(kinds) > 1 and kinds != {Pairs, Labels}:
         listed = ", ".join(f"{spec.name} takes {spec.feedback.__name__}" for spec in specs)
         raise TypeError(f"terms: got losses of different feedback ({listed}), expected one kind")
+
+    def over(combine: Callable[[Any], Any], *traits: str) -> dict[str, Any]:
+        return {trait: combine([getattr(spec, trait) for spec in specs]) for trait in traits}
+
     return LossSpec(
         name=" + ".join(f"{weight:g}*{loss.name}" for weight, loss in terms),
         function=_no_function,
         feedback=Pairs if Pairs in kinds else kinds.pop(),
         parameters=types.MappingProxyType({}),
-        needs_reference=any(spec.needs_reference for spec in specs),
-        separable=all(spec.separable for spec in specs),
-        difference_only=all(spec.difference_only for spec in specs),
-        monotone=all(spec.monotone for spec in specs),
-        # The weights decide; prefloss.diagnosis.resists_falling measures.
-        holds_chosen=all(spec.holds_chosen for spec in specs),
-        stateful=any(spec.stateful for spec in specs),
-        needs=frozenset().union(*(spec.needs for spec in specs)),
-        reads=frozenset().union(*(spec.reads for spec in specs)),
         summary="Weighted sum of losses.",
+        # The weights decide about holds_chosen; prefloss.diagnosis.resists_falling measures.
+        **over(all, "separable", "difference_only", "monotone", "holds_chosen"),
+        **over(any, "needs_reference", "stateful"),
+        **over(lambda sets: frozenset().union(*sets), "needs", "reads"),
     )
 
 

@@ -51,8 +51,7 @@ def gamma_po(
         Single source: the authors' code, whose search this follows: a step of min(0.5 / tau, 1) from even margins, and
         the margins before its last step. Published (beta, gamma/beta, tau): Llama-3 (10, 0.4, 10), the default; Gemma-2
         (10, 0.5, 20); Mistral (2.5, 0.15, 10); Qwen (10, 0.3, 3). Their queue starts with eight normal draws, here it
-        is empty; each rank keeps its own. The plain function does not take `"running"`; `get` makes the state. When to
-        use: as `simpo`, with pairs of uneven quality.
+        is empty; each rank keeps its own. When to use: as `simpo`, with pairs of uneven quality.
 
     Reference: Sun et al. 2025, arXiv:2506.03690.
     """

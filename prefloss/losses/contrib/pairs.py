@@ -236,15 +236,13 @@ def asft(pairs: Pairs, *, beta: NonNegative = 0.1) -> Tensor:
         \bar p = \pi(y \mid x)^{1 / |y|}
 
     Args:
-        pairs: Reads the policy log-probs of both sides, [pairs], nats, and the token counts.
         beta: Weight of the preference beside the NLL.
 
     Returns:
         Loss of each pair, [pairs], nats per token; not reduced.
 
     Example:
-        >>> chosen, rejected = LogRatios([-20.0], tokens=[10]), LogRatios([-24.0], tokens=[8])
-        >>> asft(Pairs(chosen, rejected), beta=0.1)
+        >>> asft(Pairs(LogRatios([-20.0], tokens=[10]), LogRatios([-24.0], tokens=[8])), beta=0.1)
         tensor([2.2051])
 
     Note:
@@ -272,8 +270,7 @@ def selm(pairs: Pairs, *, beta: Positive = 0.01, alpha: NonNegative = 0.001) -> 
         Loss of each pair, [pairs], nats; not reduced. Unbounded below.
 
     Example:
-        >>> pairs = Pairs.of(chosen=[1.5], rejected=[-1.0], gold=LogRatios.of([-2.0]))
-        >>> selm(pairs, beta=0.1, alpha=0.1)
+        >>> selm(Pairs.of([1.5], [-1.0], gold=LogRatios.of([-2.0])), beta=0.1, alpha=0.1)
         tensor([0.5559])
 
     Note:

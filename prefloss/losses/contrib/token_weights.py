@@ -22,8 +22,6 @@ def mallows_dpo(pairs: Pairs, *, beta: Positive = 0.1, dispersion: Positive = 0.
         e = \frac{1}{|y|} \sum_t \frac{H(\pi_\mathrm{ref}(\cdot \mid t))}{\log V}
 
     Args:
-        pairs: Reads the log-ratios h of both sides, [pairs], nats, and at each token the reference's entropy over that
-            of the uniform distribution, [pairs, T].
         dispersion: Scale d that brings φ to about 1; a statistic of the data.
 
     Example:
