@@ -18,7 +18,7 @@ from prefloss.hyperparameters import Coerce, Interval, Parameter, plain_type
 from prefloss.registry import Loss, get, specs
 from prefloss.testing.fields import trainable, with_leaves
 from prefloss.testing.run import check, for_all
-from prefloss.testing.subject import Subject, differs, slopes
+from prefloss.testing.subject import Subject, as_loss, differs, slopes
 
 STATE = "an object derived from prefloss.hyperparameters.State that is a hyperparameter"
 
@@ -33,10 +33,8 @@ def check_state(subject: Subject) -> None:
     if not subject.spec.stateful and not _state_was_passed(subject):
         states = f"a state in {', '.join(sorted(subject.loss.state))}"
         raise subject.failed("stateful=False", states, "no state", change="declare stateful=True")
-    _check_moves(subject, first)
-    _check_not_shared(subject, first, second)
-    _check_rests(subject, first, second)
-    _check_restored(subject, first, second)
+    for part in (_check_moves, _check_not_shared, _check_rests, _check_restored):
+        part(subject, first, second)
 
 
 def _state_was_passed(subject: Subject) -> bool:
@@ -52,63 +50,50 @@ def _check_stateless(subject: Subject, first: Feedback, second: Feedback) -> Non
         change = f"keep it in {STATE}, or declare stateful=False"
         raise subject.failed("stateful=True", "no state at the defaults", "one", change=change)
     loss = subject.fresh()
-    before = subject.detached(loss, first)
-    subject.detached(loss, second)
-    after = subject.detached(loss, first)
-    if not torch.equal(before, after):
-        what = "values in training after another batch of a loss that declares no state"
-        raise subject.failed(what, after, before, first)
+    before, _, after = (subject.detached(loss, feedback) for feedback in (first, second, first))
+    what = "values in training after another batch of a loss that declares no state"
+    subject.expect(what, after, before, first, exactly=True)
 
 
-def _check_moves(subject: Subject, feedback: Feedback) -> None:
-    loss = subject.fresh()
-    before = copy.deepcopy(loss.state_dict())
-    subject.detached(loss, feedback)
+def _check_moves(subject: Subject, first: Feedback, second: Feedback) -> None:
+    before = copy.deepcopy(subject.fresh().state_dict())
+    loss = subject.trained(first)
     loss.step()
     if loss.state_dict() == before:
         what, change = "state after a batch and a step in training", "save in state_dict what moves"
-        raise subject.failed(what, str(before), "another one", feedback, change)
+        raise subject.failed(what, str(before), "another one", first, change)
 
 
 def _check_not_shared(subject: Subject, first: Feedback, second: Feedback) -> None:
-    used, other = subject.fresh(), subject.fresh()
+    other = subject.fresh()
     expected = subject.detached(subject.fresh(), first)
     before = copy.deepcopy(other.state_dict())
-    subject.detached(used, second)
+    subject.trained(second)
     values = subject.detached(subject.fresh(), first)
     if other.state_dict() != before or not torch.equal(values, expected):
         what = "values of a fresh object after another one was trained"
         change = "make the state in the constructor (or in Coerce), never in the module or class"
         raise subject.failed(what, values, expected, first, change)
     if subject.spec.parameters and not _state_was_passed(subject):
-        one, another = (get(subject.spec.name, **_required(subject)) for _ in range(2))
+        one, another = as_loss(subject.spec), as_loss(subject.spec)
         shared = [name for name, state in one.state.items() if another.state[name] is state]
         if shared:
             what, change = f"get({subject.spec.name!r}) twice", "let Coerce make it from a string"
             raise subject.failed(what, f"the same {shared[0]}", "an object for each loss", change=change)
 
 
-def _required(subject: Subject) -> dict[str, Any]:
-    parameters = subject.spec.parameters
-    return {name: subject.loss.params[name] for name in parameters if parameters[name].required}
-
-
 def _check_rests(subject: Subject, first: Feedback, second: Feedback) -> None:
-    loss = subject.fresh()
-    subject.detached(loss, first)
-    loss.eval()
+    loss = subject.trained(first).eval()
     before = copy.deepcopy(loss.state_dict())
     subject.detached(loss, second)
     loss.step()
-    after = loss.state_dict()
-    if after != before:
+    if loss.state_dict() != before:
         what, change = "state after a batch in evaluation", "change it only where self.training is True"
-        raise subject.failed(what, str(after), str(before), second, change)
+        raise subject.failed(what, str(loss.state_dict()), str(before), second, change)
 
 
 def _check_restored(subject: Subject, first: Feedback, second: Feedback) -> None:
-    trained, restored = subject.fresh(), subject.fresh()
-    subject.detached(trained, first)
+    trained, restored = subject.trained(first), subject.fresh()
     trained.step()
     saved = trained.state_dict()
     try:
@@ -116,12 +101,11 @@ def _check_restored(subject: Subject, first: Feedback, second: Feedback) -> None
     except (TypeError, ValueError) as error:
         what, change = f"state {saved} through JSON", "save plain numbers, strings and lists"
         raise subject.failed(what, str(error), "the same state", change=change) from error
+    what = "values of a loss restored from state_dict, against the one that was not interrupted"
+    change = "list every attribute that moves in `saved`"
     for feedback in (second, first):
-        values, expected = subject.detached(restored, feedback), subject.detached(trained, feedback)
-        if not torch.equal(values, expected):
-            what = "values of a loss restored from state_dict, against the one that was not interrupted"
-            change = "list every attribute that moves in `saved`"
-            raise subject.failed(what, values, expected, feedback, change)
+        values, expected = (subject.detached(loss, feedback) for loss in (restored, trained))
+        subject.expect(what, values, expected, feedback, change, exactly=True)
 
 
 @check(change="use hyperparameters that are literals or objects with a repr")
@@ -140,38 +124,33 @@ def check_pickle(subject: Subject) -> None:
 def _check_copies(
     subject: Subject, how: str, copied: Callable[[Loss], Loss], with_state: bool = False
 ) -> None:
+    others = {
+        name: subject.other_values(name)
+        for name, parameter in subject.spec.parameters.items()
+        if plain_type(parameter.type) in (int, float)
+    }
+    one_changed = [{name: values[-1]} for name, values in others.items() if values][:1]
+
     def body(feedback: Feedback) -> None:
-        for changes in [{}, *_one_changed_number(subject)]:
-            loss = subject.fresh(**changes)
-            if with_state and loss.state:
-                subject.detached(loss, feedback)
+        for changes in ({}, *one_changed):
+            loss = subject.trained(*[feedback] * with_state, **changes)
             try:
                 other = copied(loss)
             except Exception as error:
                 got = f"{type(error).__name__}: {error}"
                 raise subject.failed(f"{how} of {loss!r}", got, "a loss") from error
             values, expected = subject.detached(other.train(), feedback), subject.detached(loss, feedback)
-            if not torch.equal(values, expected):
-                raise subject.failed(f"values of {how} of {loss!r}", values, expected, feedback)
+            subject.expect(f"values of {how} of {loss!r}", values, expected, feedback, exactly=True)
 
     for_all(subject, body, size=3)
 
 
-def _one_changed_number(subject: Subject) -> Iterator[dict[str, Any]]:
-    for name, parameter in subject.spec.parameters.items():
-        others = subject.other_values(name)
-        if others and plain_type(parameter.type) in (int, float):
-            yield {name: others[-1]}
-            return
-
-
 def _has_no_page(subject: Subject) -> str | None:
-    """A loss of prefloss has a page; a user's loss that starts no page needs none."""
     if subject.is_sum:
         return "is a sum of losses, which have pages of their own"
-    module = getattr(subject.spec.function, "__module__", "") or ""
-    starts = subject.spec.formula or "\nArgs:\n" in (inspect.getdoc(subject.spec.function) or "")
-    if module.startswith("prefloss.") or starts:
+    function = subject.spec.function
+    starts = subject.spec.formula or "\nArgs:\n" in (inspect.getdoc(function) or "")
+    if (function.__module__ or "").startswith("prefloss.") or starts:
         return None
     return "its docstring has no formula and no Args section; with them prefloss makes a page of it"
 
@@ -180,12 +159,13 @@ def _has_no_page(subject: Subject) -> str | None:
 def check_documentation(subject: Subject) -> None:
     """The docstring has a summary, the formula, and a description of every hyperparameter."""
     spec = subject.spec
-    undescribed = [name for name, parameter in spec.parameters.items() if not parameter.description]
-    missing = [
-        *(["a first line that says what the loss is"] if not spec.summary else []),
-        *(["a `.. math::` block with the formula"] if not spec.formula else []),
-        *(f"a line `{name}: ...` in its Args section" for name in undescribed),
-    ]
+    described = {
+        "a first line that says what the loss is": spec.summary,
+        "a `.. math::` block with the formula": spec.formula,
+    }
+    for name, parameter in spec.parameters.items():
+        described[f"a line `{name}: ...` in its Args section"] = parameter.description
+    missing = [what for what, text in described.items() if not text]
     if missing:
         raise subject.failed("docstring", repr(spec.summary), ", ".join(missing))
 
@@ -197,13 +177,20 @@ def _has_no_hyperparameters(subject: Subject) -> str | None:
 @check(_has_no_hyperparameters, change="annotate it with an Interval")
 def check_hyperparameters(subject: Subject) -> None:
     """A hyperparameter out of its range, of another type or of another name is refused when the loss is built."""
-    for name, parameter in subject.spec.parameters.items():
+    parameters = subject.spec.parameters
+    for name, parameter in parameters.items():
         for value in _refusable(parameter):
             _check_refused(subject, name, value, f"its range is {parameter.constraint or parameter.type}")
     _check_refused(subject, "no_such_hyperparameter", 1.0, "it has none of that name")
     if specs.get(subject.spec.name) is subject.spec:
+        required = {name: subject.loss.params[name] for name in parameters if parameters[name].required}
         for alias in subject.spec.aliases:
-            _check_alias(subject, alias)
+            try:
+                loss = get(alias, **required)
+                subject.detached(loss.eval(), subject.seeded(1, size=2))
+            except (TypeError, ValueError) as error:
+                change = "give it what the loss needs"
+                raise subject.failed(f"alias {alias!r}", str(error), "a loss", change=change) from error
 
 
 def _refusable(parameter: Parameter) -> Iterator[Any]:
@@ -218,13 +205,10 @@ def _refusable(parameter: Parameter) -> Iterator[Any]:
     elif kind in (int, float):
         yield from (math.nan, math.inf, "0.1", True)
         if isinstance(parameter.constraint, Interval):
-            yield from _outside(parameter.constraint)
-
-
-def _outside(interval: Interval) -> Iterator[float]:
-    yield from (float(bound) for bound in (interval.gt, interval.lt) if bound is not None)
-    yield from (float(bound) - 1e-6 for bound in (interval.ge, interval.gt) if bound is not None)
-    yield from (float(bound) + 1e-6 for bound in (interval.le, interval.lt) if bound is not None)
+            allowed = parameter.constraint
+            bounds = [x for x in (allowed.gt, allowed.ge, allowed.lt, allowed.le) if x is not None]
+            near = [bound + step for bound in bounds for step in (0.0, -1e-6, 1e-6)]
+            yield from (value for value in near if value not in allowed)
 
 
 def _check_refused(subject: Subject, name: str, value: Any, why: str) -> None:
@@ -237,16 +221,6 @@ def _check_refused(subject: Subject, name: str, value: Any, why: str) -> None:
         got, cause = str(error), error
     expected = f"a ValueError or TypeError that names {name}: {why}"
     raise subject.failed(f"get(..., {name}={value!r})", got, expected) from cause
-
-
-def _check_alias(subject: Subject, alias: str) -> None:
-    try:
-        loss = get(alias, **_required(subject))
-        subject.detached(loss.eval(), subject.seeded(1, size=2))
-    except (TypeError, ValueError) as error:
-        raise subject.failed(
-            f"alias {alias!r}", str(error), "a loss", change="give it what the loss needs"
-        ) from error
 
 
 @check(_has_no_hyperparameters)
@@ -273,7 +247,7 @@ def _has_effect(subject: Subject, name: str, others: list[Any]) -> bool:
 
 
 def _choices(subject: Subject, name: str) -> Iterator[dict[str, Any]]:
-    """The loss as it is, then with each other choice of the hyperparameters that choose between forms."""
+    """No change, then each other choice of the hyperparameters that choose between forms."""
     yield {}
     for other, parameter in subject.spec.parameters.items():
         kind = plain_type(parameter.type)

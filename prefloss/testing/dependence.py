@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import random
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,37 +25,44 @@ DROPS = (0.3, 5.0, 80.0, 1500.0)
 @check(change="declare separable=False, or use no mean, sum, sort or other statistic over the batch")
 def check_separability(subject: Subject) -> None:
     """A separable loss gives an example the same value alone as in a batch; one that is not, somewhere does not."""
+
+    def body(feedback: Feedback) -> None:
+        what = "values in the batch, against those of the examples alone"
+        alone = _alone(subject, subject.settled, feedback)
+        subject.expect(what, subject.settled_values(feedback), alone, feedback)
+
     if subject.spec.separable:
-        for_all(subject, lambda feedback: _check_alone(subject, feedback))
+        for_all(subject, body)
         return
     for feedback in subject.searched():
-        for loss in (lambda: subject.settled, subject.fresh):
-            if differs(subject.detached(loss(), feedback), _alone(subject, loss, feedback)):
+        for loss in subject.modes.values():
+            if differs(subject.detached(copy.deepcopy(loss), feedback), _alone(subject, loss, feedback)):
                 return
     got = f"the value that each example has alone in {SEARCHED} batches"
     raise subject.failed("separable=False", got, "another value somewhere", change="declare separable=True")
 
 
-def _check_alone(subject: Subject, feedback: Feedback) -> None:
-    alone = _alone(subject, lambda: subject.settled, feedback)
-    what = "values in the batch, against those of the examples alone"
-    subject.expect(what, subject.settled_values(feedback), alone, feedback)
-
-
-def _alone(subject: Subject, loss: Callable[[], Loss], feedback: Feedback) -> Tensor:
+def _alone(subject: Subject, loss: Loss, feedback: Feedback) -> Tensor:
     examples = [fields.select(feedback, torch.tensor([place])) for place in range(feedback.shape[0])]
-    return torch.cat([subject.detached(loss(), example) for example in examples])
+    return torch.cat([subject.detached(copy.deepcopy(loss), example) for example in examples])
 
 
 @check(change="declare needs_reference=True")
 def check_needs_reference(subject: Subject) -> None:
     """The reference's log-probs matter if and only if the loss declares needs_reference."""
+    generator = torch.Generator().manual_seed(3)
+
+    def change_reference(part: LogRatios) -> LogRatios:
+        nats = torch.empty_like(part.policy).uniform_(-9.0, -0.5, generator=generator)
+        return fields.shifted(part, reference=nats)
+
     for feedback in subject.searched(reference=True):
         values = subject.settled_values(feedback)
-        other_values = subject.settled_values(_with_other_reference(feedback))
+        other_values = subject.settled_values(fields.map_parts(feedback, change_reference))
         if not subject.spec.needs_reference:
             subject.expect("values with another reference", other_values, values, feedback)
-            bare = subject.settled_values(fields.map_parts(feedback, _without_reference))
+            absent = {path: None for path in fields.tensors(feedback) if path.endswith(".reference")}
+            bare = subject.settled_values(fields.with_tensors(feedback, absent))
             subject.expect("values without a reference", bare, values, feedback)
         elif differs(values, other_values):
             return
@@ -63,33 +71,14 @@ def check_needs_reference(subject: Subject) -> None:
         raise subject.no_effect("values with another reference", change)
 
 
-def _with_other_reference(feedback: Feedback) -> Feedback:
-    source = random.Random(3)
-
-    def change(part: LogRatios) -> LogRatios:
-        nats = [source.uniform(-9.0, -0.5) for _ in range(part.policy.numel())]
-        return fields.shifted(part, reference=torch.tensor(nats, dtype=part.policy.dtype).reshape(part.shape))
-
-    return fields.map_parts(feedback, change)
-
-
-def _without_reference(part: LogRatios) -> LogRatios:
-    rows = part.per_token
-    return replace(part, reference=None, per_token=None if rows is None else replace(rows, reference=None))
-
-
 @check()
 def check_preference(subject: Subject) -> None:
     """What people preferred matters: other labels, other scores, or the sides of a pair exchanged, change a value."""
     for feedback in subject.searched():
         if differs(subject.settled_values(feedback), subject.settled_values(_turned(feedback))):
             return
-    opposite = {
-        Pairs: "chosen and rejected exchanged",
-        Labels: "opposite labels and scores",
-        Rankings: "the scores reversed",
-    }
-    what = f"values with {opposite[subject.spec.feedback]}"
+    opposite = {Pairs: "chosen and rejected exchanged", Labels: "opposite labels and scores"}
+    what = f"values with {opposite.get(subject.spec.feedback, 'the scores reversed')}"
     raise subject.no_effect(what, "a loss learns what people preferred, so read it")
 
 
@@ -106,8 +95,7 @@ def _turned(feedback: Feedback) -> Feedback:
 @check(lambda subject: None if subject.spec.beta else "declares no KL strength")
 def check_beta(subject: Subject) -> None:
     """The hyperparameter that the loss declares as its KL strength is a number, and changes the values."""
-    name, now = subject.spec.beta, subject.loss.beta
-    assert name is not None
+    name, now = str(subject.spec.beta), subject.loss.beta
     if isinstance(now, bool) or not isinstance(now, int | float):
         raise subject.failed(f"beta={name!r}", repr(now), "a number")
     for feedback in subject.searched():
@@ -120,11 +108,8 @@ def check_beta(subject: Subject) -> None:
 
 def _after_training(subject: Subject, feedback: Feedback, **changes: Any) -> Tensor:
     """The values after one batch of training, so that a setting of the state shows too."""
-    loss = subject.fresh(**changes)
-    if not loss.state:
-        return subject.detached(loss.eval(), feedback)
-    subject.detached(loss, subject.seeded(12, size=4))
-    return subject.detached(loss, feedback)
+    loss = subject.trained(subject.seeded(12, size=4), **changes)
+    return subject.detached(loss if loss.state else loss.eval(), feedback)
 
 
 @check()
@@ -178,28 +163,27 @@ def _losses_of_each_setting(subject: Subject) -> Iterator[Loss]:
 
 
 def _check_unread(subject: Subject, need: str) -> None:
-    for feedback in subject.searched(2, size=3, fields=subject.fields | {need}):
-        subject.narrowed(feedback, lambda item: _check_unchanged(subject, item, need))
-
-
-def _check_unchanged(subject: Subject, feedback: Feedback, need: str) -> None:
     """Values stay without a field, and with other numbers in it."""
-    values = subject.settled_values(feedback)
     what, change = f"values without {need}", f"declare {need!r} in needs or in reads"
-    try:
-        bare = subject.settled(fields.without(feedback, need)).detach()
-    except Exception as error:
-        got = f"{type(error).__name__} ({error})"
-        raise subject.failed(what, got, values, feedback, change) from error
-    subject.expect(what, bare, values, feedback, change)
-    other_values = subject.settled_values(fields.altered(feedback, need, 0))
-    subject.expect(f"values with other {need}", other_values, values, feedback, change)
+
+    def body(feedback: Feedback) -> None:
+        values = subject.settled_values(feedback)
+        try:
+            bare = subject.settled(fields.without(feedback, need)).detach()
+        except Exception as error:
+            got = f"{type(error).__name__} ({error})"
+            raise subject.failed(what, got, values, feedback, change) from error
+        subject.expect(what, bare, values, feedback, change)
+        other_values = subject.settled_values(fields.altered(feedback, need, 0))
+        subject.expect(f"values with other {need}", other_values, values, feedback, change)
+
+    for feedback in subject.searched(2, size=3, fields=subject.fields | {need}):
+        subject.narrowed(feedback, body)
 
 
 def _is_modified(subject: Subject) -> str | None:
-    if subject.modifiers:
-        return f"changed by {', '.join(subject.modifiers)}: the trait is that of the plain loss"
-    return None
+    modifiers = ", ".join(subject.loss.modifiers)
+    return f"changed by {modifiers}: the trait is that of the plain loss" if modifiers else None
 
 
 def _has_no_difference(subject: Subject) -> str | None:
@@ -220,43 +204,35 @@ def _has_no_difference(subject: Subject) -> str | None:
 @check(_has_no_difference, change="declare difference_only=False")
 def check_difference_only(subject: Subject) -> None:
     """Of what the policy gives, only the difference of a pair's log-ratios matters if and only if that is declared."""
+    body = functools.partial(_check_nothing_beside_the_difference, subject)
     if not subject.spec.difference_only:
-        _check_another_dependence(subject)
-        return
+        if any(subject.fails(feedback, body) for feedback in subject.searched()):
+            return
+        got = f"values that follow from the difference of the log-ratios alone in {SEARCHED} batches"
+        change = "declare difference_only=True, which admits label smoothing, margins and divergences"
+        raise subject.failed("difference_only=False", got, "another dependence somewhere", change=change)
     declared, change = "difference_only=True", "only pairs with a reference have a difference of log-ratios"
     if subject.spec.feedback is not Pairs:
         raise subject.failed(declared, subject.spec.feedback.__name__, "Pairs", change=change)
     if not subject.spec.needs_reference:
         raise subject.failed(declared, "needs_reference=False", "needs_reference=True", change=change)
     for feedback in subject.searched():
-        subject.narrowed(feedback, lambda item: _check_nothing_beside_the_difference(subject, item))
-
-
-def _check_another_dependence(subject: Subject) -> None:
-    for feedback in subject.searched():
-        if subject.fails(feedback, lambda item: _check_nothing_beside_the_difference(subject, item)):
-            return
-    raise subject.failed(
-        "difference_only=False",
-        f"values that follow from the difference of the log-ratios alone in {SEARCHED} batches",
-        "another dependence somewhere",
-        change="declare difference_only=True, which admits label smoothing, margins and divergences",
-    )
+        subject.narrowed(feedback, body)
 
 
 def _check_nothing_beside_the_difference(subject: Subject, feedback: Feedback) -> None:
     """Values stay where each pair keeps its difference."""
     assert isinstance(feedback, Pairs)
     values = subject.settled_values(feedback)
-    source = random.Random(7)
     # Each pair by another constant, downwards, so that no log-prob rises above 0.
-    nats = -torch.tensor([source.uniform(0.5, 4.0) for _ in range(len(values))], dtype=torch.float64)
-    shifts = [(nats, nats)]
-    chosen, rejected = feedback.chosen.tokens, feedback.rejected.tokens
-    if chosen is not None and rejected is not None:
-        shifts.append((nats * chosen, nats * rejected))
-    moved = [subject.settled_values(_with_policy_shift(feedback, *sides)) for sides in shifts]
+    generator = torch.Generator().manual_seed(7)
+    nats = torch.empty(len(values), dtype=torch.float64).uniform_(-4.0, -0.5, generator=generator)
     # The loss may take the difference of the sums or of the means.
+    shifts = [
+        lambda side: fields.shifted(side, policy=nats),
+        lambda side: fields.shifted(side, policy=nats * side.tokens),
+    ]
+    moved = [subject.settled_values(_with_sides(feedback, shift)) for shift in shifts]
     if all(differs(values, other) for other in moved):
         what = f"values with {shown(nats)} nats added to the log-ratios of both sides"
         raise subject.failed(what, moved[0], values, feedback)
@@ -274,21 +250,14 @@ def _with_the_same_log_ratios(pairs: Pairs, nats: Tensor) -> Iterator[tuple[str,
         rejected=fields.shifted(pairs.rejected, policy=2 * nats, reference=2 * nats),
     )
     yield "the same nats added to policy and reference of a side", moved
-    reversed_pairs = replace(
-        pairs, chosen=fields.reversed_tokens(pairs.chosen), rejected=fields.reversed_tokens(pairs.rejected)
-    )
-    yield "nats moved from token to token of a completion", reversed_pairs
+    yield "nats moved from token to token of a completion", _with_sides(pairs, fields.reversed_tokens)
     # What else the policy gives.
     for need in ("gold", "per_token.log_sum_sq", "per_token.kl", "per_token.reverse_kl"):
         yield f"another {need}", fields.altered(pairs, need, 0)
 
 
-def _with_policy_shift(pairs: Pairs, chosen: Tensor, rejected: Tensor) -> Pairs:
-    return replace(
-        pairs,
-        chosen=fields.shifted(pairs.chosen, policy=chosen),
-        rejected=fields.shifted(pairs.rejected, policy=rejected),
-    )
+def _with_sides(pairs: Pairs, change: Callable[[LogRatios], LogRatios]) -> Pairs:
+    return replace(pairs, chosen=change(pairs.chosen), rejected=change(pairs.rejected))
 
 
 @check(_is_modified, change="declare monotone=False")
@@ -296,50 +265,52 @@ def check_monotone(subject: Subject) -> None:
     """The loss never rises with the better completion's log-prob if and only if it declares monotone."""
     if subject.spec.monotone:
         for feedback in subject.searched(SEARCHED // 2):
-            subject.narrowed(feedback, lambda item: _check_no_rise(subject, lambda: subject.settled, item))
+            subject.narrowed(feedback, lambda item: _check_no_rise(subject, subject.settled, item))
         return
     # A state that moves with the batch may turn the direction, so look in training too.
-    losses = [lambda: subject.settled, *([subject.fresh] if subject.loss.state else [])]
-    changed = False
+    losses = [subject.settled, *([subject.fresh()] if subject.loss.state else [])]
+    changed: list[bool] = []
 
     def body(feedback: Feedback) -> None:
-        nonlocal changed
-        for loss in losses:
-            changed = _check_no_rise(subject, loss, feedback) or changed
+        changed.extend([_check_no_rise(subject, loss, feedback) for loss in losses])
 
     batches = 2 * SEARCHED
-    if not any(subject.fails(feedback, body) for feedback in subject.searched(batches)) and changed:
+    if not any(subject.fails(feedback, body) for feedback in subject.searched(batches)) and any(changed):
         got = (
             f"values that never rose with the policy's log-prob of the better completion in {batches} batches"
         )
         raise subject.failed("monotone=False", got, "a rise somewhere", change="declare monotone=True")
 
 
-def _check_no_rise(subject: Subject, loss: Callable[[], Loss], feedback: Feedback) -> bool:
+def _check_no_rise(subject: Subject, loss: Loss, feedback: Feedback) -> bool:
     """Fail if the loss rises with the better completion's log-prob; otherwise return whether it changes at all."""
-    values, changed = _single_or_sum(subject, loss(), feedback), False
+
+    def evaluated(feedback: Feedback) -> Tensor:
+        values = subject.detached(copy.deepcopy(loss), feedback)
+        # Where examples are coupled, one's rise may be another's fall.
+        return values if subject.spec.separable else values.sum()
+
+    def log_probs(feedback: Feedback) -> str:
+        name, better = _better(feedback)
+        return shown(fields.parts(feedback)[name].policy[better])
+
+    values, changed = evaluated(feedback), False
     for lower in _lowered(subject, feedback):
-        below = _single_or_sum(subject, loss(), lower)
+        below = evaluated(lower)
         rise = (values - below) / torch.maximum(values.abs(), below.abs()).clamp(min=1)
         if bool((rise > DEPENDENCE).any()):
-            log_probs = f"from {_better_log_probs(lower)} to {_better_log_probs(feedback)}"
-            what = f"value when the policy's log-prob of the better completion rises {log_probs}"
+            change = f"from {log_probs(lower)} to {log_probs(feedback)}"
+            what = f"value when the policy's log-prob of the better completion rises {change}"
             got = f"a rise from {shown(below)} to {shown(values)}"
             raise subject.failed(what, got, "no rise", feedback)
         changed = changed or bool((rise.abs() > DEPENDENCE).any())
     return changed
 
 
-def _single_or_sum(subject: Subject, loss: Loss, feedback: Feedback) -> Tensor:
-    """Each value of a separable loss, the sum of the others': one example's rise may be another's fall."""
-    values = subject.detached(loss, feedback)
-    return values if subject.spec.separable else values.sum()
-
-
 def _lowered(subject: Subject, feedback: Feedback) -> Iterator[Feedback]:
     """The feedback with a lower log-prob of the better completions: of all, and of one where they are coupled."""
-    name = "chosen" if isinstance(feedback, Pairs) else "completions"
-    part, better = fields.parts(feedback)[name], _better(feedback)
+    name, better = _better(feedback)
+    part = fields.parts(feedback)[name]
     first = better & (better.flatten().cumsum(0).reshape(better.shape) == 1)
     coupled = not subject.spec.separable or bool(subject.loss.state)
     for which in (better, first) if coupled else (better,):
@@ -348,16 +319,11 @@ def _lowered(subject: Subject, feedback: Feedback) -> Iterator[Feedback]:
             yield replace(feedback, **{name: fields.shifted(part, policy=drop)})
 
 
-def _better(feedback: Feedback) -> Tensor:
-    """True at the completions that people preferred: the chosen, the upvoted, the best of a ranking."""
+def _better(feedback: Feedback) -> tuple[str, Tensor]:
+    """A part of the feedback, and True at its completions that people preferred."""
+    if isinstance(feedback, Pairs):
+        return "chosen", torch.ones(feedback.shape, dtype=torch.bool)
     if isinstance(feedback, Labels):
-        return feedback.desirable
-    if isinstance(feedback, Rankings):
-        scores = feedback.scores.masked_fill(~feedback.present, -torch.inf)
-        return scores == scores.max(-1, keepdim=True).values
-    return torch.ones(feedback.shape, dtype=torch.bool)
-
-
-def _better_log_probs(feedback: Feedback) -> str:
-    part = feedback.chosen if isinstance(feedback, Pairs) else feedback.completions
-    return shown(part.policy[_better(feedback)])
+        return "completions", feedback.desirable
+    scores = feedback.scores.masked_fill(~feedback.present, -torch.inf)
+    return "completions", scores == scores.max(-1, keepdim=True).values

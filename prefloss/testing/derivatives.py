@@ -11,33 +11,26 @@ from torch.overrides import TorchFunctionMode
 
 from prefloss.feedback import Feedback, Rankings
 from prefloss.testing.fields import data, parts, select, tensors, trainable, with_leaves, with_tensors
-from prefloss.testing.run import check, for_all
+from prefloss.testing.run import check
 from prefloss.testing.subject import SEARCHED, Subject, close, shown, slopes
 
 STEP = 1e-6
 """Step of the finite differences, nats."""
 
-SIZES = (3, 5, 8, 13)
-"""Batch sizes that a compiled loss gets, one after the other."""
-
-MOST_GRAPHS = 3
-"""The first compilation and two more."""
+SIZES, MOST_GRAPHS = (3, 5, 8, 13), 3
+"""Batch sizes that a compiled loss gets, one after the other; the first compilation and two more."""
 
 
-@check()
-def check_data_gradient(subject: Subject) -> None:
+@check(draws={"weight": True})
+def check_data_gradient(subject: Subject, feedback: Feedback) -> None:
     """Reference, KL baselines, scores and weights get no gradient, even where they could take one."""
-
-    def body(feedback: Feedback) -> None:
-        attached, leaves = with_leaves(feedback, data(feedback) | trainable(feedback))
-        of_data = {path: leaves[path] for path in data(feedback)}
-        for loss in subject.modes.values():
-            for path, slope in slopes(subject.call(loss, attached).sum(), of_data).items():
-                if bool((slope != 0).any()):
-                    change = f"it is data, so .detach() {path.split('.')[-1]} where the loss reads it"
-                    raise subject.failed(f"gradient of {path}", slope, "none", feedback, change)
-
-    for_all(subject, body, weight=True)
+    attached, leaves = with_leaves(feedback, data(feedback) | trainable(feedback))
+    of_data = {path: leaves[path] for path in data(feedback)}
+    for loss in subject.modes.values():
+        for path, slope in slopes(subject.call(loss, attached).sum(), of_data).items():
+            if bool((slope != 0).any()):
+                change = f"it is data, so .detach() {path.split('.')[-1]} where the loss reads it"
+                raise subject.failed(f"gradient of {path}", slope, "none", feedback, change)
 
 
 @check(
@@ -84,13 +77,13 @@ def _compare_slopes(subject: Subject, feedback: Feedback) -> bool:
             return subject.call(loss, with_tensors(feedback, leaves))
 
     base = values()
-    constants.replay()
     exact = [slopes(value, leaves) for value in base]
     rounding = float(base.detach().abs().max()) * 1e-9
     for path, leaf in leaves.items():
         for place in _places_that_count(feedback, path):
-            left, right = _one_sided(values, leaf, place, base.detach())
-            if left is None or right is None:
+            try:
+                left, right = (_slope(values, leaf, place, base.detach(), step) for step in (-STEP, STEP))
+            except _AnotherPath:
                 return False
             gradient = torch.stack([slope[path][place] for slope in exact])
             numeric = (left + right) / 2
@@ -98,40 +91,31 @@ def _compare_slopes(subject: Subject, feedback: Feedback) -> bool:
             if bool((left - right).abs().max() > 1e-3 * scale + rounding):
                 return False
             if bool((gradient - numeric).abs().max() > 1e-5 * scale + rounding):
+                what = f"gradient of the values to {path}{list(place)}"
                 expected = f"{shown(numeric)}, the slope of the values there"
-                raise subject.failed(
-                    f"gradient of the values to {path}{list(place)}", gradient, expected, feedback
-                )
+                raise subject.failed(what, gradient, expected, feedback)
     return True
 
 
 def _places_that_count(feedback: Feedback, path: str) -> list[tuple[int, ...]]:
     """Places of a leaf at tokens that exist, at completions that are present."""
     part = parts(feedback)[path.split(".")[0]]
-    counts = ~part.empty
-    if isinstance(feedback, Rankings):
-        counts = counts & feedback.present
+    counts = feedback.present & ~part.empty if isinstance(feedback, Rankings) else ~part.empty
     if part.per_token is not None:
         counts = counts.unsqueeze(-1) & part.per_token.mask
     return [tuple(place) for place in counts.nonzero().tolist()]
 
 
-def _one_sided(
-    values: Callable[[], Tensor], leaf: Tensor, place: tuple[int, ...], base: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Slopes of the values from the left and from the right, or None where the loss took another path."""
-    sides: list[Tensor | None] = []
-    for step in (-STEP, STEP):
-        with torch.no_grad():
-            leaf[place] += step
-        try:
-            sides.append((values().detach() - base) / step)
-        except _AnotherPath:
-            sides.append(None)
-        finally:
-            with torch.no_grad():
-                leaf[place] -= step
-    return sides[0], sides[1]
+def _slope(
+    values: Callable[[], Tensor], leaf: Tensor, place: tuple[int, ...], base: Tensor, step: float
+) -> Tensor:
+    """Slope of the values from one side."""
+    start = leaf.detach()[place].clone()
+    leaf.detach()[place] = start + step
+    try:
+        return (values().detach() - base) / step
+    finally:
+        leaf.detach()[place] = start
 
 
 class _AnotherPath(Exception):
@@ -139,52 +123,43 @@ class _AnotherPath(Exception):
 
 
 class _Constants(TorchFunctionMode):
-    """Records what a loss takes out of the graph, then gives the same back: stopped gradients are constants."""
+    """Records what the first call takes out of the graph, and gives it to the next: stopped gradients are constants."""
 
     def __init__(self) -> None:
         super().__init__()
         self._kept: list[Any] = []
-        self._place: int | None = None
-        self._graph = True
-
-    def replay(self) -> None:
-        """From here on give back what was recorded."""
-        self._place = 0
+        self._calls = 0
 
     def __enter__(self) -> _Constants:
-        """Start at the first of the recorded values."""
-        self._place = None if self._place is None else 0
-        self._graph = True
+        self._calls += 1
+        self._again, self._graph = iter(self._kept), True
         super().__enter__()
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and keep or replace what it gives."""
         result = func(*args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:
             self._graph = args[0]
             return result
         # Under no_grad, but not in the forward of a custom autograd function, which turns the graph off by itself.
         apart = not self._graph and isinstance(result, Tensor) and result.is_floating_point()
-        return self._constant(result) if apart or func in _TAKES_OUT else result
-
-    def _constant(self, result: Any) -> Any:
-        if self._place is None:
+        if not apart and func not in _TAKES_OUT:
+            return result
+        if self._calls == 1:
             self._kept.append(result)
             return result
-        if self._place >= len(self._kept):
-            raise _AnotherPath
-        self._place += 1
-        return self._kept[self._place - 1]
+        try:
+            return next(self._again)
+        except StopIteration:
+            raise _AnotherPath from None
 
 
 _TAKES_OUT = {Tensor.detach, torch.detach, Tensor.item, Tensor.tolist, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
 def _keeps_state(subject: Subject) -> str | None:
-    if subject.loss.state:
-        return f"keeps a state of Python numbers ({', '.join(sorted(subject.loss.state))})"
-    return None
+    states = ", ".join(sorted(subject.loss.state))
+    return f"keeps a state of Python numbers ({states})" if states else None
 
 
 @check(
@@ -193,19 +168,17 @@ def _keeps_state(subject: Subject) -> str | None:
 )
 def check_torch_compile(subject: Subject) -> None:
     """`torch.compile(fullgraph=True)` takes the loss: same values, batch sizes that change, at most two recompiles."""
-    loss, graphs = subject.settled, 0
+    loss, graphs = subject.settled, list[torch.fx.GraphModule]()
 
     def backend(module: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
+        graphs.append(module)
         return module.forward
-
-    def function(feedback: Feedback) -> Tensor:
-        return loss(feedback)
 
     torch._dynamo.reset()
     try:
-        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+        compiled = torch.compile(
+            lambda feedback: loss(feedback), fullgraph=True, dynamic=True, backend=backend
+        )
         for size in SIZES:
             feedback = subject.seeded(40 + size, size=size, places=3, dtype=torch.float32)
             attached, _ = with_leaves(feedback, trainable(feedback))
@@ -215,10 +188,10 @@ def check_torch_compile(subject: Subject) -> None:
                 raise subject.failed("compiled values", values, eager, feedback)
     finally:
         torch._dynamo.reset()
-    if graphs > MOST_GRAPHS:
+    if len(graphs) > MOST_GRAPHS:
         change = "take no Python number from a shape or a value"
-        what = f"batches of {SIZES} examples"
-        raise subject.failed(what, f"{graphs} graphs", f"at most {MOST_GRAPHS}", change=change)
+        what, got = f"batches of {SIZES} examples", f"{len(graphs)} graphs"
+        raise subject.failed(what, got, f"at most {MOST_GRAPHS}", change=change)
 
 
 def _transformed(
@@ -245,29 +218,24 @@ def _is_not_functional(subject: Subject) -> str | None:
 def check_torch_func(subject: Subject) -> None:
     """`torch.func.vmap` over the examples gives their values, and `torch.func.grad` their gradient."""
     for seed in range(3):
-        feedback = subject.seeded(50 + seed, size=3)
-        _check_vmap(subject, feedback)
-        _check_functional_gradient(subject, feedback)
+        _check_vmap_and_grad(subject, subject.seeded(50 + seed, size=3))
 
 
-def _check_vmap(subject: Subject, feedback: Feedback) -> None:
+def _check_vmap_and_grad(subject: Subject, feedback: Feedback) -> None:
     first = select(feedback, torch.tensor([0]))
 
     def alone(values: dict[str, Tensor]) -> Tensor:
         example = with_tensors(first, {path: value.unsqueeze(0) for path, value in values.items()})
         return subject.settled(example)[0]
 
+    def total(values: dict[str, Tensor]) -> Tensor:
+        return subject.settled(with_tensors(feedback, values)).sum()
+
     per_example = {
         path: value for path, value in tensors(feedback).items() if value.shape[:1] == feedback.shape
     }
     values = _transformed(subject, "torch.func.vmap", torch.func.vmap(alone), per_example, feedback)
     subject.expect("values of torch.func.vmap", values, subject.settled_values(feedback), feedback)
-
-
-def _check_functional_gradient(subject: Subject, feedback: Feedback) -> None:
-    def total(values: dict[str, Tensor]) -> Tensor:
-        return subject.settled(with_tensors(feedback, values)).sum()
-
     leaves = trainable(feedback)
     gradients = _transformed(subject, "torch.func.grad", torch.func.grad(total), leaves, feedback)
     for path, slope in subject.gradient(subject.settled, feedback, mean=False)[1].items():

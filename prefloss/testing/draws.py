@@ -7,7 +7,8 @@ divergences are at least 0, a chosen completion has the higher score, a ranking 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,31 +17,17 @@ from prefloss.feedback import Feedback, Labels, Pairs, Rankings
 from prefloss.logratios import LogRatios, PerToken
 from prefloss.testing.fields import ROWS
 
-MOST_TOKENS = 4
-"""Width of the per-token rows."""
-
-DIMENSIONS = 3
-"""Width of an embedding."""
+MOST_TOKENS, DIMENSIONS = 4, 3
+"""Width of the per-token rows, and of an embedding."""
 
 ROW_RANGES = {
+    "log_sum_sq": (0.0, 1.0),
     "kl": (0.0, 1.5),
     "reverse_kl": (0.0, 1.5),
     "reference_entropy": (0.05, 0.95),
     "weight": (0.5, 1.5),
 }
-"""Lowest and highest number of a row; `log_sum_sq` depends on the log-probs."""
-
-
-class Source(Protocol):
-    """Where numbers come from: `random.Random`, or hypothesis."""
-
-    def randint(self, a: int, b: int) -> int:
-        """An integer in [a, b]."""
-        ...
-
-    def uniform(self, a: float, b: float) -> float:
-        """A number in [a, b]."""
-        ...
+"""Lowest and highest number of a row; of `log_sum_sq`, relative to that of a token's own probability."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +64,7 @@ def log_probs(log_ratio: Tensor, below: Tensor | float) -> tuple[Tensor, Tensor]
     return -below - (-log_ratio).clamp(min=0), -below - log_ratio.clamp(min=0)
 
 
-def draw(source: Source, kind: type, recipe: Recipe) -> Feedback:
+def draw(source: Random, kind: type, recipe: Recipe) -> Feedback:
     """Feedback of this kind."""
     size = source.randint(1, 6) if recipe.size is None else recipe.size
     drawing = Drawing(source, recipe)
@@ -87,7 +74,7 @@ def draw(source: Source, kind: type, recipe: Recipe) -> Feedback:
 class Drawing:
     """Draws the feedback of a recipe from a source of numbers."""
 
-    def __init__(self, source: Source, recipe: Recipe) -> None:
+    def __init__(self, source: Random, recipe: Recipe) -> None:
         self._source, self._recipe, self._fields = source, recipe, recipe.fields
 
     def pairs(self, size: int) -> Pairs:
@@ -136,30 +123,22 @@ class Drawing:
             ratios = self._rows(shape).log_ratios()
             return ratios if recipe.tokens else replace(ratios, tokens=None)
         log_ratio = self._doubles(shape, -recipe.magnitude, recipe.magnitude)
-        policy, reference = log_probs(log_ratio, below=self._doubles(shape, 0.05, 8.0))
+        policy, reference = map(self._cast, log_probs(log_ratio, below=self._doubles(shape, 0.05, 8.0)))
         tokens = self._counts(shape, most=12)
-        return LogRatios(
-            policy=self._cast(policy),
-            reference=self._cast(reference) if recipe.reference else None,
-            tokens=tokens if recipe.tokens else None,
-        )
+        return LogRatios(policy, reference if recipe.reference else None, tokens if recipe.tokens else None)
 
     def _rows(self, shape: tuple[int, ...]) -> PerToken:
         mask = torch.arange(MOST_TOKENS) < self._counts(shape, MOST_TOKENS).unsqueeze(-1)
         wide = (*shape, MOST_TOKENS)
         log_ratio = self._doubles(wide, -self._recipe.magnitude / 2, self._recipe.magnitude / 2)
         policy, reference = log_probs(log_ratio, below=self._doubles(wide, 0.05, 3.0))
-        rows: dict[str, Tensor] = {"policy": policy}
-        if self._recipe.reference:
-            rows["reference"] = reference
+        rows = {"policy": policy, **({"reference": reference} if self._recipe.reference else {})}
         for row in ROWS:
-            if f"per_token.{row}" not in self._fields:
-                continue
-            if row == "log_sum_sq":
-                # A token's own squared probability is one term of the sum, and the sum is at most 1.
-                rows[row] = 2 * policy * self._doubles(wide, 0.0, 1.0)
-            else:
+            if f"per_token.{row}" in self._fields:
                 rows[row] = self._doubles(wide, *ROW_RANGES[row])
+        if "log_sum_sq" in rows:
+            # A token's own squared probability is one term of the sum, and the sum is at most 1.
+            rows["log_sum_sq"] = 2 * policy * rows["log_sum_sq"]
         values: dict[str, Any] = {
             name: self._cast(torch.where(mask, value, 0.0)) for name, value in rows.items()
         }
@@ -167,9 +146,8 @@ class Drawing:
 
     def _present(self, places: int) -> list[bool]:
         present = [bool(self._source.randint(0, 3)) for _ in range(places)]
-        missing = [place for place in range(places) if not present[place]]
-        for place in missing[: max(0, 2 - sum(present))]:
-            present[place] = True
+        while sum(present) < 2:
+            present[present.index(False)] = True
         return present
 
     def _scores(self, places: int) -> Tensor:

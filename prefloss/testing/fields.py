@@ -5,7 +5,6 @@ Where a completion carries per-token rows, its sums are those of the rows: a cha
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -33,21 +32,24 @@ def covered_by(kind: type, need: str) -> tuple[str, ...]:
     return tuple(field.name for field in fields_of(kind) if field.need == need)
 
 
+def _values(record: Any) -> dict[str, Any]:
+    """The fields that are filled."""
+    return {item.name: value for item in fields(record) if (value := getattr(record, item.name)) is not None}
+
+
 def parts(feedback: Feedback) -> dict[str, LogRatios]:
     """The log-ratios of some feedback by field, in order."""
-    values = {item.name: getattr(feedback, item.name) for item in fields(feedback)}
-    return {name: value for name, value in values.items() if isinstance(value, LogRatios)}
+    return {name: value for name, value in _values(feedback).items() if isinstance(value, LogRatios)}
 
 
 def tensors(record: Any, prefix: str = "") -> dict[str, Tensor]:
     """Every tensor of a record by path, such as `chosen.policy` or `chosen.per_token.kl`."""
     by_path: dict[str, Tensor] = {}
-    for item in fields(record):
-        value, path = getattr(record, item.name), f"{prefix}{item.name}"
+    for name, value in _values(record).items():
         if isinstance(value, Tensor):
-            by_path[path] = value
-        elif isinstance(value, LogRatios | PerToken):
-            by_path.update(tensors(value, f"{path}."))
+            by_path[prefix + name] = value
+        else:
+            by_path.update(tensors(value, f"{prefix}{name}."))
     return by_path
 
 
@@ -63,11 +65,11 @@ def numbers(feedback: Feedback) -> dict[str, Tensor]:
 
 def trainable(feedback: Feedback) -> dict[str, Tensor]:
     """The tensors to which a loss may send a gradient, by path: the policy's log-probs and the KL of tokens."""
-    own = {path: value for path, value in numbers(feedback).items() if not path.startswith("mismatched.")}
+    ends = (".policy", ".per_token.kl", ".per_token.reverse_kl")
     return {
         path: value
-        for path, value in own.items()
-        if path.endswith((".policy", ".per_token.kl", ".per_token.reverse_kl"))
+        for path, value in numbers(feedback).items()
+        if path.endswith(ends) and not path.startswith("mismatched.")
     }
 
 
@@ -128,44 +130,28 @@ def select(feedback: Feedback, index: Any) -> Feedback:
 
     A mismatched completion of its own belongs to an example; a scalar KL baseline belongs to all.
     """
-    size = len(feedback.shape) and feedback.shape[0]
-    picked: dict[str, Any] = {}
-    for item in fields(feedback):
-        value = getattr(feedback, item.name)
-        if value is None:
-            continue
-        per_example = isinstance(value, Tensor | LogRatios) and value.shape[:1] == (size,)
-        picked[item.name] = value[index] if per_example else value
+    picked = {
+        name: value[index] if value.shape[:1] == feedback.shape else value
+        for name, value in _values(feedback).items()
+    }
     return type(feedback)(**picked)
 
 
 def cast_to(feedback: Feedback, dtype: torch.dtype) -> Feedback:
     """The feedback with every floating-point tensor in this dtype; log-ratios upcast half precision themselves."""
     # Rows reach LogRatios upcast (from_token_logps does it), so half precision means rounded, not stored.
-    rows_dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    return with_tensors(
-        feedback,
-        {
-            path: value.to(dtype).to(rows_dtype) if ".per_token." in path else value.to(dtype)
-            for path, value in numbers(feedback).items()
-        },
-    )
+    rows_dtype = torch.promote_types(dtype, torch.float32)
+    cast = {
+        path: value.to(dtype).to(rows_dtype if ".per_token." in path else dtype)
+        for path, value in numbers(feedback).items()
+    }
+    return with_tensors(feedback, cast)
 
 
 def without(feedback: Feedback, need: str) -> Feedback:
     """The feedback without something that `needs` or `reads` can name."""
-    first, _, row = need.partition(".")
-    if first == "per_token":
-        return map_parts(feedback, lambda part: _without_rows(part, row))
-    if need == "tokens":
-        return map_parts(feedback, lambda part: replace(part, tokens=None))
-    return replace(feedback, **dict.fromkeys(covered_by(type(feedback), need)))
-
-
-def _without_rows(ratios: LogRatios, row: str) -> LogRatios:
-    if not row or ratios.per_token is None:
-        return replace(ratios, per_token=None)
-    return replace(ratios, per_token=replace(ratios.per_token, **{row: None}))
+    of_parts = [f"{part}.{need}" for part in parts(feedback)]
+    return with_tensors(feedback, dict.fromkeys(covered_by(type(feedback), need) or of_parts))
 
 
 def emptied(feedback: Feedback, part: str, keep: Tensor) -> Feedback:
@@ -175,9 +161,8 @@ def emptied(feedback: Feedback, part: str, keep: Tensor) -> Feedback:
     rows = ratios.per_token
     if rows is None:
         return replace(feedback, **{part: replace(ratios, tokens=torch.where(keep, ratios.tokens, 0))})
-    mask = rows.mask & keep.unsqueeze(-1)
     # As a collator leaves them: every row is 0 where there is no token.
-    blank = map_rows(rows, lambda value: torch.where(mask, value, torch.zeros_like(value)))
+    blank = map_rows(rows, lambda value: value * keep.unsqueeze(-1))
     return replace(feedback, **{part: blank.log_ratios()})
 
 
@@ -194,9 +179,11 @@ def reversed_tokens(ratios: LogRatios) -> LogRatios:
 def altered(feedback: Feedback, need: str, seed: int) -> Feedback:
     """The feedback with other numbers for something that `needs` or `reads` can name, if it has it."""
     if need == "tokens":
+        counts = {path: value for path, value in tensors(feedback).items() if path.endswith(".tokens")}
         # Other counts on each side, so that their difference changes too.
-        longer = {name: _with_more_tokens(part, len(name)) for name, part in parts(feedback).items()}
-        return replace(feedback, **longer)
+        places = {path: torch.arange(value.numel()).reshape(value.shape) for path, value in counts.items()}
+        longer = {path: value + (places[path] + len(path)) % 3 + 1 for path, value in counts.items()}
+        return with_tensors(feedback, longer)
     if need == "per_token":
         return map_parts(feedback, reversed_tokens)
     values = numbers(feedback)
@@ -206,35 +193,23 @@ def altered(feedback: Feedback, need: str, seed: int) -> Feedback:
         # Of the two scores of a pair only that of the chosen completion changes, upwards: the order stays.
         name = covered_by(type(feedback), need)[0]
         paths = [path for path in values if path in (name, f"{name}.policy", f"{name}.per_token.policy")]
-    rising = need == "scores"
-    return with_tensors(feedback, {path: _other_values(values[path], seed, rising) for path in paths})
 
+    def other(value: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        shares = torch.empty_like(value).uniform_(0.2, 0.9, generator=generator)
+        # A score stays below 1.
+        return value + shares * (1 - value) if need == "scores" else value * (1 + shares)
 
-def _other_values(value: Tensor, seed: int, rising: bool) -> Tensor:
-    generator = random.Random(1000 + seed)
-    shares = torch.tensor([generator.uniform(0.2, 0.9) for _ in range(value.numel())], dtype=value.dtype)
-    shares = shares.reshape(value.shape)
-    # A score stays below 1.
-    return value + shares * (1 - value) if rising else value * (1 + shares)
-
-
-def _with_more_tokens(ratios: LogRatios, first: int) -> LogRatios:
-    if ratios.tokens is None:
-        return ratios
-    extra = (torch.arange(ratios.policy.numel()).reshape(ratios.shape) + first) % 3 + 1
-    return replace(ratios, tokens=ratios.tokens + extra)
+    return with_tensors(feedback, {path: other(values[path]) for path in paths})
 
 
 def show(record: Any, indent: str = "    ") -> str:
     """Code that makes the feedback again, digit by digit."""
     lines = [f"{type(record).__name__}("]
-    for item in fields(record):
-        value = getattr(record, item.name)
-        if value is None:
-            continue
+    for name, value in _values(record).items():
         if isinstance(value, Tensor):
             text = f"torch.tensor({value.detach().tolist()!r}, dtype={value.dtype})"
         else:
             text = show(value, indent + "    ")
-        lines.append(f"{indent}{item.name}={text},")
+        lines.append(f"{indent}{name}={text},")
     return "\n".join([*lines, f"{indent[:-4]})"])

@@ -9,17 +9,25 @@ from torch import Tensor
 
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
 from prefloss.logratios import LogRatios
-from prefloss.registry import Loss
 from prefloss.testing.draws import log_probs
 from prefloss.testing.fields import cast_to, map_parts, select, shifted, trainable, with_tensors
 from prefloss.testing.run import check
-from prefloss.testing.subject import Subject, finite, shown
+from prefloss.testing.subject import Subject, shown
 
 ENDS = (0.0, 1e-6, 1.0, 30.0, 90.0, 1e3, 1e4)
 """Log-ratios of the extreme draws, of both signs, nats."""
 
 FLOAT32_ROUNDING = 2e-7
 """Relative error of a float32."""
+
+FINITE_VALUES = (
+    "write log(sigmoid(x)) as F.logsigmoid(x), 1 - sigmoid(x) as sigmoid(-x), log(sum(exp(x))) as logsumexp, "
+    "and clamp the argument of an exp that may overflow"
+)
+FINITE_GRADIENTS = (
+    "torch.where sends the gradient through the branch that it does not select too, so make the argument "
+    "of both safe"
+)
 
 
 @check(
@@ -83,42 +91,20 @@ def check_extremes(subject: Subject) -> None:
         # Likely and unlikely, short and long completions.
         for below, tokens in ((0.0, 1), (1e-6, 2), (20.0, 2000)):
             narrow = cast_to(_extreme(subject, below, tokens), dtype)
-            _check_finite_values(subject, narrow)
+            _check_finite(subject, "value", subject.settled_values(narrow), narrow, FINITE_VALUES)
             # A gradient in half precision overflows where the loss's own does not.
             wide = cast_to(narrow, torch.float32)
             for loss in subject.modes.values():
-                _check_finite_gradient(subject, loss, wide)
+                for path, slope in subject.gradient(loss, wide, mean=False)[1].items():
+                    _check_finite(subject, f"gradient of {path}", slope, wide, FINITE_GRADIENTS)
 
 
-def _check_finite_values(subject: Subject, feedback: Feedback) -> None:
-    values = subject.settled_values(feedback)
-    if not finite(values):
-        bad = ~torch.isfinite(values)
-        change = (
-            "write log(sigmoid(x)) as F.logsigmoid(x), 1 - sigmoid(x) as sigmoid(-x), log(sum(exp(x))) as logsumexp, "
-            "and clamp the argument of an exp that may overflow"
-        )
-        example = _example_of(subject, feedback, bad)
-        raise subject.failed("value in float32", values[bad][:1], "a finite number", example, change)
-
-
-def _check_finite_gradient(subject: Subject, loss: Loss, feedback: Feedback) -> None:
-    _, gradients = subject.gradient(loss, feedback, mean=False)
-    for path, slope in gradients.items():
-        if not finite(slope):
-            bad = ~torch.isfinite(slope)
-            change = (
-                "torch.where sends the gradient through the branch that it does not select too, so make the argument "
-                "of both safe"
-            )
-            what = f"gradient of {path} in float32"
-            example = _example_of(subject, feedback, bad.flatten(1).any(-1) if bad.ndim > 1 else bad)
-            raise subject.failed(what, slope[bad][:1], "a finite number", example, change)
-
-
-def _example_of(subject: Subject, feedback: Feedback, bad: Tensor) -> Feedback:
-    """One example that shows the problem, if the loss looks at examples one by one."""
-    return select(feedback, bad.nonzero()[:1, 0]) if subject.spec.separable else feedback
+def _check_finite(subject: Subject, what: str, values: Tensor, feedback: Feedback, change: str) -> None:
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        # One example shows the problem, if the loss looks at examples one by one.
+        example = select(feedback, bad.nonzero()[:1, 0]) if subject.spec.separable else feedback
+        raise subject.failed(f"{what} in float32", values[bad][:1], "a finite number", example, change)
 
 
 def _extreme(subject: Subject, below: float, tokens: int) -> Feedback:

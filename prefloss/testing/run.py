@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from prefloss.feedback import Feedback
 from prefloss.registry import Loss
@@ -23,36 +23,28 @@ class Check(Protocol):
     """A property: returns if the loss has it."""
 
     __name__: str
+    why_not: WhyNot
 
     def __call__(self, loss: Checkable, *, max_examples: int = MAX_EXAMPLES) -> None:
         """Raise CheckFailed if the loss lacks the property, Skip if it does not apply."""
-        ...
 
 
-class Registered(NamedTuple):
-    """A check, with the rule that says to which losses it applies."""
-
-    check: Check
-    why_not: WhyNot
-
-
-CHECKS: dict[str, Registered] = {}
+CHECKS: dict[str, Check] = {}
 """Every check by name; the modules of the checks fill it."""
 
 
-def always(subject: Subject) -> None:
-    """The rule of a check that applies to every loss."""
-
-
-def check(why_not: WhyNot = always, *, change: str = "") -> Callable[[Callable[[Subject], None]], Check]:
+def check(
+    why_not: WhyNot = lambda subject: None, *, change: str = "", draws: dict[str, Any] | None = None
+) -> Callable[[Callable[..., None]], Check]:
     """Register `check_<property>(subject)` as the public check of that property.
 
     Args:
         why_not: subject -> why the check does not apply, or None.
         change: What a loss that fails the check should change.
+        draws: Options of `for_all`, which then calls `check_<property>(subject, feedback)`.
     """
 
-    def decorate(body: Callable[[Subject], None]) -> Check:
+    def decorate(body: Callable[..., None]) -> Check:
         name = body.__name__.removeprefix("check_")
 
         def run(loss: Checkable, *, max_examples: int = MAX_EXAMPLES) -> None:
@@ -62,13 +54,15 @@ def check(why_not: WhyNot = always, *, change: str = "") -> Callable[[Callable[[
                 reason = why_not(subject)
                 if reason:
                     raise Skip(reason)
-                body(subject)
+                if draws is None:
+                    body(subject)
+                else:
+                    for_all(subject, functools.partial(body, subject), **draws)
 
-        public: Any = functools.update_wrapper(
-            run, body, ("__module__", "__name__", "__qualname__", "__doc__"), ()
-        )
+        public: Any = functools.wraps(body, ("__module__", "__name__", "__qualname__", "__doc__"), ())(run)
         del public.__wrapped__
-        CHECKS[name] = Registered(public, why_not)
+        public.why_not = why_not
+        CHECKS[name] = public
         return public
 
     return decorate
@@ -105,18 +99,14 @@ def for_all(subject: Subject, body: Callable[[Feedback], None], **options: Any) 
 
     try:
         run()
+        return
     except CheckFailed as error:
-        raise _without_notes(error) from None
+        failed = error
     except Flaky:
         # The loss gave other values when the draw was tried again; what it gave first counts.
-        raise _without_notes(failures[0]) from None
-
-
-def _without_notes(error: CheckFailed) -> CheckFailed:
-    """The failure without the notes that hypothesis adds: the message has the draw already."""
-    again = type(error)(error.loss, error.property, error.problem, error.feedback)
-    again.__cause__ = error.__cause__
-    return again
+        failed = failures[0]
+    # A new one, without the notes that hypothesis adds: the message has the draw already.
+    raise type(failed)(failed.loss, failed.property, failed.problem, failed.feedback)
 
 
 def names() -> tuple[str, ...]:
@@ -136,17 +126,15 @@ def loss_checks(loss: Checkable, *, max_examples: int = MAX_EXAMPLES) -> list[tu
         Skip('reads no scores')
     """
     bound = as_loss(loss)
+    checks: list[tuple[str, Check | Skip]] = []
     with under_test(bound.spec):
         subject = Subject(bound)
-        return [(name, _check_or_skip(CHECKS[name], subject, max_examples)) for name in names()]
-
-
-def _check_or_skip(registered: Registered, subject: Subject, max_examples: int) -> Check | Skip:
-    reason = registered.why_not(subject)
-    if reason:
-        return Skip(reason)
-    bound = functools.partial(registered.check, max_examples=max_examples)
-    return functools.update_wrapper(bound, registered.check)  # type: ignore[return-value]
+        for name in names():
+            reason = CHECKS[name].why_not(subject)
+            limited: Any = functools.partial(CHECKS[name], max_examples=max_examples)
+            limited = functools.update_wrapper(limited, CHECKS[name])
+            checks.append((name, Skip(reason) if reason else limited))
+    return checks
 
 
 def check_loss(
@@ -172,7 +160,7 @@ def check_loss(
         >>> len(report.passed), report.skipped
         (28, {'padding': 'reads no tokens', 'ties': 'reads no scores'})
     """
-    left_out = _with_reasons(skip)
+    left_out = _with_reasons(skip or {})
     bound = as_loss(loss, **traits)
     passed: list[str] = []
     skipped: dict[str, str] = {}
@@ -221,12 +209,11 @@ def parametrize_loss_checks(
     """
     import pytest
 
-    expected = dict(expected_failures or {})
+    expected = expected_failures or {}
     _with_reasons({key.rpartition(":")[2]: reason for key, reason in expected.items()})
     selected = _with_reasons(dict.fromkeys(names() if only is None else only, "selected"))
     params = []
     for loss in map(as_loss, losses):
-        label = _label(loss)
         for name, check_or_skip in loss_checks(loss, max_examples=max_examples):
             if name not in selected:
                 continue
@@ -237,7 +224,7 @@ def parametrize_loss_checks(
                 marks = pytest.mark.xfail(reason=reason, raises=CheckFailed, strict=True)
             else:
                 marks = ()
-            params.append(pytest.param(loss, check_or_skip, id=f"{label}-{name}", marks=marks))
+            params.append(pytest.param(loss, check_or_skip, id=f"{_label(loss)}-{name}", marks=marks))
     return pytest.mark.parametrize(("loss", "check"), params)
 
 
@@ -253,13 +240,13 @@ def _label(loss: Loss) -> str:
     return f"{loss.name}({', '.join(changed)})" if changed else loss.name
 
 
-def _with_reasons(reasons: Mapping[str, str] | None) -> dict[str, str]:
+def _with_reasons(reasons: Mapping[str, str]) -> Mapping[str, str]:
     """The checks with a reason each, if every name is a check and every reason has words."""
-    for name, reason in (reasons or {}).items():
+    for name, reason in reasons.items():
         if name not in CHECKS:
             raise ValueError(f"check: got {name!r}, expected one of {', '.join(names())}")
         if not isinstance(reason, str) or not reason.strip():
             raise ValueError(
                 f"{name}: got the reason {reason!r}, expected why the check is left out, in words"
             )
-    return dict(reasons or {})
+    return reasons

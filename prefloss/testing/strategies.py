@@ -13,6 +13,7 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Iterable
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +45,11 @@ EXTREME = 1e4
 _STEPS = st.integers(-STEPS, STEPS)
 
 
-class _Hypothesis:
+class _Hypothesis(Random):
     """Numbers from hypothesis; the simplest is the middle of the range."""
 
     def __init__(self, draw: DrawFn) -> None:
+        super().__init__(0)
         self._draw = draw
 
     def randint(self, a: int, b: int) -> int:
@@ -98,43 +100,26 @@ def pairs(size: int | None = None, fields: Iterable[str] = (), **options: Any) -
 
 
 def labels(size: int | None = None, fields: Iterable[str] = (), **options: Any) -> SearchStrategy[Labels]:
-    """Labels with upvotes and downvotes in any proportion.
+    """Labels with upvotes and downvotes in any proportion; arguments and errors as of `pairs`.
 
-    Args:
-        size: Number of completions; None draws 1 to 6.
-        fields: What to fill, as in a loss's `needs`: `scores`, `baseline`, `mismatched` (one completion for each
-            example), `kl` (a scalar or one for each), `per_token` ...
-        **options: As of `pairs`.
-
-    Raises:
-        ValueError: If labels have no such field.
+    `fields` may be `scores`, `baseline`, `mismatched` (one completion each), `kl` (a scalar, or one each) ...
     """
     return _of(Labels, size, fields, options)
 
 
 def rankings(size: int | None = None, fields: Iterable[str] = (), **options: Any) -> SearchStrategy[Rankings]:
-    """Groups of two to four completions with distinct scores.
+    """Groups of two to four completions with distinct scores; arguments and errors as of `pairs`.
 
-    Args:
-        size: Number of groups; None draws 1 to 6.
-        fields: `per_token` and its rows.
-        **options: As of `pairs`; `masked=False` for groups in which no completion is absent, `ties=True` for scores
-            that may be equal.
-
-    Raises:
-        ValueError: If rankings have no such field.
+    `masked=False` gives groups in which no completion is absent, `ties=True` scores that may be equal.
     """
     return _of(Rankings, size, fields, options)
 
 
 def _of(kind: type, size: int | None, fields: Iterable[str], options: dict[str, Any]) -> SearchStrategy[Any]:
     names, known = frozenset(fields), available(kind)
-    unknown = sorted(names.difference(known))
-    if unknown:
+    for name in sorted(names.difference(known)):
         listed = ", ".join(known)
-        raise ValueError(
-            f"fields: got {unknown[0]!r}, expected some of {listed}: {kind.__name__} have no other"
-        )
+        raise ValueError(f"fields: got {name!r}, expected some of {listed}: {kind.__name__} have no other")
     return drawn(kind, Recipe(**{"size": size, "fields": names, "dtype": torch.float32, **options}))
 
 

@@ -12,15 +12,18 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from prefloss.feedback import Feedback
+from prefloss.feedback import Feedback, Rankings
 from prefloss.hyperparameters import Coerce, Draws, Interval, Parameter, plain_type
-from prefloss.registry import MODIFIERS, Loss, LossSpec, get, quiet, registered, spec_from, specs
+from prefloss.registry import Loss, LossSpec, get, quiet, registered, spec_from, specs
 from prefloss.testing.draws import Recipe, draw
 from prefloss.testing.fields import select, trainable, with_leaves
 from prefloss.testing.outcomes import CannotRun, CheckFailed
 
 Checkable = Loss | LossSpec | str | Callable[..., Tensor]
 """What can be checked: a loss, its spec, its name, or its function."""
+
+Shown = Tensor | str
+"""What a message shows: numbers, or text as it is."""
 
 MAX_EXAMPLES = 25
 """Draws that a check makes by default."""
@@ -31,11 +34,8 @@ MAGNITUDES = (10.0, 1.0, 100.0, 2000.0)
 SEARCHED = 40
 """Batches that a search looks at before it concludes that there is nothing to find."""
 
-ROUNDING = 1e-8
-"""Difference between two float64 values, relative to their size, that counts as rounding."""
-
-DEPENDENCE = 1e-6
-"""Difference between two float64 values, relative to their size, that counts as a dependence."""
+ROUNDING, DEPENDENCE = 1e-8, 1e-6
+"""Differences of float64 values, relative to their size: below one is rounding, above the other a dependence."""
 
 
 def close(first: Tensor, second: Tensor, relative: float = ROUNDING) -> bool:
@@ -52,16 +52,11 @@ def differs(first: Tensor, second: Tensor) -> bool:
     return not close(first, second, DEPENDENCE)
 
 
-def finite(values: Tensor) -> bool:
-    """Whether every value is finite."""
-    return bool(torch.isfinite(values).all())
-
-
-def shown(values: Tensor | str) -> str:
+def shown(values: Shown) -> str:
     """Numbers as messages show them; text as it is."""
     if isinstance(values, str):
         return values
-    numbers = [float(f"{value:.8g}") for value in values.detach().double().flatten().tolist()]
+    numbers = [float(f"{value:.8g}") for value in values.flatten().tolist()]
     return repr(numbers[0] if values.ndim == 0 else numbers)
 
 
@@ -69,11 +64,11 @@ def slopes(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradient of a scalar to each leaf; 0 where there is none."""
     if not value.requires_grad:
         return {path: torch.zeros_like(leaf) for path, leaf in leaves.items()}
-    gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
-    return {
-        path: torch.zeros_like(leaf) if slope is None else slope
-        for (path, leaf), slope in zip(leaves.items(), gradients, strict=True)
-    }
+    inputs = tuple(leaves.values())
+    gradients = torch.autograd.grad(
+        value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, gradients, strict=True))
 
 
 class Subject:
@@ -104,14 +99,14 @@ class Subject:
         return any(name.startswith("per_token") for name in self.fields)
 
     @property
+    def reads_scores(self) -> bool:
+        """Whether it reads scores; a ranking always has them."""
+        return self.spec.feedback is Rankings or "scores" in self.fields
+
+    @property
     def is_sum(self) -> bool:
         """Whether it is a sum of losses, each of which counts its own examples."""
         return self.loss.terms[0].loss is not self.loss
-
-    @property
-    def modifiers(self) -> list[str]:
-        """Names of the modifiers that change it, so that traits of the plain loss need not hold."""
-        return [name for name in MODIFIERS if name in self.loss.params and name not in self.spec.parameters]
 
     @property
     def draws_by_place(self) -> bool:
@@ -122,13 +117,17 @@ class Subject:
         """The loss with its first state, in training; `changes` replace hyperparameters."""
         return (self.loss.replaced(**changes) if changes else copy.deepcopy(self.loss)).train()
 
+    def trained(self, *batches: Feedback, **changes: Any) -> Loss:
+        """The fresh loss after some batches."""
+        loss = self.fresh(**changes)
+        for feedback in batches if loss.state else ():
+            self.detached(loss, feedback)
+        return loss
+
     @cached_property
     def settled(self) -> Loss:
         """The loss in evaluation, its state moved by one batch."""
-        loss = self.fresh()
-        if loss.state:
-            self.call(loss, self.seeded(11, size=4))
-        return loss.eval()
+        return self.trained(self.seeded(11, size=4)).eval()
 
     @property
     def modes(self) -> dict[str, Loss]:
@@ -153,10 +152,9 @@ class Subject:
 
     def recipe(self, absent: frozenset[str] = frozenset(), **options: Any) -> Recipe:
         """What to draw for this loss: all that it reads except `absent`; `options` as of `Recipe`."""
-        options = {"fields": self.fields - absent, **options}
-        if "reference" not in options:
-            options["reference"] = self.reads_reference
-        return Recipe(**options)
+        reference = options.pop("reference", None)
+        reference = self.reads_reference if reference is None else reference
+        return Recipe(**{"fields": self.fields - absent, "reference": reference, **options})
 
     def seeded(self, seed: int, absent: frozenset[str] = frozenset(), **options: Any) -> Feedback:
         """Feedback from a seed, with all that the loss reads except `absent`."""
@@ -167,15 +165,14 @@ class Subject:
         """Whether it needs reference log-probs: as declared, or in the form that its hyperparameters choose."""
         if self.spec.needs_reference:
             return True
-        bare, full = (self.seeded(5, size=3, reference=reference) for reference in (False, True))
-        return not self._works(bare) and self._works(full)
+        return not self._works(reference=False) and self._works(reference=True)
 
     @cached_property
     def absences(self) -> list[frozenset[str]]:
         """Which of the fields that it reads may be left out: nothing, or any one without which it works."""
         optional = sorted(self.spec.reads - self.loss.needs - {"tokens"})
-        choices = [frozenset[str](), *(frozenset({name}) for name in optional)]
-        return [absent for absent in choices if not absent or self._works(self.seeded(5, absent, size=3))]
+        absences = [frozenset({name}) for name in optional]
+        return [frozenset(), *(absent for absent in absences if self._works(absent))]
 
     def absence(self, turn: int) -> frozenset[str]:
         """What to leave out in this turn: each possible absence after the other."""
@@ -184,18 +181,21 @@ class Subject:
     def searched(self, count: int = SEARCHED, **options: Any) -> Iterator[Feedback]:
         """Draws in which to look for a dependence: of all magnitudes, with and without what may be absent."""
         for turn in range(count):
-            magnitude = MAGNITUDES[turn // 2 % len(MAGNITUDES)]
-            yield self.seeded(
-                100 + turn, self.absence(turn), **{"size": 4, "magnitude": magnitude, **options}
-            )
+            defaults = {"size": 4, "magnitude": MAGNITUDES[turn // 2 % len(MAGNITUDES)]}
+            yield self.seeded(100 + turn, self.absence(turn), **{**defaults, **options})
 
     def call(self, function: Callable[[Feedback], Tensor], feedback: Feedback) -> Tensor:
         """What the loss, or its mean, returns; CannotRun if it raises or returns no tensor."""
         try:
             result = function(feedback)
         except Exception as error:
+            needs, reads = (
+                ", ".join(sorted(names)) or "nothing" for names in (self.loss.needs, self.spec.reads)
+            )
+            reference = "a reference" if self.spec.needs_reference else "no reference"
             problem = (
-                f"call: got {type(error).__name__}: {error}, expected values\n  It takes {self._declared()}."
+                f"call: got {type(error).__name__}: {error}, expected values\n  It takes "
+                f"{self.spec.feedback.__name__} with {reference}, declares needs: {needs}; reads: {reads}."
             )
             raise CannotRun(self.spec.name, self.check, problem, feedback) from error
         if not isinstance(result, Tensor):
@@ -224,22 +224,9 @@ class Subject:
         return {"mean": mean, **{f"gradient of {path}": slope for path, slope in gradients.items()}}
 
     def failed(
-        self,
-        what: str,
-        got: Tensor | str,
-        expected: Tensor | str,
-        feedback: Feedback | None = None,
-        change: str = "",
+        self, what: str, got: Shown, expected: Shown, feedback: Feedback | None = None, change: str = ""
     ) -> CheckFailed:
-        """A failure of this check, to raise.
-
-        Args:
-            what: What was looked at.
-            got: What it was.
-            expected: What it should be.
-            feedback: The draw that shows it.
-            change: What to change in the loss, if that is not the hint of the check.
-        """
+        """A failure of this check, to raise; `feedback` shows it, `change` replaces the check's own hint."""
         change = change or self.change
         problem = f"{what}: got {shown(got)}, expected {shown(expected)}{f'; {change}' if change else ''}"
         return CheckFailed(self.spec.name, self.check, problem, feedback)
@@ -248,15 +235,23 @@ class Subject:
         """A failure, to raise, of values that no batch of a search changed."""
         return self.failed(what, f"the same in {SEARCHED} batches", "other ones somewhere", change=change)
 
-    def expect(self, what: str, got: Tensor, expected: Tensor, feedback: Feedback, change: str = "") -> None:
-        """Fail unless two tensors agree up to rounding; arguments as of `failed`."""
-        if not close(got, expected):
+    def expect(
+        self,
+        what: str,
+        got: Tensor,
+        expected: Tensor,
+        feedback: Feedback,
+        change: str = "",
+        exactly: bool = False,
+    ) -> None:
+        """Fail unless two tensors agree, up to rounding or `exactly`; other arguments as of `failed`."""
+        if not (torch.equal(got, expected) if exactly else close(got, expected)):
             raise self.failed(what, got, expected, feedback, change)
 
     def expect_finite(self, results: Mapping[str, Tensor], where: str, feedback: Feedback) -> None:
         """Fail unless all results, by name, are finite."""
         for what, result in results.items():
-            if not finite(result):
+            if not bool(torch.isfinite(result).all()):
                 raise self.failed(f"{what} {where}", result, "finite numbers", feedback)
 
     def expect_zero(self, results: Mapping[str, Tensor], where: str, feedback: Feedback) -> None:
@@ -286,15 +281,9 @@ class Subject:
             return True
         return False
 
-    def _declared(self) -> str:
-        needs = ", ".join(sorted(self.loss.needs)) or "nothing"
-        reads = ", ".join(sorted(self.spec.reads)) or "nothing"
-        reference = "a reference" if self.spec.needs_reference else "no reference"
-        return f"{self.spec.feedback.__name__} with {reference}, declares needs: {needs}; reads: {reads}"
-
-    def _works(self, feedback: Feedback) -> bool:
+    def _works(self, absent: frozenset[str] = frozenset(), **options: Any) -> bool:
         try:
-            self.fresh()(feedback)
+            self.fresh()(self.seeded(5, absent, size=3, **options))
         except Exception:
             return False
         return True
@@ -302,11 +291,7 @@ class Subject:
 
 @contextmanager
 def under_test(spec: LossSpec) -> Iterator[None]:
-    """Inside a `with` block a loss is in the registry, and the warnings that unusual feedback causes are silent.
-
-    Raises:
-        ValueError: If another loss has its name.
-    """
+    """Register a loss inside a `with` block, and silence the warnings that unusual feedback causes."""
     with registered(spec), quiet():
         yield
 
@@ -329,24 +314,18 @@ def as_loss(loss: Checkable, **traits: Any) -> Loss:
     """
     if callable(loss) and not isinstance(loss, Loss):
         known = next((spec for spec in specs.values() if spec.function is loss), None)
-        if known is None:
-            return _bound(spec_from(loss, **traits))
-        loss = known
+        loss, traits = known or spec_from(loss, **traits), traits if known else {}
     if traits:
         raise TypeError(f"traits: got {sorted(traits)} beside {loss!r}, expected none: it has its own")
+    if isinstance(loss, str):
+        loss = specs[loss] if loss in specs else get(loss)
     if isinstance(loss, Loss):
         return loss
-    if isinstance(loss, LossSpec):
-        return _bound(loss)
-    if isinstance(loss, str):
-        return _bound(specs[loss]) if loss in specs else get(loss)
-    raise TypeError(f"loss: got {loss!r}, expected a loss, its spec, its name or its function")
-
-
-def _bound(spec: LossSpec) -> Loss:
-    values = {name: _within(parameter) for name, parameter in spec.parameters.items() if parameter.required}
-    with under_test(spec):
-        return get(spec.name, **values)
+    if not isinstance(loss, LossSpec):
+        raise TypeError(f"loss: got {loss!r}, expected a loss, its spec, its name or its function")
+    required = {name: parameter for name, parameter in loss.parameters.items() if parameter.required}
+    with under_test(loss):
+        return get(loss.name, **{name: _within(parameter) for name, parameter in required.items()})
 
 
 def _within(parameter: Parameter) -> Any:

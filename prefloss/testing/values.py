@@ -5,7 +5,6 @@ And of unusual examples: a single one, those that do not count, padding, equal s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -20,15 +19,11 @@ from prefloss.testing.run import check, for_all
 from prefloss.testing.subject import Subject, shown
 
 
-@check()
-def check_shape_and_dtype(subject: Subject) -> None:
+@check(draws={})
+def check_shape_and_dtype(subject: Subject, feedback: Feedback) -> None:
     """The loss gives one value per example: float64 for float64, float32 for float32 and for half precision."""
-
-    def body(feedback: Feedback) -> None:
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            _check_shape_and_dtype(subject, fields.cast_to(feedback, dtype), dtype)
-
-    for_all(subject, body)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        _check_shape_and_dtype(subject, fields.cast_to(feedback, dtype), dtype)
 
 
 def _check_shape_and_dtype(subject: Subject, feedback: Feedback, dtype: torch.dtype) -> None:
@@ -36,50 +31,41 @@ def _check_shape_and_dtype(subject: Subject, feedback: Feedback, dtype: torch.dt
     if values.shape != feedback.shape:
         shapes = str(list(values.shape)), str(list(feedback.shape))
         raise subject.failed("shape of the values", *shapes, feedback, "do not reduce")
-    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = torch.promote_types(dtype, torch.float32)
     if values.dtype != expected:
+        what = f"values from {dtype} log-probs"
         change = "make constants with new_tensor or plain numbers, and do not cast"
-        raise subject.failed(
-            f"values from {dtype} log-probs", str(values.dtype), str(expected), feedback, change
-        )
+        raise subject.failed(what, str(values.dtype), str(expected), feedback, change)
     if dtype in (torch.float64, torch.float32):
         subject.expect_finite({"values": values}, "from ordinary log-probs", feedback)
 
 
-@check(change="use no in-place operation (x += y, x.clamp_(), x[i] = y) on what comes in")
-def check_no_mutation(subject: Subject) -> None:
+@check(change="use no in-place operation (x += y, x.clamp_(), x[i] = y) on what comes in", draws={})
+def check_no_mutation(subject: Subject, feedback: Feedback) -> None:
     """The loss leaves every tensor of its feedback as it was."""
-
-    def body(feedback: Feedback) -> None:
-        before = {path: value.clone() for path, value in fields.tensors(feedback).items()}
-        versions = {path: value._version for path, value in fields.tensors(feedback).items()}
-        for loss in subject.modes.values():
-            subject.detached(loss, feedback)
-            for path, value in fields.tensors(feedback).items():
-                if not torch.equal(value, before[path]) or value._version != versions[path]:
-                    restored = fields.with_tensors(feedback, {path: before[path]})
-                    raise subject.failed(f"{path} after the call", value, before[path], restored)
-
-    for_all(subject, body)
+    before = {path: (value.clone(), value._version) for path, value in fields.tensors(feedback).items()}
+    for loss in subject.modes.values():
+        subject.detached(loss, feedback)
+        for path, value in fields.tensors(feedback).items():
+            copied, version = before[path]
+            if not torch.equal(value, copied) or value._version != version:
+                restored = fields.with_tensors(feedback, {path: copied})
+                raise subject.failed(f"{path} after the call", value, copied, restored)
 
 
 @check(
-    change="draw numbers from a state such as prefloss.hyperparameters.Draws, and let no state move in evaluation"
+    change="draw numbers from a state such as prefloss.hyperparameters.Draws, and let no state move in evaluation",
+    draws={},
 )
-def check_determinism(subject: Subject) -> None:
+def check_determinism(subject: Subject, feedback: Feedback) -> None:
     """In evaluation the same feedback gives the same values, again and in another object of the same settings."""
-
-    def body(feedback: Feedback) -> None:
-        first = subject.settled_values(feedback)
-        torch.rand(3)
-        second = subject.settled_values(feedback)
-        if not torch.equal(first, second):
-            raise subject.failed("values of the same call again", second, first, feedback)
-        one, other = (subject.detached(subject.fresh().eval(), feedback) for _ in range(2))
-        if not torch.equal(one, other):
-            raise subject.failed("values of a second loss of the same settings", other, one, feedback)
-
-    for_all(subject, body)
+    first = subject.settled_values(feedback)
+    torch.rand(3)
+    second = subject.settled_values(feedback)
+    subject.expect("values of the same call again", second, first, feedback, exactly=True)
+    one, other = (subject.detached(subject.fresh().eval(), feedback) for _ in range(2))
+    what = "values of a second loss of the same settings"
+    subject.expect(what, other, one, feedback, exactly=True)
 
 
 @check(
@@ -102,79 +88,62 @@ def check_batch_permutation(subject: Subject) -> None:
             _check_order_of_completions(subject, feedback)
 
 
-def _orders(count: int) -> Iterator[Tensor]:
-    if count > 1:
-        yield torch.arange(count).flip(0)
-        yield torch.arange(count).roll(1)
+def _orders(count: int) -> list[Tensor]:
+    places = torch.arange(count)
+    return [places.flip(0), places.roll(1)] if count > 1 else []
 
 
 def _check_order_of_completions(subject: Subject, feedback: Feedback) -> None:
     assert isinstance(feedback, Rankings)
     values = subject.settled_values(feedback)
+    by_place = {"completions": feedback.completions, "scores": feedback.scores, "mask": feedback.present}
     for order in _orders(feedback.completions.shape[1]):
-        other = replace(
-            feedback,
-            completions=feedback.completions[:, order],
-            scores=feedback.scores[:, order],
-            mask=None if feedback.mask is None else feedback.mask[:, order],
-        )
+        other = replace(feedback, **{name: value[:, order] for name, value in by_place.items()})
         what = f"values with the completions of each group in the order {order.tolist()}"
         change = "rank by the scores, not by place"
         subject.expect(what, subject.settled_values(other), values, feedback, change)
 
 
-@check(change="leave the weights to prefloss, which multiplies by them")
-def check_weights(subject: Subject) -> None:
+@check(change="leave the weights to prefloss, which multiplies by them", draws={"weight": True})
+def check_weights(subject: Subject, feedback: Feedback) -> None:
     """An example's weight multiplies its value, and the mean divides by the number of examples."""
-
-    def body(feedback: Feedback) -> None:
-        assert feedback.weight is not None
-        products = subject.settled_values(replace(feedback, weight=None)) * feedback.weight
-        weighted = subject.settled_values(feedback)
-        subject.expect(f"values with weights {shown(feedback.weight)}", weighted, products, feedback)
-        # The terms of a sum may count different examples, so its mean is not the mean of its values.
-        if not subject.is_sum:
-            mean = weighted.sum() / subject.settled.counted(feedback).sum().clamp(min=1)
-            subject.expect("mean", subject.call(subject.settled.mean, feedback), mean, feedback)
-
-    for_all(subject, body, weight=True)
+    assert feedback.weight is not None
+    products = subject.settled_values(replace(feedback, weight=None)) * feedback.weight
+    weighted = subject.settled_values(feedback)
+    subject.expect(f"values with weights {shown(feedback.weight)}", weighted, products, feedback)
+    # The terms of a sum may count different examples, so its mean is not the mean of its values.
+    if not subject.is_sum:
+        mean = weighted.sum() / subject.settled.counted(feedback).sum().clamp(min=1)
+        subject.expect("mean", subject.call(subject.settled.mean, feedback), mean, feedback)
 
 
 @check(
-    change="a statistic of the batch needs a meaning for one example (an unbiased standard deviation has none)"
+    change="a statistic of the batch needs a meaning for one example (an unbiased standard deviation has none)",
+    draws={"size": 1},
 )
-def check_single_example(subject: Subject) -> None:
+def check_single_example(subject: Subject, feedback: Feedback) -> None:
     """A batch of one example has a finite value and a finite gradient, in training and in evaluation."""
-
-    def body(feedback: Feedback) -> None:
-        for mode, loss in subject.modes.items():
-            subject.expect_finite(subject.results(loss, feedback), f"of one example in {mode}", feedback)
-
-    for_all(subject, body, size=1)
+    for mode, loss in subject.modes.items():
+        subject.expect_finite(subject.results(loss, feedback), f"of one example in {mode}", feedback)
 
 
 @check(
-    change="an empty completion has 0 tokens, so divide by tokens.clamp(min=1) and guard both branches of a where"
+    change="an empty completion has 0 tokens, so divide by tokens.clamp(min=1) and guard both branches of a where",
+    draws={},
 )
-def check_empty_examples(subject: Subject) -> None:
+def check_empty_examples(subject: Subject, feedback: Feedback) -> None:
     """An example without tokens has value 0, no gradient, and no influence on the others."""
-
-    def body(feedback: Feedback) -> None:
-        for part, place in _parts_to_empty(feedback):
+    size, every_empty = feedback.shape[0], feedback
+    for part in (part for part in fields.parts(feedback) if part != "mismatched"):
+        for place in (0, size - 1) if size > 2 else (0,):
             _check_emptied(subject, feedback, part, place)
-        _check_all_empty(subject, feedback)
-
-    for_all(subject, body)
-    if subject.spec.feedback is Rankings:
-        for_all(subject, lambda feedback: _check_absent(subject, feedback))
-
-
-def _parts_to_empty(feedback: Feedback) -> Iterator[tuple[str, int]]:
-    for part in fields.parts(feedback):
-        if part != "mismatched":
-            yield part, 0
-            if feedback.shape[0] > 2:
-                yield part, feedback.shape[0] - 1
+        every_empty = _without_tokens(every_empty, part, torch.arange(size))
+    if not bool(subject.settled.counted(every_empty).any()):
+        for loss in subject.modes.values():
+            results = subject.results(loss, every_empty)
+            subject.expect_zero(results, "with every example empty", every_empty)
+    if isinstance(feedback, Rankings):
+        _check_absent(subject, feedback)
 
 
 def _without_tokens(feedback: Feedback, part: str, places: Tensor | int) -> Feedback:
@@ -215,18 +184,8 @@ def _check_others(subject: Subject, whole: Feedback, feedback: Feedback, values:
     subject.expect(what, values[others], subject.settled_values(left), feedback, change)
 
 
-def _check_all_empty(subject: Subject, feedback: Feedback) -> None:
-    for part in fields.parts(feedback):
-        if part != "mismatched":
-            feedback = _without_tokens(feedback, part, torch.arange(feedback.shape[0]))
-    if not bool(subject.settled.counted(feedback).any()):
-        for loss in subject.modes.values():
-            subject.expect_zero(subject.results(loss, feedback), "with every example empty", feedback)
-
-
-def _check_absent(subject: Subject, feedback: Feedback) -> None:
+def _check_absent(subject: Subject, feedback: Rankings) -> None:
     """An absent completion of a ranking is not read."""
-    assert isinstance(feedback, Rankings)
     absent = ~feedback.present
     completions = fields.shifted(feedback.completions, policy=torch.where(absent, -7.5, 0.0))
     other = replace(feedback, completions=completions, scores=torch.where(absent, 55.0, feedback.scores))
@@ -241,47 +200,36 @@ def _check_absent(subject: Subject, feedback: Feedback) -> None:
 @check(
     lambda subject: None if subject.reads_rows else "reads no tokens",
     change="use PerToken.sum and PerToken.mean, which read only inside the mask",
+    draws={},
 )
-def check_padding(subject: Subject) -> None:
+def check_padding(subject: Subject, feedback: Feedback) -> None:
     """What stands outside the mask of the per-token rows is not read, and their width has no effect."""
-
-    def body(feedback: Feedback) -> None:
-        padded = fields.map_parts(feedback, _padded)
-        what = "values with other numbers outside the mask, and two more places"
-        subject.expect(what, subject.settled_values(padded), subject.settled_values(feedback), padded)
-
-    for_all(subject, body)
+    padded = fields.map_parts(feedback, _padded)
+    what = "values with other numbers outside the mask, and two more places"
+    subject.expect(what, subject.settled_values(padded), subject.settled_values(feedback), padded)
 
 
 def _padded(part: LogRatios) -> LogRatios:
     assert part.per_token is not None
     wide = fields.map_rows(part.per_token, lambda value: pad(value, (0, 2)))
-    rows = {name: getattr(wide, name) for name in fields.ROWS if getattr(wide, name) is not None}
+    rows = {name: value for name, value in fields.tensors(wide).items() if name in fields.ROWS}
     garbage = {name: torch.where(wide.mask, value, 55.0) for name, value in rows.items()}
     return replace(wide, **garbage).log_ratios()
 
 
-def _reads_no_scores(subject: Subject) -> str | None:
-    reads = subject.spec.feedback is Rankings or "scores" in subject.fields
-    return None if reads else "reads no scores"
-
-
 @check(
-    _reads_no_scores,
+    lambda subject: None if subject.reads_scores else "reads no scores",
     change="handle a difference of 0, or refuse equal scores with a ValueError that names them",
+    draws={"ties": True},
 )
-def check_ties(subject: Subject) -> None:
+def check_ties(subject: Subject, feedback: Feedback) -> None:
     """Equal scores give finite values and gradients, or are refused by name."""
-
-    def body(feedback: Feedback) -> None:
-        if isinstance(feedback, Pairs):
-            feedback = replace(feedback, score_chosen=feedback.score_rejected)
-        try:
-            results = subject.results(subject.settled, feedback)
-        except CannotRun as error:
-            if isinstance(error.__cause__, ValueError) and "score" in str(error.__cause__):
-                return
-            raise
-        subject.expect_finite(results, "with equal scores", feedback)
-
-    for_all(subject, body, ties=True)
+    if isinstance(feedback, Pairs):
+        feedback = replace(feedback, score_chosen=feedback.score_rejected)
+    try:
+        results = subject.results(subject.settled, feedback)
+    except CannotRun as error:
+        if isinstance(error.__cause__, ValueError) and "score" in str(error.__cause__):
+            return
+        raise
+    subject.expect_finite(results, "with equal scores", feedback)
