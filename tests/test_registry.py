@@ -263,3 +263,13 @@ def test_the_registered_functions_read_like_the_template():
         assert spec.note, spec.name
         assert all(parameter.description for parameter in spec.parameters.values()), spec.name
         assert inspect.getdoc(spec.function).count("Example:") == 1, spec.name
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+def test_a_copy_has_state_and_what_was_stated(copied):
+    loss = prefloss.get("bco", beta=0.3).train()
+    loss(prefloss.Labels(prefloss.LogRatios.of([1.0, -2.0]), [True, False]))
+    other = copied(loss)
+    assert dict(other.stated) == {"beta": 0.3}
+    assert other.params == loss.params
+    assert other.state_dict() == loss.state_dict()

@@ -261,7 +261,7 @@ class Loss:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name: the registry, not the file, holds the function."""
-        return Loss.bind, (self.name, dict(self.params))
+        return _rebuilt, (self.name, dict(self.params), tuple(self.stated), self.state_dict())
 
     @property
     def _baseline(self) -> Any:
@@ -336,3 +336,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | int | float | bool | types.NoneType):
         return value
     return list(value) if isinstance(value, tuple) else getattr(value, "name", repr(value))
+
+
+def _rebuilt(name: str, params: dict[str, Any], stated: tuple[str, ...], state: dict[str, Any]) -> Loss:
+    bound = Loss.bind(name, params)
+    loss = Loss(bound.spec, bound.params, stated)
+    loss.load_state_dict(state)
+    return loss
