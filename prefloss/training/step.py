@@ -177,7 +177,8 @@ class FeedbackObjective:
         evaluation = self.loss.train(training).evaluate(seen)
         check_finite(self.loss, evaluation.terms, seen)
         copies = distributed.size() if couples else 1
-        return _Batch(seen, evaluation, counts, self.loss.counts(seen), copies)
+        seen_counts = counts if seen is own else self.loss.counts(seen)
+        return _Batch(seen, evaluation, counts, seen_counts, copies)
 
     def _share(self, batch: _Batch, step_counts: Tensor) -> Tensor:
         # Gradients are averaged over processes, so each share is multiplied by their number.
