@@ -8,6 +8,7 @@ Losses are pure functions of log-ratios, chosen by name::
 Importing this package loads torch and nothing heavier; trainers and command line load where they are used.
 """
 
+from prefloss import hyperparameters as hyperparameters
 from prefloss import metrics as metrics
 from prefloss._deprecated import moved as _moved
 from prefloss.feedback import Labels as Labels

@@ -74,6 +74,12 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before})
     assert not loaded & OPTIONAL
 
 
+def test_modules_of_losses_are_there_after_one_import():
+    # In a process of its own: other tests import these modules by name.
+    code = "import prefloss as p; p.registry.spec_of, p.hyperparameters.Linear, p.losses.dpo, p.metrics.Stat"
+    run(sys.executable, "-W", "error", "-c", code, cwd=ROOT)
+
+
 @pytest.mark.slow
 def test_wheel_works_in_an_environment_with_torch_alone(tmp_path):
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT, cwd=tmp_path)
