@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefloss.data.atomic import written_whole
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -200,16 +202,8 @@ def write_table(
             "tokens": pa.array([rows[key][1] for key in order], pa.int32()),
         }
     ).replace_schema_metadata({_HEADER: json.dumps(asdict(header))})
-    # In the same folder, because a file can be renamed only within its file system.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            pq.write_table(table, file, compression="none", write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_whole(path) as unfinished:
+        pq.write_table(table, unfinished, compression="none", write_page_checksum=True)
 
 
 def _read(path: Path) -> tuple[Header, tuple[Any, Any, Any]]:

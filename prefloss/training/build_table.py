@@ -8,7 +8,6 @@ it, so a resumed run gives the same bytes as an uninterrupted one.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import math
@@ -22,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from prefloss.data.atomic import remove_unfinished
 from prefloss.data.errors import shown
 from prefloss.data.examples import read_example
 from prefloss.data.table import Header, ReferenceTable, TableError, as_scored, completion_key, write_table
@@ -178,8 +178,7 @@ class ReferenceBuilder:
                 [count for table in tables for count in table.tokens.tolist()],
             )
         # Left over from a run that was killed while merging.
-        for stale in self.output.parent.glob(f".{glob.escape(self.output.name)}.*.unfinished"):
-            stale.unlink()
+        remove_unfinished(self.output)
         shutil.rmtree(self.folder)
 
 
