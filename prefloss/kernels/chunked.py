@@ -16,7 +16,16 @@ from prefloss.kernels.cpu.native import PANEL
 from prefloss.kernels.kept import Kept
 from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
 from prefloss.kernels.plan import Plan
-from prefloss.kernels.tiles import Grid, LinearInputs, RowSums, TileSpec, even, on_cpu, slices
+from prefloss.kernels.tiles import (
+    CPU_MATMUL_ELEMENTS,
+    Grid,
+    LinearInputs,
+    RowSums,
+    TileSpec,
+    even,
+    on_cpu,
+    slices,
+)
 
 # Tokens of a tile at most, and columns at least where the vocabulary has them: enough for the matmuls.
 MOST_ROWS, LEAST_COLUMNS = 2048, 1024
@@ -236,8 +245,11 @@ def _grid(n: int, weight: Tensor, plan: Plan) -> Grid:
     vocabulary, width = weight.shape
     elements, least = plan.chunk_tokens * vocabulary, min(vocabulary, LEAST_COLUMNS)
     height = even(n, min(MOST_ROWS, elements // least))
-    # a span of the head, or of its gradient, is no larger than a tile either
-    most = min(elements // height, max(least, elements // max(1, width)))
+    # A span of the head, or of its gradient, is no larger than a tile may be either. Few tokens do not fill a tile, and
+    # many narrow spans would take longer, except of a head that is converted and should then be in the cache.
+    converted = weight.dtype != compute_dtype(weight.dtype) and not matmul.has_mixed_matmul(weight)
+    span = elements if converted else max(elements, CPU_MATMUL_ELEMENTS)
+    most = min(elements // height, max(least, span // max(1, width)))
     columns = even(vocabulary, max(most, PANEL))
     # a multiple of a panel of codes
     return Grid(list(slices(n, height)), list(slices(vocabulary, columns + -columns % PANEL)))

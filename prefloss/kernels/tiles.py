@@ -14,7 +14,7 @@ from prefloss.kernels.naive import LogitTransform
 # 256 MiB of float32, or 512 rows of a vocabulary of 128k.
 MATMUL_ELEMENTS = 2**26
 # A CPU needs fewer, and 16 MiB stay in its cache.
-_CPU_MATMUL_ELEMENTS = 2**22
+CPU_MATMUL_ELEMENTS = 2**22
 
 
 class TileSpec(NamedTuple):
@@ -104,4 +104,4 @@ def on_cpu(x: Tensor) -> bool:
 
 def default_chunk(tokens: int, vocabulary: int, cpu: bool) -> int:
     """`Plan.chunk_tokens` of the fewest tiles within the limits above, all of about one size."""
-    return even(tokens, (_CPU_MATMUL_ELEMENTS if cpu else MATMUL_ELEMENTS) // max(1, vocabulary))
+    return even(tokens, (CPU_MATMUL_ELEMENTS if cpu else MATMUL_ELEMENTS) // max(1, vocabulary))

@@ -45,6 +45,32 @@ def test_a_budget_is_used_up_and_not_passed():
         assert "do not fit" in plan.why
 
 
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "impl"),
+    [
+        ({"vocabulary": 32_000, "width": 1024}, torch.float32, "naive"),
+        ({"vocabulary": 32_000, "width": 1024}, torch.bfloat16, "chunked"),
+        ({"vocabulary": 32_000, "width": 1024}, torch.float16, "chunked"),
+        ({"vocabulary": 1000, "width": 64}, torch.bfloat16, "naive"),
+        ({"vocabulary": 32_000, "width": None}, torch.bfloat16, "naive"),
+    ],
+)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_few_tokens(sizes, dtype, impl, trainable):
+    """AUDIT P1: plain torch would convert a large head in half precision as a whole."""
+    plan = explain(tokens=8, dtype=dtype, trainable_head=trainable, **sizes)
+    assert plan.impl == impl
+    assert ("logits are few" in plan.why) == (impl == "naive")
+
+
+def test_few_tokens_are_multiplied_with_wide_spans_of_the_head():
+    """AUDIT P1: the fewer the tokens, the narrower the spans were, so that their overhead was larger than the work."""
+    hidden, weight = torch.randn(4, 64, requires_grad=True), torch.randn(8192, 64)
+    with Watch() as watch:
+        linear_token_logps(hidden, weight, torch.zeros(4, dtype=torch.int64), impl="chunked").sum().backward()
+    assert [name for name, _, _ in watch.calls if name in ("mm", "addmm")] == ["mm", "addmm"]
+
+
 def test_strict_refuses_a_fallback():
     hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     targets = torch.zeros(6, dtype=torch.int64)
