@@ -25,7 +25,7 @@ test quick proof: export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick proof lint format types docs clean
+.PHONY: help demo test quick proof lint format types docs wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ types: $(INSTALLED) ## pyright over prefloss/
 
 docs: $(INSTALLED) ## HTML docs into docs/_build/html; a warning fails
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+wheel: $(INSTALLED) ## a wheel for this platform into dist, with the CPU library if there is a C compiler
+	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove the environment, build outputs and caches
 	rm -rf $(VENV) build dist docs/_build .benchmarks .hypothesis .pytest_cache .ruff_cache

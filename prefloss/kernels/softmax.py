@@ -1,7 +1,7 @@
 """Passes over rows of logits: the softmax statistics of their targets, their gradient, and logits in 16 bits.
 
-Each is one pass of `native` over the rows on a CPU with a compiler, and plain torch elsewhere, on a CPU in blocks that
-fit its cache. The statistics of m tokens are the rows of one tensor, [2 or 5, m], in the order `STATS`.
+Each is one pass of `native` over the rows on a CPU that has its library, and plain torch elsewhere, on a CPU in blocks
+that fit its cache. The statistics of m tokens are the rows of one tensor, [2 or 5, m], in the order `STATS`.
 """
 
 from __future__ import annotations

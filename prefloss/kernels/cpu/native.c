@@ -1,4 +1,7 @@
-/* The log-prob ops in C, for a CPU; native.py compiles and calls this file, and documents each function.
+/* The log-prob ops in C, for a CPU; build.py compiles this file, native.py calls and documents each function.
+ *
+ * A wheel's library holds it several times, once for each LEVEL of instructions, which the names of functions end in.
+ * The OpenMP runtime is that of torch.
  *
  * Rows are read in blocks that stay in the first-level cache and become float32 there; no row is copied whole.
  * A row with a target < 0 is left out and not read. A target beyond the vocabulary, as in another shard of it, has
@@ -11,9 +14,26 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
+#ifdef _OPENMP
+int omp_get_thread_num(void);
+#else
+static inline int omp_get_thread_num(void) { return 0; }
+#endif
+
+/* without instructions for it, torch converts faster */
+#if defined(__FLT16_MAX__) && (defined(__F16C__) || !defined(__x86_64__))
+#define HAS_FLOAT16
+#endif
+
+#ifndef LEVEL
+#define LEVEL native
+#endif
+#define JOINED(name, level) prefloss_##name##_##level
+#define EXPANDED(name, level) JOINED(name, level)
+#define EXPORT(name) EXPANDED(name, LEVEL)
 
 enum { F32 = 0, BF16 = 1, F16 = 2, CODE = 3 };
 #define BLOCK 1024
@@ -89,10 +109,15 @@ static inline void load_block(const void *row, int kind, int64_t start, int m, f
     } else if (kind == BF16) {
         const uint16_t *in = (const uint16_t *)row + start;
         for (int i = 0; i < m; i++) x[i] = from_bits((uint32_t)in[i] << 16);
-#ifdef __FLT16_MAX__
+#ifdef HAS_FLOAT16
     } else if (kind == F16) {
         const _Float16 *in = (const _Float16 *)row + start;
-        for (int i = 0; i < m; i++) x[i] = (float)in[i];
+        int i = 0;
+#ifdef __F16C__
+        /* compilers convert one at a time */
+        for (; i + 8 <= m; i += 8) _mm256_storeu_ps(x + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(in + i))));
+#endif
+        for (; i < m; i++) x[i] = (float)in[i];
 #endif
     } else {
         const int16_t *in = (const int16_t *)row + start;
@@ -107,10 +132,15 @@ static inline void store_block(void *row, int kind, int64_t start, int m, const 
     } else if (kind == BF16) {
         uint16_t *out = (uint16_t *)row + start;
         for (int i = 0; i < m; i++) out[i] = to_bf16(x[i]);
-#ifdef __FLT16_MAX__
+#ifdef HAS_FLOAT16
     } else if (kind == F16) {
         _Float16 *out = (_Float16 *)row + start;
-        for (int i = 0; i < m; i++) out[i] = (_Float16)x[i];
+        int i = 0;
+#ifdef __F16C__
+        for (; i + 8 <= m; i += 8)
+            _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+        for (; i < m; i++) out[i] = (_Float16)x[i];
 #endif
     } else {
         int16_t *out = (int16_t *)row + start;
@@ -134,8 +164,8 @@ static const char *row_of(const void *base, int kind, int64_t row, int64_t strid
     return (const char *)base + row * stride * (kind == F32 ? 4 : 2);
 }
 
-int prefloss_has_float16(void) {
-#ifdef __FLT16_MAX__
+int EXPORT(has_float16)(void) {
+#ifdef HAS_FLOAT16
     return 1;
 #else
     return 0;
@@ -185,7 +215,7 @@ static inline __attribute__((always_inline)) void add_block(sums_t *s, const flo
 }
 
 /* Add columns first, first + 1, ... of the logits to the sums of their rows; all of these with `stats`, else three */
-void prefloss_fold(const void *logits, int kind, int64_t rows, int64_t columns, int64_t stride, const int64_t *targets,
+void EXPORT(fold)(const void *logits, int kind, int64_t rows, int64_t columns, int64_t stride, const int64_t *targets,
                    int64_t first, transform_t t, sums_t *sums, int stats, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t row = 0; row < rows; row++) {
@@ -207,7 +237,7 @@ void prefloss_fold(const void *logits, int kind, int64_t rows, int64_t columns, 
 }
 
 /* Codes of logits; `above` has one number per row, the reference of all its panels */
-void prefloss_encode(const float *logits, int64_t rows, int64_t columns, int64_t stride, transform_t t,
+void EXPORT(encode)(const float *logits, int64_t rows, int64_t columns, int64_t stride, transform_t t,
                      const float *above, int16_t *codes, int64_t codes_stride, float *references,
                      int64_t references_stride, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -236,7 +266,7 @@ static inline void populate(void *start, size_t bytes) {
 }
 
 /* `out` may be `in`: an element of a row is written after it has been read, and before later ones are */
-void prefloss_differentiate(const void *in, int in_kind, int64_t in_stride, void *out, int out_kind,
+void EXPORT(differentiate)(const void *in, int in_kind, int64_t in_stride, void *out, int out_kind,
                             int64_t out_stride, int64_t rows, int64_t columns, const int64_t *targets,
                             int64_t first, transform_t t, const float *logps, const float *lses,
                             const coefficients_t *coefficients, int plain, const float *references,
@@ -414,25 +444,28 @@ static void pack(const uint16_t *x, int64_t k_stride, int64_t n_stride, int64_t 
         }
 }
 
-static void *workspace(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+/* Memory for so many threads, `bytes` for each, a multiple of 64. Allocated before the threads start: if there is not
+ * enough, nothing has been written yet. */
+static char *workspace(int64_t bytes, int threads) { return aligned_alloc(64, (size_t)bytes * threads); }
 
 /* For few rows of `a`, contiguous in k: each thread packs panels of b and multiplies all rows by them. A small `out`
  * stays in the cache over all k, so that `a` is read once. */
 static int multiply_few_rows(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_stride,
                              const uint16_t *b, int64_t bk, int64_t bn, float *out, int64_t stride, int add,
                              int threads) {
-    int64_t panels = (columns + NR - 1) / NR, even = ks / 2 * 2;
-    int small = rows * columns <= (1 << 20), failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
+    int64_t panels = (columns + NR - 1) / NR, even = ks / 2 * 2, bytes = sizeof(uint32_t) * KC / 2 * NR;
+    int small = rows * columns <= (1 << 20);
+    char *memory = workspace(bytes, threads);
+    if (!memory) return 1;
+#pragma omp parallel num_threads(threads)
     {
-        uint32_t *packed = workspace(sizeof(uint32_t) * KC / 2 * NR);
-        if (!packed) failed = 1;
+        uint32_t *packed = (uint32_t *)(memory + omp_get_thread_num() * bytes);
         int64_t blocks = (even + KC - 1) / KC, outer = small ? blocks : 1, inner = small ? 1 : blocks;
         for (int64_t o = 0; o < outer; o++) {
 #pragma omp for schedule(static) nowait
             for (int64_t panel = 0; panel < panels; panel++) {
                 int width = columns - panel * NR < NR ? (int)(columns - panel * NR) : NR;
-                for (int64_t i = 0; packed && i < inner; i++) {
+                for (int64_t i = 0; i < inner; i++) {
                     int64_t k = (small ? o : i) * KC, deep = even - k < KC ? even - k : KC;
                     pack(b + k * bk + panel * NR * bn, bk, bn, deep, width, NR, packed, NR);
                     pairs_t pairs = {(const char *)(a + k), a_stride * 2, 4};
@@ -440,9 +473,9 @@ static int multiply_few_rows(int64_t rows, int64_t columns, int64_t ks, const ui
                 }
             }
         }
-        free(packed);
     }
-    return failed;
+    free(memory);
+    return 0;
 }
 
 /* For many rows of `a`, contiguous in rows: b is packed once, each thread packs blocks of a and sums each tile over all
@@ -452,14 +485,18 @@ static int multiply_many_rows(int64_t rows, int64_t columns, int64_t ks, const u
                               int threads) {
     enum { ROWS = 16 * MR };
     int64_t panels = (columns + NR - 1) / NR, blocks = (rows + ROWS - 1) / ROWS, depth = (ks + 1) / 2;
-    uint32_t *packed = workspace(sizeof(uint32_t) * panels * depth * NR);
-    if (!packed) return 1;
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
+    int64_t whole = sizeof(uint32_t) * panels * depth * NR, bytes = sizeof(uint32_t) * depth * ROWS;
+    uint32_t *packed = (uint32_t *)workspace(whole, 1);
+    char *memory = workspace(bytes, threads);
+    if (!packed || !memory) {
+        free(packed);
+        free(memory);
+        return 1;
+    }
+#pragma omp parallel num_threads(threads)
     {
-        uint32_t *mine = workspace(sizeof(uint32_t) * depth * ROWS);
+        uint32_t *mine = (uint32_t *)(memory + omp_get_thread_num() * bytes);
         float sums[ROWS * NR] __attribute__((aligned(64)));
-        if (!mine) failed = 1;
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels; panel++) {
             int width = columns - panel * NR < NR ? (int)(columns - panel * NR) : NR;
@@ -469,7 +506,6 @@ static int multiply_many_rows(int64_t rows, int64_t columns, int64_t ks, const u
         for (int64_t block = 0; block < blocks; block++) {
             int64_t first = block * ROWS;
             int count = rows - first < ROWS ? (int)(rows - first) : ROWS;
-            if (!mine) continue;
             pack(a + first, a_stride, 1, ks, count, ROWS, mine, ROWS);
             for (int64_t panel = 0; panel < panels; panel++) {
                 int width = columns - panel * NR < NR ? (int)(columns - panel * NR) : NR;
@@ -486,14 +522,14 @@ static int multiply_many_rows(int64_t rows, int64_t columns, int64_t ks, const u
                     store_block((char *)out + (at + r * stride) * (kind == F32 ? 4 : 2), kind, 0, width, sums + r * NR);
             }
         }
-        free(mine);
     }
     free(packed);
-    return failed;
+    free(memory);
+    return 0;
 }
 
 /* out[rows, columns] (+)= a[rows, ks] b[ks, columns]; strides in elements. Returns 0 on success. */
-int prefloss_multiply(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_row, int64_t a_k,
+int EXPORT(multiply)(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_row, int64_t a_k,
                       const uint16_t *b, int64_t bk, int64_t bn, void *out, int kind, int64_t stride, int add,
                       int threads) {
     if (a_k == 1 && ks >= 2 && kind == F32) {
@@ -532,25 +568,27 @@ static void fold_panel(float *restrict x, int width, const float *bias, transfor
 /* Add the logits x w^T + bias of bfloat16 [rows, width] and [columns, width], which never leave the cache, to the sums
  * of their rows. Store codes and references of all but ignored rows, unless NULL. Panels are divided into a fixed number
  * of runs, whose sums are joined in order, so the result does not depend on the number of threads. 0 on success. */
-int prefloss_project(int64_t rows, int64_t columns, int64_t width, const uint16_t *x, int64_t x_stride,
+int EXPORT(project)(int64_t rows, int64_t columns, int64_t width, const uint16_t *x, int64_t x_stride,
                      const uint16_t *w, int64_t w_stride, const float *bias, const int64_t *targets, int64_t first,
                      transform_t t, sums_t *sums, int stats, int16_t *codes, int64_t codes_stride, float *references,
                      int64_t references_stride, int threads) {
     enum { ROWS = 32 * MR, RUNS = 32 };
     if (width % 2) return 2;
     int64_t panels = (columns + PANEL - 1) / PANEL, length = (panels + RUNS - 1) / RUNS;
-    int64_t runs = (panels + length - 1) / length;
-    int failed = 0;
+    int64_t runs = (panels + length - 1) / length, bytes = sizeof(uint32_t) * width / 2 * PANEL;
     sums_t *parts = malloc(sizeof(sums_t) * runs * rows);
-    if (!parts) failed = 1;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
+    char *memory = workspace(bytes, threads);
+    if (!parts || !memory) {
+        free(parts);
+        free(memory);
+        return 1;
+    }
+#pragma omp parallel num_threads(threads)
     {
-        uint32_t *packed = workspace(sizeof(uint32_t) * width / 2 * PANEL);
+        uint32_t *packed = (uint32_t *)(memory + omp_get_thread_num() * bytes);
         float tile[ROWS * PANEL] __attribute__((aligned(64)));
-        if (!packed) failed = 1;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t run = 0; run < runs; run++) {
-            if (failed) continue;
             sums_t *mine = parts + run * rows;
             for (int64_t row = 0; row < rows; row++) mine[row] = NOTHING;
             for (int64_t panel = run * length; panel < panels && panel < (run + 1) * length; panel++) {
@@ -576,11 +614,10 @@ int prefloss_project(int64_t rows, int64_t columns, int64_t width, const uint16_
                 }
             }
         }
-        free(packed);
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t run = 0; run < runs && !failed; run++) {
+        for (int64_t run = 0; run < runs; run++) {
             sums_t part = parts[run * rows + row], *all = sums + row;
             double high = part.peak > all->peak ? part.peak : all->peak;
             raise_peak(all, high);
@@ -591,16 +628,17 @@ int prefloss_project(int64_t rows, int64_t columns, int64_t width, const uint16_
             all->picked = part.picked > all->picked ? part.picked : all->picked;
         }
     free(parts);
-    return failed;
+    free(memory);
+    return 0;
 }
 #else
-int prefloss_multiply(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_row, int64_t a_k,
+int EXPORT(multiply)(int64_t rows, int64_t columns, int64_t ks, const uint16_t *a, int64_t a_row, int64_t a_k,
                       const uint16_t *b, int64_t bk, int64_t bn, void *out, int kind, int64_t stride, int add,
                       int threads) {
     return 2;
 }
 
-int prefloss_project(int64_t rows, int64_t columns, int64_t width, const uint16_t *x, int64_t x_stride,
+int EXPORT(project)(int64_t rows, int64_t columns, int64_t width, const uint16_t *x, int64_t x_stride,
                      const uint16_t *w, int64_t w_stride, const float *bias, const int64_t *targets, int64_t first,
                      transform_t t, sums_t *sums, int stats, int16_t *codes, int64_t codes_stride, float *references,
                      int64_t references_stride, int threads) {
@@ -608,7 +646,7 @@ int prefloss_project(int64_t rows, int64_t columns, int64_t width, const uint16_
 }
 #endif
 
-int prefloss_multiplies(void) {
+int EXPORT(multiplies)(void) {
 #ifdef __AVX512BF16__
     return 1;
 #else

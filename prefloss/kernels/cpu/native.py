@@ -1,37 +1,22 @@
-"""Single-pass CPU forms of the row operations and the bfloat16 matmul: `native.c`, compiled when first needed.
+"""Single-pass CPU forms of the row operations and the bfloat16 matmul: the functions of `native.c`.
 
 PyTorch lacks three things on a CPU: a softmax that reads a half-precision row once and stores nothing in float32; a
 product of bfloat16 matrices that is summed and returned in float32; and both in one, a projection whose logits are
-scored while they are in the cache and leave it in 16 bits, if at all. A C compiler on the machine (``CC``, or else
-``cc``, ``gcc`` or ``clang``) builds them within a second or two into the user's cache folder. Without a compiler, or
-with ``PREFLOSS_NATIVE=0``, plain torch does the same to the same accuracy, but more slowly.
+scored while they are in the cache and leave it in 16 bits, if at all. Wheels bring them compiled; elsewhere a C
+compiler (``CC``, or else ``cc``, ``gcc`` or ``clang``) builds them within seconds into the user's cache folder. Without
+either, or with ``PREFLOSS_NATIVE=0``, plain torch does the same to the same accuracy, but more slowly.
 """
 
 from __future__ import annotations
-
-import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefloss.kernels import constant_when_compiled
+from prefloss.kernels.cpu.library import Library, Transform, library
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.tiles import TileSpec
 
-_log = logging.getLogger("prefloss")
-_SOURCE = Path(__file__).with_name("native.c")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int16: 3}
 
 # subclasses (a DTensor, a FakeTensor) may have no memory here
@@ -39,10 +24,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 # Columns of 16-bit logits that share a reference.
 PANEL = 64
-
-
-class _Transform(ctypes.Structure):
-    _fields_ = (("factor", ctypes.c_float), ("cap_in", ctypes.c_float), ("cap_out", ctypes.c_float))
 
 
 def available(x: Tensor) -> bool:
@@ -54,14 +35,14 @@ def available(x: Tensor) -> bool:
 def passes_over(dtype: torch.dtype) -> bool:
     """Whether the row operations here can take `dtype`."""
     lib = library() if dtype in _KINDS else None
-    return lib is not None and (dtype != torch.float16 or bool(lib.prefloss_has_float16()))
+    return lib is not None and (dtype != torch.float16 or bool(lib.has_float16()))
 
 
 @constant_when_compiled
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether `multiply` can take `dtype`: bfloat16, on a processor with instructions for it."""
     lib = library() if dtype == torch.bfloat16 else None
-    return lib is not None and bool(lib.prefloss_multiplies())
+    return lib is not None and bool(lib.multiplies())
 
 
 def fold(logits: Tensor, spec: TileSpec, sums: Tensor, more: bool) -> None:
@@ -71,7 +52,7 @@ def fold(logits: Tensor, spec: TileSpec, sums: Tensor, more: bool) -> None:
     """
     rows, columns = logits.shape
     targets = spec.targets.contiguous()
-    library().prefloss_fold(
+    _library().fold(
         _address(logits), _KINDS[logits.dtype], rows, columns, logits.stride(0), _address(targets), spec.first,
         _struct(spec.transform), _address(sums), more, _threads(rows * columns),
     )  # fmt: skip
@@ -82,7 +63,7 @@ def encode(
 ) -> None:
     """Raw float32 logits [m, w] -> int16 codes of them [m, w] and their references, see `kept`."""
     rows, columns = logits.shape
-    library().prefloss_encode(
+    _library().encode(
         _address(logits), rows, columns, logits.stride(0), _struct(transform), _address(above.contiguous()),
         _address(codes), codes.stride(0), _address(references), references.stride(0), _threads(rows * columns),
     )  # fmt: skip
@@ -106,7 +87,7 @@ def differentiate(
     rows, columns = x.shape
     targets, coefficients = spec.targets.contiguous(), coefficients.contiguous()
     logps, lses = (row.contiguous() for row in stats[:2])
-    library().prefloss_differentiate(
+    _library().differentiate(
         _address(x), _KINDS[x.dtype], x.stride(0), _address(out), _KINDS[out.dtype], out.stride(0), rows, columns,
         _address(targets), spec.first, _struct(spec.transform), _address(logps), _address(lses),
         _address(coefficients), plain, _address(references), _stride(references), fresh, _threads(rows * columns),
@@ -120,7 +101,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> bool:
     """
     if out.stride(1) != 1 or out.dtype not in (torch.float32, torch.bfloat16) or 0 in (*a.shape, *b.shape):
         return False
-    status = library().prefloss_multiply(
+    status = _library().multiply(
         a.shape[0], b.shape[1], a.shape[1], _address(a), *a.stride(), _address(b), *b.stride(), _address(out),
         _KINDS[out.dtype], out.stride(0), add, _threads(a.shape[0] * b.shape[1] * a.shape[1] // 64),
     )  # fmt: skip
@@ -152,7 +133,7 @@ def project(
         return
     bias = None if bias is None else bias.float().contiguous()
     targets = spec.targets.contiguous()
-    status = library().prefloss_project(
+    status = _library().project(
         len(x), len(weight), x.shape[1], _address(x), x.stride(0), _address(weight), weight.stride(0),
         _address(bias), _address(targets), spec.first, _struct(spec.transform), _address(sums), more,
         _address(codes), _stride(codes), _address(references), _stride(references),
@@ -160,6 +141,12 @@ def project(
     )  # fmt: skip
     if status != 0:
         raise MemoryError("prefloss: not enough memory for the workspace of a projection")
+
+
+def _library() -> Library:
+    found = library()
+    assert found is not None
+    return found
 
 
 def _threads(elements: int) -> int:
@@ -175,82 +162,8 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def _struct(transform: LogitTransform) -> _Transform:
+def _struct(transform: LogitTransform) -> Transform:
     if transform.softcap is None:
-        return _Transform(transform.factor, 0.0, 0.0)
+        return Transform(transform.factor, 0.0, 0.0)
     cap_in, cap_out = transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
-    return _Transform(transform.factor, cap_in, cap_out)
-
-
-@functools.lru_cache(maxsize=1)
-def library() -> Any:
-    """The compiled functions, or None with one line in the log that says why."""
-    if os.environ.get("PREFLOSS_NATIVE", "1") == "0":
-        return None
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or sys.platform == "win32":
-        _log.info("prefloss: no C compiler here, so CPU log-probs run in plain torch, which takes longer")
-        return None
-    try:
-        lib = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        message = (
-            "prefloss: CPU log-probs run in plain torch, which takes longer: building native.c failed: %s"
-        )
-        _log.info(message, getattr(error, "stderr", "") or error)
-        return None
-    return _declare(lib)
-
-
-def _declare(lib: Any) -> Any:
-    types = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "T": _Transform}
-    arguments = {
-        "fold": "p i l l l p l T p i i",
-        "encode": "p l l l T p p l p l i",
-        "differentiate": "p i l p i l l l p l T p p p i p l i i",
-        "multiply": "l l l p l l p l l p i l i i",
-        "project": "l l l p l p l p p l T p i p l p l i",
-    }
-    for name, letters in arguments.items():
-        function = getattr(lib, f"prefloss_{name}")
-        function.argtypes = [types[letter] for letter in letters.split()]
-        # the others cannot fail
-        function.restype = ctypes.c_int if name in ("multiply", "project") else None
-    return lib
-
-
-def _build(compiler: str) -> Path:
-    """The shared library for this source, compiler and processor, built if it is not in the cache."""
-    key = hashlib.sha256(
-        "\0".join((_SOURCE.read_text(), compiler, *_FLAGS, platform.machine(), _processor())).encode()
-    ).hexdigest()[:16]
-    folder = _cache_folder()
-    path = folder / f"native-{key}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            library = Path(temporary, "native.so")
-            command = [compiler, *_FLAGS, "-o", str(library), str(_SOURCE), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            # atomic, so that another process sees the whole file or none
-            os.replace(library, path)
-    return path
-
-
-def _cache_folder() -> Path:
-    """A folder that only this user can write to, because files in it are loaded as code."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "prefloss"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OSError(f"{folder} belongs to another user, or another user can write to it")
-    return folder
-
-
-def _processor() -> str:
-    """The processor's features, which -march=native depends on: machines of several kinds may share a home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return Transform(transform.factor, cap_in, cap_out)
