@@ -60,9 +60,9 @@ def build_for_wheel(command: Sequence[str], library: Path, platform: str) -> Non
     """Compile `library`, with all `LEVELS` of a platform, in a folder of its own."""
     if platform not in LEVELS:
         raise CannotBuild(f"{platform} is none of {', '.join(LEVELS)}")
-    parts = {"dispatch": (str(DISPATCH),)}
+    parts = {"dispatch": [str(DISPATCH)]}
     for level, flags in LEVELS[platform].items():
-        parts[level] = (*flags, f"-DLEVEL={level}", str(SOURCE))
+        parts[level] = [*flags, f"-DLEVEL={level}", str(SOURCE)]
     for name, arguments in parts.items():
         _run([*command, *FLAGS, "-c", "-o", str(library.with_name(f"{name}.o")), *arguments])
     # without -fopenmp: no runtime is linked
