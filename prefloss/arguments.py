@@ -164,6 +164,17 @@ def readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def least(value: Tensor) -> float:
+    """The smallest value; NaN if one is NaN, there is none, or none can be read (see `readable` and `any_true`)."""
+    if not readable(value) or not value.numel():
+        return math.nan
+    try:
+        return value.detach().min().item()
+    except RuntimeError:
+        # vmap and fake tensors have no values to read.
+        return math.nan
+
+
 def any_true(wrong: Tensor) -> bool:
     """Whether an entry is True; False where no value can be read (while compiling, under `vmap`, fake tensors)."""
     if torch.compiler.is_compiling():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -576,7 +577,7 @@ def _convert_values(feedback: Any, name: str, like: LogRatios) -> None:
 
 def _check_weight(weight: Tensor) -> None:
     if arguments.readable(weight):
-        arguments.refuse("weight", weight, ~((weight >= 0) & weight.isfinite()), "a finite number >= 0")
+        arguments.refuse("weight", weight, ~((weight >= 0) & (weight < math.inf)), "a finite number >= 0")
 
 
 def _cat_values(first: Tensor | None, second: Tensor | None) -> Tensor | None:

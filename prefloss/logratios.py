@@ -5,6 +5,7 @@ Targets are shifted, completions masked, tokens summed and counted here and nowh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -174,9 +175,11 @@ class LogRatios:
             if value is not None:
                 _check_beside(name, value, "policy", policy)
         _check_rows_beside(self.per_token, policy)
-        if arguments.readable(policy):
-            _check_values(policy, reference, tokens)
-        if tokens is not None:
+        _check_sign(policy, reference)
+        fewest = math.nan if tokens is None else arguments.least(tokens)
+        if fewest < 0:
+            raise ValueError(f"tokens: got {fewest}, expected {_COUNTS}")
+        if tokens is not None and not fewest > 0:
             present = tokens > 0
             policy = torch.where(present, policy, 0.0)
             reference = None if reference is None else torch.where(present, reference, 0.0)
@@ -369,16 +372,14 @@ def _as_counts(name: str, value: Any, device: torch.device) -> Tensor:
     return counts.long()
 
 
-def _check_values(policy: Tensor, reference: Tensor | None, tokens: Tensor | None) -> None:
-    if tokens is not None:
-        arguments.refuse("tokens", tokens, tokens < 0, _COUNTS)
+def _check_sign(policy: Tensor, reference: Tensor | None) -> None:
     # Some losses work on log-ratios alone, so single numbers above 0 are taken; a sign that is wrong throughout is not.
-    if policy.numel() and arguments.any_true((policy > _ABOVE).all()):
-        if reference is None or arguments.any_true((reference > _ABOVE).all()):
-            raise ValueError(
-                f"policy: got {arguments.shown(policy.detach().flatten()[0].item())} and no log-prob that is at most "
-                "0, expected log-probs in nats; a negative log-likelihood has the other sign"
-            )
+    lowest = arguments.least(policy)
+    if lowest > _ABOVE and (reference is None or arguments.least(reference) > _ABOVE):
+        raise ValueError(
+            f"policy: got {lowest:g} or more everywhere, expected log-probs in nats, at most 0; a negative "
+            "log-likelihood has the other sign"
+        )
 
 
 def _check_integer(name: str, value: Tensor, expected: str) -> None:
