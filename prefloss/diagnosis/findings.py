@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from prefloss.diagnosis.figures import LENGTH, ratio_figures
 from prefloss.diagnosis.finite import log_probs
-from prefloss.diagnosis.gradients import check_gradients, frozen_state, gradients, sizes_at_start
+from prefloss.diagnosis.gradients import check_gradients, gradients, sizes_at_start
 from prefloss.feedback import Feedback, Labels, Pairs
 from prefloss.logratios import LogRatios
 from prefloss.metrics import Stat
@@ -358,7 +358,7 @@ def _pull_and_push(loss: Loss, chosen: float, rejected: float) -> tuple[float, f
     policy = [torch.tensor([h - 40.0], requires_grad=True) for h in (chosen, rejected)]
     sides = [LogRatios(side, torch.full((1,), -40.0), torch.tensor([20])) for side in policy]
     pairs = Pairs(sides[0], sides[1])
-    with frozen_state(loss), torch.enable_grad():
+    with loss.held_still(), torch.enable_grad():
         takes_labels = loss.spec.feedback is Labels
         values = loss(replace(pairs.to_labels(), kl=torch.tensor(0.0)) if takes_labels else pairs)
         up, down = torch.autograd.grad(values.sum(), policy, allow_unused=True)
