@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prefloss.arguments import flag, instance, integer, shown
 from prefloss.kernels import autograd, kl, naive
 from prefloss.kernels.arguments import (
     Impl,
@@ -145,6 +146,7 @@ def token_stats(
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
     options = Options(transform, ignore_index, impl, chunk_tokens, strict=strict)
+    flag("stats_gradient", stats_gradient)
     return _name_stats(_token_stats(logits, targets, options, 5), stats_gradient)
 
 
@@ -242,6 +244,7 @@ def linear_token_stats(
     """
     inputs = LinearInputs(hidden, weight, bias, targets, LogitTransform(logit_scale, softcap, temperature))
     options = Options(inputs.transform, ignore_index, impl, chunk_tokens, budget_bytes, strict)
+    flag("stats_gradient", stats_gradient)
     return _name_stats(_linear_token_stats(inputs, options, 5, stats_gradient), stats_gradient)
 
 
@@ -333,21 +336,44 @@ def explain(
     Returns:
         The plan; `print` it.
 
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size or an option is out of range, or there is no such device.
+
     Example:
         >>> plan = explain(tokens=4096, vocabulary=128_256, width=1024, trainable_head=False)
         >>> plan.scheme, plan.matmuls
         ('unscaled', 2)
     """
-    like = torch.empty(0, dtype=dtype, device=device)
+    for name, value in (("tokens", tokens), ("vocabulary", vocabulary), ("width", width)):
+        if value is not None or name != "width":
+            integer(name, value, 0 if name == "tokens" else 1)
+    flags = (("trainable_head", trainable_head), ("gradient", gradient), ("stats_gradient", stats_gradient))
+    for name, value in flags:
+        flag(name, value)
+    like = _like(dtype, device)
     needs = "none" if not gradient else "head" if trainable_head else "hidden"
     options = Options(LogitTransform(), -100, impl, chunk_tokens, budget_bytes)
+    options.check(dtype)
     return make_plan(Request(like, vocabulary, width, needs, stats_gradient, options), tokens)
+
+
+def _like(dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """An empty tensor with this dtype and device."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {shown(dtype)}, expected a floating-point dtype, such as torch.bfloat16")
+    instance("device", device, (str, torch.device), "a device, such as 'cpu'")
+    try:
+        return torch.empty(0, dtype=dtype, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: got {shown(str(device))}, expected one of this machine ({error})") from error
 
 
 def _token_stats(
     logits: Tensor, targets: Tensor, options: Options, outputs: int, inplace_backward: bool = False
 ) -> Tensor:
     """[outputs, ...] statistics from logits."""
+    flag("inplace_backward", inplace_backward)
     check_logits(logits, inplace_backward)
     options.check(logits.dtype)
     transform, ignore_index = options.transform, options.ignore_index

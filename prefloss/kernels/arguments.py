@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prefloss import kernels
+from prefloss.arguments import flag
 from prefloss.kernels.naive import LogitTransform, Model
 
 Impl = Literal["auto", "naive", "chunked", "triton"]
@@ -34,10 +35,11 @@ class Options(NamedTuple):
         _check_positive("temperature", self.transform.temperature)
         if self.transform.softcap is not None:
             _check_positive("softcap", self.transform.softcap)
-        if not isinstance(self.ignore_index, int):
+        flag("strict", self.strict)
+        if not isinstance(self.ignore_index, int) or isinstance(self.ignore_index, bool):
             raise TypeError(f"ignore_index: got {type(self.ignore_index).__name__}, expected an int")
         budget = self.budget_bytes
-        if budget is not None and (not isinstance(budget, int) or budget < 0):
+        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 0):
             raise ValueError(f"budget_bytes: got {budget!r}, expected an int >= 0")
         self._check_impl(dtype)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from operator import ge, gt, le, lt
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from prefloss.arguments import is_finite, shown
+from prefloss.arguments import function, is_finite, real, shown
 from prefloss.losses._core.state import SCHEDULES, Schedule, from_config
 
 _TYPES = {float: "a number", int: "an integer", bool: "True or False", str: "a string"}
@@ -28,6 +28,12 @@ class Interval:
     ge: float | None = None
     lt: float | None = None
     le: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the bounds are numbers."""
+        for name in ("gt", "ge", "lt", "le"):
+            if getattr(self, name) is not None:
+                real(name, getattr(self, name))
 
     def __contains__(self, value: float) -> bool:
         """Whether the value satisfies every bound; NaN and infinity never do."""
@@ -51,6 +57,10 @@ class Coerce:
 
     function: Callable[[Any], Any]
     expected: str
+
+    def __post_init__(self) -> None:
+        """Check that there is a function."""
+        function("function", self.function, "a function value -> object")
 
     def __str__(self) -> str:
         """What it accepts."""
