@@ -366,7 +366,9 @@ def _like(dtype: torch.dtype, device: str | torch.device) -> Tensor:
     try:
         return torch.empty(0, dtype=dtype, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {shown(str(device))}, expected one of this machine ({error})") from error
+        raise ValueError(
+            f"device: got {shown(str(device))}, expected one of this machine ({error})"
+        ) from error
 
 
 def _token_stats(

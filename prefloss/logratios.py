@@ -398,7 +398,9 @@ def _check_row(name: str, value: Any) -> None:
     arguments.instance(name, value, Tensor, "a tensor [..., T]")
     if name == "per_token.mask":
         if value.dtype != torch.bool:
-            raise TypeError(f"{name}: got dtype {value.dtype}, expected torch.bool (True at completion tokens)")
+            raise TypeError(
+                f"{name}: got dtype {value.dtype}, expected torch.bool (True at completion tokens)"
+            )
     elif not value.is_floating_point():
         raise TypeError(f"{name}: got dtype {value.dtype}, expected floating-point numbers")
 

@@ -231,7 +231,9 @@ class PreferenceModule(LightningModule):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.model = instance("model", model, nn.Module, "the policy: a causal language model of transformers")
+        self.model = instance(
+            "model", model, nn.Module, "the policy: a causal language model of transformers"
+        )
         real("learning_rate", learning_rate, above=0)
         for name, value in (("optimizer", optimizer), ("scheduler", scheduler)):
             if value is not None:

@@ -1,11 +1,11 @@
 """prefloss in `transformers.Trainer`, on any feedback.
 
 `PreferenceLossCallback("dpo", reference=...)` among a trainer's callbacks trains with that loss, on batches of a
-`PreferenceCollator`. transformers hands a callback no trainer. So the first callback wraps four methods of the
-class, once per process: `compute_loss`, `log`, `get_batch_samples`, which sees the batches of an optimizer step
-together, and `_remove_unused_columns`, to say what is wrong. Each wrapper looks for a `PreferenceLossCallback` in the trainer's list of callbacks; without one it only
-calls the trainer's method. Nothing is stored on the trainer. Subclasses that override `compute_loss`, as TRL's do,
-are unaffected.
+`PreferenceCollator`. transformers hands a callback no trainer. So the first callback wraps four methods of the class,
+once per process: `compute_loss`, `log`, `get_batch_samples`, which sees the batches of an optimizer step together, and
+`_remove_unused_columns`, to say what is wrong. Each wrapper looks for a `PreferenceLossCallback` in the trainer's list
+of callbacks; without one it only calls the trainer's method. Nothing is stored on the trainer. Subclasses that override
+`compute_loss`, as TRL's do, are unaffected.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ class PreferenceCollator:
             by all its completions; each completion attends to the prompt and to itself. Models without support
             (state-space layers, attention without masks) get padded rows, with a warning.
         mismatched: Also score each prompt of labelled data with the completion of the example before it (the first with
-            that of the last), as TRL does, for KTO's estimate of the KL. Costs two more forward passes; needs batches of two examples or more.
+            that of the last), as TRL does, for KTO's estimate of the KL. Costs two more forward passes; needs batches
+            of two examples or more.
 
     Attributes:
         seen: Counts so far, in this process: `examples`, `identical` (two completions of a prompt are the same),
@@ -163,9 +164,7 @@ class PreferenceCollator:
             completions = [tuple(ids) for _, ids in example.rows]
             if not all(completions):
                 self.seen["empty"] += 1
-                self._warn(
-                    "empty", f"{example.place}: has an empty completion; losses leave the example out"
-                )
+                self._warn("empty", f"{example.place}: has an empty completion; losses leave the example out")
             if len(set(completions)) < len(completions):
                 self.seen["identical"] += 1
                 self._warn(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from prefloss.feedback import Labels, Pairs, Rankings
+from prefloss.feedback import KINDS, Labels, Pairs, Rankings, optional_fields
 from prefloss.integrations.transformers import PreferenceCollator
+from prefloss.integrations.trl import FeedbackCollator
 from prefloss.logratios import LogRatios
 from prefloss.training import PreferenceBatch
 from tests import tiny
@@ -135,7 +136,10 @@ def test_tensors_and_arrays_are_read():
             r"column 'ref_logps': got \[-1.0\], expected a log-prob for each of 3 completions",
         ),
         ([{**PAIR, "weight": -1.0}], r"column 'weight': got -1.0, expected a finite number >= 0"),
-        ([{**PAIR, "weight": 10**400}], r"column 'weight': got 1000.*expected a finite number >= 0 of at most 3.4e\+38"),
+        (
+            [{**PAIR, "weight": 10**400}],
+            r"column 'weight': got 1000.*expected a finite number >= 0 of at most 3.4e\+38",
+        ),
         ([{**LABEL, "score": 1e39}], r"column 'score': got 1e\+39, expected a finite number of at most"),
         ([{**RANKING, "completions": [], "scores": []}], r"column 'completions': got an empty list"),
         (
@@ -177,7 +181,9 @@ def test_a_bad_example_is_named(examples, message):
 def test_an_empty_completion_is_counted_and_does_not_stop_a_training(whole, example, rows):
     """AUDIT U3."""
     collator = PreferenceCollator(tiny.tokenizer())
-    with pytest.warns(UserWarning, match=r"example 1 of the batch: has an empty completion; losses leave the"):
+    with pytest.warns(
+        UserWarning, match=r"example 1 of the batch: has an empty completion; losses leave the"
+    ):
         batch = collator([whole, example])
     assert (batch.rows.tokens == 0).tolist() == rows
     assert batch["labels"].tolist() == [1, -100]
@@ -269,3 +275,30 @@ def test_mismatched_completions_are_those_of_the_example_before():
 def test_mismatched_completions_that_cannot_be_are_errors(examples, message):
     with pytest.raises(ValueError, match=message):
         PreferenceCollator(mismatched=True)(examples)
+
+
+@pytest.mark.parametrize("field", [field for kind in KINDS for field in optional_fields(kind)])
+def test_every_optional_column_reaches_the_batch(field):
+    """AUDIT A6: one table names the columns, for every collator."""
+    row = {Pairs: IDS, Labels: VOTES[0], Rankings: {**RANKING}}[field.kind]
+    values = {field.column: 0.5}
+    if field.column.startswith("score_"):
+        values = {"score_chosen": 0.5, "score_rejected": 0.5}
+    assert collate({**row, **values})[field.name].tolist() == [0.5]
+    if field.kind is not Rankings:
+        passed = FeedbackCollator(lambda examples: {})([{**row, **values}])
+        assert passed[field.name].tolist() == [0.5]
+
+
+@pytest.mark.filterwarnings("ignore:.*have a completion without tokens")
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+def test_a_training_goes_on_past_an_empty_completion(tmp_path, layout):
+    """AUDIT U3."""
+    policy = tiny.model()
+    rows = [dict(row) for row in tiny.pairs(8)]
+    rows[5]["rejected"] = ""
+    collator = PreferenceCollator(tiny.tokenizer(), layout=layout)
+    with pytest.warns(UserWarning, match="has an empty completion"):
+        trainer = tiny.plain_train(tmp_path, "dpo", rows, policy, collator=collator, max_steps=2)
+    assert collator.seen["empty"] == 1
+    assert all(loss == loss for loss in tiny.losses_of(trainer))

@@ -68,7 +68,9 @@ class FeedbackCollator:
                 raise ValueError(
                     f"{name}: got {shown(values)} for {len(examples)} examples, expected a number for each"
                 )
-            least, expected = (0.0, "a finite number >= 0") if name == "weight" else (-math.inf, "a finite number")
+            least, expected = (
+                (0.0, "a finite number >= 0") if name == "weight" else (-math.inf, "a finite number")
+            )
             for i, value in enumerate(values):
                 number_of(f"{name}: example {i} of the batch", f"column {name!r}", value, expected, least)
             batch[field.name] = torch.tensor(values, dtype=torch.float32)

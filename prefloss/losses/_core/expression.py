@@ -13,7 +13,6 @@ from prefloss.losses._core.loss import Loss
 from prefloss.losses._core.state import SCHEDULES
 from prefloss.losses._core.weighted_sum import WeightedSum
 
-
 # A loss with thousands of kept values is written in fewer characters.
 _LONGEST = 1_000_000
 

@@ -333,7 +333,9 @@ def _check_values(name: str, values: Any, feedback: Feedback) -> None:
             f"{name}: got values of shape {list(values.shape)}, expected {list(shape)}: one per example, not reduced"
         )
     if values.device != device:
-        raise ValueError(f"{name}: returned values on {values.device}, expected {device} as the log-probs have")
+        raise ValueError(
+            f"{name}: returned values on {values.device}, expected {device} as the log-probs have"
+        )
 
 
 class _Warned:

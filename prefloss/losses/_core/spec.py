@@ -110,6 +110,7 @@ class Traits(TypedDict, total=False):
 
 
 TRAITS = tuple(Traits.__annotations__)
+_FLAGS = {"difference_only", "holds_chosen", "monotone", "needs_reference", "separable", "stateful"}
 
 
 def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec:
@@ -131,9 +132,8 @@ def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec
     unknown = sorted(traits.keys() - set(TRAITS))
     if unknown:
         raise TypeError(f"{name}: got the unknown trait {unknown[0]!r}, expected {', '.join(TRAITS)}")
-    for trait, annotation in Traits.__annotations__.items():
-        if annotation in ("bool", bool) and trait in traits:
-            flag(f"{name}: {trait}", traits[trait])
+    for trait in _FLAGS & traits.keys():
+        flag(f"{name}: {trait}", traits[trait])
     if traits.get("valid") is not None:
         checked_function(f"{name}: valid", traits["valid"], "a function feedback -> boolean tensor [n]")
     kind, parameters = _signature(function, name)
@@ -196,8 +196,14 @@ def _aliases(name: str, listed: Any, parameters: Mapping[str, Any]) -> dict[str,
 
 def _fields(name: str, trait: str, listed: Iterable[str]) -> frozenset[str]:
     # The letters of a string are not what is meant.
-    if isinstance(listed, str) or not isinstance(listed, Iterable) or not all(isinstance(x, str) for x in listed):
-        raise TypeError(f"{name}: {trait}: got {shown(listed)}, expected a tuple of some of {', '.join(NEEDS)}")
+    if (
+        isinstance(listed, str)
+        or not isinstance(listed, Iterable)
+        or not all(isinstance(x, str) for x in listed)
+    ):
+        raise TypeError(
+            f"{name}: {trait}: got {shown(listed)}, expected a tuple of some of {', '.join(NEEDS)}"
+        )
     unknown = sorted(set(listed) - set(NEEDS))
     if unknown:
         raise ValueError(f"{name}: {trait}: got {unknown[0]!r}, expected some of {', '.join(NEEDS)}")

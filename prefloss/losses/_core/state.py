@@ -50,11 +50,15 @@ class State:
         """Restore what `state_dict` gave; ValueError if the names differ, TypeError if a value is another kind."""
         instance("state", state, Mapping, f"what {self!r} saved")
         if set(state) != set(self.saved):
-            raise ValueError(f"state: got {sorted(map(str, state))}, expected {sorted(self.saved)} for {self!r}")
+            raise ValueError(
+                f"state: got {sorted(map(str, state))}, expected {sorted(self.saved)} for {self!r}"
+            )
         for name in self.saved:
             if not _is_like(state[name], getattr(self, name)):
                 now = shown(getattr(self, name))
-                raise TypeError(f"state: {name}: got {shown(state[name])}, expected something like {now} for {self!r}")
+                raise TypeError(
+                    f"state: {name}: got {shown(state[name])}, expected something like {now} for {self!r}"
+                )
         for name in self.saved:
             setattr(self, name, state[name])
 
@@ -114,7 +118,9 @@ def _check_settings(kind: type[State], settings: Mapping[str, Any]) -> None:
     parameters = inspect.signature(kind).parameters
     unknown = [name for name in settings if name not in parameters]
     missing = [
-        name for name, one in parameters.items() if one.default is inspect.Parameter.empty and name not in settings
+        name
+        for name, one in parameters.items()
+        if one.default is inspect.Parameter.empty and name not in settings
     ]
     if unknown or missing:
         wrong = f"without {missing[0]}" if missing else f"with {unknown[0]}"

@@ -37,7 +37,9 @@ class WeightedSum(Loss):
             raise ValueError("terms: got none, expected a weight and a loss for each term")
         states = [id(state) for _, loss in self._terms for state in loss.state.values()]
         if len(set(states)) < len(states):
-            raise ValueError("terms: got two with one state, which would move twice, expected a loss of its own for each")
+            raise ValueError(
+                "terms: got two with one state, which would move twice, expected a loss of its own for each"
+            )
         super().__init__(_spec_of(self._terms), {})
 
     @property

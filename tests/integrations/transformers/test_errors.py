@@ -114,7 +114,9 @@ def test_a_forgotten_collator(tmp_path, processing, name):
         processing_class=processing and tiny.tokenizer(),
         callbacks=[tiny.plain_callback(policy, "dpo")],
     )
-    with pytest.raises(ValueError, match=f"data_collator: got {name} of transformers, expected PreferenceColl"):
+    with pytest.raises(
+        ValueError, match=f"data_collator: got {name} of transformers, expected PreferenceColl"
+    ):
         trainer.train()
 
 
