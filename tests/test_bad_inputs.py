@@ -24,8 +24,8 @@ from prefloss.hyperparameters import (
 )
 from prefloss.integrations import trl
 from prefloss.integrations.four_tensor import FourTensorLoss, OpenRLHFLoss, TorchtuneLoss
-from prefloss.logratios import completion_targets
 from prefloss.logprobs import explain, token_stats
+from prefloss.logratios import completion_targets
 from prefloss.metrics import implicit_rewards, metrics
 from prefloss.registry import WeightedSum, get, parse, register, spec_from, spec_of, unregister
 from prefloss.training import (
