@@ -16,6 +16,9 @@ from torch import Tensor
 
 # Tensors have at most 64 dimensions; a list that contains itself has no end.
 _DEEPEST = 64
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LOG_PROBS = "floating-point log-probs in nats"
+_COUNTS = "integer token counts >= 0"
 
 
 def shown(value: Any, width: int = 80) -> str:
@@ -131,6 +134,42 @@ def tensor(
                 f"{name}: got tensors of shapes {shapes}, expected equal shapes and devices"
             ) from error
     return _of_numbers(name, value, expected, dtype, device)
+
+
+def log_probs(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    """Log-probs as float32 or float64; TypeError if they are not floating point."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
+        dtype = torch.get_default_dtype()
+        value = tensor(name, value, _LOG_PROBS, dtype=dtype, device=device, bools=False)
+    if value.dtype not in _FLOATS:
+        # float8 is a storage format that means nothing without its scale.
+        which = ": float16, bfloat16, float32 or float64" if value.is_floating_point() else ""
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {_LOG_PROBS}{which}")
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def counts(name: str, value: Any, device: torch.device) -> Tensor:
+    """Token counts; TypeError if they are not integers."""
+    made = tensor(name, value, _COUNTS, device=device, bools=False)
+    if made.numel() or isinstance(value, Tensor):
+        check_integer(name, made, _COUNTS)
+        return made
+    # An empty list says nothing of its numbers.
+    return made.long()
+
+
+def check_integer(name: str, value: Tensor, expected: str) -> None:
+    """TypeError if a tensor does not hold integers."""
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
+
+
+def check_ids(name: str, value: Any) -> None:
+    """TypeError if it is no integer tensor, ValueError if it is a single number."""
+    instance(name, value, Tensor, "an integer tensor [..., T]")
+    check_integer(name, value, "an integer tensor [..., T]")
+    if value.ndim == 0:
+        raise ValueError(f"{name}: got shape [], expected [..., T]")
 
 
 def mask(name: str, value: Any) -> Tensor:

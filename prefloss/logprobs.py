@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prefloss.arguments import flag, instance, integer, shown
+from prefloss.arguments import flag
 from prefloss.kernels import autograd, kl, naive
 from prefloss.kernels.arguments import (
     Impl,
@@ -20,6 +20,7 @@ from prefloss.kernels.arguments import (
     check_linear,
     check_logits,
     check_reference,
+    check_sizes,
     check_targets,
 )
 from prefloss.kernels.naive import LogitTransform, Model
@@ -345,30 +346,14 @@ def explain(
         >>> plan.scheme, plan.matmuls
         ('unscaled', 2)
     """
-    for name, value in (("tokens", tokens), ("vocabulary", vocabulary), ("width", width)):
-        if value is not None or name != "width":
-            integer(name, value, 0 if name == "tokens" else 1)
-    flags = (("trainable_head", trainable_head), ("gradient", gradient), ("stats_gradient", stats_gradient))
-    for name, value in flags:
+    flags = {"trainable_head": trainable_head, "gradient": gradient, "stats_gradient": stats_gradient}
+    for name, value in flags.items():
         flag(name, value)
-    like = _like(dtype, device)
+    like = check_sizes(tokens, vocabulary, width, dtype, device)
     needs = "none" if not gradient else "head" if trainable_head else "hidden"
     options = Options(LogitTransform(), -100, impl, chunk_tokens, budget_bytes)
     options.check(dtype)
     return make_plan(Request(like, vocabulary, width, needs, stats_gradient, options), tokens)
-
-
-def _like(dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """An empty tensor with this dtype and device."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype: got {shown(dtype)}, expected a floating-point dtype, such as torch.bfloat16")
-    instance("device", device, (str, torch.device), "a device, such as 'cpu'")
-    try:
-        return torch.empty(0, dtype=dtype, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device: got {shown(str(device))}, expected one of this machine ({error})"
-        ) from error
 
 
 def _token_stats(

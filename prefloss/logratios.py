@@ -21,9 +21,6 @@ IGNORE_INDEX = -100
 
 # Rounding may lift the log-prob of a certain token a little above 0, nats.
 _ABOVE = 1e-2
-_LOG_PROBS = "floating-point log-probs in nats"
-_COUNTS = "integer token counts >= 0"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def completion_targets(input_ids: Tensor, completion_mask: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -47,12 +44,12 @@ def completion_targets(input_ids: Tensor, completion_mask: Tensor, segments: Ten
         >>> completion_targets(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1]]))
         tensor([[-100,    7,    8, -100]])
     """
-    _check_ids("input_ids", input_ids)
+    arguments.check_ids("input_ids", input_ids)
     completion_mask = arguments.mask("completion_mask", completion_mask)
     _check_beside("completion_mask", completion_mask, "input_ids", input_ids)
     scored = completion_mask[..., 1:]
     if segments is not None:
-        _check_ids("segments", segments)
+        arguments.check_ids("segments", segments)
         _check_beside("segments", segments, "input_ids", input_ids)
         scored = scored & (segments[..., 1:] == segments[..., :-1])
     if arguments.readable(input_ids):
@@ -165,12 +162,14 @@ class LogRatios:
 
     def __post_init__(self) -> None:
         """Check and convert the fields."""
-        policy = _as_log_probs("policy", self.policy)
+        policy = arguments.log_probs("policy", self.policy)
         device = policy.device
         reference = (
-            None if self.reference is None else _as_log_probs("reference", self.reference, device).detach()
+            None
+            if self.reference is None
+            else arguments.log_probs("reference", self.reference, device).detach()
         )
-        tokens = None if self.tokens is None else _as_counts("tokens", self.tokens, device)
+        tokens = None if self.tokens is None else arguments.counts("tokens", self.tokens, device)
         for name, value in (("reference", reference), ("tokens", tokens)):
             if value is not None:
                 _check_beside(name, value, "policy", policy)
@@ -178,7 +177,7 @@ class LogRatios:
         _check_sign(policy, reference)
         fewest = math.nan if tokens is None else arguments.least(tokens)
         if fewest < 0:
-            raise ValueError(f"tokens: got {fewest}, expected {_COUNTS}")
+            raise ValueError(f"tokens: got {fewest}, expected token counts >= 0")
         if tokens is not None and not fewest > 0:
             present = tokens > 0
             policy = torch.where(present, policy, 0.0)
@@ -201,7 +200,7 @@ class LogRatios:
             >>> LogRatios.of([1.5, -1.0]).h
             tensor([ 1.5000, -1.0000])
         """
-        policy = _as_log_probs("h", h)
+        policy = arguments.log_probs("h", h)
         return cls(policy=policy, reference=torch.zeros_like(policy), tokens=tokens)  # type: ignore[arg-type]
 
     @classmethod
@@ -235,7 +234,7 @@ class LogRatios:
             >>> LogRatios.from_token_logps(logps, torch.tensor([[True, True, False]])).policy
             tensor([-3.])
         """
-        policy, mask = _as_log_probs("policy", policy), arguments.mask("mask", mask)
+        policy, mask = arguments.log_probs("policy", policy), arguments.mask("mask", mask)
         _check_beside("mask", mask, "policy", policy)
         if mask.ndim == 0:
             raise ValueError("mask: got shape [], expected [..., T]: the log-probs of tokens")
@@ -247,7 +246,9 @@ class LogRatios:
             return torch.where(mask, value, 0.0)
 
         policy = masked("policy", policy)
-        reference = None if reference is None else masked("reference", _as_log_probs("reference", reference))
+        reference = (
+            None if reference is None else masked("reference", arguments.log_probs("reference", reference))
+        )
         return cls(
             policy=policy.sum(-1),
             reference=None if reference is None else reference.sum(-1),
@@ -352,26 +353,6 @@ class LogRatios:
         return self.tokens.clamp(min=1)
 
 
-def _as_log_probs(name: str, value: Any, device: torch.device | None = None) -> Tensor:
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        dtype = torch.get_default_dtype()
-        value = arguments.tensor(name, value, _LOG_PROBS, dtype=dtype, device=device, bools=False)
-    if value.dtype not in _FLOATS:
-        # float8 is a storage format that means nothing without its scale.
-        which = ": float16, bfloat16, float32 or float64" if value.is_floating_point() else ""
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {_LOG_PROBS}{which}")
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-def _as_counts(name: str, value: Any, device: torch.device) -> Tensor:
-    counts = arguments.tensor(name, value, _COUNTS, device=device, bools=False)
-    if counts.numel() or isinstance(value, Tensor):
-        _check_integer(name, counts, _COUNTS)
-        return counts
-    # An empty list says nothing of its numbers.
-    return counts.long()
-
-
 def _check_sign(policy: Tensor, reference: Tensor | None) -> None:
     # Some losses work on log-ratios alone, so single numbers above 0 are taken; a sign that is wrong throughout is not.
     lowest = arguments.least(policy)
@@ -380,18 +361,6 @@ def _check_sign(policy: Tensor, reference: Tensor | None) -> None:
             f"policy: got {lowest:g} or more everywhere, expected log-probs in nats, at most 0; a negative "
             "log-likelihood has the other sign"
         )
-
-
-def _check_integer(name: str, value: Tensor, expected: str) -> None:
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
-
-
-def _check_ids(name: str, value: Any) -> None:
-    arguments.instance(name, value, Tensor, "an integer tensor [..., T]")
-    _check_integer(name, value, "an integer tensor [..., T]")
-    if value.ndim == 0:
-        raise ValueError(f"{name}: got shape [], expected [..., T]")
 
 
 def _check_row(name: str, value: Any) -> None:

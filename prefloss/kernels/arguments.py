@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prefloss import kernels
-from prefloss.arguments import flag
+from prefloss.arguments import flag, instance, integer, shown
 from prefloss.kernels.naive import LogitTransform, Model
 
 Impl = Literal["auto", "naive", "chunked", "triton"]
@@ -133,6 +133,25 @@ def check_targets(
                 f"ignore_index={ignore_index}"
             )
     return targets
+
+
+def check_sizes(
+    tokens: int, vocabulary: int, width: int | None, dtype: torch.dtype, device: str | torch.device
+) -> Tensor:
+    """Check what a plan is made for; an empty tensor of that dtype on that device."""
+    integer("tokens", tokens, 0)
+    integer("vocabulary", vocabulary, 1)
+    if width is not None:
+        integer("width", width, 1)
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
+        raise TypeError(f"dtype: got {shown(dtype)}, expected a floating-point dtype, such as torch.bfloat16")
+    instance("device", device, (str, torch.device), "a device, such as 'cpu'")
+    try:
+        return torch.empty(0, dtype=dtype, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device: got {shown(str(device))}, expected one of this machine ({error})"
+        ) from error
 
 
 def _check_positive(name: str, value: float) -> None:
