@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefloss import arguments
 from prefloss.logratios import LogRatios, PerToken
 
 
@@ -26,8 +28,8 @@ class Pairs:
         embedding: Embedding of the prompts, [pairs, D].
 
     Raises:
-        ValueError: If shapes or devices differ, or only one side is scored.
-        TypeError: If a side is not a LogRatios.
+        ValueError: If shapes or devices differ, only one side is scored, or (read on the CPU) a weight is below 0.
+        TypeError: If a side is not a LogRatios, or a field holds something that is no number.
 
     Example:
         >>> pairs = Pairs(chosen=LogRatios.of([1.5]), rejected=LogRatios.of([-1.0]))
@@ -49,9 +51,12 @@ class Pairs:
         _check_beside("rejected", self.rejected, self.chosen)
         if self.gold is not None:
             _check_beside("gold", self.gold, self.chosen)
-        if self.embedding is not None and self.embedding.shape[:-1] != self.chosen.shape:
-            expected = [*self.chosen.shape, "D"]
-            raise ValueError(f"embedding: got shape {list(self.embedding.shape)}, expected {expected}")
+        if self.embedding is not None:
+            embedding = _as_values("embedding", self.embedding, self.chosen.device)
+            if embedding.shape[:-1] != self.chosen.shape or embedding.ndim == 0:
+                expected = [*self.chosen.shape, "D"]
+                raise ValueError(f"embedding: got shape {list(embedding.shape)}, expected {expected}")
+            object.__setattr__(self, "embedding", embedding)
         if (self.score_chosen is None) != (self.score_rejected is None):
             missing = "score_chosen" if self.score_chosen is None else "score_rejected"
             raise ValueError(f"{missing}: got None, expected scores for both sides or for neither")
@@ -164,7 +169,7 @@ class Labels:
         baseline: Value of the prompt that a score is measured against, [n]; alone may carry a gradient.
 
     Raises:
-        ValueError: If shapes or devices differ.
+        ValueError: If shapes or devices differ, or (read on the CPU) a weight is below 0.
         TypeError: If `completions` is not a LogRatios or `desirable` not boolean.
 
     Example:
@@ -183,23 +188,14 @@ class Labels:
     def __post_init__(self) -> None:
         """Check and convert the fields."""
         _check_log_ratios("completions", self.completions)
-        desirable = torch.as_tensor(
-            self.desirable, device=None if _is_tensor(self.desirable) else self._device
-        )
-        if desirable.dtype != torch.bool:
-            raise TypeError(
-                f"desirable: got dtype {desirable.dtype}, expected torch.bool (True for an upvote)"
-            )
-        if desirable.shape != self.completions.shape:
-            raise ValueError(
-                f"desirable: got shape {list(desirable.shape)}, expected {list(self.completions.shape)} "
-                "as completions has"
-            )
+        upvotes = "torch.bool (True for an upvote)"
+        desirable = _as_bools("desirable", self.desirable, upvotes, self.completions, "completions")
         object.__setattr__(self, "desirable", desirable)
         for name in ("weight", "scores", "baseline"):
             _convert_values(self, name, self.completions)
         if self.mismatched is not None:
             _check_log_ratios("mismatched", self.mismatched)
+            arguments.check_device("mismatched", self.mismatched, "completions", self._device)
         if self.kl is not None:
             kl = _as_values("kl", self.kl, self._device).detach()
             if kl.ndim != 0 and kl.shape != self.completions.shape:
@@ -239,7 +235,8 @@ class Rankings:
         weight: Multiplies the loss of each group, [groups]; None is 1.
 
     Raises:
-        ValueError: If shapes or devices differ.
+        ValueError: If shapes or devices differ, or (read on the CPU) the score of a completion that is there is NaN or
+            infinite, or a weight below 0.
         TypeError: If `completions` is not a LogRatios or `mask` not boolean.
 
     Example:
@@ -260,25 +257,22 @@ class Rankings:
         if len(shape) != 2:
             raise ValueError(f"completions: got shape {list(shape)}, expected [groups, K]")
         _convert_values(self, "scores", self.completions)
+        if self.scores is None:
+            raise TypeError("scores: got None, expected a number for each completion, higher is better")
         if self.mask is not None:
-            mask = torch.as_tensor(
-                self.mask, device=None if _is_tensor(self.mask) else self.completions.device
-            )
-            if mask.dtype != torch.bool:
-                raise TypeError(
-                    f"mask: got dtype {mask.dtype}, expected torch.bool (False where there is no completion)"
-                )
-            if mask.shape != shape:
-                raise ValueError(
-                    f"mask: got shape {list(mask.shape)}, expected {list(shape)} as completions has"
-                )
+            there = "torch.bool (False where there is no completion)"
+            mask = _as_bools("mask", self.mask, there, self.completions, "completions")
             object.__setattr__(self, "mask", mask)
+        if arguments.readable(self.scores):
+            wrong = self.present & ~self.scores.isfinite()
+            arguments.refuse("scores", self.scores, wrong, "a finite number for each completion")
         if self.weight is not None:
             weight = _as_values("weight", self.weight, self.completions.device).detach()
             if weight.shape != shape[:1]:
                 raise ValueError(
                     f"weight: got shape {list(weight.shape)}, expected {list(shape[:1])}: one per group"
                 )
+            _check_weight(weight)
             object.__setattr__(self, "weight", weight)
 
     @property
@@ -539,35 +533,34 @@ def convert(feedback: Any, kind: type, rankings_as: str | None = None) -> Any:
     raise TypeError(mismatch)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _check_log_ratios(name: str, value: Any) -> None:
-    if not isinstance(value, LogRatios):
-        raise TypeError(
-            f"{name}: got {type(value).__name__}, expected LogRatios(policy=, reference=, tokens=)"
-        )
+    arguments.instance(name, value, LogRatios, "LogRatios(policy=, reference=, tokens=)")
 
 
 def _check_beside(name: str, value: Any, chosen: LogRatios) -> None:
     _check_log_ratios(name, value)
-    if value.shape != chosen.shape:
-        raise ValueError(
-            f"{name}: got shape {list(value.shape)}, expected {list(chosen.shape)} as chosen has"
-        )
-    if value.device != chosen.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {chosen.device} as chosen has")
+    arguments.check_shape(name, value, "chosen", chosen.shape)
+    arguments.check_device(name, value, "chosen", chosen.device)
 
 
 def _as_values(name: str, value: Any, device: torch.device) -> Tensor:
-    if not _is_tensor(value):
-        value = torch.as_tensor(value, dtype=torch.get_default_dtype(), device=device)
+    value = arguments.tensor(name, value, "real numbers", dtype=torch.get_default_dtype(), device=device)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers")
-    if value.device != device:
-        raise ValueError(f"{name}: got device {value.device}, expected {device} as the log-ratios have")
+    arguments.check_device(name, value, "the log-ratios", device)
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def _as_bools(name: str, value: Any, expected: str, like: LogRatios, other: str) -> Tensor:
+    bools = arguments.tensor(name, value, expected, device=like.device)
+    if not bools.numel() and not isinstance(value, Tensor):
+        # An empty list says nothing of what it holds.
+        bools = bools.bool()
+    if bools.dtype != torch.bool:
+        raise TypeError(f"{name}: got dtype {bools.dtype}, expected {expected}")
+    arguments.check_shape(name, bools, other, like.shape)
+    arguments.check_device(name, bools, other, like.device)
+    return bools
 
 
 def _convert_values(feedback: Any, name: str, like: LogRatios) -> None:
@@ -575,14 +568,16 @@ def _convert_values(feedback: Any, name: str, like: LogRatios) -> None:
     value = getattr(feedback, name)
     if value is None:
         return
-    if _is_tensor(value) and name != "baseline":
-        value = value.detach()
     value = _as_values(name, value, like.device)
-    if value.shape != like.shape:
-        raise ValueError(
-            f"{name}: got shape {list(value.shape)}, expected {list(like.shape)} as the log-ratios have"
-        )
-    object.__setattr__(feedback, name, value)
+    arguments.check_shape(name, value, "the log-ratios", like.shape)
+    if name == "weight":
+        _check_weight(value)
+    object.__setattr__(feedback, name, value if name == "baseline" else value.detach())
+
+
+def _check_weight(weight: Tensor) -> None:
+    if arguments.readable(weight):
+        arguments.refuse("weight", weight, ~((weight >= 0) & (weight < math.inf)), "a finite number >= 0")
 
 
 def _cat_values(first: Tensor | None, second: Tensor | None) -> Tensor | None:

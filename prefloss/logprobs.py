@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prefloss.arguments import flag
 from prefloss.kernels import autograd, kl, naive
 from prefloss.kernels.arguments import (
     Impl,
@@ -19,6 +20,7 @@ from prefloss.kernels.arguments import (
     check_linear,
     check_logits,
     check_reference,
+    check_sizes,
     check_targets,
 )
 from prefloss.kernels.naive import LogitTransform, Model
@@ -145,6 +147,7 @@ def token_stats(
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
     options = Options(transform, ignore_index, impl, chunk_tokens, strict=strict)
+    flag("stats_gradient", stats_gradient)
     return _name_stats(_token_stats(logits, targets, options, 5), stats_gradient)
 
 
@@ -242,6 +245,7 @@ def linear_token_stats(
     """
     inputs = LinearInputs(hidden, weight, bias, targets, LogitTransform(logit_scale, softcap, temperature))
     options = Options(inputs.transform, ignore_index, impl, chunk_tokens, budget_bytes, strict)
+    flag("stats_gradient", stats_gradient)
     return _name_stats(_linear_token_stats(inputs, options, 5, stats_gradient), stats_gradient)
 
 
@@ -333,14 +337,22 @@ def explain(
     Returns:
         The plan; `print` it.
 
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size or an option is out of range, or there is no such device.
+
     Example:
         >>> plan = explain(tokens=4096, vocabulary=128_256, width=1024, trainable_head=False)
         >>> plan.scheme, plan.matmuls
         ('unscaled', 2)
     """
-    like = torch.empty(0, dtype=dtype, device=device)
+    flags = {"trainable_head": trainable_head, "gradient": gradient, "stats_gradient": stats_gradient}
+    for name, value in flags.items():
+        flag(name, value)
+    like = check_sizes(tokens, vocabulary, width, dtype, device)
     needs = "none" if not gradient else "head" if trainable_head else "hidden"
     options = Options(LogitTransform(), -100, impl, chunk_tokens, budget_bytes)
+    options.check(dtype)
     return make_plan(Request(like, vocabulary, width, needs, stats_gradient, options), tokens)
 
 
@@ -348,6 +360,7 @@ def _token_stats(
     logits: Tensor, targets: Tensor, options: Options, outputs: int, inplace_backward: bool = False
 ) -> Tensor:
     """[outputs, ...] statistics from logits."""
+    flag("inplace_backward", inplace_backward)
     check_logits(logits, inplace_backward)
     options.check(logits.dtype)
     transform, ignore_index = options.transform, options.ignore_index

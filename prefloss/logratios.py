@@ -5,6 +5,7 @@ Targets are shifted, completions masked, tokens summed and counted here and nowh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,8 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefloss import arguments
+
 IGNORE_INDEX = -100
 """Target of a position that predicts no completion token."""
+
+# Rounding may lift the log-prob of a certain token a little above 0, nats.
+_ABOVE = 1e-2
 
 
 def completion_targets(input_ids: Tensor, completion_mask: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -30,17 +36,25 @@ def completion_targets(input_ids: Tensor, completion_mask: Tensor, segments: Ten
         Integer targets, [..., T], `IGNORE_INDEX` where nothing is to be scored; the last position never is.
 
     Raises:
-        ValueError: If the shapes differ.
+        TypeError: If the ids are not integer tensors.
+        ValueError: If the shapes differ, a mask holds other numbers than 0 and 1, or a completion token has an id
+            below 0.
 
     Example:
         >>> completion_targets(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1]]))
         tensor([[-100,    7,    8, -100]])
     """
-    _check_same_shape("completion_mask", completion_mask, "input_ids", input_ids)
-    scored = completion_mask[..., 1:].bool()
+    arguments.check_ids("input_ids", input_ids)
+    completion_mask = arguments.mask("completion_mask", completion_mask)
+    _check_beside("completion_mask", completion_mask, "input_ids", input_ids)
+    scored = completion_mask[..., 1:]
     if segments is not None:
-        _check_same_shape("segments", segments, "input_ids", input_ids)
+        arguments.check_ids("segments", segments)
+        _check_beside("segments", segments, "input_ids", input_ids)
         scored = scored & (segments[..., 1:] == segments[..., :-1])
+    if arguments.readable(input_ids):
+        ids = input_ids[..., 1:]
+        arguments.refuse("input_ids", ids, scored & (ids < 0), "token ids >= 0 in completions")
     targets = torch.full_like(input_ids, IGNORE_INDEX)
     targets[..., :-1] = torch.where(scored, input_ids[..., 1:], IGNORE_INDEX)
     return targets
@@ -51,6 +65,10 @@ class PerToken:
     """Per-token log-probs of the completions, for the losses that read more than sums.
 
     All tensors are [..., T]; nothing outside the mask counts, and `policy` and `reference` are 0 there.
+
+    Raises:
+        TypeError: If a field is no tensor, `mask` is not boolean, or another field is not floating point.
+        ValueError: If shapes or devices differ.
 
     Attributes:
         policy: Log-probs of the completion's tokens under the policy, nats.
@@ -74,9 +92,10 @@ class PerToken:
     weight: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check the shapes; values that do not depend on the policy carry no gradient."""
+        """Check the fields; values that do not depend on the policy carry no gradient."""
         for name, value in self._present().items():
-            _check_same_shape(f"per_token.{name}", value, "per_token.policy", self.policy)
+            _check_row(f"per_token.{name}", value)
+            _check_beside(f"per_token.{name}", value, "per_token.policy", self.policy)
             if name in ("reference", "log_sum_sq", "reference_entropy", "weight"):
                 object.__setattr__(self, name, value.detach())
 
@@ -122,9 +141,13 @@ class LogRatios:
         tokens: Number of completion tokens, [...], integer; None if unknown, then no per-token mean exists.
         per_token: The per-token log-probs behind the sums, where they were kept.
 
+    Each field may also be a number, nested lists, an array or a list of tensors, whose gradient is kept. On the CPU the
+    values are checked too.
+
     Raises:
         TypeError: If log-probs are not floating point or counts not integer.
-        ValueError: If shapes or devices differ.
+        ValueError: If shapes or devices differ, a count is below 0, or every log-prob is above 0: a negative
+            log-likelihood has the other sign.
 
     Example:
         >>> ratios = LogRatios(policy=[-20.0, -24.0], reference=[-21.5, -23.0], tokens=[10, 8])
@@ -139,14 +162,23 @@ class LogRatios:
 
     def __post_init__(self) -> None:
         """Check and convert the fields."""
-        policy = _as_log_probs("policy", self.policy)
-        reference = None if self.reference is None else _as_log_probs("reference", self.reference).detach()
-        tokens = None if self.tokens is None else _as_counts("tokens", self.tokens)
+        policy = arguments.log_probs("policy", self.policy)
+        device = policy.device
+        reference = (
+            None
+            if self.reference is None
+            else arguments.log_probs("reference", self.reference, device).detach()
+        )
+        tokens = None if self.tokens is None else arguments.counts("tokens", self.tokens, device)
         for name, value in (("reference", reference), ("tokens", tokens)):
             if value is not None:
-                _check_same_shape(name, value, "policy", policy)
-                _check_same_device(name, value, "policy", policy)
-        if tokens is not None:
+                _check_beside(name, value, "policy", policy)
+        _check_rows_beside(self.per_token, policy)
+        _check_sign(policy, reference)
+        fewest = math.nan if tokens is None else arguments.least(tokens)
+        if fewest < 0:
+            raise ValueError(f"tokens: got {fewest}, expected token counts >= 0")
+        if tokens is not None and not fewest > 0:
             present = tokens > 0
             policy = torch.where(present, policy, 0.0)
             reference = None if reference is None else torch.where(present, reference, 0.0)
@@ -168,7 +200,7 @@ class LogRatios:
             >>> LogRatios.of([1.5, -1.0]).h
             tensor([ 1.5000, -1.0000])
         """
-        policy = _as_log_probs("h", h)
+        policy = arguments.log_probs("h", h)
         return cls(policy=policy, reference=torch.zeros_like(policy), tokens=tokens)  # type: ignore[arg-type]
 
     @classmethod
@@ -195,22 +227,28 @@ class LogRatios:
 
         Raises:
             TypeError: If log-probs are not floating point.
-            ValueError: If shapes differ.
+            ValueError: If shapes or devices differ, a mask holds other numbers than 0 and 1, or a log-prob is above 0.
 
         Example:
             >>> logps = torch.tensor([[-1.0, -2.0, float("nan")]])
             >>> LogRatios.from_token_logps(logps, torch.tensor([[True, True, False]])).policy
             tensor([-3.])
         """
-        _check_same_shape("mask", mask, "policy", policy)
-        mask = mask.bool()
+        policy, mask = arguments.log_probs("policy", policy), arguments.mask("mask", mask)
+        _check_beside("mask", mask, "policy", policy)
+        if mask.ndim == 0:
+            raise ValueError("mask: got shape [], expected [..., T]: the log-probs of tokens")
 
         def masked(name: str, value: Tensor) -> Tensor:
-            _check_same_shape(name, value, "mask", mask)
-            return torch.where(mask, _as_log_probs(name, value), 0.0)
+            _check_beside(name, value, "mask", mask)
+            if arguments.readable(value):
+                arguments.refuse(name, value, mask & (value > _ABOVE), "log-probs in nats, at most 0")
+            return torch.where(mask, value, 0.0)
 
         policy = masked("policy", policy)
-        reference = None if reference is None else masked("reference", reference)
+        reference = (
+            None if reference is None else masked("reference", arguments.log_probs("reference", reference))
+        )
         return cls(
             policy=policy.sum(-1),
             reference=None if reference is None else reference.sum(-1),
@@ -223,8 +261,11 @@ class LogRatios:
         """Concatenate along the first dimension; parts must agree on which fields they carry.
 
         Raises:
-            ValueError: If there is no part, or if some parts lack a field that others have.
+            TypeError: If a part is not a LogRatios.
+            ValueError: If there is no part, if some parts lack a field that others have, or shapes do not fit.
         """
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, LogRatios) for part in parts):
+            raise TypeError(f"parts: got {arguments.shown(parts)}, expected a list of LogRatios")
         if not parts:
             raise ValueError("parts: got no LogRatios, expected at least one")
         fields: dict[str, Any] = {}
@@ -312,31 +353,41 @@ class LogRatios:
         return self.tokens.clamp(min=1)
 
 
-def _as_log_probs(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        value = torch.as_tensor(value, dtype=torch.get_default_dtype())
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected floating-point log-probs in nats")
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-def _as_counts(name: str, value: Any) -> Tensor:
-    value = torch.as_tensor(value)
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected integer token counts")
-    return value
-
-
-def _check_same_shape(name: str, value: Tensor, other: str, expected: Tensor) -> None:
-    if value.shape != expected.shape:
+def _check_sign(policy: Tensor, reference: Tensor | None) -> None:
+    # Some losses work on log-ratios alone, so single numbers above 0 are taken; a sign that is wrong throughout is not.
+    lowest = arguments.least(policy)
+    if lowest > _ABOVE and (reference is None or arguments.least(reference) > _ABOVE):
         raise ValueError(
-            f"{name}: got shape {list(value.shape)}, expected {list(expected.shape)} as {other} has"
+            f"policy: got {lowest:g} or more everywhere, expected log-probs in nats, at most 0; a negative "
+            "log-likelihood has the other sign"
         )
 
 
-def _check_same_device(name: str, value: Tensor, other: str, expected: Tensor) -> None:
-    if value.device != expected.device:
-        raise ValueError(f"{name}: got device {value.device}, expected {expected.device} as {other} has")
+def _check_row(name: str, value: Any) -> None:
+    arguments.instance(name, value, Tensor, "a tensor [..., T]")
+    if name == "per_token.mask":
+        if value.dtype != torch.bool:
+            raise TypeError(
+                f"{name}: got dtype {value.dtype}, expected torch.bool (True at completion tokens)"
+            )
+    elif not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected floating-point numbers")
+
+
+def _check_rows_beside(rows: Any, policy: Tensor) -> None:
+    if rows is None:
+        return
+    arguments.instance("per_token", rows, PerToken, "PerToken(policy=, reference=, mask=)")
+    if rows.policy.shape[:-1] != policy.shape:
+        raise ValueError(
+            f"per_token: got shape {list(rows.policy.shape)}, expected {[*policy.shape, 'T']} as policy has"
+        )
+    arguments.check_device("per_token.policy", rows.policy, "policy", policy.device)
+
+
+def _check_beside(name: str, value: Tensor, other: str, like: Tensor) -> None:
+    arguments.check_shape(name, value, other, like.shape)
+    arguments.check_device(name, value, other, like.device)
 
 
 def _cat_or_none(name: str, values: list[Tensor | None]) -> Tensor | None:
@@ -347,7 +398,11 @@ def _cat_or_none(name: str, values: list[Tensor | None]) -> Tensor | None:
         raise ValueError(
             f"{name}: got it in {len(present)} of {len(values)} parts, expected it in all or none"
         )
-    return torch.cat(present)
+    try:
+        return torch.cat(present)
+    except RuntimeError as error:
+        shapes = ", ".join(str(list(value.shape)) for value in present[:4])
+        raise ValueError(f"{name}: got shapes {shapes}, expected parts that fit ({error})") from error
 
 
 def _cat_per_token(rows: list[PerToken | None]) -> PerToken | None:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefloss.feedback import Feedback, Labels, Pairs, Rankings
+from prefloss.arguments import instance, real
+from prefloss.feedback import KINDS, Feedback, Labels, Pairs, Rankings
 from prefloss.logratios import LogRatios
 
 # Metrics that TRL logs too keep its names; all others are logged under this prefix.
@@ -45,6 +46,7 @@ class Stat(NamedTuple):
 
 def implicit_rewards(ratios: LogRatios, beta: float) -> Tensor:
     """Reward that the policy implies for each completion, beta * h, [...], without gradient."""
+    instance("ratios", ratios, LogRatios, "LogRatios")
     return beta * ratios.h.detach()
 
 
@@ -62,10 +64,16 @@ def metrics(feedback: Feedback, beta: float = 1.0) -> Mapping[str, Stat]:
         and `empty` (share of examples left out). For labels, upvotes are `chosen` and there is no pairwise metric.
         Reward metrics are absent without a reference.
 
+    Raises:
+        TypeError: If the feedback is none of the three kinds, or beta is no number.
+        ValueError: If beta is not finite.
+
     Example:
         >>> metrics(Pairs.of([1.5, -1.0], [0.0, 0.0]), beta=0.1)["rewards/accuracies"].mean
         0.5
     """
+    instance("feedback", feedback, KINDS, "Pairs, Labels or Rankings")
+    real("beta", beta)
     if isinstance(feedback, Rankings):
         feedback = feedback.to_pairs("best_worst")
     return _pair_metrics(feedback, beta) if isinstance(feedback, Pairs) else _label_metrics(feedback, beta)

@@ -7,6 +7,7 @@ from prefloss.losses._core.catalogue import registered as registered
 from prefloss.losses._core.catalogue import spec_of as spec_of
 from prefloss.losses._core.catalogue import specs as specs
 from prefloss.losses._core.catalogue import unregister as unregister
+from prefloss.losses._core.expression import as_loss as as_loss
 from prefloss.losses._core.expression import get as get
 from prefloss.losses._core.expression import parse as parse
 from prefloss.losses._core.loss import Evaluation as Evaluation

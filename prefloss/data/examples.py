@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prefloss.arguments import instance
 from prefloss.data.errors import DataError, shown
 from prefloss.data.rows import (
     clean,
@@ -65,7 +67,14 @@ class Example:
     unread: tuple[str, ...] = ()
 
 
-def read_example(index: int, example: Mapping[str, Any], tokenizer: Any, place: str | None = None) -> Example:
+def read_example(
+    index: int,
+    example: Mapping[str, Any],
+    tokenizer: Any,
+    place: str | None = None,
+    *,
+    allow_empty: bool = False,
+) -> Example:
     """Check and tokenise an example.
 
     Args:
@@ -73,24 +82,30 @@ def read_example(index: int, example: Mapping[str, Any], tokenizer: Any, place: 
         example: Its columns.
         tokenizer: For text and messages; None if the data holds token ids.
         place: What error messages call it, if it is not in a batch.
+        allow_empty: Take a completion without text or tokens; its row has no completion tokens.
 
     Raises:
         ValueError: If a column is missing or holds something else than it should.
-        TypeError: If there is text and no tokenizer.
+        TypeError: If it is no mapping, or there is text and no tokenizer.
     """
     place = place or f"example {index} of the batch"
+    instance(place, example, Mapping, "a row: column -> value")
     row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in example.items()}
     kind = next((kind for kind in KINDS if all(row.get(name) is not None for name in _IDS[kind])), None)
     is_text = kind is None
     kind = kind or _kind_of_text(place, row)
     row = with_new_names(kind, row)
     rows = _encoded(place, kind, row, tokenizer) if is_text else _token_ids(place, kind, row)
+    if not rows:
+        raise DataError(f"{place}: column 'completions': got an empty list, expected at least one completion")
+    if not allow_empty:
+        _check_not_empty(place, kind, rows, "" if is_text else "_ids")
     return Example(
         place,
         kind,
         rows,
         values={
-            field.name: number_of(place, f"column {field.column!r}", row[field.column])
+            field.name: _value_of(place, field.column, row[field.column])
             for field in optional_fields(kind)
             if field.column and row.get(field.column) is not None
         },
@@ -134,13 +149,10 @@ def _encoded(place: str, kind: type, row: dict[str, Any], tokenizer: Any) -> lis
             f"{place}: got text, but tokenizer is None; give PreferenceCollator(tokenizer) or token ids"
         )
     rows = []
-    for where, text in sides_of(place, checked, kind):
-        if is_blank(text):
-            raise DataError(f"{place}: {where}: got an empty completion, expected some text")
+    for _, text in sides_of(place, checked, kind):
+        # Not the end token alone: a completion of white space says nothing.
         prompt, completion = encode(tokenizer, checked["prompt"], text)
-        if not completion:
-            raise DataError(f"{place}: {where}: got no token beyond the prompt's, expected at least one")
-        rows.append((prompt, completion))
+        rows.append((prompt, [] if is_blank(text) else completion))
     return rows
 
 
@@ -151,10 +163,23 @@ def _token_ids(place: str, kind: type, row: dict[str, Any]) -> list[Encoded]:
     rows = []
     for where, value in sides_of(place, row, kind, "_ids"):
         completion = _id_list(place, where, value)
-        if not completion:
-            raise DataError(f"{place}: {where}: got an empty completion, expected at least one token id")
         rows.append((prompt, completion))
     return rows
+
+
+def _value_of(place: str, column: str, value: Any) -> float:
+    """A number of an optional column; a weight is not below 0."""
+    least, expected = (0.0, "a finite number >= 0") if column == "weight" else (-math.inf, "a finite number")
+    return number_of(place, f"column {column!r}", value, expected, least)
+
+
+def _check_not_empty(place: str, kind: type, rows: list[Encoded], ending: str) -> None:
+    for i, (_, completion) in enumerate(rows):
+        if not completion:
+            name = f"'completions{ending}'[{i}]" if kind is Rankings else f"'{SIDES[kind][i]}{ending}'"
+            raise DataError(
+                f"{place}: column {name}: got an empty completion, expected at least one token beyond the prompt's"
+            )
 
 
 def _id_list(place: str, where: str, value: Any) -> list[int]:

@@ -18,6 +18,9 @@ from prefloss.feedback import KINDS, SIDES, Labels, Pairs, Rankings, columns_of,
 KIND_WORDS: Mapping[type, str] = {Pairs: "paired", Labels: "labelled", Rankings: "ranked"}
 """What messages call a row of each kind of feedback."""
 
+# Beyond it, float32, in which losses compute, has infinity.
+_LARGEST = 3.4e38
+
 
 def kind_text(kind: type) -> str:
     """A kind of rows with its columns, as "paired (prompt, chosen, rejected)"."""
@@ -110,14 +113,17 @@ def is_blank(text: Text) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that float32 holds; True and False are none."""
+    # Compared, because an integer of 400 digits has no float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def number_of(
     place: str, where: str, value: Any, expected: str = "a finite number", least: float = -math.inf
 ) -> float:
-    """A finite number, at least `least`."""
+    """A number that float32 holds, at least `least`."""
+    if isinstance(value, int | float) and math.inf > abs(value) > _LARGEST:
+        expected += f" of at most {_LARGEST:g}"
     if not is_number(value) or value < least:
         raise DataError(f"{place}: {where}: got {shown(value)}, expected {expected}")
     return float(value)

@@ -10,9 +10,13 @@ from prefloss.metrics import Stat
 LENGTH = tuple(f"length/{name}" for name in ("x", "y", "xx", "yy", "xy"))
 """Moments of the difference in length x, tokens, and the margin y, nats."""
 
-NAMES = frozenset(
-    ("falling_pairs", "saturated", "zero_gradient", "batch_without_gradient", "kl_per_token", *LENGTH)
-)
+UPVOTES, DOWNVOTES = "h/upvotes", "h/downvotes"
+"""Log-ratios of labelled completions, nats."""
+
+PARTS = frozenset((*LENGTH, UPVOTES, DOWNVOTES))
+"""Figures that others are computed from; they are not logged themselves."""
+
+NAMES = PARTS | {"falling_pairs", "saturated", "zero_gradient", "batch_without_gradient", "kl_per_token"}
 """Every figure that `Diagnosis.figures` may give."""
 
 
@@ -28,7 +32,7 @@ def ratio_figures(feedback: Feedback, fall: float) -> dict[str, Stat]:
     parts = feedback.parts[:2] if isinstance(feedback, Pairs) else (feedback.completions,)
     if any(part.reference is None for part in parts):
         return {}
-    stats = {"falling_pairs": _falling(feedback, fall)}
+    stats = _falling(feedback, fall)
     tokens = [part.tokens for part in parts if part.tokens is not None]
     if len(tokens) < len(parts):
         return stats
@@ -44,11 +48,15 @@ def ratio_figures(feedback: Feedback, fall: float) -> dict[str, Stat]:
     return stats | {name: Stat.over(values, valid) for name, values in zip(LENGTH, moments, strict=True)}
 
 
-def _falling(feedback: Pairs | Labels, fall: float) -> Stat:
+def _falling(feedback: Pairs | Labels, fall: float) -> dict[str, Stat]:
     if isinstance(feedback, Pairs):
-        return Stat.over((feedback.chosen.h < -fall) & (feedback.margin() > 0), feedback.valid)
-    # A label has no other side; its margin is over the mean of the downvotes in the batch.
-    h, downvotes = feedback.completions.h.detach(), feedback.valid & ~feedback.desirable
-    mean = torch.where(downvotes, h, 0.0).sum() / downvotes.sum().clamp(min=1)
-    fell = (h < -fall) & (h > mean) & downvotes.any()
-    return Stat.over(fell, feedback.valid & feedback.desirable)
+        fell = (feedback.chosen.h < -fall) & (feedback.margin() > 0)
+        return {"falling_pairs": Stat.over(fell, feedback.valid)}
+    # A label has no other side: its margin is that of all upvotes over all downvotes. Their sums add up over batches
+    # and processes, so the margin is taken where all of them are known (`Diagnosis.shown`).
+    h, valid, upvoted = feedback.completions.h, feedback.valid, feedback.desirable
+    return {
+        "falling_pairs": Stat.over(h < -fall, valid & upvoted),
+        UPVOTES: Stat.over(h, valid & upvoted),
+        DOWNVOTES: Stat.over(h, valid & ~upvoted),
+    }

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prefloss.diagnosis.figures import LENGTH, ratio_figures
+from prefloss.arguments import flag, instance, shown
+from prefloss.diagnosis.figures import DOWNVOTES, LENGTH, PARTS, UPVOTES, ratio_figures
 from prefloss.diagnosis.finite import log_probs
-from prefloss.diagnosis.gradients import check_gradients, frozen_state, gradients, sizes_at_start
+from prefloss.diagnosis.gradients import check_gradients, gradients, sizes_at_start
 from prefloss.feedback import Feedback, Labels, Pairs
 from prefloss.logratios import LogRatios
 from prefloss.metrics import Stat
@@ -70,7 +71,11 @@ class Thresholds:
         """Check the ranges."""
         for field in fields(self):
             value, name = getattr(self, field.name), field.name
-            if name == "non_finite" or (value is None and name not in ("fall", "gone", "examples", "memory")):
+            if name == "non_finite":
+                flag(name, value)
+                continue
+            if (value is None or value is False) and name not in ("fall", "gone", "examples", "memory"):
+                object.__setattr__(self, name, None)
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name}: got {value!r}, expected a number")
@@ -123,6 +128,9 @@ class Diagnosis:
     """
 
     def __init__(self, loss: Loss, thresholds: Thresholds | None = None) -> None:
+        instance("loss", loss, Loss, "a Loss as prefloss.get(...) gives")
+        if thresholds is not None:
+            instance("thresholds", thresholds, Thresholds, "prefloss.diagnosis.Thresholds(...) or None")
         self.loss = loss
         self.thresholds = thresholds or Thresholds()
         self.findings: list[Finding] = []
@@ -146,10 +154,14 @@ class Diagnosis:
             return cls(loss)
         if isinstance(diagnose, Mapping):
             # From a checkpoint.
+            known = [field.name for field in fields(Thresholds)]
+            unknown = [name for name in diagnose if name not in known]
+            if unknown:
+                raise TypeError(f"diagnose: got {shown(unknown[0])}, expected some of {', '.join(known)}")
             return cls(loss, Thresholds(**diagnose))
         if not isinstance(diagnose, Thresholds):
             raise TypeError(
-                f"diagnose: got {diagnose!r}, expected prefloss.diagnosis.Thresholds(...), True or False"
+                f"diagnose: got {shown(diagnose)}, expected prefloss.diagnosis.Thresholds(...), True or False"
             )
         return cls(loss, diagnose)
 
@@ -190,11 +202,11 @@ class Diagnosis:
 
     def shown(self) -> dict[str, float]:
         """The figures worth logging, over the recent examples; those that counted nothing are left out."""
-        means = {
-            name: total / count
-            for name, (total, count) in self._recent.items()
-            if count and name not in LENGTH
-        }
+        recent = {name: total / count for name, (total, count) in self._recent.items() if count}
+        means = {name: mean for name, mean in recent.items() if name not in PARTS}
+        # Upvotes that fall are another matter if downvotes fall less, or if there is none to compare with.
+        if UPVOTES in recent and not recent[UPVOTES] > recent.get(DOWNVOTES, math.inf):
+            means["falling_pairs"] = 0.0
         correlation = self._correlation()
         return means if math.isnan(correlation) else {**means, "length_correlation": correlation}
 
@@ -358,7 +370,7 @@ def _pull_and_push(loss: Loss, chosen: float, rejected: float) -> tuple[float, f
     policy = [torch.tensor([h - 40.0], requires_grad=True) for h in (chosen, rejected)]
     sides = [LogRatios(side, torch.full((1,), -40.0), torch.tensor([20])) for side in policy]
     pairs = Pairs(sides[0], sides[1])
-    with frozen_state(loss), torch.enable_grad():
+    with loss.held_still(), torch.enable_grad():
         takes_labels = loss.spec.feedback is Labels
         values = loss(replace(pairs.to_labels(), kl=torch.tensor(0.0)) if takes_labels else pairs)
         up, down = torch.autograd.grad(values.sum(), policy, allow_unused=True)

@@ -6,8 +6,7 @@ the backward pass itself would see gradients scaled by accumulation, mixed preci
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -85,7 +84,7 @@ def sizes_at_start(loss: Loss, feedback: Feedback) -> Tensor | None:
     at_start = _at_start(feedback)
     if at_start is None:
         return None
-    with frozen_state(loss), torch.enable_grad():
+    with loss.held_still(), torch.enable_grad():
         result = gradients(loss, loss.evaluate(at_start), at_start)
     return None if result is None else result.sizes
 
@@ -149,17 +148,6 @@ def _moved(ratios: LogRatios, level: Any) -> LogRatios:
     return replace(ratios, policy=policy.detach().requires_grad_(), per_token=rows)
 
 
-@contextmanager
-def frozen_state(loss: Loss) -> Iterator[None]:
-    """Inside, calls neither change the state of the loss nor communicate with other processes."""
-    states = list(loss.state.values())
-    before = [(state.training, state.all_sum) for state in states]
-    try:
-        for state in states:
-            state.train(False)
-            state.all_sum = torch.clone
-        yield
-    finally:
-        for state, (training, all_sum) in zip(states, before, strict=True):
-            state.train(training)
-            state.all_sum = all_sum
+def frozen_state(loss: Loss) -> AbstractContextManager[None]:
+    """Former form of `Loss.held_still`."""
+    return loss.held_still()

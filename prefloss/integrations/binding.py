@@ -101,9 +101,13 @@ def attached(trainer: Any, kind: type) -> Any:
     """The trainer's callback of a class, or None.
 
     Raises:
+        TypeError: If it is no trainer.
         ValueError: If it has several.
     """
-    callbacks = [item for item in trainer.callback_handler.callbacks if isinstance(item, kind)]
+    handler = getattr(trainer, "callback_handler", None)
+    if handler is None:
+        raise TypeError(f"trainer: got {type(trainer).__name__}, expected a trainer of transformers or TRL")
+    callbacks = [item for item in handler.callbacks if isinstance(item, kind)]
     if len(callbacks) > 1:
         raise ValueError(f"callbacks: got {callbacks!r}, expected one PreferenceLossCallback")
     return callbacks[0] if callbacks else None

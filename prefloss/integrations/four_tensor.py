@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prefloss import metrics
 from prefloss.feedback import Pairs
 from prefloss.logratios import LogRatios
-from prefloss.registry import Loss, get
+from prefloss.registry import Loss, as_loss
 
 
 class FourTensorLoss:
@@ -37,14 +37,7 @@ class FourTensorLoss:
     """
 
     def __init__(self, loss: str | Loss, **parameters: Any) -> None:
-        if isinstance(loss, Loss):
-            if parameters:
-                raise TypeError(
-                    f"parameters: got {sorted(parameters)} with a Loss, expected them in the Loss"
-                )
-            self.loss = loss
-        else:
-            self.loss = get(loss, **parameters)
+        self.loss = as_loss(loss, parameters)
         if self.loss.spec.feedback is not Pairs:
             raise TypeError(
                 f"loss: got {self.loss.name!r}, which takes {self.loss.spec.feedback.__name__}, expected a pair loss"

@@ -27,6 +27,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
+from prefloss.arguments import function, instance, real
 from prefloss.registry import Loss
 from prefloss.training import PreferenceBatch, PreferenceObjective, Reference, distributed
 from prefloss.training.batch import COUNTS
@@ -230,7 +231,13 @@ class PreferenceModule(LightningModule):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = instance(
+            "model", model, nn.Module, "the policy: a causal language model of transformers"
+        )
+        real("learning_rate", learning_rate, above=0)
+        for name, value in (("optimizer", optimizer), ("scheduler", scheduler)):
+            if value is not None:
+                function(name, value, "a function that makes one")
         # A callback is not a module, so its reference model is neither trained nor saved with this one.
         self.preference = PreferenceLossCallback(loss, **options)
         self._optimizer = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate))

@@ -1,11 +1,11 @@
 """prefloss in `transformers.Trainer`, on any feedback.
 
 `PreferenceLossCallback("dpo", reference=...)` among a trainer's callbacks trains with that loss, on batches of a
-`PreferenceCollator`. transformers hands a callback no trainer. So the first callback wraps three methods of the
-class, once per process: `compute_loss`, `log`, and `get_batch_samples`, which sees the batches of an optimizer step
-together. Each wrapper looks for a `PreferenceLossCallback` in the trainer's list of callbacks; without one it only
-calls the trainer's method. Nothing is stored on the trainer. Subclasses that override `compute_loss`, as TRL's do,
-are unaffected.
+`PreferenceCollator`. transformers hands a callback no trainer. So the first callback wraps four methods of the class,
+once per process: `compute_loss`, `log`, `get_batch_samples`, which sees the batches of an optimizer step together, and
+`_remove_unused_columns`, to say what is wrong. Each wrapper looks for a `PreferenceLossCallback` in the trainer's list
+of callbacks; without one it only calls the trainer's method. Nothing is stored on the trainer. Subclasses that override
+`compute_loss`, as TRL's do, are unaffected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers.data.data_collator import DataCollatorWithPadding, default_data_collator
 from transformers.trainer import Trainer
+from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import logging
 
 from prefloss._deprecated import moved
@@ -95,8 +97,13 @@ class PreferenceLossCallback(LossCallback):
         return self.objective.reference
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the loss's state from the checkpoint that training resumes from."""
+        """Check the collator, and restore the loss's state from the checkpoint that training resumes from.
+
+        Raises:
+            ValueError: If the batches come from a collator of transformers, or lose their columns.
+        """
         super().on_train_begin(args, state, control, **kwargs)
+        _check_collator(getattr(kwargs.get("train_dataloader"), "collate_fn", None))
         # A resumed policy has left its reference, and so has one that trains a second time.
         self.objective.fresh = self.objective.check_step_zero and not state.global_step and not self._used
 
@@ -176,7 +183,7 @@ class PreferenceLossCallback(LossCallback):
 
 
 def _install() -> None:
-    for name, wrapper in (("compute_loss", _computing), ("log", _logging), ("get_batch_samples", _counting)):
+    for name, wrapper in _WRAPPERS.items():
         wrap_method(Trainer, name, wrapper)
 
 
@@ -212,6 +219,44 @@ def _counting(method: Any) -> Any:
         return batches, num_items
 
     return get_batch_samples
+
+
+def _removing(method: Any) -> Any:
+    def _remove_unused_columns(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.args.remove_unused_columns and attached(self, PreferenceLossCallback) is not None:
+            raise _columns_lost()
+        return method(self, *args, **kwargs)
+
+    return _remove_unused_columns
+
+
+_WRAPPERS = {
+    "compute_loss": _computing,
+    "log": _logging,
+    "get_batch_samples": _counting,
+    # Trainer calls it for each data set, and would say that no column is an argument of the model.
+    "_remove_unused_columns": _removing,
+}
+
+
+def _columns_lost() -> ValueError:
+    return ValueError(
+        "remove_unused_columns: got True, expected False: the trainer would take out every column that is no argument "
+        "of the model, and PreferenceCollator reads those; set TrainingArguments(remove_unused_columns=False)"
+    )
+
+
+def _check_collator(collator: Any) -> None:
+    """Refuse what makes no batches of preferences, before the first batch."""
+    if isinstance(collator, RemoveColumnsCollator):
+        raise _columns_lost()
+    # The trainer chooses one of these if it is given none.
+    if collator is default_data_collator or isinstance(collator, DataCollatorWithPadding):
+        name = getattr(collator, "__name__", type(collator).__name__)
+        raise ValueError(
+            f"data_collator: got {name} of transformers, expected PreferenceCollator: give the trainer "
+            "data_collator=PreferenceCollator(tokenizer)"
+        )
 
 
 def _check_args(args: Any) -> None:

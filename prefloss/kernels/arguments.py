@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prefloss import kernels
+from prefloss.arguments import flag, instance, integer, shown
 from prefloss.kernels.naive import LogitTransform, Model
 
 Impl = Literal["auto", "naive", "chunked", "triton"]
@@ -34,10 +35,11 @@ class Options(NamedTuple):
         _check_positive("temperature", self.transform.temperature)
         if self.transform.softcap is not None:
             _check_positive("softcap", self.transform.softcap)
-        if not isinstance(self.ignore_index, int):
+        flag("strict", self.strict)
+        if not isinstance(self.ignore_index, int) or isinstance(self.ignore_index, bool):
             raise TypeError(f"ignore_index: got {type(self.ignore_index).__name__}, expected an int")
         budget = self.budget_bytes
-        if budget is not None and (not isinstance(budget, int) or budget < 0):
+        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 0):
             raise ValueError(f"budget_bytes: got {budget!r}, expected an int >= 0")
         self._check_impl(dtype)
 
@@ -131,6 +133,25 @@ def check_targets(
                 f"ignore_index={ignore_index}"
             )
     return targets
+
+
+def check_sizes(
+    tokens: int, vocabulary: int, width: int | None, dtype: torch.dtype, device: str | torch.device
+) -> Tensor:
+    """Check what a plan is made for; an empty tensor of that dtype on that device."""
+    integer("tokens", tokens, 0)
+    integer("vocabulary", vocabulary, 1)
+    if width is not None:
+        integer("width", width, 1)
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
+        raise TypeError(f"dtype: got {shown(dtype)}, expected a floating-point dtype, such as torch.bfloat16")
+    instance("device", device, (str, torch.device), "a device, such as 'cpu'")
+    try:
+        return torch.empty(0, dtype=dtype, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device: got {shown(str(device))}, expected one of this machine ({error})"
+        ) from error
 
 
 def _check_positive(name: str, value: float) -> None:

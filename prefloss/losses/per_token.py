@@ -38,10 +38,11 @@ def ld_dpo(
         tensor([0.5870])
 
     Note:
-        The same as `dpo` with the modifier `ld_alpha`. Policy and reference are weighted alike, as in TRL (`ld_alpha`)
-        and turbo-alignment; LLaMA-Factory and ms-swift weight the policy alone, so that equal models have a loss other
-        than log 2. turbo-alignment raises a negative log-prob to a fractional power: NaN. It needs per-token reference
-        log-probs: precomputed sums are not enough. When to use: DPO that makes answers longer.
+        The same as `dpo` with the modifier `ld_alpha`. Policy and reference are weighted alike, as in TRL since 0.29
+        (`ld_alpha`) and turbo-alignment. TRL up to 0.28, LLaMA-Factory and ms-swift weight the policy alone, so that
+        equal models have a loss other than log 2; and TRL up to 0.28 counts columns from the row's start. turbo-
+        alignment raises a negative log-prob to a fractional power: NaN. It needs per-token reference log-probs:
+        precomputed sums are not enough. When to use: DPO that makes answers longer.
 
     Reference: Liu et al. 2024, arXiv:2409.06411.
     """

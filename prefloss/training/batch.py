@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefloss.arguments import instance
 from prefloss.feedback import SIDES, Feedback, Labels, Pairs, Rankings, optional_fields
 from prefloss.logratios import IGNORE_INDEX, LogRatios, completion_targets
 from prefloss.training import layouts
@@ -81,8 +82,11 @@ class PreferenceBatch(dict[str, Any]):
         """A batch as a trainer hands it over, checked.
 
         Raises:
+            TypeError: If it is no mapping.
             ValueError: If it does not come from a `PreferenceCollator`, or was sliced or joined since.
         """
+        if not isinstance(batch, PreferenceBatch):
+            instance("batch", batch, Mapping, "a batch that a PreferenceCollator made")
         typed = batch if isinstance(batch, PreferenceBatch) else cls(batch)
         typed._check_whole()
         return typed
@@ -98,7 +102,7 @@ class PreferenceBatch(dict[str, Any]):
         kind = _kind(self)
         if kind is None or not self.recognizes(self):
             raise ValueError(
-                f"batch: got {sorted(self)}, expected what PreferenceCollator writes; give the trainer "
+                f"batch: got {sorted(map(str, self))}, expected what PreferenceCollator writes; give the trainer "
                 "data_collator=PreferenceCollator(tokenizer)"
             )
         return kind

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from prefloss.arguments import choice, flag, function, integer, shown
 from prefloss.data.errors import DataError
 from prefloss.data.examples import Example, read_example, unread_text
 from prefloss.data.rows import kind_text
@@ -37,6 +38,9 @@ class PreferenceCollator:
     `completion_ids` or `completions_ids`. Columns for reference log-probs computed beforehand (sums over the
     completion, nats) are `ref_chosen_logps` and `ref_rejected_logps`, or `ref_logps`.
 
+    A completion without text or tokens does not stop a training: its example stays in the batch, and losses leave it
+    out as they do with one that was cut away. `seen` counts it, and a warning names the first.
+
     Set `remove_unused_columns=False` in the trainer's arguments.
 
     Args:
@@ -48,13 +52,14 @@ class PreferenceCollator:
             "packed": no padding, all sequences in one row. "shared_prefix": packed, with each prompt once, followed
             by all its completions; each completion attends to the prompt and to itself. Models without support
             (state-space layers, attention without masks) get padded rows, with a warning.
-        mismatched: Also score each prompt of labelled data with the completion of the next example, for KTO's estimate
-            of the KL. Costs two more forward passes; needs batches of two examples or more.
+        mismatched: Also score each prompt of labelled data with the completion of the example before it (the first with
+            that of the last), as TRL does, for KTO's estimate of the KL. Costs two more forward passes; needs batches
+            of two examples or more.
 
     Attributes:
         seen: Counts so far, in this process: `examples`, `identical` (two completions of a prompt are the same),
-            `double_end` (two end tokens), `unread` (columns that nothing reads), `truncated_away`, `upvotes`,
-            `downvotes`.
+            `double_end` (two end tokens), `unread` (columns that nothing reads), `empty` (examples with a completion
+            without text or tokens), `truncated_away`, `upvotes`, `downvotes`.
 
     Example:
         >>> collate = PreferenceCollator()
@@ -74,15 +79,16 @@ class PreferenceCollator:
         layout: Layout = "padded",
         mismatched: bool = False,
     ) -> None:
-        whole = isinstance(max_length, int) and not isinstance(max_length, bool)
-        if max_length is not None and (not whole or max_length < 2):
-            raise ValueError(f"max_length: got {max_length!r}, expected a whole number >= 2, or None")
+        if tokenizer is not None:
+            function("tokenizer", tokenizer, "a tokenizer, or None for token ids")
+        if max_length is not None:
+            integer("max_length", max_length, 2)
         if pad_token_id is None:
             pad_token_id = getattr(tokenizer, "pad_token_id", None)
         self.tokenizer = tokenizer
-        self.pad_token_id = 0 if pad_token_id is None else pad_token_id
-        if layout not in _LAYOUTS:
-            raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, _LAYOUTS))}")
+        self.pad_token_id = 0 if pad_token_id is None else integer("pad_token_id", pad_token_id, 0)
+        choice("layout", layout, _LAYOUTS)
+        flag("mismatched", mismatched)
         self.max_length = max_length
         self.layout = layout
         self.mismatched = mismatched
@@ -103,9 +109,14 @@ class PreferenceCollator:
 
         Raises:
             ValueError: If an example is not what its columns say, or unlike the others.
-            TypeError: If there is text and no tokenizer.
+            TypeError: If there is text and no tokenizer, or an example is no row of columns.
         """
-        read = [read_example(index, example, self.tokenizer) for index, example in enumerate(examples)]
+        if isinstance(examples, str | bytes | Mapping) or not isinstance(examples, Iterable):
+            raise TypeError(f"examples: got {shown(examples)}, expected a list of rows")
+        read = [
+            read_example(index, example, self.tokenizer, allow_empty=True)
+            for index, example in enumerate(examples)
+        ]
         if not read:
             raise ValueError("examples: got none, expected at least one")
         _check_alike(read)
@@ -121,8 +132,9 @@ class PreferenceCollator:
                 [(read[i].reference or ())[j] for i, j in order], dtype=torch.float32
             )
         if self.mismatched:
-            batch |= self._next_completions(read, kind)
-        self.seen["truncated_away"] += int((batch.rows.tokens == 0).sum())
+            batch |= self._previous_completions(read, kind)
+        empty = sum(not ids for example in read for _, ids in example.rows)
+        self.seen["truncated_away"] += int((batch.rows.tokens == 0).sum()) - empty
         batch["labels"] = torch.where(batch.blank().valid, 1, IGNORE_INDEX)
         return batch
 
@@ -131,7 +143,7 @@ class PreferenceCollator:
             return pad([rows[i][j] for i, j in order], self.pad_token_id, self.max_length)
         return pack(rows, order, self.layout == "shared_prefix", self.max_length)
 
-    def _next_completions(self, read: list[Example], kind: type) -> dict[str, Tensor]:
+    def _previous_completions(self, read: list[Example], kind: type) -> dict[str, Tensor]:
         if kind is not Labels:
             raise DataError(f"mismatched: got data of {kind_text(kind)}, expected labels")
         if len(read) < 2:
@@ -139,8 +151,9 @@ class PreferenceCollator:
                 "mismatched: got a batch of one example, expected two or more; or leave mismatched False and choose "
                 "kl_baseline='running_mean', which works at any batch size"
             )
-        following = [*read[1:], read[0]]
-        rows = [[(one.rows[0][0], other.rows[0][1])] for one, other in zip(read, following, strict=True)]
+        # As TRL's KTOTrainer pairs them.
+        previous = [read[-1], *read[:-1]]
+        rows = [[(one.rows[0][0], other.rows[0][1])] for one, other in zip(read, previous, strict=True)]
         tokens = self._tokens(rows, [(i, 0) for i in range(len(rows))])
         return {MISMATCHED + name: value for name, value in tokens.items()}
 
@@ -149,6 +162,9 @@ class PreferenceCollator:
         self.seen["examples"] += len(read)
         for example in read:
             completions = [tuple(ids) for _, ids in example.rows]
+            if not all(completions):
+                self.seen["empty"] += 1
+                self._warn("empty", f"{example.place}: has an empty completion; losses leave the example out")
             if len(set(completions)) < len(completions):
                 self.seen["identical"] += 1
                 self._warn(

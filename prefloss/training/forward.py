@@ -19,6 +19,7 @@ from prefloss.kernels import vocab_parallel
 from prefloss.logprobs import linear_token_logps
 from prefloss.logratios import IGNORE_INDEX
 from prefloss.training.head import HeadSpec
+from prefloss.training.inputs import checked
 
 _PROBE = (-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 30.0)
 
@@ -35,6 +36,7 @@ class ModelLogps(NamedTuple):
     aux_loss: Tensor | None
 
 
+@checked
 def model_logps(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -61,7 +63,8 @@ def model_logps(
 
     Raises:
         TypeError: If the model's head is not supported; the message says why.
-        ValueError: If targets and hidden states (or positions) differ in shape, or labels are among the inputs.
+        ValueError: If targets and hidden states (or positions) differ in shape, labels are among the inputs, or a token
+            id is beyond the model's vocabulary (on the CPU).
     """
     if "labels" in inputs:
         raise ValueError(

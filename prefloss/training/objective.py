@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prefloss.arguments import flag, function, instance, integer
 from prefloss.logratios import LogRatios
 from prefloss.registry import Loss
 from prefloss.training import checks, step_zero
@@ -71,8 +72,8 @@ class PreferenceObjective(FeedbackObjective):
         self.reference = Reference.of(reference)
         checks.check_computable(self.loss)
         checks.check_reference(self.loss, self.reference)
-        self.check_step_zero = check_step_zero
-        self.autocast = autocast
+        self.check_step_zero = flag("check_step_zero", check_step_zero)
+        self.autocast = function("autocast", autocast, "a function that makes a context")
         # Whether the policy is still at its start, where it must agree with the reference.
         self.fresh = check_step_zero
         self._policy: nn.Module | None = None
@@ -90,6 +91,8 @@ class PreferenceObjective(FeedbackObjective):
         Raises:
             ValueError: If there are none, or one was not made by a `PreferenceCollator`.
         """
+        if not isinstance(batches, list | tuple):
+            raise TypeError(f"batches: got {type(batches).__name__}, expected the micro-batches in a list")
         if not batches:
             raise ValueError("batches: got none, expected the micro-batches of an optimizer step")
         counts = [self.counts(PreferenceBatch.of(batch).blank()) for batch in batches]
@@ -114,6 +117,8 @@ class PreferenceObjective(FeedbackObjective):
         """
         self.bind(model)
         batch = PreferenceBatch.of(batch)
+        if examples is not None:
+            integer("examples", examples, 0)
         checks.check_batch(self.loss, batch, self.reference)
         mismatched = self._mismatched(model, batch)
         # The reference first: switching adapters must not come between the policy's forward and backward.
@@ -146,6 +151,7 @@ class PreferenceObjective(FeedbackObjective):
             ValueError: If it shares trainable weights with the policy, or is an adapter that is absent or in use.
             TypeError: If it names adapters and the policy has none.
         """
+        instance("model", model, nn.Module, "the policy: a causal language model of transformers")
         policy = unwrapped(model)
         if policy is not self._policy:
             self.reference.bind(policy)

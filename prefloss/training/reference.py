@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefloss.arguments import instance, shown
 from prefloss.data.table import ReferenceTable
 from prefloss.training.batch import REFERENCE, PreferenceBatch, Rows
 from prefloss.training.forward import unwrapped
@@ -24,6 +25,17 @@ CHOICES = (
 )
 
 
+# Each kind, with the class of its value.
+_KINDS: Mapping[Any, tuple[type, str]] = {
+    "model": (nn.Module, "a causal language model of transformers"),
+    "adapter_off": (type(None), "None"),
+    "adapter": (str, "the name of an adapter"),
+    "cached": (type(None), "None"),
+    "table": (ReferenceTable, "a table as ReferenceTable.read(path) gives"),
+    "none": (type(None), "None"),
+}
+
+
 class Reference:
     """Where reference log-probs come from. Use one of the class methods to make it.
 
@@ -35,7 +47,11 @@ class Reference:
     """
 
     def __init__(self, kind: str, value: Any = None) -> None:
+        if kind not in _KINDS:
+            raise ValueError(f"reference: got the kind {shown(kind)}, expected {CHOICES}")
+        kinds, expected = _KINDS[kind]
         self.kind = kind
+        instance("name" if kind == "adapter" else "value", value, kinds, expected)
         self.value = value
 
     @classmethod
@@ -60,7 +76,11 @@ class Reference:
 
     @classmethod
     def adapter(cls, name: str) -> Reference:
-        """Another adapter of the policy, frozen: a copy of the one in training, loaded under this name."""
+        """Another adapter of the policy, frozen: a copy of the one in training, loaded under this name.
+
+        Raises:
+            TypeError: If the name is not a string.
+        """
         return cls("adapter", name)
 
     @classmethod
@@ -73,9 +93,11 @@ class Reference:
         """Sums that `prefloss reference` computed beforehand, looked up by the token ids of each completion.
 
         Raises:
+            TypeError: If it is no path.
             TableError: If the file is absent, damaged or not such a table.
             ModuleNotFoundError: If pyarrow is missing.
         """
+        instance("path", path, (str, os.PathLike), "the path of a table that `prefloss reference` wrote")
         return cls("table", ReferenceTable.read(path))
 
     @classmethod
@@ -96,16 +118,17 @@ class Reference:
             return cls.model(value)
         if value is None:
             return cls.none()
-        if isinstance(value, Mapping) and value.get("kind") in ("adapter_off", "adapter", "cached", "none"):
-            return cls(value["kind"], value.get("value"))
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        if isinstance(kind, str) and kind in ("adapter_off", "adapter", "cached", "none"):
+            return cls(kind, value.get("value"))
         if isinstance(value, Mapping) and value.get("kind") == "table":
-            return cls.table(value["value"])
+            return cls.table(value.get("value"))  # type: ignore[arg-type]
         if isinstance(value, Mapping) and value.get("kind") == "model":
             raise TypeError(
                 "reference: got none from the checkpoint, which holds no reference model; leave "
                 "restore_callback_states_from_checkpoint False: the loss's state is restored without it"
             )
-        raise TypeError(f"reference: got {value!r}, expected {CHOICES}")
+        raise TypeError(f"reference: got {shown(value)}, expected {CHOICES}")
 
     def config(self) -> dict[str, Any]:
         """What a checkpoint keeps: the kind, an adapter's name, a table's path."""

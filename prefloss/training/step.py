@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from prefloss import metrics
+from prefloss.arguments import flag, instance, shown
 from prefloss.diagnosis import NAMES, Diagnosis, Thresholds
 from prefloss.diagnosis.finite import check_finite
-from prefloss.feedback import Feedback, convert
+from prefloss.feedback import KINDS, Feedback, convert
 from prefloss.metrics import Stat, Totals
-from prefloss.registry import Evaluation, Loss, get
+from prefloss.registry import Evaluation, Loss, as_loss
 from prefloss.training import distributed
 
 _TERM = "loss/"
@@ -59,14 +60,10 @@ class FeedbackObjective:
         diagnose: Thresholds | Mapping[str, Any] | bool | None = True,
         **hyperparameters: Any,
     ) -> None:
-        if isinstance(loss, Loss) and hyperparameters:
-            raise TypeError(
-                f"hyperparameters: got {sorted(hyperparameters)} with a Loss, expected them in the Loss"
-            )
         if rankings_as is not None and rankings_as not in _RANKINGS_AS:
             choices = ", ".join(map(repr, _RANKINGS_AS))
-            raise ValueError(f"rankings_as: got {rankings_as!r}, expected one of {choices} or None")
-        self.loss = loss if isinstance(loss, Loss) else get(loss, **hyperparameters)
+            raise ValueError(f"rankings_as: got {shown(rankings_as)}, expected one of {choices} or None")
+        self.loss = as_loss(loss, hyperparameters)
         self.rankings_as = rankings_as
         self.diagnosis = Diagnosis.of(self.loss, diagnose)
         self.steps = 0
@@ -106,6 +103,8 @@ class FeedbackObjective:
             ValueError: If the feedback lacks something that the loss needs.
             FloatingPointError: If the loss of an example, or its gradient, is not finite.
         """
+        instance("feedback", feedback, KINDS, "Pairs, Labels or Rankings")
+        flag("training", training)
         batch = self._evaluate(feedback, training)
         if step_counts is None and whole_step:
             step_counts = distributed.all_sum(_with_batch(batch.counts))

@@ -107,6 +107,21 @@ def test_upvoted_completions_that_fall():
     assert silent.judge(1) == []
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_falling_upvotes_do_not_depend_on_how_a_batch_is_split(size):
+    """AUDIT L12."""
+    h, up = [-3.0, -4.0, 0.5, -9.0, -8.0, -1.0], [True, True, True, False, False, False]
+    diagnosis = watch("kto_zero")
+    total = {}
+    for start in range(0, 6, size):
+        labels = Labels(side(h[start : start + size]), torch.tensor(up[start : start + size]))
+        for name, (value, count) in diagnosis.figures(labels).items():
+            before = total.get(name, (0.0, 0.0))
+            total[name] = (before[0] + float(value), before[1] + float(count))
+    diagnosis.add(total)
+    assert diagnosis.shown()["falling_pairs"] == pytest.approx(2 / 3)
+
+
 def test_saturation_is_measured_against_the_start():
     diagnosis = watch(length=None)
     # beta 0.1: the gradient is 0.05 at the start, and 5e-6 at a margin of 100 nats.

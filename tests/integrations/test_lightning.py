@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from prefloss.integrations.lightning import PreferenceLossCallback, PreferenceModule
 from prefloss.integrations.transformers import PreferenceCollator, Reference
+from prefloss.integrations.trl import PreferenceLossCallback as TrlCallback
 from tests import tiny
 
 pytestmark = [
@@ -164,6 +165,20 @@ def test_validation_metrics(tmp_path):
     assert tested["test_loss"] == pytest.approx(found["eval_loss"])
 
 
+def test_metrics_have_one_name_in_every_trainer(tmp_path):
+    """AUDIT U4."""
+
+    def ours(logs):
+        return {name for name in logs if name.startswith(("prefloss/", "rewards/", "logps/"))}
+
+    callback = TrlCallback("dpo")
+    trl = tiny.train("dpo", tmp_path, [callback], data=tiny.pairs(8), max_steps=1)
+    plain = tiny.steps_of(tiny.plain_train(tmp_path, "dpo", tiny.pairs(8), max_steps=1))[0]
+    lightning = fit(tmp_path, module(), tiny.pairs(8), max_steps=1).logger.lines[0]
+    assert ours(trl.logs[0]) == ours(plain) == ours(lightning)
+    assert {"prefloss/falling_pairs", "prefloss/empty", "rewards/accuracies"} <= ours(plain)
+
+
 def test_the_best_model_by_a_metric(tmp_path):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -250,6 +265,24 @@ def test_a_module_that_forgets_the_loss(tmp_path):
     callback = PreferenceLossCallback("dpo", reference=tiny.model())
     with pytest.raises(RuntimeError, match="was not used: training_step has to return"):
         fit(tmp_path, Forgets(callback), tiny.pairs(12), callbacks=[callback])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("model", {"model": "gpt2"}),
+        ("learning_rate", {"learning_rate": -1.0}),
+        ("learning_rate", {"learning_rate": float("inf")}),
+        ("optimizer", {"optimizer": "adamw"}),
+        ("scheduler", {"scheduler": 3}),
+        ("check_step_zero", {"check_step_zero": "no"}),
+        ("loss", {"loss": 3}),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(name, options):
+    """AUDIT A9."""
+    with pytest.raises((TypeError, ValueError), match=f"{name}: got .*, expected"):
+        PreferenceModule(**{"model": tiny.model(), "loss": "dpo", "reference": Reference.cached(), **options})
 
 
 def test_step_0_is_checked(tmp_path):

@@ -110,6 +110,13 @@ def test_margins_and_lengths_shift_the_scaled_margin():
     torch.testing.assert_close(found, torch.relu(1 - (z + 0.01 * lengths)))
 
 
+def test_a_length_penalty_keeps_the_precision_of_the_log_probs():
+    """AUDIT: it was computed in float32 for float64 log-probs."""
+    sides = [LogRatios(torch.tensor([h], dtype=torch.float64), [0.0], [n]) for h, n in ((0.3, 7), (0.1, 4))]
+    found = prefloss.get("hinge", beta=0.1, length_penalty=0.01)(Pairs(*sides))
+    assert found.item() == pytest.approx(1 - (0.1 * 0.2 + 0.01 * 3), abs=1e-15)
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha(0.5)", "chi_squared"])
 def test_a_divergence_changes_the_score(divergence):
     found = prefloss.get("hinge", divergence=divergence)(PAIRS)

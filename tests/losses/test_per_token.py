@@ -245,3 +245,10 @@ def test_the_reference_has_no_gradient():
 def test_one_side_without_rows():
     with pytest.raises(ValueError, match=r"LogRatios\.per_token: got None"):
         losses.sampo(Pairs(side([[1.0]]), LogRatios.of([1.0])))
+
+
+def test_the_note_of_ld_dpo_says_which_trl_agrees():
+    """AUDIT A1: TRL up to 0.28 weights the policy alone."""
+    note = " ".join(prefloss.specs["ld_dpo"].note.split())
+    assert "as in TRL since 0.29" in note
+    assert "TRL up to 0.28" in note

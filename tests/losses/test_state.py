@@ -11,6 +11,7 @@ import torch
 import prefloss
 from prefloss import Pairs
 from prefloss.hyperparameters import Cosine, Draws, Linear, Moments, Recent, RewardShift
+from prefloss.losses._authoring import resolve, running
 
 ALL = torch.tensor([True, True, True])
 VALUES = torch.tensor([1.0, 3.0, 8.0])
@@ -250,3 +251,32 @@ def test_schedules_hold_still_in_evaluation_and_are_saved():
 def test_what_is_no_schedule(settings, error):
     with pytest.raises(error):
         Linear(*settings)
+
+
+def test_label_smoothing_takes_a_batch_into_the_state_once():
+    """AUDIT A2: the reversed pairs were taken in too, which left a total of 0.0 and a count of 4."""
+
+    @prefloss.register(name="shifted_margin", difference_only=True, stateful=True)
+    def shifted_margin(pairs: Pairs, *, beta: float = 0.1, shift: running.Shift = "running") -> torch.Tensor:
+        margins = beta * pairs.margin()
+        moved = resolve("shift", shift, margins, pairs.valid)
+        return torch.nn.functional.softplus(moved - margins)
+
+    try:
+        pairs = Pairs.of([1.0, 2.0], [0.0, 0.0])
+        plain, smoothed = (prefloss.get("shifted_margin", label_smoothing=p) for p in (0.0, 0.2))
+        flipped = prefloss.get("shifted_margin", shift=plain(pairs).new_tensor(0.15).item())
+        values = smoothed(pairs)
+        assert smoothed.state_dict() == {"shift": {"total": pytest.approx(0.3), "count": 2.0}}
+        assert all(state.training for state in smoothed.state.values())
+        # Both sides are measured against the same shift.
+        torch.testing.assert_close(values, 0.8 * flipped(pairs) + 0.2 * flipped(pairs.swapped()))
+    finally:
+        prefloss.registry.unregister("shifted_margin")
+
+
+def test_a_sum_does_not_move_one_state_twice():
+    """AUDIT A2: the other way to evaluate a loss twice."""
+    loss = prefloss.get("bco_pair")
+    with pytest.raises(ValueError, match="terms: got two with one state, which would move twice"):
+        prefloss.registry.WeightedSum([(0.5, loss), (0.5, loss)])

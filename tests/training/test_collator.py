@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from prefloss.feedback import Labels, Pairs, Rankings
+from prefloss.feedback import KINDS, Labels, Pairs, Rankings, optional_fields
 from prefloss.integrations.transformers import PreferenceCollator
+from prefloss.integrations.trl import FeedbackCollator
 from prefloss.logratios import LogRatios
 from prefloss.training import PreferenceBatch
 from tests import tiny
@@ -107,11 +108,6 @@ def test_tensors_and_arrays_are_read():
             r"example 1 of the batch: column 'chosen': got null, expected a string",
         ),
         ([PAIR, {"prompt": "w1", "chosen": " w2"}], r"example 1 of the batch: missing column 'rejected'"),
-        ([{**PAIR, "rejected": " "}], r"example 0 of the batch: column 'rejected': got an empty completion"),
-        (
-            [{**RANKING, "completions": [" w1", "", " w2"]}],
-            r"column 'completions'\[1\]: got an empty completion",
-        ),
         (
             [{**RANKING, "scores": [1.0, 2.0]}],
             r"column 'scores': got 2 scores, expected one for each of 3 completions",
@@ -139,7 +135,17 @@ def test_tensors_and_arrays_are_read():
             [{**RANKING, "ref_logps": [-1.0]}],
             r"column 'ref_logps': got \[-1.0\], expected a log-prob for each of 3 completions",
         ),
-        ([{**IDS, "chosen_ids": []}], r"column 'chosen_ids': got an empty completion"),
+        ([{**PAIR, "weight": -1.0}], r"column 'weight': got -1.0, expected a finite number >= 0"),
+        (
+            [{**PAIR, "weight": 10**400}],
+            r"column 'weight': got 1000.*expected a finite number >= 0 of at most 3.4e\+38",
+        ),
+        ([{**LABEL, "score": 1e39}], r"column 'score': got 1e\+39, expected a finite number of at most"),
+        ([{**RANKING, "completions": [], "scores": []}], r"column 'completions': got an empty list"),
+        (
+            [{"prompt_ids": [1], "completions_ids": [], "scores": []}],
+            r"column 'completions': got an empty list",
+        ),
         (
             [{**IDS, "chosen_ids": [1.5]}],
             r"column 'chosen_ids': got \[1.5\], expected a list of token ids >= 0",
@@ -157,6 +163,32 @@ def test_tensors_and_arrays_are_read():
 def test_a_bad_example_is_named(examples, message):
     with pytest.raises(ValueError, match=message):
         collate(*examples)
+
+
+@pytest.mark.parametrize(
+    ("whole", "example", "rows"),
+    [
+        (PAIR, {**PAIR, "rejected": " "}, [False, False, False, True]),
+        (IDS, {**IDS, "chosen_ids": []}, [False, True, False, False]),
+        (LABEL, {**LABEL, "completion": ""}, [False, True]),
+        (
+            {**RANKING, "completions": [" w1", " w3"], "scores": [1.0, 2.0]},
+            {**RANKING, "completions": [" w1", ""], "scores": [1.0, 2.0]},
+            [False, False, False, True],
+        ),
+    ],
+)
+def test_an_empty_completion_is_counted_and_does_not_stop_a_training(whole, example, rows):
+    """AUDIT U3."""
+    collator = PreferenceCollator(tiny.tokenizer())
+    with pytest.warns(
+        UserWarning, match=r"example 1 of the batch: has an empty completion; losses leave the"
+    ):
+        batch = collator([whole, example])
+    assert (batch.rows.tokens == 0).tolist() == rows
+    assert batch["labels"].tolist() == [1, -100]
+    assert collator.seen["empty"] == 1
+    assert collator.seen["truncated_away"] == 0
 
 
 def test_text_needs_a_tokenizer():
@@ -216,10 +248,15 @@ VOTES = [
 ]
 
 
-def test_mismatched_completions_are_those_of_the_next_example():
+def test_mismatched_completions_are_those_of_the_example_before():
+    """AUDIT U2: as TRL's KTOTrainer pairs them."""
     batch = PreferenceCollator(mismatched=True)(VOTES)
-    assert batch["kl_input_ids"].tolist() == [[5, 6, 9, 10, 1], [8, 14, 0, 0, 0], [11, 12, 13, 7, 1]]
-    assert batch["kl_completion_mask"].tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 1, 1]]
+    assert batch["kl_input_ids"].tolist() == [[5, 6, 14, 0, 0, 0], [8, 7, 1, 0, 0, 0], [11, 12, 13, 9, 10, 1]]
+    assert batch["kl_completion_mask"].tolist() == [
+        [0, 0, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -238,3 +275,30 @@ def test_mismatched_completions_are_those_of_the_next_example():
 def test_mismatched_completions_that_cannot_be_are_errors(examples, message):
     with pytest.raises(ValueError, match=message):
         PreferenceCollator(mismatched=True)(examples)
+
+
+@pytest.mark.parametrize("field", [field for kind in KINDS for field in optional_fields(kind)])
+def test_every_optional_column_reaches_the_batch(field):
+    """AUDIT A6: one table names the columns, for every collator."""
+    row = {Pairs: IDS, Labels: VOTES[0], Rankings: {**RANKING}}[field.kind]
+    values = {field.column: 0.5}
+    if field.column.startswith("score_"):
+        values = {"score_chosen": 0.5, "score_rejected": 0.5}
+    assert collate({**row, **values})[field.name].tolist() == [0.5]
+    if field.kind is not Rankings:
+        passed = FeedbackCollator(lambda examples: {})([{**row, **values}])
+        assert passed[field.name].tolist() == [0.5]
+
+
+@pytest.mark.filterwarnings("ignore:.*have a completion without tokens")
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+def test_a_training_goes_on_past_an_empty_completion(tmp_path, layout):
+    """AUDIT U3."""
+    policy = tiny.model()
+    rows = [dict(row) for row in tiny.pairs(8)]
+    rows[5]["rejected"] = ""
+    collator = PreferenceCollator(tiny.tokenizer(), layout=layout)
+    with pytest.warns(UserWarning, match="has an empty completion"):
+        trainer = tiny.plain_train(tmp_path, "dpo", rows, policy, collator=collator, max_steps=2)
+    assert collator.seen["empty"] == 1
+    assert all(loss == loss for loss in tiny.losses_of(trainer))

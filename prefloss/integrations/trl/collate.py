@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from prefloss.arguments import function, shown
+from prefloss.data.rows import number_of
 from prefloss.feedback import Field, Labels, Pairs, optional_fields
 
 _FIELDS: Mapping[str, Field] = {
@@ -35,7 +38,7 @@ class FeedbackCollator:
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collator = collator
+        self.collator = function("collator", collator, "a collator, such as trainer.data_collator")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of the wrapped collator, and a tensor [examples] for each column of feedback.
@@ -61,11 +64,14 @@ class FeedbackCollator:
                     DeprecationWarning,
                     stacklevel=2,
                 )
-            if len(values) != len(examples) or any(
-                isinstance(value, bool) or not isinstance(value, int | float) for value in values
-            ):
+            if len(values) != len(examples):
                 raise ValueError(
-                    f"{name}: got {values!r} for {len(examples)} examples, expected a number for each"
+                    f"{name}: got {shown(values)} for {len(examples)} examples, expected a number for each"
                 )
+            least, expected = (
+                (0.0, "a finite number >= 0") if name == "weight" else (-math.inf, "a finite number")
+            )
+            for i, value in enumerate(values):
+                number_of(f"{name}: example {i} of the batch", f"column {name!r}", value, expected, least)
             batch[field.name] = torch.tensor(values, dtype=torch.float32)
         return batch

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import Tensor
 
+from prefloss.arguments import instance, shown
 from prefloss.losses._core import names
 from prefloss.losses._core.spec import LossSpec, Traits, complete_docstring, spec_from
 
@@ -67,6 +68,7 @@ def register(function: Any = None, /, **traits: Any) -> Any:
 
 def unregister(name: str) -> None:
     """Take a loss out of the registry, with its aliases; for tests and notebooks. ValueError if there is none."""
+    instance("name", name, str, "the name of a loss")
     if name not in _specs:
         raise ValueError(names.unknown(name, _specs))
     for alias in _specs.pop(name).aliases:
@@ -96,7 +98,7 @@ def spec_of(name: str) -> LossSpec:
         ValueError: If no loss has the name; the message lists the closest ones.
     """
     if not isinstance(name, str):
-        raise TypeError(f"name: got {name!r}, expected the name of a loss")
+        raise TypeError(f"name: got {shown(name)}, expected the name of a loss")
     if not is_name(name):
         _load_entry_point(name)
     spec = _specs.get(_aliases.get(name, name))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prefloss.arguments import instance, shown
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings, convert, has, meaning_of
 from prefloss.losses._core import parameters
 from prefloss.losses._core.catalogue import spec_of
@@ -166,7 +167,10 @@ class Loss:
         if "label_smoothing" in self.modifiers:
             assert isinstance(feedback, Pairs)
             flip = _now(self.params["label_smoothing"])
-            values = smoothed(values, self._values(feedback.swapped()), flip)
+            # The first evaluation took the batch into the state; the reversed pairs are no further data.
+            with self.held_still():
+                reversed_values = self._values(feedback.swapped())
+            values = smoothed(values, reversed_values, flip)
         if feedback.weight is not None:
             values = values * feedback.weight
         # where, not a product: NaN * 0 is NaN.
@@ -174,7 +178,14 @@ class Loss:
 
     def counted(self, feedback: Feedback) -> Tensor:
         """True at the examples that the loss and its mean count, [n]."""
-        return feedback.valid if self.spec.valid is None else self.spec.valid(feedback)
+        if self.spec.valid is None:
+            return feedback.valid
+        counted = self.spec.valid(feedback)
+        if not isinstance(counted, Tensor) or counted.dtype != torch.bool or counted.shape != feedback.shape:
+            raise TypeError(
+                f"{self.name}: valid: got {shown(counted)}, expected a boolean tensor of shape {list(feedback.shape)}"
+            )
+        return counted
 
     def counts(self, feedback: Feedback) -> Tensor:
         """How many examples each term counts, [terms], integer.
@@ -215,7 +226,8 @@ class Loss:
         return {name: value.state_dict() for name, value in self.state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave; ValueError if that loss keeps other things."""
+        """Restore what `state_dict` gave; ValueError if that loss keeps other things, TypeError if it is no mapping."""
+        instance("state", state, Mapping, "what state_dict() gave")
         if state.keys() != self.state.keys():
             raise ValueError(f"state: got {sorted(state)}, expected {sorted(self.state)} for {self!r}")
         for name, value in self.state.items():
@@ -230,6 +242,20 @@ class Loss:
     def eval(self) -> Loss:
         """Hold the state still, as `torch.nn.Module.eval` does."""
         return self.train(False)
+
+    @contextmanager
+    def held_still(self) -> Iterator[None]:
+        """Inside a `with` block, calls neither move the state nor communicate with other processes."""
+        kept = [(state, state.training, state.all_sum) for state in self.state.values()]
+        try:
+            for state, *_ in kept:
+                state.train(False)
+                state.all_sum = torch.clone
+            yield
+        finally:
+            for state, training, all_sum in kept:
+                state.train(training)
+                state.all_sum = all_sum
 
     def step(self) -> None:
         """Move the schedules on; call it after each optimizer step."""
@@ -286,12 +312,30 @@ class Loss:
     def _values(self, feedback: Feedback) -> Tensor:
         now = {name: _now(self.params[name]) for name in self.spec.parameters}
         values = self.spec.function(feedback, **now)
-        if values.shape != feedback.shape:
-            raise ValueError(
-                f"{self.name}: got values of shape {list(values.shape)}, expected {list(feedback.shape)}: "
-                "one per example, not reduced"
-            )
+        _check_values(self.name, values, feedback)
         return values
+
+
+def _check_values(name: str, values: Any, feedback: Feedback) -> None:
+    """Refuse what a loss returned unless it is one real number for each example."""
+    shape, device = feedback.shape, feedback.parts[0].device
+    wanted = f"one loss for each example: a floating-point tensor of shape {list(shape)}"
+    if isinstance(values, tuple | list):
+        kinds = ", ".join(type(value).__name__ for value in values[:4])
+        raise TypeError(
+            f"{name}: returned a {type(values).__name__} ({kinds}), expected {wanted}; rewards and metrics are not "
+            "part of a loss: prefloss.metrics computes them"
+        )
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        raise TypeError(f"{name}: returned {shown(values)}, expected {wanted}")
+    if values.shape != shape:
+        raise ValueError(
+            f"{name}: got values of shape {list(values.shape)}, expected {list(shape)}: one per example, not reduced"
+        )
+    if values.device != device:
+        raise ValueError(
+            f"{name}: returned values on {values.device}, expected {device} as the log-probs have"
+        )
 
 
 class _Warned:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefloss.arguments import any_true
+
 # exp stays finite in float32 up to 88; beyond the clamp a score is constant and its gradient 0.
 MAX_EXPONENT = 80.0
 
@@ -109,12 +111,5 @@ def _masked_logits(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 
 def refuse(wrong: Tensor, message: str) -> None:
     """Raise ValueError if any entry is True; silent where no value can be read (while compiling, or under `vmap`)."""
-    if torch.compiler.is_compiling():
-        return
-    try:
-        is_wrong = bool(wrong.any())
-    except RuntimeError:
-        # vmap refuses to turn a mapped tensor into a bool.
-        return
-    if is_wrong:
+    if any_true(wrong):
         raise ValueError(message)

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from prefloss.feedback import Labels, Pairs, required
+from prefloss.arguments import is_finite
+from prefloss.feedback import Labels, Pairs
 from prefloss.losses._core import transforms
 from prefloss.losses._core.parameters import Coerce, FlipProbability, Interval, Parameter
 from prefloss.losses._core.spec import LossSpec
@@ -126,7 +127,7 @@ def _score_margin(pairs: Pairs, weight: float, beta: float) -> Pairs:
 
 
 def _length_term(pairs: Pairs, alpha: float, beta: float) -> Pairs:
-    longer_by = required(pairs.chosen, "tokens") - required(pairs.rejected, "tokens")
+    longer_by = transforms.lengths(pairs.chosen) - transforms.lengths(pairs.rejected)
     return transforms.shifted(pairs, alpha * longer_by / beta)
 
 
@@ -141,11 +142,15 @@ def _bounds(value: Any) -> tuple[float, float]:
     """Humanline's bounds: True for the authors' (-1, 1.5), or two numbers, low < high."""
     if value is True:
         return (-1.0, 1.5)
-    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value):
+    if isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)):
         low, high = value
         if low < high:
             return (float(low), float(high))
     raise ValueError
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 def _modifier(

@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from prefloss.arguments import shown
+
 # One name, several papers: no loss has the name, and the message lists what it may mean.
 AMBIGUOUS: dict[str, tuple[str, ...]] = {
     "rpo": (
@@ -58,11 +60,12 @@ def unknown(name: str, known: Iterable[str]) -> str:
     """The message for a name that no loss has: the candidates if it means several papers, else close names."""
     candidates = AMBIGUOUS.get(_squeezed(name))
     if candidates:
-        return "\n  ".join([f"unknown loss {name!r}: the name means several things:", *candidates])
+        return "\n  ".join([f"unknown loss {shown(name)}: the name means several things:", *candidates])
     by_squeezed = {_squeezed(candidate): candidate for candidate in sorted(known)}
-    close = difflib.get_close_matches(_squeezed(name), by_squeezed, n=3, cutoff=0.6)
+    # Comparing takes time that grows with the square of the length.
+    close = difflib.get_close_matches(_squeezed(name[:200]), by_squeezed, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(repr(by_squeezed[match]) for match in close)}?" if close else "."
-    return f"unknown loss {name!r}{hint} prefloss.specs holds all, `prefloss losses` lists them"
+    return f"unknown loss {shown(name)}{hint} prefloss.specs holds all, `prefloss losses` lists them"
 
 
 def _squeezed(name: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import ge, gt, le, lt
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from prefloss.arguments import function, is_finite, real, shown
 from prefloss.losses._core.state import SCHEDULES, Schedule, from_config
 
 _TYPES = {float: "a number", int: "an integer", bool: "True or False", str: "a string"}
@@ -29,10 +29,16 @@ class Interval:
     lt: float | None = None
     le: float | None = None
 
+    def __post_init__(self) -> None:
+        """Check that the bounds are numbers."""
+        for name in ("gt", "ge", "lt", "le"):
+            if getattr(self, name) is not None:
+                real(name, getattr(self, name))
+
     def __contains__(self, value: float) -> bool:
         """Whether the value satisfies every bound; NaN and infinity never do."""
         bounds = ((gt, self.gt), (ge, self.ge), (lt, self.lt), (le, self.le))
-        return math.isfinite(value) and all(bound is None or holds(value, bound) for holds, bound in bounds)
+        return is_finite(value) and all(bound is None or holds(value, bound) for holds, bound in bounds)
 
     def __str__(self) -> str:
         """The bounds in words that fit an error message and a table."""
@@ -51,6 +57,10 @@ class Coerce:
 
     function: Callable[[Any], Any]
     expected: str
+
+    def __post_init__(self) -> None:
+        """Check that there is a function."""
+        function("function", self.function, "a function value -> object")
 
     def __str__(self) -> str:
         """What it accepts."""
@@ -110,15 +120,22 @@ class Parameter:
 
     def checked(self, loss: str, value: Any) -> Any:
         """The value to hand to the loss; TypeError if its type is wrong, ValueError if it is out of range."""
-        value = from_config(value, *SCHEDULES)
+        try:
+            value = from_config(value, *SCHEDULES)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{loss}: {self.name}: {error}") from error
         if isinstance(value, Schedule) and plain_type(self.type) is float:
             for end in (value.start, value.end):
                 self.checked(loss, end)
             return value
         try:
             return self._convert(value)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{loss}: {self.name}: got {value!r}, expected {self.expected}") from error
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            # A state or a function of the loss's author may say more.
+            reason = f" ({shown(str(error))})" if str(error) else ""
+            message = f"{loss}: {self.name}: got {shown(value)}, expected {self.expected}"
+            raise kind(message + (reason if isinstance(self.constraint, Coerce) else "")) from error
 
     def _convert(self, value: Any) -> Any:
         if isinstance(value, Schedule):
@@ -130,7 +147,8 @@ class Parameter:
                 raise TypeError
             return value
         if get_origin(self.type) is Literal:
-            if value not in get_args(self.type):
+            # 1 == True, so compare types too.
+            if not any(type(value) is type(one) and value == one for one in get_args(self.type)):
                 raise ValueError
             return value
         plain = plain_type(self.type)
@@ -138,7 +156,7 @@ class Parameter:
             raise TypeError
         if isinstance(self.constraint, Interval) and value not in self.constraint:
             raise ValueError
-        if plain is float and not math.isfinite(value):
+        if plain is float and not is_finite(value):
             raise ValueError
         return value
 

@@ -6,7 +6,6 @@ value. `prefloss.get` makes a fresh state; the plain function of a loss needs th
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from prefloss.arguments import is_finite
 from prefloss.feedback import Labels
 from prefloss.losses._core.parameters import Coerce
 from prefloss.losses._core.state import State, from_config
@@ -35,7 +35,7 @@ def _number(value: Any) -> float:
     # `Parameter.checked` says what was got and expected.
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError
-    if isinstance(value, str) or not math.isfinite(value):
+    if isinstance(value, str) or not is_finite(value):
         raise ValueError
     return float(value)
 

@@ -10,6 +10,8 @@ from typing import Any, TypedDict, cast, get_type_hints
 
 from torch import Tensor
 
+from prefloss.arguments import flag, instance, shown
+from prefloss.arguments import function as checked_function
 from prefloss.feedback import KINDS, NEEDS
 from prefloss.losses._core import docstring
 from prefloss.losses._core.parameters import Parameter
@@ -108,6 +110,7 @@ class Traits(TypedDict, total=False):
 
 
 TRAITS = tuple(Traits.__annotations__)
+_FLAGS = {"difference_only", "holds_chosen", "monotone", "needs_reference", "separable", "stateful"}
 
 
 def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec:
@@ -117,16 +120,22 @@ def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec
         ValueError: If the name is not an identifier or a field is unknown.
         TypeError: If the signature is not that of a loss, or a trait is unknown.
     """
-    name = name or str(getattr(function, "__name__", ""))
     if not callable(function):
         raise TypeError(
-            f"function: got {function!r}, expected a function (feedback, *, hyperparameters) -> values"
+            f"function: got {shown(function)}, expected a function (feedback, *, hyperparameters) -> values"
         )
+    if name is not None:
+        instance("name", name, str, "an identifier such as 'my_loss'")
+    name = name or str(getattr(function, "__name__", ""))
     if not name.isidentifier():
         raise ValueError(f"name: got {name!r}, expected an identifier such as 'my_loss'")
     unknown = sorted(traits.keys() - set(TRAITS))
     if unknown:
         raise TypeError(f"{name}: got the unknown trait {unknown[0]!r}, expected {', '.join(TRAITS)}")
+    for trait in _FLAGS & traits.keys():
+        flag(f"{name}: {trait}", traits[trait])
+    if traits.get("valid") is not None:
+        checked_function(f"{name}: valid", traits["valid"], "a function feedback -> boolean tensor [n]")
     kind, parameters = _signature(function, name)
     beta = traits.pop("beta", None) or ("beta" if "beta" in parameters else None)
     if beta is not None and beta not in parameters:
@@ -137,10 +146,7 @@ def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec
     described = {**docstring.PARAMETERS, **strength, **docstring.arguments(function)}
     parts = docstring.parse(function)
     parts["returns"] = parts["returns"] or docstring.RETURNS[kind]
-    aliases = {
-        alias: Alias(entry) if isinstance(entry, str) else Alias(*entry)
-        for alias, entry in (traits.pop("aliases", None) or {}).items()
-    }
+    aliases = _aliases(name, traits.pop("aliases", None) or {}, parameters)
     hyperparameters = {
         key: Parameter.of(key, annotation, default, described.get(key, ""))
         for key, (annotation, default) in parameters.items()
@@ -170,7 +176,34 @@ def complete_docstring(spec: LossSpec) -> None:
         function.__doc__ = docstring.completed(function, args, spec.returns)
 
 
+def _aliases(name: str, listed: Any, parameters: Mapping[str, Any]) -> dict[str, Alias]:
+    instance(f"{name}: aliases", listed, Mapping, "alias -> trainers, or (trainers, hyperparameters)")
+    aliases = {}
+    for alias, entry in listed.items():
+        where, pair = f"{name}: alias {alias!r}", (entry, {}) if isinstance(entry, str) else entry
+        if not isinstance(alias, str) or not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"{where}: got {shown(entry)}, expected trainers, or (trainers, hyperparameters)")
+        peers, preset = pair
+        instance(where, peers, str, "the trainers that use it")
+        instance(where, preset, Mapping, "hyperparameters and their values")
+        unknown = [key for key in preset if key not in parameters]
+        if unknown:
+            takes = ", ".join(map(repr, parameters)) or "none"
+            raise TypeError(f"{where}: unknown hyperparameter {unknown[0]!r}; the loss takes {takes}")
+        aliases[alias] = Alias(peers, preset)
+    return aliases
+
+
 def _fields(name: str, trait: str, listed: Iterable[str]) -> frozenset[str]:
+    # The letters of a string are not what is meant.
+    if (
+        isinstance(listed, str)
+        or not isinstance(listed, Iterable)
+        or not all(isinstance(x, str) for x in listed)
+    ):
+        raise TypeError(
+            f"{name}: {trait}: got {shown(listed)}, expected a tuple of some of {', '.join(NEEDS)}"
+        )
     unknown = sorted(set(listed) - set(NEEDS))
     if unknown:
         raise ValueError(f"{name}: {trait}: got {unknown[0]!r}, expected some of {', '.join(NEEDS)}")

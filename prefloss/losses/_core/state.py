@@ -5,12 +5,15 @@ Every state is updated before it is used, as the authors' code does, except wher
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from prefloss.arguments import instance, real, shown
 
 
 class State:
@@ -44,9 +47,18 @@ class State:
         return {name: getattr(self, name) for name in self.saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave; ValueError if the names differ."""
+        """Restore what `state_dict` gave; ValueError if the names differ, TypeError if a value is another kind."""
+        instance("state", state, Mapping, f"what {self!r} saved")
         if set(state) != set(self.saved):
-            raise ValueError(f"state: got {sorted(state)}, expected {sorted(self.saved)} for {self!r}")
+            raise ValueError(
+                f"state: got {sorted(map(str, state))}, expected {sorted(self.saved)} for {self!r}"
+            )
+        for name in self.saved:
+            if not _is_like(state[name], getattr(self, name)):
+                now = shown(getattr(self, name))
+                raise TypeError(
+                    f"state: {name}: got {shown(state[name])}, expected something like {now} for {self!r}"
+                )
         for name in self.saved:
             setattr(self, name, state[name])
 
@@ -77,13 +89,43 @@ class State:
         return tuple(sums.tolist())
 
 
+def _is_like(value: Any, current: Any) -> bool:
+    """Whether a saved value may take the place of the one that a state holds."""
+    if isinstance(current, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(current, list):
+        return isinstance(value, list) and all(_is_like(item, 0.0) for item in value)
+    return True
+
+
 def from_config(value: Any, *kinds: type[State]) -> Any:
-    """`{"name": "moments", "decay": 0.5}` as the state of that name among `kinds`; anything else unchanged."""
-    if isinstance(value, dict):
-        for kind in kinds:
-            if value.get("name") == kind.name:
-                return kind(**{name: setting for name, setting in value.items() if name != "name"})
+    """`{"name": "moments", "decay": 0.5}` as the state of that name among `kinds`; anything else unchanged.
+
+    Raises:
+        TypeError: If a setting is unknown, missing or of the wrong type.
+        ValueError: If a setting is out of range.
+    """
+    for kind in kinds:
+        if isinstance(value, dict) and value.get("name") == kind.name:
+            settings = {name: setting for name, setting in value.items() if name != "name"}
+            _check_settings(kind, settings)
+            return kind(**settings)
     return value
+
+
+def _check_settings(kind: type[State], settings: Mapping[str, Any]) -> None:
+    """Say in the user's words what `kind(**settings)` would refuse in Python's."""
+    parameters = inspect.signature(kind).parameters
+    unknown = [name for name in settings if name not in parameters]
+    missing = [
+        name
+        for name, one in parameters.items()
+        if one.default is inspect.Parameter.empty and name not in settings
+    ]
+    if unknown or missing:
+        wrong = f"without {missing[0]}" if missing else f"with {unknown[0]}"
+        given = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
+        raise TypeError(f"got {kind.name}({given}) {wrong}, expected {kind.name}({', '.join(parameters)})")
 
 
 def resolve(name: str, value: Any, *inputs: Any, functions: Mapping[str, Callable[..., Any]] = {}) -> Any:
@@ -116,10 +158,7 @@ class Schedule(State):
     def __init__(self, start: float, end: float, steps: int) -> None:
         super().__init__()
         for name, value in (("start", start), ("end", end), ("steps", steps)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name}: got {value!r}, expected a number")
-            if not math.isfinite(value):
-                raise ValueError(f"{name}: got {value!r}, expected a finite number")
+            real(name, value)
         if steps < 1 or steps != int(steps):
             raise ValueError(f"steps: got {steps!r}, expected a whole number of optimizer steps >= 1")
         self.start, self.end, self.steps = start, end, int(steps)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prefloss.arguments import instance, real, shown
 from prefloss.feedback import Feedback, Labels, Pairs, convert
 from prefloss.losses._core.loss import Evaluation, Loss, Term
 from prefloss.losses._core.spec import LossSpec
@@ -21,7 +22,8 @@ class WeightedSum(Loss):
         terms: Weight and loss of each term.
 
     Raises:
-        TypeError: If the terms take feedback that cannot come from one batch.
+        TypeError: If a term is not a weight and a loss, or the terms take feedback that cannot come from one batch.
+        ValueError: If there is no term, a weight is not above 0, or two terms share one state.
 
     Example:
         >>> loss = prefloss.get("0.8*dpo(beta=0.1) + 0.2*hinge(beta=0.1)")
@@ -30,7 +32,14 @@ class WeightedSum(Loss):
     """
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]) -> None:
-        self._terms = tuple(Term(weight, loss) for weight, loss in terms)
+        self._terms = tuple(_term(place, term) for place, term in enumerate(terms))
+        if not self._terms:
+            raise ValueError("terms: got none, expected a weight and a loss for each term")
+        states = [id(state) for _, loss in self._terms for state in loss.state.values()]
+        if len(set(states)) < len(states):
+            raise ValueError(
+                "terms: got two with one state, which would move twice, expected a loss of its own for each"
+            )
         super().__init__(_spec_of(self._terms), {})
 
     @property
@@ -112,6 +121,15 @@ class WeightedSum(Loss):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the terms."""
         return WeightedSum, (self.terms,)
+
+
+def _term(place: int, term: Any) -> Term:
+    name = f"terms[{place}]"
+    if not isinstance(term, tuple | list) or len(term) != 2:
+        raise TypeError(f"{name}: got {shown(term)}, expected a weight and a loss")
+    weight, loss = term
+    instance(f"{name}[1]", loss, Loss, "a Loss as prefloss.get(...) gives")
+    return Term(real(f"{name}[0]", weight, above=0), loss)
 
 
 def _spec_of(terms: Sequence[Term]) -> LossSpec:

@@ -86,6 +86,40 @@ def test_settings_that_would_go_unused_are_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("rows", [tiny.pairs(4), [dict(row) for row in tiny.pairs(4)]], ids=["set", "list"])
+def test_columns_that_the_trainer_takes_out(tmp_path, rows):
+    """AUDIT U1."""
+    policy = tiny.model()
+    trainer = tiny.plain_build(
+        tmp_path, tiny.plain_callback(policy, "dpo"), policy, data=rows, remove_unused_columns=True
+    )
+    with pytest.raises(ValueError, match=r"remove_unused_columns: got True, expected False.*PreferenceColl"):
+        trainer.train()
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        trainer.evaluate(rows)
+
+
+@pytest.mark.parametrize(
+    ("processing", "name"), [(None, "default_data_collator"), ("tokenizer", "DataCollatorWithPadding")]
+)
+def test_a_forgotten_collator(tmp_path, processing, name):
+    """AUDIT U1."""
+    policy = tiny.model()
+    trainer = tiny.Trainer(
+        policy,
+        tiny.TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, remove_unused_columns=False
+        ),
+        train_dataset=tiny.pairs(4),
+        processing_class=processing and tiny.tokenizer(),
+        callbacks=[tiny.plain_callback(policy, "dpo")],
+    )
+    with pytest.raises(
+        ValueError, match=f"data_collator: got {name} of transformers, expected PreferenceColl"
+    ):
+        trainer.train()
+
+
 def test_one_callback_serves_one_trainer(tmp_path):
     policy = tiny.model()
     item = tiny.plain_callback(policy, "dpo")

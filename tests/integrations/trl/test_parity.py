@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 
 from prefloss.integrations.trl import PreferenceLossCallback, attach
+from prefloss.training import PreferenceCollator
 from tests import tiny
 
 LOSSES = {
@@ -89,3 +90,13 @@ def test_the_loss_is_not_trls_when_it_is_another(tmp_path):
     ours = tiny.train("dpo", tmp_path, [PreferenceLossCallback("hinge")])
     assert ours.losses[0] == pytest.approx(1.0, abs=1e-5)
     assert theirs.losses[0] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_our_collator_mismatches_as_trl_does(tmp_path):
+    """AUDIT U2: the same completion goes to the same prompt, in each batch."""
+    rows = tiny.build("kto", tmp_path, data=tiny.labels(8)).train_dataset
+    for start in (0, 4):
+        batch = [rows[i] for i in range(start, start + 4)]
+        ours = PreferenceCollator(mismatched=True)(batch)
+        found = [completion for _, completion in ours.mismatched.token_ids()]
+        assert found == [row["KL_completion_ids"] for row in batch]
