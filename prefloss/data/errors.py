@@ -9,5 +9,9 @@ class DataError(ValueError):
 
 def shown(value: object, width: int = 40) -> str:
     """A value as an error message quotes it: on one line, cut at `width` characters."""
-    text = "null" if value is None else repr(value)
+    try:
+        text = "null" if value is None else repr(value)
+    except ValueError:
+        # Python writes no integers of more than some thousand digits.
+        text = f"a value of type {type(value).__name__} that is too long to print"
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -18,6 +18,29 @@ from prefloss.feedback import KINDS, SIDES, Labels, Pairs, Rankings, columns_of,
 KIND_WORDS: Mapping[type, str] = {Pairs: "paired", Labels: "labelled", Rankings: "ranked"}
 """What messages call a row of each kind of feedback."""
 
+# Beyond it, float32, in which losses compute, has infinity.
+_LARGEST = 3.4e38
+
+
+def id_columns(kind: type) -> tuple[str, ...]:
+    """Required columns of a row of token ids, beside the ids of the prompt.
+
+    Example:
+        >>> id_columns(Labels)
+        ('completion_ids', 'label')
+    """
+    return tuple(f"{name}_ids" if name in SIDES[kind] else name for name in columns_of(kind)[1:])
+
+
+KNOWN = frozenset(
+    name
+    for kind in KINDS
+    for field in optional_fields(kind)
+    for name in ("prompt_ids", *columns_of(kind), *id_columns(kind), field.column, field.old_column)
+    if name
+)
+"""Names of the columns that any row may have; others are not read."""
+
 
 def kind_text(kind: type) -> str:
     """A kind of rows with its columns, as "paired (prompt, chosen, rejected)"."""
@@ -96,9 +119,7 @@ def clean(place: str, row: dict[str, Any], kind: type, optional: tuple[str, ...]
     if kind is Labels:
         checked["label"] = label_of(place, row["label"])
     for name in optional:
-        least, expected = (0, "a number >= 0") if name == "weight" else (-math.inf, "a finite number")
-        expected += " as in the rows before"
-        checked[name] = number_of(place, f"column {name!r}", row.get(name), expected, least)
+        checked[name] = optional_of(place, name, row.get(name), " as in the rows before")
     unused = tuple(name for name in row if name not in checked)
     return Clean(checked, not isinstance(prompt, str), converted, unused)
 
@@ -110,17 +131,26 @@ def is_blank(text: Text) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that float32 holds; True and False are none."""
+    # Compared, because an integer of 400 digits has no float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def number_of(
     place: str, where: str, value: Any, expected: str = "a finite number", least: float = -math.inf
 ) -> float:
-    """A finite number, at least `least`."""
+    """A number that float32 holds, at least `least`."""
+    if isinstance(value, int | float) and math.inf > abs(value) > _LARGEST:
+        expected += f" of at most {_LARGEST:g}"
     if not is_number(value) or value < least:
         raise DataError(f"{place}: {where}: got {shown(value)}, expected {expected}")
     return float(value)
+
+
+def optional_of(place: str, name: str, value: Any, as_where: str = "") -> float:
+    """The value of an optional column; a weight is not below 0."""
+    least, expected = (0, "a number >= 0") if name == "weight" else (-math.inf, "a finite number")
+    return number_of(place, f"column {name!r}", value, expected + as_where, least)
 
 
 def label_of(place: str, value: Any) -> bool:
