@@ -64,4 +64,8 @@ def hold(path: Path) -> IO[str] | None:
     except OSError:
         file.close()
         raise
+    # Whoever held it may have removed it meanwhile.
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        file.close()
+        return None
     return file

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from prefloss.data.read import Preferences
-from prefloss.data.row_file import batches_of, row_schema, stored
+from prefloss.data.row_file import row_schema, rows_in, stored
 from prefloss.data.rows import extremes, kind_text
 from prefloss.feedback import SIDES, Labels, Pairs
 
@@ -30,7 +30,7 @@ def ranked_to_pairs(rows: Dataset) -> Dataset:
     schema = row_schema(Pairs, text, ("score_chosen", "score_rejected", *weights))
 
     def pairs() -> Iterator[dict[str, Any]]:
-        for row in _rows(rows, ["prompt", "completions", "scores", *weights]):
+        for row in rows_in(rows, ["prompt", "completions", "scores", *weights]):
             best, worst = extremes(row)
             pair = {"prompt": row["prompt"], "chosen": best[1], "rejected": worst[1]}
             yield pair | {"score_chosen": best[0], "score_rejected": worst[0]} | {n: row[n] for n in weights}
@@ -78,7 +78,7 @@ def split(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Datas
 
     if not isinstance(fraction, int | float) or not 0 <= fraction < 1:
         raise ValueError(f"fraction: got {fraction!r}, expected a number >= 0 and < 1")
-    hashes = np.fromiter((_hash(row["prompt"], seed) for row in _rows(rows, ["prompt"])), np.uint64, len(rows))
+    hashes = np.fromiter((_hash(row["prompt"], seed) for row in rows_in(rows, ["prompt"])), np.uint64, len(rows))
     held_out = hashes < np.uint64(fraction * 2**64)
     # Few prompts can all have fallen on one side.
     if fraction > 0 and len(rows) and not held_out.any():
@@ -96,13 +96,8 @@ def _hash(prompt: Any, seed: int) -> int:
 
 def label_counts(rows: Dataset) -> tuple[int, int]:
     """Number of upvotes and of downvotes."""
-    up = sum(row["label"] for row in _rows(rows, ["label"]))
+    up = sum(row["label"] for row in rows_in(rows, ["label"]))
     return up, len(rows) - up
-
-
-def _rows(rows: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
-    for batch in batches_of(rows, columns):
-        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
 def as_pairs(data: Preferences) -> Dataset:

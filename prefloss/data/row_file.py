@@ -203,11 +203,12 @@ def stored(schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> Dataset:
     return open_rows([write_rows(row_folder(), schema, rows)])
 
 
-def batches_of(rows: Dataset, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
-    """Batches of some columns, in order."""
+def rows_in(rows: Dataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of each row, in order; what was read does not stay in memory."""
     chosen = rows.select_columns(list(columns))
     for start in range(0, len(rows), _SPAN):
         part = chosen.select(range(start, min(start + _SPAN, len(rows))))
         # A copy maps the file anew. Pages that were read count as memory of the process until their mapping goes.
         part = pickle.loads(pickle.dumps(part)) if part.cache_files else part
-        yield from part.iter(_BATCH_ROWS)
+        for batch in part.iter(_BATCH_ROWS):
+            yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
