@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import prefloss
 from prefloss import data as pdata
 from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.console import CliError
+from prefloss.data.convert import labels_in_order
 from prefloss.data.row_file import Share, rows_in
 from prefloss.data.rows import KIND_WORDS, kind_text
 from prefloss.demo import world
@@ -176,14 +176,15 @@ def _graded(row: Row, grades: dict[str, str]) -> Row:
 
 def _spoken(rows: Any, paired: bool, seed: int) -> tuple[list[Row], str]:
     """Completions for a warm start, and what they are: the better ones, or the others if there are none."""
-    places, spoken_are = range(len(rows)), "the preferred completions"
+    import numpy as np
+
+    places, spoken_are = np.arange(len(rows)), "the preferred completions"
     if not paired:
-        up = [i for i, row in enumerate(rows_in(rows, ["label"])) if row["label"]]
-        if not up:
-            spoken_are = "the downvoted completions, for there are no others"
-        places = up or places
+        up = np.fromiter((row["label"] for row in rows_in(rows, ["label"])), bool, len(rows))
+        places = np.flatnonzero(up) if up.any() else places
+        spoken_are = spoken_are if up.any() else "the downvoted completions, for there are no others"
     if len(places) > SPOKEN_OF_FILE:
-        places = sorted(random.Random(seed).sample(places, SPOKEN_OF_FILE))
+        places = np.sort(np.random.default_rng(seed).choice(places, SPOKEN_OF_FILE, replace=False))
     better, worse = _sides(rows.select(places), paired)
     return better or worse, spoken_are
 
@@ -228,14 +229,14 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path, share: Sh
     spoken, spoken_are = _spoken(train, from_pairs, options.seed)
     warnings = list(data.notes)
     if labelled and from_pairs:
-        # A split takes each prompt to the same side again, and unlike `train`, `rows` are as they lie in the file.
-        train, _ = pdata.split(pdata.pairs_to_labels(rows, options.seed), options.eval_fraction, options.seed)
+        # A split takes each prompt to the same side again.
+        train, _ = pdata.split(labels_in_order(rows), options.eval_fraction, options.seed)
         facts.append(
             f"{loss.name} learns from labels: each chosen became an upvote, each rejected a downvote"
         )
     if labelled:
-        train = train.shuffle(seed=options.seed)
         warnings += _label_warnings(loss, *pdata.label_counts(train))
+        train = train.shuffle(seed=options.seed)
     return Task(
         train=train.select_columns([*columns_of(loss.spec.feedback), *columns]),
         conversational=data.conversational,

@@ -51,6 +51,11 @@ def pairs_to_labels(rows: Dataset, seed: int = 0) -> Dataset:
     Returns:
         Twice as many labelled rows (prompt, completion, label).
     """
+    return labels_in_order(rows).shuffle(seed=seed)
+
+
+def labels_in_order(rows: Dataset) -> Dataset:
+    """As `pairs_to_labels`, all upvotes first: reading in the order of the file needs less memory."""
     import numpy as np
     from datasets import concatenate_datasets
 
@@ -60,7 +65,7 @@ def pairs_to_labels(rows: Dataset, seed: int = 0) -> Dataset:
         kept = [name for name in ("prompt", side, f"score_{side}", "weight") if name in rows.column_names]
         part = rows.select_columns(kept).rename_columns({old: new for old, new in names.items() if old in kept})
         parts.append(part.add_column("label", np.full(len(rows), side == "chosen")))  # type: ignore[arg-type]
-    return concatenate_datasets(parts).shuffle(seed=seed)
+    return concatenate_datasets(parts)
 
 
 def split(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
