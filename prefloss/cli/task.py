@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,10 @@ def _check_needs(loss: prefloss.Loss, columns: Collection[str], source: str) -> 
             raise CliError(f"{loss.name} needs {words}; {source} has none")
 
 
-def _sides(rows: Iterable[Row], paired: bool) -> tuple[list[Row], list[Row]]:
+def _sides(rows: Any, paired: bool) -> tuple[list[Row], list[Row]]:
     """(prompt, completion) of the better and of the worse completions."""
-    rows = list(rows)
+    # Of a file, they are spread over it.
+    rows = rows if isinstance(rows, list) else list(rows_in(rows, rows.column_names, span=1000))
     if not paired:
         return [row for row in rows if row["label"]], [row for row in rows if not row["label"]]
     better = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]

@@ -63,7 +63,9 @@ def labels_in_order(rows: Dataset) -> Dataset:
     for side in SIDES[Pairs]:
         names = {side: "completion", f"score_{side}": "score"}
         kept = [name for name in ("prompt", side, f"score_{side}", "weight") if name in rows.column_names]
-        part = rows.select_columns(kept).rename_columns({old: new for old, new in names.items() if old in kept})
+        part = rows.select_columns(kept).rename_columns(
+            {old: new for old, new in names.items() if old in kept}
+        )
         parts.append(part.add_column("label", np.full(len(rows), side == "chosen")))  # type: ignore[arg-type]
     return concatenate_datasets(parts)
 
@@ -83,7 +85,9 @@ def split(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Datas
 
     if not isinstance(fraction, int | float) or not 0 <= fraction < 1:
         raise ValueError(f"fraction: got {fraction!r}, expected a number >= 0 and < 1")
-    hashes = np.fromiter((_hash(row["prompt"], seed) for row in rows_in(rows, ["prompt"])), np.uint64, len(rows))
+    hashes = np.fromiter(
+        (_hash(row["prompt"], seed) for row in rows_in(rows, ["prompt"])), np.uint64, len(rows)
+    )
     held_out = hashes < np.uint64(fraction * 2**64)
     # Few prompts can all have fallen on one side.
     if fraction > 0 and len(rows) and not held_out.any():

@@ -159,7 +159,9 @@ def _id_list(place: str, where: str, value: Any) -> list[int]:
     value = value.tolist() if hasattr(value, "tolist") else value
     listed = isinstance(value, list | tuple)
     if not listed or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in value):
-        raise DataError(f"{place}: {where}: got {shown(value)}, expected a list of token ids >= 0 and < 2**31")
+        raise DataError(
+            f"{place}: {where}: got {shown(value)}, expected a list of token ids >= 0 and < 2**31"
+        )
     return list(value)
 
 

@@ -82,7 +82,11 @@ def _files(path: Path) -> list[tuple[Path, Any]]:
             raise DataError(f"{path}: got a pipe or device, expected {FORMATS}")
         return [(path, _READERS[_ending(path) or ""])]
     saved = table_rows.saved_folder(path)
-    return [(saved, _READERS[""])] if saved else [(file, _READERS[_ending(file) or ""]) for file in _shards(path)]
+    return (
+        [(saved, _READERS[""])]
+        if saved
+        else [(file, _READERS[_ending(file) or ""]) for file in _shards(path)]
+    )
 
 
 def _ending(path: Path) -> str | None:
@@ -105,7 +109,11 @@ def _shards(folder: Path) -> list[Path]:
     sets = sorted({name for name, _, _ in names})
     if len(sets) > 1:
         raise DataError(f"{folder}: holds several data sets ({', '.join(sets)}), expected one; name its file")
-    absent = {f"{number:05}" for number in range(int(names[0][2]))} - {n for _, n, _ in names} if names else set()
+    absent = (
+        {f"{number:05}" for number in range(int(names[0][2]))} - {n for _, n, _ in names} if names else set()
+    )
     if absent:
-        raise DataError(f"{folder}: lacks the file {sets[0]}-{min(absent)}-of-{names[0][2]}, and {len(absent) - 1} more")
+        raise DataError(
+            f"{folder}: lacks the file {sets[0]}-{min(absent)}-of-{names[0][2]}, and {len(absent) - 1} more"
+        )
     return files

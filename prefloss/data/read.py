@@ -167,7 +167,9 @@ def _read(path: Path, share: Share, checks: type[Any]) -> tuple[Any, Dataset | N
         if place is None:
             raise DataError(f"{path}: no rows")
         first, part = checks.of(place, row), _Part()
-        part.file = write_rows(folder, first.schema, _kept(rows_of(path, share.rank, share.size), first, part))
+        part.file = write_rows(
+            folder, first.schema, _kept(rows_of(path, share.rank, share.size), first, part)
+        )
         return first, part
 
     outcomes, whole = share.together(check), _Part()
@@ -180,7 +182,9 @@ def _read(path: Path, share: Share, checks: type[Any]) -> tuple[Any, Dataset | N
     return outcomes[0][0], opened[0] if opened else None, whole
 
 
-def _kept(rows: Iterator[tuple[str, dict[str, Any]]], first: _Checks, part: _Part) -> Iterator[dict[str, Any]]:
+def _kept(
+    rows: Iterator[tuple[str, dict[str, Any]]], first: _Checks, part: _Part
+) -> Iterator[dict[str, Any]]:
     for place, row in rows:
         kept = first.check(place, row, part)
         if kept is not None:
@@ -281,7 +285,9 @@ class _FirstIds:
             raise DataError(f"{place}: missing column 'prompt_ids', which {_short(self.place)} has")
         kind = read_example(0, row, None, place=place).kind
         if kind is not self.kind:
-            raise DataError(f"{place}: got {kind_text(kind)}, expected {kind_text(self.kind)} as in {_short(self.place)}")
+            raise DataError(
+                f"{place}: got {kind_text(kind)}, expected {kind_text(self.kind)} as in {_short(self.place)}"
+            )
         names = ("prompt_ids", *id_columns(kind))
         part.name([name for name in row if name not in names])
         return {name: row[name] for name in names}

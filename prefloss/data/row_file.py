@@ -119,11 +119,20 @@ def row_schema(kind: type, text: Any, optional: Sequence[str] = (), ending: str 
     """The Arrow schema of rows of a kind, whose prompts and completions are of an Arrow type."""
     import pyarrow as pa
 
-    types = {"prompt": text, "chosen": text, "rejected": text, "completion": text, "completions": pa.list_(text)}
+    types = {
+        "prompt": text,
+        "chosen": text,
+        "rejected": text,
+        "completion": text,
+        "completions": pa.list_(text),
+    }
     others = {"label": pa.bool_(), "scores": pa.list_(pa.float64())}
     return pa.schema(
         [
-            *((f"{name}{ending}", types[name]) if name in types else (name, others[name]) for name in columns_of(kind)),
+            *(
+                (f"{name}{ending}", types[name]) if name in types else (name, others[name])
+                for name in columns_of(kind)
+            ),
             *((name, pa.float64()) for name in optional),
         ]
     )
@@ -133,7 +142,9 @@ def text_type(conversational: bool) -> Any:
     """The Arrow type of a prompt or completion."""
     import pyarrow as pa
 
-    return pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})) if conversational else pa.string()
+    return (
+        pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})) if conversational else pa.string()
+    )
 
 
 def write_rows(folder: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -203,11 +214,17 @@ def stored(schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> Dataset:
     return open_rows([write_rows(row_folder(), schema, rows)])
 
 
-def rows_in(rows: Dataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Some columns of each row, in order; what was read does not stay in memory."""
+def rows_in(rows: Dataset, columns: Sequence[str], span: int = _SPAN) -> Iterator[dict[str, Any]]:
+    """Some columns of each row, in order; what was read does not stay in memory.
+
+    Args:
+        rows: Mapped rows, or rows in memory.
+        columns: Their names.
+        span: Rows that are read through one mapping; few where they are spread over the file.
+    """
     chosen = rows.select_columns(list(columns))
-    for start in range(0, len(rows), _SPAN):
-        part = chosen.select(range(start, min(start + _SPAN, len(rows))))
+    for start in range(0, len(rows), span):
+        part = chosen.select(range(start, min(start + span, len(rows))))
         # A copy maps the file anew. Pages that were read count as memory of the process until their mapping goes.
         part = pickle.loads(pickle.dumps(part)) if part.cache_files else part
         for batch in part.iter(_BATCH_ROWS):

@@ -269,7 +269,9 @@ def _read(path: Path) -> tuple[Header, tuple[Any, Any, Any]]:
         column = table.column(name)
         if column.type != wanted or column.null_count:
             got = f"{column.null_count} nulls" if column.type == wanted else column.type
-            raise TableError(f"{path}: a damaged reference table: column {name!r}: got {got}, expected {wanted}")
+            raise TableError(
+                f"{path}: a damaged reference table: column {name!r}: got {got}, expected {wanted}"
+            )
     key, logp, tokens = (table.column(name).combine_chunks() for name in _COLUMNS)
     start = key.offset * _KEY_BYTES
     held = key.buffers()[1][start : start + len(key) * _KEY_BYTES].to_pybytes() if len(key) else b""

@@ -118,7 +118,9 @@ def _values(path: Path, batch: pa.RecordBatch, first: int) -> list[dict[str, Any
                 try:
                     column[i].as_py()
                 except Exception as error:
-                    raise DataError(f"{path}: row {first + i}: column {name!r}: cannot be read: {error}") from error
+                    raise DataError(
+                        f"{path}: row {first + i}: column {name!r}: cannot be read: {error}"
+                    ) from error
         raise
 
 
@@ -130,7 +132,9 @@ def _unique_names(path: Path, names: list[str]) -> list[str]:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: not a readable Parquet file, perhaps cut off or damaged: {str(error).splitlines()[0]}")
+    return DataError(
+        f"{path}: not a readable Parquet file, perhaps cut off or damaged: {str(error).splitlines()[0]}"
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -139,5 +143,7 @@ def _json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise DataError(f"{path}: got {type(value).__name__}, expected an object with the names of the splits")
+        raise DataError(
+            f"{path}: got {type(value).__name__}, expected an object with the names of the splits"
+        )
     return value

@@ -24,6 +24,7 @@ from torch import nn
 from prefloss.data.atomic import hold, remove_unfinished
 from prefloss.data.errors import shown
 from prefloss.data.examples import read_example
+from prefloss.data.row_file import rows_in
 from prefloss.data.table import Header, ReferenceTable, TableError, as_scored, completion_key, write_table
 from prefloss.data.tokens import Encoded
 from prefloss.training import distributed
@@ -130,12 +131,15 @@ class ReferenceBuilder:
             for start in range(0, len(rows), self.chunk):
                 yield name, range(start, min(start + self.chunk, len(rows)))
 
-    def _fresh(self, name: str, data: Sequence[Any], rows: range) -> tuple[dict[bytes, Encoded], int]:
+    def _fresh(self, name: str, data: Any, rows: range) -> tuple[dict[bytes, Encoded], int]:
         """Completions of a chunk that the table lacks, and the number of completions without tokens."""
         fresh: dict[bytes, Encoded] = {}
         empty = 0
-        for i in rows:
-            for encoded in read_example(i, data[i], self.tokenizer, place=f"{name}: row {i + 1}").rows:
+        # Of a mapped data set, what was read does not stay in memory.
+        part = data.select(rows) if hasattr(data, "select") else None
+        examples = (data[i] for i in rows) if part is None else rows_in(part, part.column_names)
+        for i, example in zip(rows, examples, strict=True):
+            for encoded in read_example(i, example, self.tokenizer, place=f"{name}: row {i + 1}").rows:
                 prompt, completion = as_scored(encoded, self.header.max_length)
                 if completion:
                     fresh.setdefault(completion_key(prompt, completion), (prompt, completion))
