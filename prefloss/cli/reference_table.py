@@ -33,7 +33,6 @@ from prefloss.training import (
     score_rows,
 )
 
-
 # How long processes wait for each other to start, and, at the end, for the slowest.
 _MEETING, _SCORING = timedelta(minutes=5), timedelta(days=30)
 # Bytes of a completion in the table, and as much again in a part of it.

@@ -16,8 +16,8 @@ Row = tuple[str, dict[str, Any]]
 """Where a row is ("pairs.jsonl:17") and what it holds."""
 
 FORMATS = (
-    "JSON lines (.jsonl, .ndjson, .jsonl.gz), .json, .parquet, a folder of such files, or a folder written by datasets' "
-    "save_to_disk"
+    "JSON lines (.jsonl, .ndjson, .jsonl.gz), .json, .parquet, a folder of such files, or a folder written by "
+    "datasets' save_to_disk"
 )
 
 # Ending -> the number of rows (or lines) of a file, and an iterator over those from `start` to `stop`.

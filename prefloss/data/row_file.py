@@ -91,7 +91,8 @@ def _row_folder(process: int) -> Path:
         atexit.register(_remove, folder, process, held)
         return folder
     raise DataError(
-        f"no folder to keep checked rows in: {' and '.join(problems)} cannot be written to; set HF_DATASETS_CACHE to one"
+        f"no folder to keep checked rows in: {' and '.join(problems)} cannot be written to; set HF_DATASETS_CACHE to "
+        "one"
     )
 
 
@@ -106,8 +107,10 @@ def _remove_stale(base: Path, prefix: str) -> None:
     """Remove the folders that killed processes of this machine and user left."""
     for folder in base.glob(f"{prefix}*"):
         found = folder.lstat()
-        own = stat.S_ISDIR(found.st_mode) and found.st_uid == getattr(os, "getuid", lambda: found.st_uid)()
-        if not own or time.time() - found.st_mtime < _STALE:
+        user = os.getuid() if hasattr(os, "getuid") else found.st_uid
+        # Not a link that somebody else put there.
+        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == user
+        if not is_own or time.time() - found.st_mtime < _STALE:
             continue
         held = hold(folder / "lock")
         if held is not None:
@@ -224,7 +227,7 @@ def rows_in(rows: Dataset, columns: Sequence[str], span: int = _SPAN) -> Iterato
     """
     chosen = rows.select_columns(list(columns))
     for start in range(0, len(rows), span):
-        part = chosen.select(range(start, min(start + span, len(rows))))
+        part: Any = chosen.select(range(start, min(start + span, len(rows))))
         # A copy maps the file anew. Pages that were read count as memory of the process until their mapping goes.
         part = pickle.loads(pickle.dumps(part)) if part.cache_files else part
         for batch in part.iter(_BATCH_ROWS):

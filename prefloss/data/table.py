@@ -298,7 +298,8 @@ def _header(path: Path, text: bytes) -> Header:
             raise TableError(
                 f"{path}: a damaged reference table: {name} of its header: got {shown(value)}, expected {kinds}"
             )
-    return Header(**{field.name: values.get(field.name) for field in fields(Header)})
+    known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(Header)}
+    return Header(**known)
 
 
 def _as_numbers(keys: bytes) -> np.ndarray:

@@ -12,7 +12,6 @@ from prefloss.data.rows import KNOWN
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
 
 # Rows of a batch, and rows that are read through one mapping of a folder.
 _BATCH, _SPAN = 1000, 50_000
@@ -79,12 +78,12 @@ def saved(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple
         loaded, to = _loaded(path), min(at + _SPAN, count if stop is None else stop)
         names = loaded.column_names
         known = [name for name in names if name in KNOWN] or names[:1]
-        part = loaded.select_columns(known).with_format("arrow").select(range(at, to))
+        part: Any = loaded.select_columns(known).with_format("arrow").select(range(at, to))
         batches = (batch for table in part.iter(_BATCH) for batch in table.combine_chunks().to_batches())
         yield from _rows(path, batches, names, at, at, to)
 
 
-def _loaded(path: Path) -> Dataset:
+def _loaded(path: Path) -> Any:
     import datasets
 
     try:
@@ -95,9 +94,9 @@ def _loaded(path: Path) -> Dataset:
 
 
 def _rows(
-    path: Path, batches: Iterator[pa.RecordBatch], names: list[str], at: int, start: int, stop: int | None
+    path: Path, batches: Iterator[Any], names: list[str], at: int, start: int, stop: int | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of batches from `start` to `stop`, the first of them being row `at`; None in columns that are not read."""
+    """The rows from `start` to `stop` of batches that begin at row `at`; None in columns that are not read."""
     unread = dict.fromkeys(names)
     for batch in batches:
         first, end = max(start - at, 0), len(batch) if stop is None else min(stop - at, len(batch))

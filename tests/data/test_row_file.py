@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prefloss.data import DataError, pairs_to_labels, ranked_to_pairs, read, split
-from prefloss.data import row_file
+from prefloss.data import DataError, pairs_to_labels, ranked_to_pairs, read, row_file, split
 from prefloss.data.files import rows_of
 from prefloss.data.read import read_token_ids
 from prefloss.data.row_file import Share, row_folder
