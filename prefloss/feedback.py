@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -422,6 +423,7 @@ def fields_of(kind: type) -> tuple[Field, ...]:
     return tuple(field for field in FIELDS if field.kind is kind)
 
 
+@functools.cache
 def columns_of(kind: type) -> tuple[str, ...]:
     """Columns that a data set of this kind must have, the prompt first.
 
@@ -433,6 +435,7 @@ def columns_of(kind: type) -> tuple[str, ...]:
     return ("prompt", *SIDES[kind], *required)
 
 
+@functools.cache
 def optional_fields(kind: type) -> tuple[Field, ...]:
     """Fields that a data set of this kind may have: one number a row.
 

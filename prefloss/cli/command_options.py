@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,7 @@ class ReferenceOptions:
         """Raise a `CliError` if there is no such dtype, or nothing to write to."""
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise CliError(f"--dtype: got {self.dtype!r}, expected one of auto, float32, bfloat16, float16")
-        if self.output.is_dir():
+        if os.path.isdir(self.output):
             raise CliError(f"--output: {self.output} is a folder; expected a file, as table.parquet")
         if self.output.suffix != ".parquet":
             raise CliError(f"--output: got {self.output}, expected a name that ends in .parquet")

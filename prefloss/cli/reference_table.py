@@ -20,68 +20,116 @@ from rich.text import Text
 from prefloss import data as pdata
 from prefloss.cli.command_options import ReferenceOptions, check_model_folder
 from prefloss.cli.console import CliError, first_line, print_facts, quiet
-from prefloss.data.files import rows_of
+from prefloss.data.read import read_token_ids
 from prefloss.data.rows import KIND_WORDS
-from prefloss.data.table import TableError
-from prefloss.training import Built, ReferenceBuilder, distributed, header_of, parts_folder, score_rows
+from prefloss.data.table import ReferenceTable, TableError
+from prefloss.training import (
+    Built,
+    ReferenceBuilder,
+    claimed,
+    distributed,
+    header_of,
+    parts_folder,
+    score_rows,
+)
+
+# How long processes wait for each other to start, and, at the end, for the slowest.
+_MEETING, _SCORING = timedelta(minutes=5), timedelta(days=30)
+# Bytes of a completion in the table, and as much again in a part of it.
+_BYTES = 100
 
 
 def write_reference(options: ReferenceOptions) -> None:
     """Score the data, write the table, print what is in it; a `CliError` if that cannot be done as asked."""
     options.check()
     # One process prints for all.
-    console = Console(highlight=False, quiet=int(os.environ.get("RANK", "0")) != 0)
-    sets, messages = _read(options.data, console)
-    with _processes(), quiet(console):
+    console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    with _processes(), quiet(console), _as_one(), claimed(options.output, anew=options.overwrite) as resumes:
+        _check_output(options)
+        sets, messages = _read(options.data, console)
+        _check_room(options, sets)
         model = _model(options)
         tokenizer = None
         if not all("prompt_ids" in rows.column_names for rows in sets.values()):
             tokenizer = _tokenizer(options, messages)
+        if resumes:
+            kept = f"what an earlier run scored is kept, in {parts_folder(options.output).name}"
+            print_facts(console, "resume", (kept,))
         _run(options, sets, model, tokenizer, console)
 
 
+@contextmanager
+def _as_one() -> Iterator[None]:
+    """What is wrong with the data or the output ends all processes, and one of them prints it."""
+    try:
+        yield
+    except pdata.DataError as error:
+        if distributed.rank() > 0:
+            raise SystemExit(2) from error
+        raise CliError(str(error)) from error
+
+
+def _check_output(options: ReferenceOptions) -> None:
+    """Refuse a table that cannot be added to before anything takes long."""
+    if options.output.exists() and not options.overwrite:
+        distributed.share().together(lambda: ReferenceTable.read(options.output).header)
+
+
+def _check_room(options: ReferenceOptions, sets: dict[str, Any]) -> None:
+    """Refuse a disk without room for the table and its parts."""
+    sides = {name: len(columns) for name, columns in (("chosen", "ab"), ("chosen_ids", "ab"))}
+    count = sum(len(rows) * max(sides.get(name, 1) for name in rows.column_names) for rows in sets.values())
+    free = shutil.disk_usage(options.output.parent).free
+    if free < count * _BYTES:
+        raise TableError(
+            f"--output: {options.output.parent} has {free / 2**20:.0f} MiB free, and the table needs about "
+            f"{count * _BYTES / 2**20:.0f} MiB; make room, or write elsewhere"
+        )
+
+
 def _read(paths: list[Path], console: Console) -> tuple[dict[str, Any], str | None]:
-    """Data sets by name, and the name of one that holds messages, or None."""
+    """Data sets by name, and the name of one that holds messages, or None; each process checks its part of each."""
     sets: dict[str, Any] = {}
     facts, warnings, messages = [], [], None
-    try:
-        for path in paths:
-            name, rows = (path.name if path.name not in sets else str(path)), _token_ids(path)
-            if rows is None:
-                data = pdata.read(path)
-                rows, form = data.rows, "messages" if data.conversational else "plain text"
-                facts.append(f"{name}: {len(rows)} {KIND_WORDS[data.kind]} rows, {form}")
-                warnings += data.notes
-                messages = name if data.conversational else messages
-            else:
-                facts.append(f"{name}: {len(rows)} rows of token ids")
-            sets[name] = rows
-    except (pdata.DataError, OSError) as error:
-        raise CliError(str(error)) from error
+    share = distributed.share()
+    for path in paths:
+        name = path.name if path.name not in sets else str(path)
+        if name in sets:
+            raise pdata.DataError(f"--data: got {path} twice, expected each file once")
+        rows = read_token_ids(path, share)
+        if rows is None:
+            data = pdata.read(path, share)
+            rows, form = data.rows, "messages" if data.conversational else "plain text"
+            facts.append(f"{name}: {len(rows)} {KIND_WORDS[data.kind]} rows, {form}")
+            warnings += data.notes
+            messages = name if data.conversational else messages
+        else:
+            facts.append(f"{name}: {len(rows)} rows of token ids")
+        sets[name] = rows
     print_facts(console, "data", facts, warnings)
     return sets, messages
-
-
-def _token_ids(path: Path) -> Any:
-    """The rows of a file that holds token ids, or None."""
-    first = next(rows_of(path), None)
-    if first is None or first[1].get("prompt_ids") is None:
-        return None
-    from datasets import Dataset
-
-    return Dataset.from_list([row for _, row in rows_of(path)])
 
 
 @contextmanager
 def _processes() -> Iterator[None]:
     """The group of processes that torchrun or accelerate launch started, if one did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         yield
         return
-    # They meet at the end only, however long the slowest takes.
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=_MEETING))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_SCORING)
+    except (RuntimeError, ValueError) as error:
+        raise CliError(
+            f"the {os.environ['WORLD_SIZE']} processes that WORLD_SIZE names did not all start within "
+            f"{_MEETING.seconds // 60} minutes: {first_line(error)}"
+        ) from error
     try:
         yield
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):
+            raise
+        raise CliError("another process ended before this one; its own message says why") from error
     finally:
         dist.destroy_process_group()
 
@@ -99,7 +147,6 @@ def _run(
         adapter=options.adapter,
     )
     print_facts(console, "model", _model_facts(options, model, header.dtype))
-    _prepare(options, console)
 
     def scored(rows: list[Any]) -> Any:
         _check_rows(rows, model)
@@ -108,7 +155,9 @@ def _run(
 
     began = time.perf_counter()
     try:
-        builder = ReferenceBuilder(options.output, header, scored, tokenizer=tokenizer)
+        builder = ReferenceBuilder(
+            options.output, header, scored, tokenizer=tokenizer, anew=options.overwrite
+        )
         share = -(-sum(map(len, sets.values())) // distributed.size())
         columns = (
             TextColumn("scoring"),
@@ -119,26 +168,19 @@ def _run(
         )
         with Progress(*columns, console=console, transient=True, disable=console.quiet) as progress:
             bar = progress.add_task("", total=share)
-            built = builder.build(sets, lambda rows: progress.advance(bar, rows))
-    except (TableError, FloatingPointError, pdata.DataError, TypeError) as error:
+            built = builder.build_claimed(sets, lambda rows: progress.advance(bar, rows))
+    except (FloatingPointError, TypeError) as error:
         raise CliError(str(error)) from error
+    except OSError as error:
+        raise CliError(
+            f"--output: {options.output} cannot be written: {error.strerror or error}; scored rows are kept in "
+            f"{parts_folder(options.output)}, and the same command goes on from there"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise CliError(
             f"--batch-size: {options.batch_size} rows at once do not fit into memory; try fewer, scored rows are kept"
         ) from error
     _print_table(console, options.output, built, time.perf_counter() - began)
-
-
-def _prepare(options: ReferenceOptions, console: Console) -> None:
-    """Make the folder; remove what an earlier run left, or print that it is kept."""
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    parts = parts_folder(options.output)
-    if distributed.rank() == 0 and options.overwrite:
-        options.output.unlink(missing_ok=True)
-        shutil.rmtree(parts, ignore_errors=True)
-    elif distributed.rank() == 0 and parts.exists():
-        print_facts(console, "resume", (f"what an earlier run scored is kept, in {parts.name}",))
-    distributed.barrier()
 
 
 def _model(options: ReferenceOptions) -> Any:
@@ -150,9 +192,18 @@ def _model(options: ReferenceOptions) -> Any:
     )
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=options.revision)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, revision=options.revision, output_loading_info=True
+        )
+    # Loaders of damaged files raise errors of every kind.
+    except Exception as error:
         raise CliError(f"--model: {name} cannot be loaded: {first_line(error)}") from error
+    absent = sorted({*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])})
+    if absent:
+        raise CliError(
+            f"--model: {name} lacks the weights of {len(absent)} parameters that {type(model).__name__} has, or has "
+            f"them in another shape: {', '.join(absent[:3])}"
+        )
     if options.adapter is not None:
         try:
             from peft import PeftModel
@@ -160,7 +211,7 @@ def _model(options: ReferenceOptions) -> Any:
             raise CliError("--adapter: peft is not installed: pip install 'prefloss[peft]'") from error
         try:
             model = PeftModel.from_pretrained(model, options.adapter)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             raise CliError(f"--adapter: {options.adapter} cannot be loaded: {first_line(error)}") from error
     device = None if options.cpu else torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
@@ -178,7 +229,7 @@ def _tokenizer(options: ReferenceOptions, messages: str | None) -> Any:
         option, name, revision = "--tokenizer", options.tokenizer, None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise CliError(
             f"{option}: {name} has no tokenizer that can be loaded: {first_line(error)}"
         ) from error

@@ -12,6 +12,8 @@ import prefloss
 from prefloss import data as pdata
 from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.console import CliError
+from prefloss.data.convert import labels_in_order
+from prefloss.data.row_file import Share, rows_in
 from prefloss.data.rows import KIND_WORDS, kind_text
 from prefloss.demo import world
 from prefloss.feedback import KINDS, Labels, Pairs, Rankings, columns_of, optional_fields
@@ -22,6 +24,10 @@ Row = dict[str, Any]
 ROWS, HELD_OUT, SPOKEN, WORLD_SAMPLES = 4000, 400, 8000, 256
 # Of a file: samples, and most rows to measure on. More than that costs more time than its precision is worth.
 FILE_SAMPLES, MEASURED = 64, 500
+# Most completions of a file that a warm start, and the training of a tokenizer, choose from.
+SPOKEN_OF_FILE = 20_000
+# Most columns that are named as unread.
+_MOST_NAMES = 10
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,22 @@ class Task:
     held_out: bool = True
 
 
-def task_of(options: TrainOptions, loss: prefloss.Loss) -> Task:
-    """The task of a file, or of the generated world; a `CliError` if the loss cannot be trained on it."""
+def task_of(options: TrainOptions, loss: prefloss.Loss, share: Share | None = None) -> Task:
+    """The task of a file, or of the generated world; a `CliError` if the loss cannot be trained on it.
+
+    Args:
+        options: Of the command.
+        loss: What is trained.
+        share: Of several processes, each of which checks its part of the file; all of them get the whole task.
+    """
     if loss.spec.feedback is Rankings:
         raise CliError(
             f"{loss.name} takes Rankings, and TRL has no trainer for ranked groups; call it from your own loop, or "
             f"train with one that takes pairs ({_some_losses(Pairs)}) or labels ({_some_losses(Labels)})"
         )
-    return _world_task(options, loss) if options.data is None else _file_task(options, loss, options.data)
+    return (
+        _world_task(options, loss) if options.data is None else _file_task(options, loss, options.data, share)
+    )
 
 
 def _some_losses(feedback: type, most: int = 6) -> str:
@@ -100,6 +114,8 @@ def _check_needs(loss: prefloss.Loss, columns: Collection[str], source: str) -> 
 
 def _sides(rows: Any, paired: bool) -> tuple[list[Row], list[Row]]:
     """(prompt, completion) of the better and of the worse completions."""
+    # Of a file, they are spread over it.
+    rows = rows if isinstance(rows, list) else list(rows_in(rows, rows.column_names, span=1000))
     if not paired:
         return [row for row in rows if row["label"]], [row for row in rows if not row["label"]]
     better = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
@@ -159,10 +175,25 @@ def _graded(row: Row, grades: dict[str, str]) -> Row:
     return row | {column: rewards[side] for column, side in grades.items()}
 
 
-def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
+def _spoken(rows: Any, paired: bool, seed: int) -> tuple[list[Row], str]:
+    """Completions for a warm start, and what they are: the better ones, or the others if there are none."""
+    import numpy as np
+
+    places, spoken_are = np.arange(len(rows)), "the preferred completions"
+    if not paired:
+        up = np.fromiter((row["label"] for row in rows_in(rows, ["label"])), bool, len(rows))
+        places = np.flatnonzero(up) if up.any() else places
+        spoken_are = spoken_are if up.any() else "the downvoted completions, for there are no others"
+    if len(places) > SPOKEN_OF_FILE:
+        places = np.sort(np.random.default_rng(seed).choice(places, SPOKEN_OF_FILE, replace=False))
+    better, worse = _sides(rows.select(places), paired)
+    return better or worse, spoken_are
+
+
+def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path, share: Share | None) -> Task:
     """Read a file, convert its rows for the loss, split them by prompt."""
     try:
-        data = pdata.read(path)
+        data = pdata.read(path, share)
     except (pdata.DataError, OSError) as error:
         raise CliError(str(error)) from error
     labelled, from_pairs = loss.spec.feedback is Labels, data.kind is not Labels
@@ -178,11 +209,11 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
         columns = [*(name for name in columns if not name.startswith("score_")), "score"]
     columns = _read_columns(loss, columns)
     _check_needs(loss, columns, data.name)
-    train, held_out = pdata.split(data.rows, options.eval_fraction, options.seed)
-    facts = _facts(loss, data)
+    rows, facts = data.rows, _facts(loss, data)
     if data.kind is Rankings:
-        train, held_out = (pdata.ranked_to_pairs(rows) if len(rows) else rows for rows in (train, held_out))
+        rows = pdata.ranked_to_pairs(rows)
         facts.append("ranked rows became pairs: the best completion against the worst")
+    train, held_out = pdata.split(rows, options.eval_fraction, options.seed)
     measured = held_out if len(held_out) else train
     if len(measured) > MEASURED:
         measured = measured.shuffle(seed=options.seed).select(range(MEASURED))
@@ -196,19 +227,17 @@ def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path) -> Task:
             f"{len(train)} rows to train on and none held out: measured on {len(measured)} of the training rows"
         )
     better, worse = _sides(measured, from_pairs)
-    spoken, others = _sides(train, from_pairs)
-    spoken_are = "the preferred completions"
-    if not spoken:
-        spoken, spoken_are = others, "the downvoted completions, for there are no others"
+    spoken, spoken_are = _spoken(train, from_pairs, options.seed)
     warnings = list(data.notes)
     if labelled and from_pairs:
-        train = pdata.pairs_to_labels(train, options.seed)
+        # A split takes each prompt to the same side again.
+        train, _ = pdata.split(labels_in_order(rows), options.eval_fraction, options.seed)
         facts.append(
             f"{loss.name} learns from labels: each chosen became an upvote, each rejected a downvote"
         )
     if labelled:
-        train = train.shuffle(seed=options.seed)
         warnings += _label_warnings(loss, *pdata.label_counts(train))
+        train = train.shuffle(seed=options.seed)
     return Task(
         train=train.select_columns([*columns_of(loss.spec.feedback), *columns]),
         conversational=data.conversational,
@@ -232,7 +261,10 @@ def _facts(loss: prefloss.Loss, data: pdata.Preferences) -> list[str]:
     used = _read_columns(loss, data.optional)
     unused = [*(name for name in data.optional if name not in used), *data.unused]
     facts += [f"{loss.name} reads also: {', '.join(used)}"] if used else []
-    return facts + ([f"columns that {loss.name} does not read: {', '.join(unused)}"] if unused else [])
+    if unused:
+        more = f" and more of {len(unused)}" if len(unused) > _MOST_NAMES else ""
+        facts.append(f"columns that {loss.name} does not read: {', '.join(unused[:_MOST_NAMES])}{more}")
+    return facts
 
 
 def _label_warnings(loss: prefloss.Loss, up: int, down: int) -> list[str]:

@@ -12,6 +12,7 @@ from prefloss.arguments import instance
 from prefloss.data.errors import DataError, shown
 from prefloss.data.rows import (
     clean,
+    id_columns,
     is_blank,
     kind_of,
     label_of,
@@ -27,10 +28,7 @@ _REFERENCES = {
     kind: ("ref_chosen_logps", "ref_rejected_logps") if kind is Pairs else ("ref_logps",) for kind in KINDS
 }
 # Required columns of an example of token ids, beside the ids of the prompt.
-_IDS = {
-    kind: tuple(f"{name}_ids" if name in SIDES[kind] else name for name in columns_of(kind)[1:])
-    for kind in KINDS
-}
+_IDS = {kind: id_columns(kind) for kind in KINDS}
 _OPTIONAL = {
     kind: [*(field.column for field in optional_fields(kind) if field.column), *_REFERENCES[kind]]
     for kind in KINDS
@@ -185,8 +183,10 @@ def _check_not_empty(place: str, kind: type, rows: list[Encoded], ending: str) -
 def _id_list(place: str, where: str, value: Any) -> list[int]:
     value = value.tolist() if hasattr(value, "tolist") else value
     listed = isinstance(value, list | tuple)
-    if not listed or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value):
-        raise DataError(f"{place}: {where}: got {shown(value)}, expected a list of token ids >= 0")
+    if not listed or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in value):
+        raise DataError(
+            f"{place}: {where}: got {shown(value)}, expected a list of token ids >= 0 and < 2**31"
+        )
     return list(value)
 
 

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from prefloss.data.errors import DataError
+from prefloss.data.errors import DataError, shown
+from prefloss.data.examples import read_example
 from prefloss.data.files import rows_of
-from prefloss.data.rows import Clean, clean, extremes, is_blank, is_number, kind_of, kind_text, with_new_names
+from prefloss.data.row_file import Share, open_rows, row_folder, row_schema, text_type, write_rows
+from prefloss.data.rows import (
+    clean,
+    extremes,
+    id_columns,
+    is_blank,
+    kind_of,
+    kind_text,
+    optional_of,
+    with_new_names,
+)
 from prefloss.feedback import KINDS, SIDES, Pairs, Rankings, columns_of, optional_fields
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
+
+# Names of columns that are kept to be named; a file could have another in each row.
+_MOST_NAMES = 100
 
 
 @dataclass(frozen=True)
@@ -21,13 +37,13 @@ class Preferences:
     """A preference data set that the trainers can take.
 
     Attributes:
-        rows: One row per judgement, with the columns of its kind and the optional ones.
+        rows: One row per judgement, with the columns of its kind and the optional ones; memory-mapped.
         kind: `Pairs`, `Labels` or `Rankings`.
         conversational: Whether texts are lists of messages (role, content) or plain strings.
         name: Of the file, for messages.
         notes: What was dropped or rewritten, one sentence each, with counts.
         optional: Columns of numbers that came along (`prefloss.feedback.optional_fields`).
-        unused: Columns of the file that are left out.
+        unused: Columns of the file that are left out, the first hundred of them.
     """
 
     rows: Dataset
@@ -42,48 +58,138 @@ class Preferences:
         return len(self.rows)
 
 
-def read(path: str | os.PathLike[str]) -> Preferences:
+def read(path: str | os.PathLike[str], share: Share | None = None) -> Preferences:
     """Read and check a preference file.
 
-    Takes JSON lines, a JSON array, Parquet, or a folder written by datasets' `save_to_disk`. The columns
-    of the first row say which kind it holds; every other row must be of that kind. Rows without a
-    completion, with two equal sides, or with nothing to rank are dropped and counted in `notes`.
+    Takes JSON lines, a JSON array, Parquet, a folder of such files, or a folder written by datasets' `save_to_disk`.
+    The columns of the first row say which kind it holds; every other row must be of that kind. An optional column of
+    numbers must have one in every row, or in none. Rows without a completion, with two equal sides, or with nothing to
+    rank are dropped and counted in `notes`.
+
+    The file is read row by row. The rows that are kept go to a file in the cache folder of datasets
+    (HF_DATASETS_CACHE), which is memory-mapped, and removed when the process ends.
 
     Args:
         path: File or folder.
+        share: Of several processes that read the file together: each checks its part, all get all rows.
 
     Raises:
         DataError: If it cannot be read, or a row is malformed; the message names file, line and column.
     """
-    from datasets import Dataset
-
-    path = Path(path)
-    first: _First | None = None
-    kept: list[dict[str, Any]] = []
-    unused: dict[str, None] = {}
-    places: dict[str, list[str]] = {}
-    for place, row in rows_of(path):
-        first = first or _First.of(place, row)
-        checked = first.check(place, row)
-        unused |= dict.fromkeys(checked.unused)
-        dropped = _useless(checked.row, first.kind)
-        if not dropped:
-            kept.append(checked.row)
-        blank = "kept, though the prompt is empty" if is_blank(checked.row["prompt"]) and not dropped else ""
-        for event in (checked.converted, dropped, blank):
-            if event:
-                places.setdefault(event, []).append(place)
-    notes = tuple(
-        f"{len(p)} row{'' if len(p) == 1 else 's'} {event} ({_places(p)})" for event, p in places.items()
-    )
-    if first is None:
-        raise DataError(f"{path}: no rows")
-    if not kept:
-        raise DataError("; ".join((f"{path}: no row is left to train on", *notes)))
-    rows = Dataset.from_list(kept)
+    path = _checked_path(path)
+    first, rows, part = _read(path, share or Share(), _First)
+    if rows is None:
+        raise DataError("; ".join((f"{path}: no row is left to train on", *part.notes())))
     return Preferences(
-        rows, first.kind, first.conversational, path.name, notes, first.optional, tuple(unused)
+        rows, first.kind, first.conversational, path.name, part.notes(), first.optional, tuple(part.unused)
     )
+
+
+def read_token_ids(path: str | os.PathLike[str], share: Share | None = None) -> Dataset | None:
+    """Read and check a file of token ids (`prompt_ids`, `chosen_ids` ...); None if its first row holds others columns.
+
+    Args:
+        path: File or folder, as for `read`.
+        share: As for `read`.
+
+    Raises:
+        DataError: If a row is malformed.
+    """
+    path, share = _checked_path(path), share or Share()
+
+    def are_ids() -> bool:
+        _, row = next(rows_of(path), ("", {}))
+        return row.get("prompt_ids") is not None
+
+    return _read(path, share, _FirstIds)[1] if all(share.together(are_ids)) else None
+
+
+class _Checks(Protocol):
+    """What the first row says about all rows."""
+
+    @property
+    def schema(self) -> pa.Schema: ...
+
+    def check(self, place: str, row: dict[str, Any], part: _Part) -> dict[str, Any] | None:
+        """A row as it is kept, or None if it is dropped; the part is told of what was found."""
+        ...
+
+
+@dataclass
+class _Part:
+    """What a process found in its part of a file.
+
+    Attributes:
+        file: Of the rows that it kept.
+        kept: Their number.
+        events: What happened to rows -> to how many, and the places of the first.
+        unused: Names of columns that nothing reads.
+    """
+
+    file: Path | None = None
+    kept: int = 0
+    events: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    unused: dict[str, None] = field(default_factory=dict)
+
+    def count(self, event: str, places: Sequence[str], number: int = 1) -> None:
+        """Something happened to rows at these places, and to more."""
+        before, known = self.events.get(event, (0, []))
+        self.events[event] = (before + number, [*known, *places][:4])
+
+    def name(self, columns: Sequence[str]) -> None:
+        """Nothing reads these columns."""
+        for column in columns:
+            if len(self.unused) < _MOST_NAMES:
+                self.unused[column] = None
+
+    def join(self, other: _Part) -> None:
+        """Add the next part of the file."""
+        self.kept += other.kept
+        self.name(list(other.unused))
+        for event, (number, places) in other.events.items():
+            self.count(event, places, number)
+
+    def notes(self) -> tuple[str, ...]:
+        """What happened to rows, one sentence each."""
+        return tuple(
+            f"{number} row{'' if number == 1 else 's'} {event} ({_places(places)})"
+            for event, (number, places) in self.events.items()
+        )
+
+
+def _read(path: Path, share: Share, checks: type[Any]) -> tuple[Any, Dataset | None, _Part]:
+    """What the first row says, the rows of all processes (None without any), and what was found in them."""
+    # One process makes the folder, so that all parts lie in it.
+    folder = share.together(lambda: row_folder() if share.rank == 0 else None)[0]
+
+    def check() -> tuple[Any, _Part]:
+        place, row = next(rows_of(path), (None, {}))
+        if place is None:
+            raise DataError(f"{path}: no rows")
+        first, part = checks.of(place, row), _Part()
+        part.file = write_rows(
+            folder, first.schema, _kept(rows_of(path, share.rank, share.size), first, part)
+        )
+        return first, part
+
+    outcomes, whole = share.together(check), _Part()
+    for _, part in outcomes:
+        whole.join(part)
+    files = [part.file for _, part in outcomes if part.kept]
+    opened: list[Dataset] = []
+    # Together, because one process may not see the others' files.
+    share.together(lambda: opened.extend([open_rows(files)] if files else []))
+    return outcomes[0][0], opened[0] if opened else None, whole
+
+
+def _kept(
+    rows: Iterator[tuple[str, dict[str, Any]]], first: _Checks, part: _Part
+) -> Iterator[dict[str, Any]]:
+    for place, row in rows:
+        kept = first.check(place, row, part)
+        if kept is not None:
+            part.kept += 1
+            yield kept
 
 
 @dataclass(frozen=True)
@@ -99,40 +205,105 @@ class _First:
     def of(cls, place: str, row: dict[str, Any]) -> _First:
         kind = kind_of(place, row)
         row = with_new_names(kind, row)
-        optional = tuple(f.column for f in optional_fields(kind) if f.column and is_number(row.get(f.column)))
+        conversational = clean(place, row, kind).conversational
+        optional = tuple(name for name in _optional(kind) if row.get(name) is not None)
+        for name in optional:
+            optional_of(place, name, row[name])
         scores = {"score_chosen", "score_rejected"} & set(optional)
         if len(scores) == 1:
             raise DataError(
                 f"{place}: got column {scores.pop()!r} alone, expected scores of both sides, or of neither"
             )
-        return cls(place, kind, optional, clean(place, row, kind).conversational)
+        return cls(place, kind, optional, conversational)
 
-    def check(self, place: str, row: dict[str, Any]) -> Clean:
+    @property
+    def schema(self) -> pa.Schema:
+        return row_schema(self.kind, text_type(self.conversational), self.optional)
+
+    def check(self, place: str, row: dict[str, Any], part: _Part) -> dict[str, Any] | None:
         """A row, which must be of the same kind and form and have the same optional columns."""
-        required = columns_of(self.kind)[1:]
-        # Tables hold null where a row of another kind has no such column.
-        if any(row.get(name) is None for name in required):
-            other = next((k for k in KINDS if all(row.get(n) is not None for n in columns_of(k)[1:])), None)
-            if other is not None:
-                raise DataError(
-                    f"{place}: got {kind_text(other)}, expected a row of kind {kind_text(self.kind)} as in "
-                    f"{_short(self.place)}"
-                )
-            absent = [name for name in required if name not in row]
-            if absent:
-                has = ", ".join(map(repr, row))
-                raise DataError(
-                    f"{place}: missing column {absent[0]!r} of {kind_text(self.kind)} rows; it has columns {has}"
-                )
-        checked = clean(place, with_new_names(self.kind, row), self.kind, self.optional)
+        self._check_kind(place, row)
+        row = with_new_names(self.kind, row)
+        checked = clean(place, row, self.kind, self.optional)
         if checked.conversational != self.conversational:
             forms = ("messages", "plain text")
             got, expected = forms if checked.conversational else reversed(forms)
             raise DataError(f"{place}: got {got}, expected {expected} as in {_short(self.place)}")
-        return checked
+        for name in checked.unused:
+            if row[name] is not None and name in _optional(self.kind):
+                raise DataError(
+                    f"{place}: column {name!r}: got {shown(row[name])}, and {_short(self.place)} has none; give every "
+                    "row a number there, or no row"
+                )
+        part.name(checked.unused)
+        dropped = _useless(checked.row, self.kind)
+        blank = "kept, though the prompt is empty" if is_blank(checked.row["prompt"]) and not dropped else ""
+        for event in (checked.converted, dropped, blank):
+            if event:
+                part.count(event, [place])
+        return None if dropped else checked.row
+
+    def _check_kind(self, place: str, row: dict[str, Any]) -> None:
+        required = columns_of(self.kind)[1:]
+        # Tables hold null where a row of another kind has no such column.
+        if all(row.get(name) is not None for name in required):
+            return
+        other = next((k for k in KINDS if all(row.get(n) is not None for n in columns_of(k)[1:])), None)
+        if other is not None:
+            raise DataError(
+                f"{place}: got {kind_text(other)}, expected a row of kind {kind_text(self.kind)} as in "
+                f"{_short(self.place)}"
+            )
+        absent = [name for name in required if name not in row]
+        if absent:
+            has = ", ".join(map(repr, row))
+            raise DataError(
+                f"{place}: missing column {absent[0]!r} of {kind_text(self.kind)} rows; it has columns {has}"
+            )
 
 
-def _useless(row: dict[str, Any], kind: type) -> str:
+@dataclass(frozen=True)
+class _FirstIds:
+    """What the first row of token ids says about all rows."""
+
+    place: str
+    kind: type
+
+    @classmethod
+    def of(cls, place: str, row: dict[str, Any]) -> _FirstIds:
+        return cls(place, read_example(0, row, None, place=place).kind)
+
+    @property
+    def schema(self) -> pa.Schema:
+        import pyarrow as pa
+
+        return row_schema(self.kind, pa.list_(pa.int64()), ending="_ids")
+
+    def check(self, place: str, row: dict[str, Any], part: _Part) -> dict[str, Any] | None:
+        """A row, which must hold token ids of the same kind."""
+        if row.get("prompt_ids") is None:
+            raise DataError(f"{place}: missing column 'prompt_ids', which {_short(self.place)} has")
+        kind = read_example(0, row, None, place=place).kind
+        if kind is not self.kind:
+            raise DataError(
+                f"{place}: got {kind_text(kind)}, expected {kind_text(self.kind)} as in {_short(self.place)}"
+            )
+        names = ("prompt_ids", *id_columns(kind))
+        part.name([name for name in row if name not in names])
+        return {name: row[name] for name in names}
+
+
+def _checked_path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: got {shown(path)}, expected the name of a file or folder")
+    return Path(path)
+
+
+def _optional(kind: type) -> tuple[str, ...]:
+    return tuple(field.column for field in optional_fields(kind) if field.column)
+
+
+def _useless(row: Mapping[str, Any], kind: type) -> str:
     """Why a row teaches nothing, or "" if it does."""
     if kind is not Rankings:
         blank = [repr(name) for name in SIDES[kind] if is_blank(row[name])]

@@ -22,6 +22,26 @@ KIND_WORDS: Mapping[type, str] = {Pairs: "paired", Labels: "labelled", Rankings:
 _LARGEST = 3.4e38
 
 
+def id_columns(kind: type) -> tuple[str, ...]:
+    """Required columns of a row of token ids, beside the ids of the prompt.
+
+    Example:
+        >>> id_columns(Labels)
+        ('completion_ids', 'label')
+    """
+    return tuple(f"{name}_ids" if name in SIDES[kind] else name for name in columns_of(kind)[1:])
+
+
+KNOWN = frozenset(
+    name
+    for kind in KINDS
+    for field in optional_fields(kind)
+    for name in ("prompt_ids", *columns_of(kind), *id_columns(kind), field.column, field.old_column)
+    if name
+)
+"""Names of the columns that any row may have; others are not read."""
+
+
 def kind_text(kind: type) -> str:
     """A kind of rows with its columns, as "paired (prompt, chosen, rejected)"."""
     return f"{KIND_WORDS[kind]} ({', '.join(columns_of(kind))})"
@@ -99,9 +119,7 @@ def clean(place: str, row: dict[str, Any], kind: type, optional: tuple[str, ...]
     if kind is Labels:
         checked["label"] = label_of(place, row["label"])
     for name in optional:
-        least, expected = (0, "a number >= 0") if name == "weight" else (-math.inf, "a finite number")
-        expected += " as in the rows before"
-        checked[name] = number_of(place, f"column {name!r}", row.get(name), expected, least)
+        checked[name] = optional_of(place, name, row.get(name), " as in the rows before")
     unused = tuple(name for name in row if name not in checked)
     return Clean(checked, not isinstance(prompt, str), converted, unused)
 
@@ -127,6 +145,12 @@ def number_of(
     if not is_number(value) or value < least:
         raise DataError(f"{place}: {where}: got {shown(value)}, expected {expected}")
     return float(value)
+
+
+def optional_of(place: str, name: str, value: Any, as_where: str = "") -> float:
+    """The value of an optional column; a weight is not below 0."""
+    least, expected = (0, "a number >= 0") if name == "weight" else (-math.inf, "a finite number")
+    return number_of(place, f"column {name!r}", value, expected + as_where, least)
 
 
 def label_of(place: str, value: Any) -> bool:

@@ -14,9 +14,10 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from prefloss.data.atomic import written_whole
+from prefloss.data.errors import DataError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,9 +28,11 @@ FORMAT = 1
 _HEADER = b"prefloss.reference"
 _COLUMNS = ("key", "logp", "tokens")
 _KEY_BYTES = 16
+# Nats.
+_ROUNDING = 1e-2
 
 
-class TableError(ValueError):
+class TableError(DataError):
     """A reference table that cannot be read, or lacks a row."""
 
 
@@ -49,6 +52,21 @@ def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> bytes:
     digest.update(array("q", prompt).tobytes())
     digest.update(array("q", completion).tobytes())
     return digest.digest()
+
+
+def check_max_length(max_length: object) -> None:
+    """Refuse a length to cut rows at that leaves no token to score.
+
+    Raises:
+        TypeError: If it is no integer, nor None.
+        ValueError: If it is below 2: the first token is never scored.
+    """
+    if max_length is None:
+        return
+    if isinstance(max_length, bool) or not isinstance(max_length, int):
+        raise TypeError(f"max_length: got {shown(max_length)}, expected an integer >= 2, or None for no cut")
+    if max_length < 2:
+        raise ValueError(f"max_length: got {max_length}, expected at least 2 tokens, or None for no cut")
 
 
 def as_scored(
@@ -145,10 +163,12 @@ class ReferenceTable:
         table = cls(path, header, *columns)
         first, second = table._first, table._second
         rising = (first[1:] > first[:-1]) | ((first[1:] == first[:-1]) & (second[1:] > second[:-1]))
-        if not (rising.all() and np.isfinite(table.logps).all() and (table.tokens > 0).all()):
+        # Rounding may lift a certain token a little above 0.
+        possible = np.isfinite(table.logps) & (table.logps <= _ROUNDING * table.tokens) & (table.tokens > 0)
+        if not (rising.all() and possible.all()):
             raise TableError(
-                f"{path}: a damaged reference table (its rows are not sorted and finite); run `prefloss reference` "
-                "again with --overwrite"
+                f"{path}: a damaged reference table (its rows are not sorted, or hold something else than finite "
+                "log-probs <= 0 and counts > 0); run `prefloss reference` again with --overwrite"
             )
         return table
 
@@ -168,38 +188,50 @@ class ReferenceTable:
                 row += 1
         return rows
 
-    def hashes(self) -> list[bytes]:
-        """The keys as bytes, in order."""
+    @property
+    def keys(self) -> np.ndarray:
+        """Hashes, sorted, [rows, 2] as unsigned 64-bit numbers."""
         import numpy as np
 
-        held = np.stack([self._first, self._second], axis=1).astype(">u8").tobytes()
+        return np.stack([self._first, self._second], axis=1)
+
+    def hashes(self) -> list[bytes]:
+        """The keys as bytes, in order."""
+        held = self.keys.astype(">u8").tobytes()
         return [held[i : i + _KEY_BYTES] for i in range(0, len(held), _KEY_BYTES)]
 
 
 def write_table(
-    path: Path, header: Header, keys: Sequence[bytes], logps: Sequence[float], tokens: Sequence[int]
+    path: Path,
+    header: Header,
+    keys: Sequence[bytes] | np.ndarray,
+    logps: Sequence[float] | np.ndarray,
+    tokens: Sequence[int] | np.ndarray,
 ) -> None:
     """Write a table atomically: a reader of the path sees the old file or the new one.
 
     Args:
         path: Where to.
         header: What the rows were scored with.
-        keys: Hashes; of two equal ones the first is written.
+        keys: Hashes, as bytes or as `ReferenceTable.keys`; of two equal ones the first is written.
         logps: Sums of log-probs, nats.
         tokens: Tokens scored.
     """
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows: dict[bytes, tuple[float, int]] = {}
-    for key, logp, count in zip(keys, logps, tokens, strict=True):
-        rows.setdefault(key, (logp, count))
-    order = sorted(rows)
+    numbers = keys if isinstance(keys, np.ndarray) else _as_numbers(b"".join(keys))
+    # Stable: equal keys stay in their order.
+    order = np.lexsort((numbers[:, 1], numbers[:, 0]))
+    numbers = numbers[order]
+    is_new = np.append(True, (numbers[1:] != numbers[:-1]).any(1))[: len(order)]
+    order, held = order[is_new], pa.py_buffer(numbers[is_new].astype(">u8").tobytes())
     table = pa.table(
         {
-            "key": pa.array(order, pa.binary(_KEY_BYTES)),
-            "logp": pa.array([rows[key][0] for key in order], pa.float64()),
-            "tokens": pa.array([rows[key][1] for key in order], pa.int32()),
+            "key": pa.FixedSizeBinaryArray.from_buffers(pa.binary(_KEY_BYTES), len(order), [None, held]),
+            "logp": pa.array(np.asarray(logps, np.float64)[order]),
+            "tokens": pa.array(np.asarray(tokens, np.int32)[order]),
         }
     ).replace_schema_metadata({_HEADER: json.dumps(asdict(header))})
     with written_whole(path) as unfinished:
@@ -232,17 +264,42 @@ def _read(path: Path) -> tuple[Header, tuple[Any, Any, Any]]:
             f"{path}: a Parquet file, but no reference table (columns {', '.join(table.column_names)}); expected one "
             "that `prefloss reference` wrote"
         )
-    values = json.loads(text)
-    if values.get("format") != FORMAT:
-        raise TableError(
-            f"{path}: a reference table of format {values.get('format')}, and this prefloss reads format {FORMAT}; "
-            "update prefloss, or write the table again"
-        )
-    header = Header(**{field.name: values.get(field.name) for field in fields(Header)})
+    header = _header(path, text)
+    for name, wanted in zip(_COLUMNS, (pa.binary(_KEY_BYTES), pa.float64(), pa.int32()), strict=True):
+        column = table.column(name)
+        if column.type != wanted or column.null_count:
+            got = f"{column.null_count} nulls" if column.type == wanted else column.type
+            raise TableError(
+                f"{path}: a damaged reference table: column {name!r}: got {got}, expected {wanted}"
+            )
     key, logp, tokens = (table.column(name).combine_chunks() for name in _COLUMNS)
     start = key.offset * _KEY_BYTES
     held = key.buffers()[1][start : start + len(key) * _KEY_BYTES].to_pybytes() if len(key) else b""
     return header, (_as_numbers(held), logp.to_numpy(), tokens.to_numpy())
+
+
+def _header(path: Path, text: bytes) -> Header:
+    """The header that a file holds as JSON."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise TableError(f"{path}: a damaged reference table: its header is no JSON object ({shown(text)})")
+    if values.get("format") != FORMAT:
+        raise TableError(
+            f"{path}: a reference table of format {shown(values.get('format'))}, and this prefloss reads format "
+            f"{FORMAT}; update prefloss, or write the table again"
+        )
+    for name, wanted in get_type_hints(Header).items():
+        value = values.get(name)
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            kinds = getattr(wanted, "__name__", str(wanted))
+            raise TableError(
+                f"{path}: a damaged reference table: {name} of its header: got {shown(value)}, expected {kinds}"
+            )
+    known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(Header)}
+    return Header(**known)
 
 
 def _as_numbers(keys: bytes) -> np.ndarray:

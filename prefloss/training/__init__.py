@@ -11,6 +11,7 @@
 from prefloss.training.batch import PreferenceBatch as PreferenceBatch
 from prefloss.training.build_table import Built as Built
 from prefloss.training.build_table import ReferenceBuilder as ReferenceBuilder
+from prefloss.training.build_table import claimed as claimed
 from prefloss.training.build_table import parts_folder as parts_folder
 from prefloss.training.build_table import write_reference_table as write_reference_table
 from prefloss.training.collator import PreferenceCollator as PreferenceCollator

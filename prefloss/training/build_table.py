@@ -14,16 +14,17 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 
-from prefloss.data.atomic import remove_unfinished
+from prefloss.data.atomic import hold, remove_unfinished
 from prefloss.data.errors import shown
 from prefloss.data.examples import read_example
+from prefloss.data.row_file import rows_in
 from prefloss.data.table import Header, ReferenceTable, TableError, as_scored, completion_key, write_table
 from prefloss.data.tokens import Encoded
 from prefloss.training import distributed
@@ -58,6 +59,7 @@ class ReferenceBuilder:
         score: Scores completions.
         tokenizer: For text; None if the data holds token ids.
         chunk: Rows of the data in a part.
+        anew: Write another table in place of the one that is there, which stays until the new one is whole.
 
     Raises:
         TableError: If the output, or a part that a killed run left, has another header or cannot be read.
@@ -71,6 +73,7 @@ class ReferenceBuilder:
         *,
         tokenizer: Any = None,
         chunk: int = CHUNK,
+        anew: bool = False,
     ) -> None:
         self.output = output
         self.header = header
@@ -78,14 +81,15 @@ class ReferenceBuilder:
         self.tokenizer = tokenizer
         self.chunk = chunk
         self.folder = parts_folder(output)
-        self.known = ReferenceTable.read(output) if output.exists() else None
+        self.anew = anew
+        self.known = ReferenceTable.read(output) if output.exists() and not anew else None
         if self.known is not None:
             _check_same(self.known, header)
 
     def build(
         self, data: Mapping[str, Sequence[Any]], on_chunk: Callable[[int], None] = lambda rows: None
     ) -> Built:
-        """Score what is not yet scored, and write the table. Every process must call this.
+        """Claim the output, score what is not yet scored, and write the table. Every process must call this.
 
         Args:
             data: Data sets by name, for messages: rows with the columns that `PreferenceCollator` reads.
@@ -96,11 +100,13 @@ class ReferenceBuilder:
             TableError: If another run writes the same table, or a part cannot be read or is missing in the end.
             FloatingPointError: If a log-prob is not finite.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _alone(self.folder) if distributed.rank() == 0 else nullcontext():
-            return self._build(data, on_chunk)
+        with claimed(self.output, anew=self.anew):
+            return self.build_claimed(data, on_chunk)
 
-    def _build(self, data: Mapping[str, Sequence[Any]], on_chunk: Callable[[int], None]) -> Built:
+    def build_claimed(
+        self, data: Mapping[str, Sequence[Any]], on_chunk: Callable[[int], None] = lambda rows: None
+    ) -> Built:
+        """As `build`, inside `claimed`."""
         parts: list[str] = []
         scored = empty = 0
         for name, rows in itertools.islice(self._chunks(data), distributed.rank(), None, distributed.size()):
@@ -125,12 +131,15 @@ class ReferenceBuilder:
             for start in range(0, len(rows), self.chunk):
                 yield name, range(start, min(start + self.chunk, len(rows)))
 
-    def _fresh(self, name: str, data: Sequence[Any], rows: range) -> tuple[dict[bytes, Encoded], int]:
+    def _fresh(self, name: str, data: Any, rows: range) -> tuple[dict[bytes, Encoded], int]:
         """Completions of a chunk that the table lacks, and the number of completions without tokens."""
         fresh: dict[bytes, Encoded] = {}
         empty = 0
-        for i in rows:
-            for encoded in read_example(i, data[i], self.tokenizer, place=f"{name}: row {i + 1}").rows:
+        # Of a mapped data set, what was read does not stay in memory.
+        part = data.select(rows) if hasattr(data, "select") else None
+        examples = (data[i] for i in rows) if part is None else rows_in(part, part.column_names)
+        for i, example in zip(rows, examples, strict=True):
+            for encoded in read_example(i, example, self.tokenizer, place=f"{name}: row {i + 1}").rows:
                 prompt, completion = as_scored(encoded, self.header.max_length)
                 if completion:
                     fresh.setdefault(completion_key(prompt, completion), (prompt, completion))
@@ -144,7 +153,7 @@ class ReferenceBuilder:
     def _part(self, place: str, rows: dict[bytes, Encoded]) -> tuple[str, int]:
         """Score a chunk unless its part exists; the file name, and the number of completions scored."""
         path = self.folder / f"{hashlib.blake2b(b''.join(rows), digest_size=16).hexdigest()}.parquet"
-        if path.exists():
+        if path.exists() and not (self.anew and self._is_other(path)):
             _check_same(ReferenceTable.read(path), self.header)
             return path.name, 0
         scores = self.score(list(rows.values()))
@@ -157,6 +166,13 @@ class ReferenceBuilder:
         write_table(path, self.header, list(rows), *zip(*scores, strict=True))
         return path.name, len(rows)
 
+    def _is_other(self, path: Path) -> bool:
+        """Whether a part is damaged, or was scored otherwise."""
+        try:
+            return bool(ReferenceTable.read(path).header.differences(self.header))
+        except TableError:
+            return True
+
     def _merge(self, names: list[str]) -> None:
         """Merge the known table and all parts, then delete the parts."""
         lost = [name for name in names if not (self.folder / name).exists()]
@@ -165,18 +181,17 @@ class ReferenceBuilder:
                 f"{self.folder}: {len(lost)} of {len(names)} parts are missing; expected a folder that all "
                 "processes share"
             )
+        import numpy as np
+
         # A fixed order: two parts may hold the same completion with different rounding.
         tables = [ReferenceTable.read(self.folder / name) for name in sorted(set(names))]
         if self.known is not None:
             tables.insert(0, self.known)
         if names or self.known is None:
-            write_table(
-                self.output,
-                self.header,
-                [key for table in tables for key in table.hashes()],
-                [logp for table in tables for logp in table.logps.tolist()],
-                [count for table in tables for count in table.tokens.tolist()],
-            )
+            columns = ("keys", "logps", "tokens")
+            joined = ([getattr(table, column) for table in tables] for column in columns)
+            keys, logps, tokens = (np.concatenate(values) if values else values for values in joined)
+            write_table(self.output, self.header, keys, logps, tokens)
         # Left over from a run that was killed while merging.
         remove_unfinished(self.output)
         shutil.rmtree(self.folder)
@@ -210,7 +225,10 @@ def write_reference_table(
         DataError: If a row is malformed.
         TableError: If the table has another header, cannot be read, or another run is writing it.
         FloatingPointError: If a log-prob is not finite.
+        ValueError: If `max_length` or `batch_size` leaves nothing to score.
     """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: got {shown(batch_size)}, expected an integer >= 1")
     builder = ReferenceBuilder(
         Path(path),
         header_of(model, tokenizer, max_length=max_length),
@@ -226,21 +244,49 @@ def parts_folder(output: Path) -> Path:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuse a second run on the same folder, such as workers that outlived their launcher."""
+def claimed(output: Path, *, anew: bool = False) -> Iterator[bool]:
+    """Keep other runs from writing this table; every process must enter it, and one holds the claim.
+
+    Gives whether parts of an earlier run are kept. With `anew` those are removed, unless they are of a run that was
+    itself started anew.
+
+    Raises:
+        TableError: If another run holds the claim, or the folder cannot be written to.
+    """
+    folder = parts_folder(output)
+    held: list[IO[str]] = []
+    share = distributed.share()
+    resumes = share.together(lambda: _claim(output, anew, held) if share.rank == 0 else False)[0]
     try:
-        import fcntl
-    except ModuleNotFoundError:
-        # Windows.
-        yield
-        return
-    with (folder / "lock").open("w") as file:
-        try:
-            # The system releases the lock when the process ends, however it ends.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TableError(f"{folder}: another run is writing there; wait for it, or end it") from error
-        yield
+        yield resumes
+    finally:
+        # Without a part, there is nothing to go on from.
+        if held and folder.exists() and not any(folder.glob("*.parquet")):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in held:
+            file.close()
+
+
+def _claim(output: Path, anew: bool, held: list[IO[str]]) -> bool:
+    """Take the claim, before anything is removed; whether parts of an earlier run are kept."""
+    folder = parts_folder(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = hold(folder / "lock")
+        if lock is None:
+            raise TableError(f"{folder}: another run is writing there; wait for it, or end it")
+        held.append(lock)
+        # A file system without room refuses this.
+        lock.write("held by a run that writes this table\n")
+        lock.flush()
+        begun_anew = folder / "anew"
+        if anew and not begun_anew.exists():
+            for part in folder.glob("*.parquet"):
+                part.unlink()
+            begun_anew.touch()
+        return any(folder.glob("*.parquet"))
+    except OSError as error:
+        raise TableError(f"{output}: cannot be written: {folder}: {error.strerror or error}") from error
 
 
 def _check_same(table: ReferenceTable, header: Header) -> None:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefloss.data.row_file import Share
+
 Record = TypeVar("Record")
 
 
@@ -30,6 +32,11 @@ def gather(value: Any) -> list[Any]:
     if size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def share() -> Share:
+    """The part of this process of a file that all processes read."""
+    return Share(rank(), size(), gather)
 
 
 def barrier() -> None:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 import prefloss
 from prefloss.data.examples import read_example
-from prefloss.data.table import Header, ReferenceTable, TableError, as_scored, completion_key
+from prefloss.data.table import (
+    Header,
+    ReferenceTable,
+    TableError,
+    as_scored,
+    check_max_length,
+    completion_key,
+)
 from prefloss.data.tokens import Encoded
 from prefloss.feedback import Pairs, Rankings
 from prefloss.training.batch import PreferenceBatch
@@ -47,8 +54,11 @@ def header_of(
         adapter: Path of the active adapter.
 
     Raises:
+        TypeError: If max_length is no integer.
+        ValueError: If it is below 2.
         TableError: If the weights are sharded over processes.
     """
+    check_max_length(max_length)
     weights = weights_fingerprint(model)
     if weights is None:
         raise TableError("model: got weights sharded over processes, expected a whole model in each")
@@ -102,6 +112,7 @@ def with_reference_logps(
         ValueError: If a row of the data is malformed.
         TypeError: If there is text and no tokenizer.
     """
+    check_max_length(max_length)
     table = table if isinstance(table, ReferenceTable) else ReferenceTable.read(table)
 
     def columns(batch: dict[str, list[Any]], places: list[int]) -> dict[str, list[Any]]:

@@ -70,8 +70,33 @@ def test_split_keeps_every_row_and_no_prompt_on_both_sides(fraction):
     train, held_out = split(rows, fraction)
     assert sorted([*train["n"], *held_out["n"]]) == list(range(60))
     assert len(train) > 0
-    assert len(held_out) == 3 * min(19, max(1, round(20 * fraction)))
+    assert len(held_out) > 0
     assert not {str(p) for p in train["prompt"]} & {str(p) for p in held_out["prompt"]}
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5, 0.9])
+def test_split_is_about_the_fraction(fraction):
+    rows = Dataset.from_list([{"prompt": f"p{i}"} for i in range(4000)])
+    train, held_out = split(rows, fraction, seed=3)
+    assert len(held_out) / 4000 == pytest.approx(fraction, abs=0.025)
+    assert len(train) + len(held_out) == 4000
+    assert held_out["prompt"][:20] != split(rows, fraction, seed=4)[1]["prompt"][:20]
+
+
+def test_split_stays_when_rows_are_added_and_reordered():
+    """Issue 11, item 3: a hash of the prompt decides."""
+    prompts = [f"p{i}" for i in range(300)]
+    some, more = (Dataset.from_list([{"prompt": p} for p in names]) for names in (prompts[100:], prompts))
+    before = set(split(some, 0.3)[1]["prompt"])
+    after = set(split(more.shuffle(seed=1), 0.3)[1]["prompt"])
+    assert before == after & set(prompts[100:])
+
+
+def test_split_of_two_prompts_has_one_on_each_side():
+    for seed in range(20):
+        rows = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}])
+        train, held_out = split(rows, 0.01 if seed % 2 else 0.99, seed)
+        assert set(train["prompt"]) ^ set(held_out["prompt"]) == {"a", "b"}
 
 
 def test_split_of_nothing_and_of_one_prompt_holds_nothing_out():

@@ -1,6 +1,7 @@
 """Reference tables: hashes, lookups, files that are damaged or something else."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from prefloss.data.table import (
     ReferenceTable,
     TableError,
     as_scored,
+    check_max_length,
     completion_key,
     write_table,
 )
@@ -108,6 +110,89 @@ def test_a_table_holds_finite_numbers(path, logp):
     write_table(path, HEADER, KEYS[:1], [logp], [2])
     with pytest.raises(TableError, match="damaged reference table"):
         ReferenceTable.read(path)
+
+
+def tampered(path, header=None, **columns):
+    """The table with other columns, or with another text as its header."""
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, values)
+    if header is not None:
+        table = table.replace_schema_metadata({b"prefloss.reference": header})
+    pq.write_table(table, path)
+
+
+GOOD = dataclasses.asdict(HEADER)
+NUMBERS = list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        *(
+            ({"header": text}, "header is no JSON object")
+            for text in (b"", b"{", b"[1]", b"3", b"null", b"\xff")
+        ),
+        *(({"header": b"[" * 100_000}, "header is no JSON object") for _ in "1"),
+        ({"header": b"{}"}, "format null"),
+        *(({"header": json.dumps(GOOD | {"format": f}).encode()}, "format ") for f in ("1", None, [1], 99)),
+        *(
+            ({"header": json.dumps(GOOD | {name: value}).encode()}, f"{name} of its header: got ")
+            for name in GOOD
+            for value in ([], 0.5, True)
+            if name != "format"
+        ),
+        (
+            {"header": json.dumps({k: v for k, v in GOOD.items() if k != "weights"}).encode()},
+            "weights of its header",
+        ),
+        ({"key": pa.array(NUMBERS)}, "column 'key': got int64"),
+        ({"key": pa.array([str(i) for i in NUMBERS])}, "column 'key': got string"),
+        ({"key": pa.array([b"12345678"] * 50, pa.binary(8))}, "column 'key': got fixed_size_binary[8]"),
+        ({"key": pa.array([None, *sorted(KEYS)[1:]], pa.binary(16))}, "column 'key': got 1 nulls"),
+        ({"key": pa.array(sorted(KEYS)[::-1], pa.binary(16))}, "not sorted"),
+        ({"key": pa.array(sorted(KEYS)[:1] * 50, pa.binary(16))}, "not sorted"),
+        ({"logp": pa.array(["x"] * 50)}, "column 'logp': got string"),
+        ({"logp": pa.array([None] + [-1.0] * 49)}, "column 'logp': got 1 nulls"),
+        ({"logp": pa.array([-1] * 50)}, "column 'logp': got int64"),
+        ({"logp": pa.array([5.0] * 50)}, "log-probs <= 0"),
+        ({"logp": pa.array([-math.inf] * 50)}, "finite"),
+        ({"tokens": pa.array([1.5] * 50)}, "column 'tokens': got double"),
+        ({"tokens": pa.array(["2"] * 50)}, "column 'tokens': got string"),
+        ({"tokens": pa.array([None] * 50, pa.int32())}, "column 'tokens': got 50 nulls"),
+        ({"tokens": pa.array([0] * 50, pa.int32())}, "counts > 0"),
+        ({"tokens": pa.array([-2] * 50, pa.int32())}, "counts > 0"),
+        ({"tokens": pa.array([2**40] * 50)}, "column 'tokens': got int64"),
+    ],
+)
+def test_a_tampered_table_is_refused_by_name(path, changes, word):
+    """AUDIT L7."""
+    tampered(path, **changes)
+    with pytest.raises(TableError) as caught:
+        ReferenceTable.read(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert word in str(caught.value)
+
+
+def test_a_table_of_arrays_is_that_of_bytes(path):
+    table = ReferenceTable.read(path)
+    other = path.with_name("other.parquet")
+    write_table(other, HEADER, table.keys[::-1], table.logps[::-1], table.tokens[::-1])
+    assert other.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("max_length", [-3, 0, 1])
+def test_a_cut_leaves_a_token_to_score(max_length):
+    with pytest.raises(
+        ValueError, match=rf"max_length: got {max_length}, expected at least 2 tokens, or None"
+    ):
+        check_max_length(max_length)
+
+
+@pytest.mark.parametrize("max_length", [True, 2.0, "8"])
+def test_a_cut_is_an_integer(max_length):
+    with pytest.raises(TypeError, match=r"max_length: got .*, expected an integer >= 2, or None for no cut"):
+        check_max_length(max_length)
 
 
 def test_headers_say_how_they_differ():

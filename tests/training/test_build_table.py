@@ -31,8 +31,8 @@ def score(rows):
     ]
 
 
-def builder(path, header=HEADER, score=score):
-    return ReferenceBuilder(path, header, score, chunk=3)
+def builder(path, header=HEADER, score=score, anew=False):
+    return ReferenceBuilder(path, header, score, chunk=3, anew=anew)
 
 
 def build(path, data=DATA, **options):
@@ -138,6 +138,40 @@ def test_two_runs_do_not_write_one_table(tmp_path):
         return score(rows)
 
     assert build(path, score=meanwhile) == whole(tmp_path)
+
+
+def test_a_run_that_starts_anew_does_not_touch_one_at_work(tmp_path):
+    """AUDIT M1: it removed the parts before it saw that another run held them."""
+    path = tmp_path / "t.parquet"
+
+    def meanwhile(rows):
+        with pytest.raises(TableError, match="another run is writing there"):
+            builder(path, anew=True).build(DATA)
+        return score(rows)
+
+    assert build(path, score=meanwhile) == whole(tmp_path)
+
+
+def test_the_old_table_stays_until_the_new_one_is_whole(tmp_path):
+    """AUDIT M1."""
+    path, other = tmp_path / "t.parquet", dataclasses.replace(HEADER, model="n", weights="x")
+    before = build(path)
+    stop = mock.Mock(side_effect=[score([([1], [2])] * 6), KeyboardInterrupt])
+    with pytest.raises(KeyboardInterrupt):
+        builder(path, other, stop, anew=True).build(DATA)
+    assert path.read_bytes() == before
+    built = builder(path, other, anew=True).build(DATA)
+    # The first chunk of the run that was stopped is kept.
+    assert (built.scored, len(built.table), built.table.header) == (16, 22, other)
+    assert builder(path, anew=True).build(DATA).scored == 22
+    assert path.read_bytes() == before
+
+
+def test_a_run_that_starts_anew_removes_the_parts_of_one_that_did_not(tmp_path):
+    path = tmp_path / "t.parquet"
+    with pytest.raises(KeyboardInterrupt):
+        build(path, score=mock.Mock(side_effect=[score([([1], [2])] * 6), KeyboardInterrupt]))
+    assert builder(path, anew=True).build(DATA).scored == 22
 
 
 @pytest.mark.parametrize("left", ["table", "parts"])

@@ -259,3 +259,19 @@ def test_a_fingerprint_of_a_tokenizer_is_not_of_its_last_call():
 def test_spread_weights_have_no_header():
     with torch.device("meta"), pytest.raises(TableError, match="sharded over processes"):
         header_of(tiny.LlamaForCausalLM(tiny.model().config))
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_length": -3}, {"max_length": 1}, {"batch_size": 0}, {"batch_size": -1}]
+)
+def test_lengths_that_leave_nothing_to_score_are_refused(tmp_path, options):
+    """AUDIT M10: a negative length cut tokens off each row, and the table was wrong."""
+    (name,) = options
+    data, path = tiny.pairs(4), tmp_path / "t.parquet"
+    with pytest.raises(ValueError, match=f"{name}: got "):
+        write_reference_table(path, tiny.model(), data, tiny.tokenizer(), **options)
+    assert not list(tmp_path.iterdir())
+    if name == "max_length":
+        write_reference_table(path, tiny.model(), data, tiny.tokenizer())
+        with pytest.raises(ValueError, match="max_length: got "):
+            with_reference_logps(data, path, tiny.tokenizer(), **options)
