@@ -190,7 +190,7 @@ class Labels:
         """Check and convert the fields."""
         _check_log_ratios("completions", self.completions)
         upvotes = "torch.bool (True for an upvote)"
-        desirable = _as_bools("desirable", self.desirable, upvotes, self.completions, "completions")
+        desirable = _as_bools("desirable", self.desirable, upvotes, self.completions)
         object.__setattr__(self, "desirable", desirable)
         for name in ("weight", "scores", "baseline"):
             _convert_values(self, name, self.completions)
@@ -262,7 +262,7 @@ class Rankings:
             raise TypeError("scores: got None, expected a number for each completion, higher is better")
         if self.mask is not None:
             there = "torch.bool (False where there is no completion)"
-            mask = _as_bools("mask", self.mask, there, self.completions, "completions")
+            mask = _as_bools("mask", self.mask, there, self.completions)
             object.__setattr__(self, "mask", mask)
         if arguments.readable(self.scores):
             wrong = self.present & ~self.scores.isfinite()
@@ -550,19 +550,19 @@ def _as_values(name: str, value: Any, device: torch.device) -> Tensor:
     value = arguments.tensor(name, value, "real numbers", dtype=torch.get_default_dtype(), device=device)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers")
-    arguments.check_device(name, value, "the log-ratios", device)
+    arguments.check_device(name, value, "policy", device)
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
-def _as_bools(name: str, value: Any, expected: str, like: LogRatios, other: str) -> Tensor:
+def _as_bools(name: str, value: Any, expected: str, like: LogRatios) -> Tensor:
     bools = arguments.tensor(name, value, expected, device=like.device)
     if not bools.numel() and not isinstance(value, Tensor):
         # An empty list says nothing of what it holds.
         bools = bools.bool()
     if bools.dtype != torch.bool:
         raise TypeError(f"{name}: got dtype {bools.dtype}, expected {expected}")
-    arguments.check_shape(name, bools, other, like.shape)
-    arguments.check_device(name, bools, other, like.device)
+    arguments.check_shape(name, bools, "completions", like.shape)
+    arguments.check_device(name, bools, "completions", like.device)
     return bools
 
 
@@ -572,7 +572,7 @@ def _convert_values(feedback: Any, name: str, like: LogRatios) -> None:
     if value is None:
         return
     value = _as_values(name, value, like.device)
-    arguments.check_shape(name, value, "the log-ratios", like.shape)
+    arguments.check_shape(name, value, "policy", like.shape)
     if name == "weight":
         _check_weight(value)
     object.__setattr__(feedback, name, value if name == "baseline" else value.detach())

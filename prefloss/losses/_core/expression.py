@@ -56,7 +56,7 @@ def get(name: str, /, **parameters: Any) -> Loss:
         repeated = sorted(first.parameters.keys() & parameters.keys())
         if repeated:
             raise TypeError(
-                f"{first.name}: {repeated[0]}: got it both in the name and as an argument, expected it once"
+                f"{name}: {repeated[0]}: got it both in the name and as an argument, expected it once"
             )
         return Loss.bind(first.name, {**first.parameters, **parameters})
     if parameters:

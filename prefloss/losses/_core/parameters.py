@@ -147,8 +147,8 @@ class Parameter:
                 raise TypeError
             return value
         if get_origin(self.type) is Literal:
-            # 1 == True, so compare types too.
-            if not any(type(value) is type(one) and value == one for one in get_args(self.type)):
+            # 1.0 == 1, so compare types too.
+            if not any(isinstance(value, type(one)) and value == one for one in get_args(self.type)):
                 raise ValueError
             return value
         plain = plain_type(self.type)
