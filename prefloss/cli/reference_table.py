@@ -192,9 +192,10 @@ def _model(options: ReferenceOptions) -> Any:
     )
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, revision=options.revision, output_loading_info=True
         )
+        model, found = loaded
     # Loaders of damaged files raise errors of every kind.
     except Exception as error:
         raise CliError(f"--model: {name} cannot be loaded: {first_line(error)}") from error

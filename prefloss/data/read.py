@@ -160,7 +160,7 @@ class _Part:
 def _read(path: Path, share: Share, checks: type[Any]) -> tuple[Any, Dataset | None, _Part]:
     """What the first row says, the rows of all processes (None without any), and what was found in them."""
     # One process makes the folder, so that all parts lie in it.
-    folder = share.together(lambda: row_folder() if share.rank == 0 else None)[0]
+    folder = share.together(lambda: row_folder() if share.rank == 0 else Path())[0]
 
     def check() -> tuple[Any, _Part]:
         place, row = next(rows_of(path), (None, {}))
@@ -175,7 +175,7 @@ def _read(path: Path, share: Share, checks: type[Any]) -> tuple[Any, Dataset | N
     outcomes, whole = share.together(check), _Part()
     for _, part in outcomes:
         whole.join(part)
-    files = [part.file for _, part in outcomes if part.kept]
+    files = [part.file for _, part in outcomes if part.file and part.kept]
     opened: list[Dataset] = []
     # Together, because one process may not see the others' files.
     share.together(lambda: opened.extend([open_rows(files)] if files else []))

@@ -75,10 +75,10 @@ def row_folder() -> Path:
 @functools.cache
 def _row_folder(process: int) -> Path:
     """The folder of a process; a forked one gets its own."""
-    import datasets
+    from datasets import config
 
     problems = []
-    for base in (Path(datasets.config.HF_DATASETS_CACHE), Path(tempfile.gettempdir())):
+    for base in (Path(config.HF_DATASETS_CACHE), Path(tempfile.gettempdir())):
         try:
             base.mkdir(parents=True, exist_ok=True)
             prefix = f"prefloss-{socket.gethostname()}-"
@@ -96,11 +96,12 @@ def _row_folder(process: int) -> Path:
     )
 
 
-def _remove(folder: Path, process: int, held: IO[str]) -> None:
+def _remove(folder: Path, process: int, held: IO[str] | None) -> None:
     # A forked process that ends must leave its parent's files.
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
-        held.close()
+        if held is not None:
+            held.close()
 
 
 def _remove_stale(base: Path, prefix: str) -> None:
