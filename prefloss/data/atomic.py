@@ -1,4 +1,4 @@
-"""Files written whole: whoever opens the path sees the old file or the new one."""
+"""Files written whole: whoever opens the path sees the old file or the new one. And files held by one process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 _ENDING = ".unfinished"
 
@@ -42,3 +43,25 @@ def remove_unfinished(path: Path) -> None:
     """Remove what a killed process left beside `path`; no other process may be writing it."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*{_ENDING}{path.suffix}"):
         stale.unlink(missing_ok=True)
+
+
+def hold(path: Path) -> IO[str] | None:
+    """Open a file that one process may hold at a time; None if another holds it.
+
+    Closing it frees it. So does the end of the process, however it ends.
+    """
+    file = path.open("a")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ModuleNotFoundError:
+        # Windows: nobody is kept out.
+        pass
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        file.close()
+        raise
+    return file

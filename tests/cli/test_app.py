@@ -121,6 +121,6 @@ def test_a_model_that_is_none_is_refused(tmp_path):
     assert "cannot be loaded" in refused("--model", tmp_path / "empty")
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_processes_that_cannot_meet_are_one_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "prefloss train runs in one process" in refused()
+    assert refused().startswith("Error: WORLD_SIZE: got 2, but the processes cannot meet: ")
