@@ -88,7 +88,8 @@ def train(options: TrainOptions) -> None:
     with joined(), errors_as_text(), taken(options.output, options.folder_name(loss.name)) as folder:
         # One process prints for all.
         console = Console(highlight=False, quiet=distributed.rank() != 0)
-        folder.admit(settings_of(options, loss), resume=options.resume, overwrite=options.overwrite)
+        with together():
+            folder.admit(settings_of(options, loss), resume=options.resume, overwrite=options.overwrite)
         if options.resume and folder.finished:
             words = f"The run in {folder.path} is finished; there is nothing to go on with."
             console.print(Text(words), soft_wrap=True)

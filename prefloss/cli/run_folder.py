@@ -40,7 +40,14 @@ LOCK, _UNFINISHED, _FINISHED = ".lock", ".unfinished", ".finished"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 # Weights that another run may have left: shards of a larger model, or an adapter, would be loaded together with ours.
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
+_WEIGHTS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.bin",
+    "adapter_config.json",
+)
 
 
 def unwritable(path: Path, error: Exception, advice: str = "") -> CliError:
@@ -76,6 +83,7 @@ class RunFolder:
         self._resume = False
         if writes:
             self._settle()
+        self._before = self._content()
 
     @property
     def unfinished(self) -> Path:
@@ -206,9 +214,9 @@ class RunFolder:
 
     def remove_if_nothing_was_kept(self) -> None:
         """Remove what `begin` and a failed run left where there is nothing to go on with."""
-        if self.record is None or self._content() <= {RECORD}:
+        if RECORD not in self._before and self._content() - self._before <= {RECORD}:
             self.clear()
-            (self.path / RECORD).unlink(missing_ok=True)
+            self.discard(RECORD)
 
     def _content(self) -> set[str]:
         """Names of what was here, or was completed."""

@@ -22,7 +22,6 @@ from prefloss.cli.task import Row, Task
 from prefloss.cli.trainer import Start
 from prefloss.cli.watcher import Watcher
 from prefloss.data.tokens import Encoded, encode, pad_id
-from prefloss.demo.measure import Measurement
 from prefloss.demo.warm_start import WarmStart
 from prefloss.training import distributed
 
@@ -177,8 +176,7 @@ def train(run: Run, trainer: Any, watcher: Watcher, keeper: Keeper) -> None:
     last = run.folder.last_checkpoint()
     try:
         if last is None:
-            watcher.measure(trainer.state)
-            _check_step_zero(watcher.measurements[0])
+            _measure_step_zero(trainer, watcher)
             trainer.train()
         else:
             _go_on(trainer, watcher, str(last))
@@ -217,8 +215,15 @@ def _go_on(trainer: Any, watcher: Watcher, checkpoint: str) -> None:
     watcher.restore(state)
 
 
-def _check_step_zero(first: Measurement) -> None:
+def _measure_step_zero(trainer: Any, watcher: Watcher) -> None:
     """Before the first step, policy and reference are one model: every log-ratio is 0."""
+    try:
+        watcher.measure(trainer.state)
+    except Diverged as error:
+        raise CliError(
+            f"--model: {error}, before any training; expected a model of finite weights"
+        ) from error
+    first = watcher.measurements[0]
     off = max((abs(v) for v in (first.chosen, first.rejected, first.kl) if v is not None), default=0.0)
     if not off < 1e-3:
         raise CliError(

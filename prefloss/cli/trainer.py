@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,25 @@ def _saved(options: TrainOptions, task: Task, name: str) -> Start:
                 config = AutoConfig.from_pretrained(name)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+            _check_complete(name, found["missing_keys"])
     weights = "random weights, for the folder holds a configuration only" if untrained else "its own weights"
     size = f"{model.num_parameters() / 1e6:.1f} million parameters"
     tokenizer, *facts = _tokenizer(name, task, model, untrained)
     facts = (f"{name}: {type(model).__name__}, {size}, {weights}", *facts)
     return Start(model, tokenizer, untrained, facts)
+
+
+def _check_complete(name: str, missing: Collection[str]) -> None:
+    """Refuse a model that lacks weights: transformers would draw them at random."""
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CliError(
+            f"--model: {name} lacks the weights {min(missing)}{others}; expected all weights, or none at all (a "
+            "configuration, to train from random ones)"
+        )
 
 
 def _tokenizer(name: str, task: Task, model: Any, untrained: bool) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.console import CliError, Clock, Screen, print_facts
 from prefloss.cli.processes import together
 from prefloss.cli.report import Result, write_metrics, write_picture
-from prefloss.cli.run_folder import RunFolder
+from prefloss.cli.run_folder import RunFolder, unwritable
 from prefloss.cli.stages import Run, encoded, faults_named, train, warm_up, writing
 from prefloss.cli.task import Task
 from prefloss.cli.trainer import build, configuration, plan_text, start_of
@@ -42,9 +42,12 @@ def run(
     print_facts(console, "model", start.facts)
     go_on = options.to_go_on(folder.path)
     options = _within_positions(options, start.model, console)
-    config = configuration(options, start, task, loss, folder.unfinished)
     with together():
-        folder.begin(start.settings)
+        try:
+            config = configuration(options, start, task, loss, folder.unfinished)
+            folder.begin(start.settings)
+        except OSError as error:
+            raise unwritable(folder.path, error) from error
     stop, schedule = StopRequest(), Schedule(options.save_steps, options.save_minutes or 1.0)
     # The built-in model has too little work for two threads.
     with (

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 import prefloss
 from prefloss.cli.app import app
+from prefloss.demo.model import tiny_llama, word_tokenizer
 
 PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 LABELLED = {"prompt": "p", "completion": "good", "label": True}
@@ -119,6 +120,19 @@ def test_a_model_that_is_none_is_refused(tmp_path):
     assert "is an adapter; merge it into its model first" in refused("--model", tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "nonsense"}')
     assert "cannot be loaded" in refused("--model", tmp_path / "empty")
+
+
+def test_a_model_without_all_its_weights_is_refused(tmp_path):
+    """AUDIT: cut safetensors; transformers would draw what is missing at random."""
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = word_tokenizer(["a b c"])
+    tiny_llama(tokenizer, hidden=16, layers=1, heads=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    save_file(dict(list(weights.items())[2:]), tmp_path / "model/model.safetensors", {"format": "pt"})
+    message = refused("--model", tmp_path / "model")
+    assert f"--model: {tmp_path / 'model'} lacks the weights lm_head.weight and 1 more" in message
 
 
 def test_processes_that_cannot_meet_are_one_error(monkeypatch):

@@ -107,6 +107,13 @@ def test_killed_on_the_way_it_ends_the_same_with(arguments):
     survived(arguments, (0.6, 0.85))
 
 
+@pytest.mark.slow
+def test_killed_on_the_way_an_adapter_ends_the_same():
+    """AUDIT M4."""
+    train(output="first")
+    survived(("--model", "first", "--lora", "--lora-rank", "2", "--learning-rate", "1e-3"), (0.6,))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(number):
     """AUDIT M4."""
@@ -228,6 +235,17 @@ def test_a_training_that_diverges_keeps_what_was_good():
     assert "with a lower --learning-rate, or from there, --model out/" in shown
     weights = torch.cat([value.flatten() for value in load(Path("out")).values()])
     assert torch.isfinite(weights).all()
+
+
+def test_a_model_that_has_diverged_already_is_refused():
+    """AUDIT: a run that diverges to NaN dies when sampling."""
+    from safetensors.torch import load_file, save_file
+
+    train(output="first")
+    broken = {name: value * float("nan") for name, value in load_file("first/model.safetensors").items()}
+    save_file(broken, "first/model.safetensors", {"format": "pt"})
+    assert "Error: --model: after step 0 the log-probs" in train("--model", "first", code=2)
+    assert not Path("out").exists()
 
 
 def load(folder):
