@@ -91,9 +91,10 @@ def _saved(options: TrainOptions, task: Task, name: str) -> Start:
                 config = AutoConfig.from_pretrained(name)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True
             )
+            model, found = loaded
             _check_complete(name, found["missing_keys"])
     weights = "random weights, for the folder holds a configuration only" if untrained else "its own weights"
     size = f"{model.num_parameters() / 1e6:.1f} million parameters"

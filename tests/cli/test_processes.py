@@ -17,19 +17,8 @@ from prefloss.cli.app import app
 
 FORK = multiprocessing.get_context("fork")
 OPTIONS = (
-    *(
-        "train",
-        "--cpu",
-        "--data",
-        "pairs.jsonl",
-        "--eval-fraction",
-        "0.2",
-        "--steps",
-        "3",
-        "--warm-start",
-        "2",
-    ),
-    *("--samples", "2", "--save-steps", "1"),
+    *("train", "--cpu", "--data", "pairs.jsonl", "--eval-fraction", "0.2"),
+    *("--steps", "2", "--warm-start", "1", "--samples", "2", "--save-steps", "1"),
 )
 
 
