@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -15,8 +13,12 @@ from rich.text import Text
 
 import prefloss
 from prefloss.cli.command_options import ReferenceOptions, TrainOptions
-from prefloss.cli.console import CliError, Clock, errors_as_text, quiet
+from prefloss.cli.console import Clock, errors_as_text, quiet
+from prefloss.cli.processes import joined, together
+from prefloss.cli.run_folder import settings_of
+from prefloss.cli.taking import taken
 from prefloss.cli.task import task_of
+from prefloss.training import distributed
 
 app = typer.Typer(
     name="prefloss",
@@ -76,43 +78,39 @@ def train(options: TrainOptions) -> None:
 
     The example builds a small model and a generated preference world, trains on what a noisy judge says,
     and marks the result against the judge's true reward: about a minute on two CPU cores, offline.
+
+    Killed at any moment, the same command with --resume goes on where it was, and so it does after Ctrl-C. Under
+    `torchrun` the processes train as one.
     """
     clock = Clock()
     options.check()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise CliError(
-            "prefloss train runs in one process; for several, use PreferenceLossCallback in a script of your own "
-            "with TRL's trainers"
-        )
     loss = options.bound_loss()
-    folder = options.output_folder(loss.name)
-    console = Console(highlight=False)
-    with clock.part("data"):
-        task = task_of(options, loss)
-    # TRL and transformers take seconds to load, so options and data are checked before.
-    with clock.part("imports"):
-        from prefloss.cli import report
-        from prefloss.cli.training_run import run
-    try:
+    with joined(), errors_as_text(), taken(options.output, options.folder_name(loss.name)) as folder:
+        # One process prints for all.
+        console = Console(highlight=False, quiet=distributed.rank() != 0)
+        with together():
+            folder.admit(settings_of(options, loss), resume=options.resume, overwrite=options.overwrite)
+        if options.resume and folder.finished:
+            words = f"The run in {folder.path} is finished; there is nothing to go on with."
+            console.print(Text(words), soft_wrap=True)
+            return
+        with clock.part("data"), together():
+            task = task_of(options, loss)
+        # TRL and transformers take seconds to load, so options and data are checked before.
+        with clock.part("imports"):
+            from prefloss.cli import report
+            from prefloss.cli.training_run import run
         with quiet(console):
             result = run(options, loss, task, folder, console, clock)
-    except BaseException:
-        # An empty folder would make the next run choose another number.
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        raise
-    with clock.part("report"):
-        report.write_metrics(result, folder / "metrics.json")
-        report.write_picture(result, folder / "curves.png")
-    report.print_report(console, result)
-    files = (
-        (folder, "model and tokenizer, in transformers' format"),
-        (folder / "curves.png", "the curves"),
-        (folder / "metrics.json", "every number"),
-    )
-    for path, content in files:
-        console.print(Text.assemble((str(path), "bold"), (f"   {content}", "dim")), soft_wrap=True)
-    console.print(Text(str(clock), style="dim"))
+        report.print_report(console, result)
+        files = (
+            (folder.path, "model and tokenizer, in transformers' format"),
+            (folder.path / "curves.png", "the curves"),
+            (folder.path / "metrics.json", "every number"),
+        )
+        for path, content in files:
+            console.print(Text.assemble((str(path), "bold"), (f"   {content}", "dim")), soft_wrap=True)
+        console.print(Text(str(clock), style="dim"))
 
 
 @_command(ReferenceOptions)

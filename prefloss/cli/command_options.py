@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import os
 import re
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,15 @@ from typer import Option
 import prefloss
 from prefloss import registry
 from prefloss.cli.console import CliError
+
+# Beyond these, numbers are typing errors, and do not fit where torch and numpy keep them.
+_MOST, _MOST_SEED = 10**9, 2**32 - 1
+
+# Options of `prefloss train` that say where and how often its work is kept, and change nothing in it.
+_KEEPING = ("output", "overwrite", "resume", "save_steps", "save_minutes", "keep")
+
+# What else a run is recorded by: the loss as it is bound, and the content of data and model.
+_RECORDED_OTHERWISE = ("loss", "param", "data", "model")
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class TrainOptions:
         False
     )
     steps: Annotated[
-        int | None, Option(min=1, help="Optimizer steps. (default: 400, or as --epochs says)")
+        int | None, Option(min=1, max=_MOST, help="Optimizer steps. (default: 400, or as --epochs says)")
     ] = None
     epochs: Annotated[
         float | None,
@@ -54,21 +64,25 @@ class TrainOptions:
         Option(help="Highest learning rate. (default: 1e-6, with --lora 1e-5; built-in model: 2e-4)"),
     ] = None
     batch_size: Annotated[
-        int | None, Option(min=1, help="Rows per forward pass. (default: 16; with --data 8)")
+        int | None, Option(min=1, max=_MOST, help="Rows per forward pass. (default: 16; with --data 8)")
     ] = None
-    accumulate: Annotated[int, Option(min=1, help="Forward passes per optimizer step.")] = 1
+    accumulate: Annotated[int, Option(min=1, max=_MOST, help="Forward passes per optimizer step.")] = 1
     max_length: Annotated[
-        int, Option(min=2, help="Longest prompt + completion, tokens; the rest is cut.")
+        int, Option(min=2, max=_MOST, help="Longest prompt + completion, tokens; the rest is cut.")
     ] = 512
     eval_fraction: Annotated[float, Option(help="Share of the prompts of --data to hold out.")] = 0.1
     samples: Annotated[
         int | None,
-        Option(min=0, help="Completions to sample for KL and true reward. (default: 256; with --data 64)"),
+        Option(
+            min=0,
+            max=10**6,
+            help="Completions to sample for KL and true reward. (default: 256; with --data 64)",
+        ),
     ] = None
     lora: Annotated[
         bool, Option("--lora", help="Train a LoRA adapter on the linear layers (needs peft).")
     ] = False
-    lora_rank: Annotated[int, Option(min=1, help="Rank of the adapter.")] = 16
+    lora_rank: Annotated[int, Option(min=1, max=2**16, help="Rank of the adapter.")] = 16
     gradient_checkpointing: Annotated[
         bool, Option("--gradient-checkpointing", help="Less memory, about a fifth slower.")
     ] = False
@@ -82,11 +96,26 @@ class TrainOptions:
         int | None,
         Option(
             min=0,
+            max=_MOST,
             help="Supervised steps that teach a model with random weights to speak. (default: 600; with --data 200)",
         ),
     ] = None
-    seed: Annotated[int, Option(help="Of everything random.")] = 0
+    seed: Annotated[int, Option(min=0, max=_MOST_SEED, help="Of everything random.")] = 0
     cpu: Annotated[bool, Option("--cpu", help="Stay on the CPU though there is an accelerator.")] = False
+    resume: Annotated[
+        bool,
+        Option(
+            "--resume",
+            help="Go on with the run in --output, from its last checkpoint; begin it if there is none.",
+        ),
+    ] = False
+    save_steps: Annotated[
+        int | None, Option(min=1, max=_MOST, help="Steps between checkpoints, in place of minutes.")
+    ] = None
+    save_minutes: Annotated[
+        float | None, Option(help="Most minutes of work that a kill may lose. (default: 1)")
+    ] = None
+    keep: Annotated[int, Option(min=1, max=_MOST, help="Checkpoints to keep, the newest.")] = 2
 
     @property
     def adapter_rank(self) -> int | None:
@@ -97,11 +126,22 @@ class TrainOptions:
         """Raise a `CliError` if options are out of range or contradict each other."""
         if not 0 <= self.eval_fraction < 1:
             raise CliError(f"--eval-fraction: got {self.eval_fraction}, expected a number >= 0 and < 1")
-        for name, value in (("--epochs", self.epochs), ("--learning-rate", self.learning_rate)):
-            if value is not None and not value > 0:
-                raise CliError(f"{name}: got {value}, expected a number > 0")
-        if self.steps is not None and self.epochs is not None:
-            raise CliError("--steps and --epochs: got both, expected one of them")
+        for name, most in (("epochs", 1e6), ("learning_rate", math.inf), ("save_minutes", 1e6)):
+            value = getattr(self, name)
+            if value is not None and not (0 < value <= most and math.isfinite(value)):
+                limit = f"a number > 0 and <= {most:g}" if math.isfinite(most) else "a number > 0 and finite"
+                raise CliError(f"{_flag(name)}: got {value}, expected {limit}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise a `CliError` if options contradict each other."""
+        for one, other in (("steps", "epochs"), ("save_steps", "save_minutes")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise CliError(f"{_flag(one)} and {_flag(other)}: got both, expected one of them")
+        if self.resume and self.overwrite:
+            raise CliError("--resume and --overwrite: got both, expected one of them")
+        if self.resume and self.output is None:
+            raise CliError("--resume: got no --output, expected the folder of the run to go on with")
         if self.lora and self.model is None:
             raise CliError(
                 "--lora: got no --model to adapt, expected one; the built-in model is small enough to train whole"
@@ -120,19 +160,42 @@ class TrainOptions:
         except (TypeError, ValueError) as error:
             raise CliError(str(error)) from error
 
-    def output_folder(self, loss: str) -> Path:
-        """The folder that `--output` names, if it may be used, or the first free prefloss-runs/<loss>-<number>."""
-        folder = self.output
-        if folder is None:
-            # A sum of losses has a name like "0.8*dpo + 0.2*ipo".
-            slug = re.sub(r"[^A-Za-z0-9._]+", "_", loss).strip("_")
-            folders = (Path("prefloss-runs") / f"{slug}-{number}" for number in itertools.count(1))
-            return next(folder for folder in folders if not folder.exists())
-        if folder.exists() and not folder.is_dir():
-            raise CliError(f"--output: {folder} is a file; expected a folder")
-        if folder.is_dir() and any(folder.iterdir()) and not self.overwrite:
-            raise CliError(f"--output: {folder} exists and is not empty; choose another, or add --overwrite")
-        return folder
+    @staticmethod
+    def folder_name(loss: str) -> str:
+        """A loss's name as that of a folder: a sum of losses is named like "0.8*dpo + 0.2*ipo"."""
+        return re.sub(r"[^A-Za-z0-9._]+", "_", loss).strip("_")[:100]
+
+    def training_settings(self) -> dict[str, Any]:
+        """The options that change what is trained, for a run's record; without loss, data and model."""
+        left_out = (*_KEEPING, *_RECORDED_OTHERWISE)
+        return {
+            _flag(field.name): getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in left_out
+        }
+
+    def to_go_on(self, folder: Path) -> str:
+        """The command that goes on with this run."""
+        words = ["prefloss", "train"]
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        if processes != "1":
+            words = ["torchrun", "--nproc-per-node", processes, "--no-python", *words]
+        options = replace(self, output=folder, overwrite=False, resume=True)
+        for field in fields(options):
+            value = getattr(options, field.name)
+            if value == field.default:
+                continue
+            if isinstance(value, bool):
+                words.append(_flag(field.name) if value else _flag(f"no_{field.name}"))
+            else:
+                for item in value if isinstance(value, list) else [value]:
+                    words += [_flag(field.name), str(item)]
+        return shlex.join(words)
+
+
+def _flag(name: str) -> str:
+    """`learning_rate` -> `--learning-rate`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def check_model_folder(name: str, adapter_advice: str) -> None:
@@ -149,6 +212,8 @@ def _parsed(text: str) -> dict[str, Any]:
     name, equals, value = text.partition("=")
     value = {"true": "True", "false": "False", "null": "None"}.get(value.strip(), value.strip())
     try:
+        if not name.strip():
+            raise ValueError(text)
         (term,) = registry.parse(f"loss({name}{equals}{value})")
     except ValueError as error:
         raise CliError(f"--param: got {text!r}, expected NAME=VALUE, as tau=0.1") from error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch.distributed as dist
 import typer
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -44,6 +46,19 @@ _OURS = ("The tokenized prompt is not a prefix", "You have different amounts of 
 class CliError(Exception):
     """A run that cannot start or go on as asked; the message says why and what would work."""
 
+    label, exit_code = "Error", 2
+
+
+class Stopped(CliError):
+    """A run that a signal stopped; the message says what is kept and how to go on."""
+
+    label = "Stopped"
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        # As shells count: 130 after Ctrl-C, 143 after SIGTERM.
+        self.exit_code = 128 + signal_number
+
 
 def first_line(error: Exception) -> str:
     """The first line of another package's error message."""
@@ -51,15 +66,39 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def errors_as_text() -> Iterator[None]:
-    """Print a `CliError` raised inside as one paragraph without traceback, and exit with code 2."""
+def loading(what: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes another package raise into a `CliError`: "<what> cannot be loaded"."""
     try:
         yield
+    except CliError:
+        raise
+    # Readers of JSON, safetensors and pickles, and what they lead to, have no error in common.
+    except Exception as error:
+        raise CliError(f"{what} cannot be loaded: {first_line(error)}") from error
+
+
+@contextmanager
+def errors_as_text() -> Iterator[None]:
+    """Print a `CliError` raised inside as one paragraph without traceback, and exit with its code.
+
+    The processes of torchrun find the same fault before they meet, and stop together: then the first one prints alone.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        _print_error("Stopped", "at once, by Ctrl-C; what was completed before is kept")
+        raise typer.Exit(130) from error
     except CliError as error:
-        console = Console(stderr=True, file=sys.stderr, highlight=False)
-        # soft_wrap: file names stay whole, and a narrow terminal wraps by itself.
-        console.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
-        raise typer.Exit(2) from error
+        shared = isinstance(error, Stopped) or not dist.is_initialized()
+        if not shared or int(os.environ.get("RANK", "0")) == 0:
+            _print_error(error.label, str(error))
+        raise typer.Exit(error.exit_code) from error
+
+
+def _print_error(label: str, message: str) -> None:
+    console = Console(stderr=True, file=sys.stderr, highlight=False)
+    # soft_wrap: file names stay whole, and a narrow terminal wraps by itself.
+    console.print(Text.assemble((f"{label}: ", "bold red"), message), soft_wrap=True)
 
 
 def print_facts(console: Console, name: str, facts: Sequence[str], warnings: Sequence[str] = ()) -> None:
@@ -172,6 +211,10 @@ class Screen:
             self._progress.update(bar, completed=step, text=text)
 
         return update
+
+    def remember(self, measurements: Sequence[Measurement]) -> None:
+        """Draw the curves on from the measurements of an earlier process."""
+        self._measured = list(measurements)
 
     def measured(self, measurement: Measurement) -> None:
         """Show a measurement."""

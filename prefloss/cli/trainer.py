@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 import prefloss
 from prefloss.cli.command_options import TrainOptions, check_model_folder
-from prefloss.cli.console import CliError, Screen, first_line
+from prefloss.cli.console import CliError, first_line, loading
 from prefloss.cli.task import Task
 from prefloss.data.tokens import pad_id
 from prefloss.demo.model import CHAT_TEMPLATE, END, tiny_llama, train_tokenizer, word_tokenizer
 from prefloss.feedback import Pairs, columns_of
 from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback
 from prefloss.integrations.trl.options import resolve
+from prefloss.training.fingerprint import tokenizer_fingerprint, weights_fingerprint
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _UNTRAINED_RATE, _WHOLE_RATE, _LORA_RATE = 2e-4, 1e-6, 1e-5
-_WORLD_STEPS, _MEASUREMENTS = 400, 10
+_WORLD_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Start:
     tokenizer: Any
     untrained: bool
     facts: tuple[str, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a run's record knows it by."""
+        return {
+            "weights of --model": weights_fingerprint(self.model),
+            "tokenizer of --model": tokenizer_fingerprint(self.tokenizer),
+        }
 
 
 def start_of(options: TrainOptions, task: Task) -> Start:
@@ -75,21 +84,33 @@ def _saved(options: TrainOptions, task: Task, name: str) -> Start:
             f"--model: {name} is a folder without config.json; expected a saved model, or a configuration"
         )
     untrained = path.is_dir() and not any(next(path.glob(pattern), None) for pattern in _WEIGHTS)
-    try:
+    with loading(f"--model: {name}"):
         if untrained:
             with torch.random.fork_rng():
                 torch.manual_seed(options.seed)
                 config = AutoConfig.from_pretrained(name)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise CliError(f"--model: {name} cannot be loaded: {first_line(error)}") from error
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+            model, found = loaded
+            _check_complete(name, found["missing_keys"])
     weights = "random weights, for the folder holds a configuration only" if untrained else "its own weights"
     size = f"{model.num_parameters() / 1e6:.1f} million parameters"
     tokenizer, *facts = _tokenizer(name, task, model, untrained)
     facts = (f"{name}: {type(model).__name__}, {size}, {weights}", *facts)
     return Start(model, tokenizer, untrained, facts)
+
+
+def _check_complete(name: str, missing: Collection[str]) -> None:
+    """Refuse a model that lacks weights: transformers would draw them at random."""
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CliError(
+            f"--model: {name} lacks the weights {min(missing)}{others}; expected all weights, or none at all (a "
+            "configuration, to train from random ones)"
+        )
 
 
 def _tokenizer(name: str, task: Task, model: Any, untrained: bool) -> tuple[Any, ...]:
@@ -98,7 +119,7 @@ def _tokenizer(name: str, task: Task, model: Any, untrained: bool) -> tuple[Any,
     vocabulary = model.get_input_embeddings().num_embeddings
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         if not untrained:
             raise CliError(
                 f"--model: {name} has no tokenizer that can be loaded: {first_line(error)}"
@@ -135,7 +156,15 @@ def _texts(task: Task) -> Iterator[str]:
 
 
 def configuration(options: TrainOptions, start: Start, task: Task, loss: prefloss.Loss, folder: Path) -> Any:
-    """TRL's configuration: the options, and defaults for the others; a `CliError` if the loss cannot run with it."""
+    """TRL's configuration: the options, and defaults for the others; a `CliError` if the loss cannot run with it.
+
+    Args:
+        options: Of the command line.
+        start: The model.
+        task: The data.
+        loss: The loss.
+        folder: Where the trainer writes its checkpoints.
+    """
     steps, epochs = options.steps, options.epochs
     if steps is None and epochs is None:
         steps = _WORLD_STEPS if options.data is None else None
@@ -158,6 +187,8 @@ def configuration(options: TrainOptions, start: Start, task: Task, loss: preflos
         "bf16": not on_cpu and has_bf16 if options.bf16 is None else options.bf16,
         "use_cpu": on_cpu,
         "logging_steps": 1,
+        # A loss that is no number ends the run; transformers would log another in its place.
+        "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "eval_strategy": "no",
         "report_to": "none",
@@ -181,8 +212,8 @@ def configuration(options: TrainOptions, start: Start, task: Task, loss: preflos
         )
     if config.n_gpu > 1:
         raise CliError(
-            f"{config.n_gpu} GPUs are visible, and prefloss train runs on one: set CUDA_VISIBLE_DEVICES=0, or use "
-            "PreferenceLossCallback in a script of your own under accelerate launch"
+            f"{config.n_gpu} GPUs are visible, and one process trains on one: set CUDA_VISIBLE_DEVICES=0, or start "
+            f"torchrun --nproc-per-node {config.n_gpu} --no-python prefloss train ..."
         )
     try:
         resolve(config, loss)
@@ -201,7 +232,12 @@ def plan_text(config: Any) -> str:
 
 
 def build(
-    task: Task, start: Start, config: Any, loss: prefloss.Loss, rank: int | None, watcher: TrainerCallback
+    task: Task,
+    start: Start,
+    config: Any,
+    loss: prefloss.Loss,
+    rank: int | None,
+    callbacks: Sequence[TrainerCallback],
 ) -> Any:
     """A trainer that is ready to train; a rank is that of a LoRA adapter, None trains the whole model."""
     paired = loss.spec.feedback is Pairs
@@ -226,39 +262,14 @@ def build(
         data_collator=collator,
         processing_class=start.tokenizer,
         peft_config=adapter,
-        callbacks=[PreferenceLossCallback(loss), watcher],
+        callbacks=[PreferenceLossCallback(loss), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
+    # TRL writes a card beside every checkpoint, where nobody reads it.
+    trainer.create_model_card = lambda *args, **kwargs: None
     return trainer
 
 
 def _feedback_columns(task: Task, loss: prefloss.Loss) -> set[str]:
     """Columns that only the loss reads."""
     return set(task.train.column_names) - set(columns_of(loss.spec.feedback))
-
-
-class Watcher(TrainerCallback):
-    """Shows every step on a bar of this name; calls `measure` with the step when it is time to measure."""
-
-    def __init__(self, screen: Screen, name: str, measure: Callable[[int], None]) -> None:
-        self._screen, self._name, self._measure = screen, name, measure
-        self.losses: list[tuple[int, float]] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show a bar; only the trainer knows how many steps its epochs have."""
-        self._update = self._screen.stage(self._name, state.max_steps)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
-        """Keep the training loss; the last log, of the whole run, has none."""
-        if logs and "loss" in logs:
-            self.losses.append((state.global_step, logs["loss"]))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the step; measure at a tenth of the run, two tenths, ..., the end."""
-        self._update(state.global_step, f"loss {self.losses[-1][1]:.3f}" if self.losses else "")
-        done, total = state.global_step, state.max_steps
-        # The step at which another tenth is complete; short runs measure at every step.
-        if done * _MEASUREMENTS // total > (done - 1) * _MEASUREMENTS // total:
-            self._measure(done)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import platform
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,55 +14,54 @@ import trl
 from rich.console import Console
 
 import prefloss
+from prefloss.cli.checkpoints import Keeper, Schedule, StopRequest
 from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.console import CliError, Clock, Screen, print_facts
-from prefloss.cli.report import Result
-from prefloss.cli.task import Row, Task
-from prefloss.cli.trainer import Start, Watcher, build, configuration, plan_text, start_of
+from prefloss.cli.processes import together
+from prefloss.cli.report import Result, write_metrics, write_picture
+from prefloss.cli.run_folder import RunFolder, unwritable
+from prefloss.cli.stages import Run, encoded, faults_named, train, warm_up, writing
+from prefloss.cli.task import Task
+from prefloss.cli.trainer import build, configuration, plan_text, start_of
+from prefloss.cli.watcher import Watcher
 from prefloss.data.rows import KIND_WORDS
-from prefloss.data.tokens import Encoded, encode, encode_prompt, pad_id
+from prefloss.data.tokens import encode_prompt
 from prefloss.demo.measure import Measurement, Meter
-from prefloss.demo.warm_start import warm_start
 from prefloss.diagnosis import resists_falling
-
-# Weights that an earlier run may have left in the output folder.
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json")
-
-# Steps, rows of a step and learning rate of the warm start: the world's sentences have 20 tokens, and a row of a file
-# has some hundreds.
-_WARM_UP_ON_WORLD, _WARM_UP_ON_FILE = (600, 32, 5e-3), (200, 8, 2e-3)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the parts of one run share."""
-
-    options: TrainOptions
-    loss: prefloss.Loss
-    task: Task
-    start: Start
-    config: Any
-    screen: Screen
-    clock: Clock
+from prefloss.training import distributed
 
 
 def run(
-    options: TrainOptions, loss: prefloss.Loss, task: Task, folder: Path, console: Console, clock: Clock
+    options: TrainOptions, loss: prefloss.Loss, task: Task, folder: RunFolder, console: Console, clock: Clock
 ) -> Result:
     """Load the model, warm it up, train it, save it; a `CliError` if model, data and loss do not go together."""
     print_facts(console, "loss", (repr(loss),))
     print_facts(console, "data", task.facts, task.warnings)
-    start = start_of(options, task)
+    with together():
+        start = start_of(options, task)
     print_facts(console, "model", start.facts)
+    go_on = options.to_go_on(folder.path)
     options = _within_positions(options, start.model, console)
-    config = configuration(options, start, task, loss, folder)
+    with together():
+        try:
+            config = configuration(options, start, task, loss, folder.unfinished)
+            folder.begin(start.settings)
+        except OSError as error:
+            raise unwritable(folder.path, error) from error
+    stop, schedule = StopRequest(), Schedule(options.save_steps, options.save_minutes or 1.0)
     # The built-in model has too little work for two threads.
-    with Screen(console) as screen, _threads(1 if options.model is None else torch.get_num_threads()):
-        parts = _Run(options, loss, task, start, config, screen, clock)
-        warm_loss = _warm_up(parts)
-        console.print()
-        print_facts(console, "training", (plan_text(config),))
-        return _preferences(parts, folder, warm_loss)
+    with (
+        Screen(console) as screen,
+        _threads(1 if options.model is None else torch.get_num_threads()),
+        stop.heard(),
+    ):
+        parts = Run(options, loss, task, start, config, folder, screen, clock, schedule, stop, go_on)
+        _check_a_row_fits(parts)
+        with faults_named(parts):
+            warm_loss = warm_up(parts)
+            console.print()
+            print_facts(console, "training", (plan_text(config),))
+            return _preferences(parts, warm_loss)
 
 
 @contextmanager
@@ -78,68 +75,38 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _warm_up(run: _Run) -> float | None:
-    """Supervised training of a model with random weights, before it is copied as the reference."""
-    options, task, start, screen = run.options, run.task, run.start, run.screen
-    steps, count, rate = _WARM_UP_ON_WORLD if options.data is None else _WARM_UP_ON_FILE
-    if options.warm_start is not None:
-        steps = options.warm_start
-    elif not start.untrained:
-        steps = 0
-    if steps == 0 or not task.spoken:
-        return None
-    fact = f"supervised, on {task.spoken_are}: {steps} steps of {count} rows"
-    print_facts(screen.console, "warm-up", (fact,))
-    if not run.config.use_cpu:
-        start.model.to(torch.accelerator.current_accelerator())
-    update = screen.stage("warm-up", steps)
-    rows, most = task.spoken, steps * count
-    rows = rows if len(rows) <= most else random.Random(options.seed).sample(rows, most)
-    with run.clock.part("warm-up"):
-        return warm_start(
-            start.model,
-            _encoded(start.tokenizer, rows),
-            padding=pad_id(start.tokenizer),
-            steps=steps,
-            batch_size=count,
-            learning_rate=rate,
-            max_length=options.max_length,
-            seed=options.seed,
-            on_step=lambda step, value: update(step, f"{value:.2f} nats per token"),
-        )
+def _preferences(run: Run, warm_loss: float | None) -> Result:
+    """Train with the preference loss, measuring on the way, and save the model, the numbers and the picture."""
+    task, start, clock, folder = run.task, run.start, run.clock, run.folder
 
-
-def _preferences(run: _Run, folder: Path, warm_loss: float | None) -> Result:
-    """Train with the preference loss, measuring on the way, and save the model."""
-    loss, task, start, clock = run.loss, run.task, run.start, run.clock
-    measurements: list[Measurement] = []
-
-    def measure(step: int) -> None:
+    def measure(step: int) -> Measurement:
         with clock.part("measuring"):
-            measurements.append(meter(step))
-        run.screen.measured(measurements[-1])
+            return meter(step)
 
-    watcher = Watcher(run.screen, loss.name, measure)
-    folder.mkdir(parents=True, exist_ok=True)
+    watcher = Watcher(run.screen, run.loss.name, measure)
+    keeper = Keeper(folder, run.options.keep, run.schedule, run.stop, watcher)
     with clock.part("training"):
-        trainer = build(task, start, run.config, loss, run.options.adapter_rank, watcher)
+        trainer = build(task, start, run.config, run.loss, run.options.adapter_rank, (watcher, keeper))
         _print_cut_rows(run, len(trainer.train_dataset))
         meter = _meter(run, trainer)
-        measure(0)
-        _check_step_zero(measurements[0])
-        try:
-            trainer.train()
-        except (FloatingPointError, ValueError) as error:
-            # What the loss itself refuses, such as scores in the wrong order, is in the data or the options.
-            if str(error).startswith(tuple(term.loss.name for term in loss.terms)):
-                raise CliError(str(error)) from error
-            raise
-    with clock.part("saving"):
-        # Shards of a larger model, or an adapter, would be loaded together with what is written now.
-        for stale in (path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-            stale.unlink()
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-        start.tokenizer.save_pretrained(folder)
+        train(run, trainer, watcher, keeper)
+    with clock.part("saving"), writing(run):
+        output = folder.unfinished / "output"
+        if distributed.rank() == 0:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(output)
+            start.tokenizer.save_pretrained(output)
+    result = _result(run, trainer, watcher, warm_loss)
+    with clock.part("report"), writing(run):
+        if distributed.rank() == 0:
+            write_metrics(result, output / "metrics.json")
+            write_picture(result, output / "curves.png")
+            folder.prune(run.options.keep)
+            folder.finish(output.name)
+    return result
+
+
+def _result(run: Run, trainer: Any, watcher: Watcher, warm_loss: float | None) -> Result:
+    task = run.task
     model = "built-in Llama" if run.options.model is None else run.options.model
     data = "the generated world" if run.options.data is None else run.options.data.name
     setting = (
@@ -147,29 +114,29 @@ def _preferences(run: _Run, folder: Path, warm_loss: float | None) -> Result:
         f"learning rate {run.config.learning_rate:g}, seed {run.options.seed}"
     )
     return Result(
-        loss=repr(loss),
-        measurements=measurements,
+        loss=repr(run.loss),
+        measurements=watcher.measurements,
         losses=watcher.losses,
         ceiling=task.ceiling,
         paired=task.paired,
         held_out=task.held_out,
-        holds_chosen=resists_falling(loss),
+        holds_chosen=resists_falling(run.loss),
         setting=setting,
         warm_loss=warm_loss,
         prompts=[prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in task.prompts],
-        seconds=clock.seconds,
+        seconds=run.clock.seconds,
         about=_about(run, trainer),
     )
 
 
-def _meter(run: _Run, trainer: Any) -> Meter:
+def _meter(run: Run, trainer: Any) -> Meter:
     options, task, tokenizer = run.options, run.task, run.start.tokenizer
     return Meter(
         policy=trainer.model,
         reference=trainer.ref_model,
         tokenizer=tokenizer,
-        better=_encoded(tokenizer, task.better),
-        worse=_encoded(tokenizer, task.worse),
+        better=encoded(tokenizer, task.better),
+        worse=encoded(tokenizer, task.worse),
         paired=task.paired,
         prompts=[encode_prompt(tokenizer, prompt)[-options.max_length :] for prompt in task.prompts],
         reward=task.reward,
@@ -192,7 +159,16 @@ def _within_positions(options: TrainOptions, model: Any, console: Console) -> Tr
     return replace(options, max_length=most)
 
 
-def _print_cut_rows(run: _Run, kept: int) -> None:
+def _check_a_row_fits(run: Run) -> None:
+    """Refuse a length that no prompt is shorter than, before the warm-up: TRL would leave all rows out."""
+    most = run.options.max_length
+    prompts = (row["prompt"] for row in run.task.train)
+    if not any(len(encode_prompt(run.start.tokenizer, prompt)) < most for prompt in prompts):
+        count = len(run.task.train)
+        raise CliError(f"--max-length: all {count} rows have a prompt that alone fills {most} tokens")
+
+
+def _print_cut_rows(run: Run, kept: int) -> None:
     """Print how many rows TRL left out for their length, and how many prompts lose their end."""
     task, tokenizer, console = run.task, run.start.tokenizer, run.screen.console
     count, max_length = len(task.train), run.options.max_length
@@ -205,7 +181,7 @@ def _print_cut_rows(run: _Run, kept: int) -> None:
     # TRL cuts off the end of a prompt that becomes another token when a completion follows.
     merged = sum(
         len(prompt) < len(encode_prompt(tokenizer, row["prompt"]))
-        for row, (prompt, _) in zip(rows, _encoded(tokenizer, rows), strict=True)
+        for row, (prompt, _) in zip(rows, encoded(tokenizer, rows), strict=True)
     )
     if merged:
         advice = "check its chat template" if task.conversational else "end prompts with a line break"
@@ -216,21 +192,7 @@ def _print_cut_rows(run: _Run, kept: int) -> None:
         print_facts(console, "", (), (warning,))
 
 
-def _check_step_zero(first: Measurement) -> None:
-    """Before the first step, policy and reference are one model: every log-ratio is 0."""
-    off = max((abs(v) for v in (first.chosen, first.rejected, first.kl) if v is not None), default=0.0)
-    if not off < 1e-3:
-        raise CliError(
-            f"before the first step, policy and reference differ by {off:.3g} nats per completion, expected 0; "
-            "does the model compute otherwise in training than in evaluation, or not depend on its input alone?"
-        )
-
-
-def _encoded(tokenizer: Any, rows: list[Row]) -> list[Encoded]:
-    return [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
-
-
-def _about(run: _Run, trainer: Any) -> dict[str, Any]:
+def _about(run: Run, trainer: Any) -> dict[str, Any]:
     """Everything needed to repeat the run."""
     options, task, config = run.options, run.task, run.config
     plain = (str, int, float, bool, type(None))

@@ -89,7 +89,11 @@ class Meter:
     _frozen: dict[str, LogRatios] = field(default_factory=dict, init=False)
 
     def __call__(self, step: int) -> Measurement:
-        """Measure now; leaves weights, mode and random state of the policy as they were."""
+        """Measure now; leaves weights, mode and random state of the policy as they were.
+
+        Raises:
+            FloatingPointError: If the policy's log-probs are not finite.
+        """
         was_training = self.policy.training
         self.policy.eval()
         try:
@@ -107,6 +111,8 @@ class Meter:
             b_kept = w_kept = b_kept & w_kept
         b_h, w_h = better.h[b_kept], worse.h[w_kept]
         values: dict[str, float] = {}
+        if not (torch.isfinite(b_h).all() and torch.isfinite(w_h).all()):
+            raise FloatingPointError("the log-probs of held-out completions are not finite")
         if len(b_h):
             values["chosen"] = b_h.mean().item()
             values["chosen_falling"] = (b_h < 0).float().mean().item()
@@ -146,6 +152,7 @@ class Meter:
             top_p=1.0,
             max_new_tokens=self.max_new_tokens,
             pad_token_id=padding,
+            logits_processor=[_finite],
         )
         # What follows the first end token is padding.
         drawn = (new[: new.index(end) + 1] if end in new else new for new in out[:, width:].tolist())
@@ -196,6 +203,13 @@ def accuracy(better: Tensor, worse: Tensor, *, paired: bool) -> float:
         0.75
     """
     return _wins(better - worse if paired else better[:, None] - worse).mean().item()
+
+
+def _finite(ids: Tensor, scores: Tensor) -> Tensor:
+    """The scores of the next token, if one can be drawn: an infinite one would end the process on a GPU."""
+    if not torch.isfinite(scores.amax(-1)).all():
+        raise FloatingPointError("the scores of the next token are not finite")
+    return scores
 
 
 def _wins(difference: Tensor) -> Tensor:

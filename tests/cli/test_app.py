@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 import prefloss
 from prefloss.cli.app import app
+from prefloss.demo.model import tiny_llama, word_tokenizer
 
 PAIR = {"prompt": "p", "chosen": "good", "rejected": "bad"}
 LABELLED = {"prompt": "p", "completion": "good", "label": True}
@@ -121,6 +122,19 @@ def test_a_model_that_is_none_is_refused(tmp_path):
     assert "cannot be loaded" in refused("--model", tmp_path / "empty")
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_a_model_without_all_its_weights_is_refused(tmp_path):
+    """AUDIT: cut safetensors; transformers would draw what is missing at random."""
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = word_tokenizer(["a b c"])
+    tiny_llama(tokenizer, hidden=16, layers=1, heads=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    save_file(dict(list(weights.items())[2:]), tmp_path / "model/model.safetensors", {"format": "pt"})
+    message = refused("--model", tmp_path / "model")
+    assert f"--model: {tmp_path / 'model'} lacks the weights lm_head.weight and 1 more" in message
+
+
+def test_processes_that_cannot_meet_are_one_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "prefloss train runs in one process" in refused()
+    assert refused().startswith("Error: WORLD_SIZE: got 2, but the processes cannot meet: ")

@@ -129,3 +129,15 @@ def test_accuracy_of_pairs_and_of_all_against_all():
 def test_standard_error_by_hand():
     assert standard_error(torch.tensor([1.0, 3.0])) == pytest.approx(1.0)
     assert standard_error(torch.tensor([1.0])) == 0.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kept", ["better", "prompts"])
+def test_a_policy_that_diverged_is_said(start, value, kept):
+    """AUDIT: a run that diverges to NaN dies when sampling."""
+    tokenizer, model, _ = start
+    policy = constant(model, torch.full((len(tokenizer),), value))
+    nothing = {name: () for name in ("better", "worse", "prompts") if name != kept}
+    nothing["paired"] = False
+    with pytest.raises(FloatingPointError, match="not finite"):
+        meter(start, policy, model, **nothing)(step=3)
