@@ -12,6 +12,7 @@ from prefloss.losses._core.running import Moments as Moments
 from prefloss.losses._core.running import Recent as Recent
 from prefloss.losses._core.running import RewardShift as RewardShift
 from prefloss.losses._core.running import RunningMean as RunningMean
+from prefloss.losses._core.running import stateful as stateful
 from prefloss.losses._core.state import Cosine as Cosine
 from prefloss.losses._core.state import Linear as Linear
 from prefloss.losses._core.state import Schedule as Schedule

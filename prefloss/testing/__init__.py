@@ -15,13 +15,14 @@ and one decorator makes a pytest test of each check::
 
 from prefloss.testing import checks as checks
 from prefloss.testing import strategies as strategies
-from prefloss.testing.outcomes import CannotRun, CheckFailed, LossCheckError, Report, Skip
+from prefloss.testing.outcomes import CannotRun, CheckFailed, Hint, LossCheckError, Report, Skip
 from prefloss.testing.run import check_loss, loss_checks, parametrize_loss_checks
 from prefloss.testing.subject import as_loss
 
 __all__ = [
     "CannotRun",
     "CheckFailed",
+    "Hint",
     "LossCheckError",
     "Report",
     "Skip",

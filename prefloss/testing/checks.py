@@ -22,6 +22,8 @@ from prefloss.testing.derivatives import check_gradient_nonzero as check_gradien
 from prefloss.testing.derivatives import check_gradients as check_gradients
 from prefloss.testing.derivatives import check_torch_compile as check_torch_compile
 from prefloss.testing.derivatives import check_torch_func as check_torch_func
+from prefloss.testing.learning import check_direction as check_direction
+from prefloss.testing.learning import check_sides as check_sides
 from prefloss.testing.numerics import check_extremes as check_extremes
 from prefloss.testing.numerics import check_nan as check_nan
 from prefloss.testing.numerics import check_precision as check_precision
@@ -31,9 +33,11 @@ from prefloss.testing.run import loss_checks as loss_checks
 from prefloss.testing.run import names as names
 from prefloss.testing.values import check_batch_permutation as check_batch_permutation
 from prefloss.testing.values import check_determinism as check_determinism
+from prefloss.testing.values import check_device as check_device
 from prefloss.testing.values import check_empty_examples as check_empty_examples
 from prefloss.testing.values import check_no_mutation as check_no_mutation
 from prefloss.testing.values import check_padding as check_padding
+from prefloss.testing.values import check_scores as check_scores
 from prefloss.testing.values import check_shape_and_dtype as check_shape_and_dtype
 from prefloss.testing.values import check_single_example as check_single_example
 from prefloss.testing.values import check_ties as check_ties

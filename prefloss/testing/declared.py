@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from prefloss.feedback import Feedback
-from prefloss.hyperparameters import Coerce, Interval, Parameter, plain_type
+from prefloss.hyperparameters import Coerce, Draws, Interval, Parameter, plain_type
 from prefloss.registry import Loss, get, specs
 from prefloss.testing.fields import trainable, with_leaves
+from prefloss.testing.outcomes import CannotRun
 from prefloss.testing.run import check, for_all
-from prefloss.testing.subject import Subject, as_loss, differs, slopes
+from prefloss.testing.subject import Subject, as_loss, close, differs
 
 STATE = "an object derived from prefloss.hyperparameters.State that is a hyperparameter"
 
@@ -33,7 +34,7 @@ def check_state(subject: Subject) -> None:
     if not subject.spec.stateful and not _state_was_passed(subject):
         states = f"a state in {', '.join(sorted(subject.loss.state))}"
         raise subject.failed("stateful=False", states, "no state", change="declare stateful=True")
-    for part in (_check_moves, _check_not_shared, _check_rests, _check_restored):
+    for part in (_check_moves, _check_moves_once, _check_not_shared, _check_rests, _check_restored):
         part(subject, first, second)
 
 
@@ -62,6 +63,30 @@ def _check_moves(subject: Subject, first: Feedback, second: Feedback) -> None:
     if loss.state_dict() == before:
         what, change = "state after a batch and a step in training", "save in state_dict what moves"
         raise subject.failed(what, str(before), "another one", first, change)
+
+
+def _check_moves_once(subject: Subject, first: Feedback, second: Feedback) -> None:
+    loss, calls = subject.fresh(), list[tuple[Any, ...]]()
+
+    def recorded(state: Any, *inputs: Any) -> Any:
+        calls.append((state, *inputs))
+        return type(state).__mro__[1].__call__(state, *inputs)
+
+    for state in loss.state.values():
+        if callable(state) and not isinstance(state, Draws):
+            state.__class__ = type(type(state).__name__, (type(state),), {"__call__": recorded})
+    subject.detached(loss, first)
+    for place, (state, *inputs) in enumerate(calls):
+        for other, *others in calls[:place]:
+            if state is other and all(map(_are_the_same, inputs, others)):
+                change = "call the state once and keep what it returns: each call moves it"
+                what = f"calls of {state.name} with the same numbers in one batch"
+                raise subject.failed(what, "2", "1", first, change)
+
+
+def _are_the_same(one: Any, other: Any) -> bool:
+    tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return one is other or (tensors and close(one, other, relative=0.0))
 
 
 def _check_not_shared(subject: Subject, first: Feedback, second: Feedback) -> None:
@@ -108,7 +133,10 @@ def _check_restored(subject: Subject, first: Feedback, second: Feedback) -> None
         subject.expect(what, values, expected, feedback, change, exactly=True)
 
 
-@check(change="use hyperparameters that are literals or objects with a repr")
+@check(
+    change="use hyperparameters that are literals or objects with a repr; a state is written as the dict of its "
+    "config(), which prefloss.hyperparameters.stateful reads"
+)
 def check_repr(subject: Subject) -> None:
     """`get(repr(loss))` gives a loss of the same values."""
     _check_copies(subject, "get(repr(loss))", lambda loss: get(repr(loss)))
@@ -174,14 +202,17 @@ def _has_no_hyperparameters(subject: Subject) -> str | None:
     return None if subject.spec.parameters else "has no hyperparameters of its own"
 
 
-@check(_has_no_hyperparameters, change="annotate it with an Interval")
+@check(_has_no_hyperparameters)
 def check_hyperparameters(subject: Subject) -> None:
-    """A hyperparameter out of its range, of another type or of another name is refused when the loss is built."""
+    """A hyperparameter out of its range, of another type or of another name is refused when the loss is built.
+
+    A string may also be refused when the loss is called.
+    """
     parameters = subject.spec.parameters
     for name, parameter in parameters.items():
-        for value in _refusable(parameter):
-            _check_refused(subject, name, value, f"its range is {parameter.constraint or parameter.type}")
-    _check_refused(subject, "no_such_hyperparameter", 1.0, "it has none of that name")
+        for value, change in _refusable(parameter):
+            _check_refused(subject, name, value, f"it takes {parameter.expected}", change)
+    _check_refused(subject, "no_such_hyperparameter", 1.0, "it has none of that name", "")
     if specs.get(subject.spec.name) is subject.spec:
         required = {name: subject.loss.params[name] for name in parameters if parameters[name].required}
         for alias in subject.spec.aliases:
@@ -191,43 +222,58 @@ def check_hyperparameters(subject: Subject) -> None:
             except (TypeError, ValueError) as error:
                 change = "give it what the loss needs"
                 raise subject.failed(f"alias {alias!r}", str(error), "a loss", change=change) from error
+    unchecked = [name for name, parameter in parameters.items() if parameter.type is Any]
+    if unchecked and parameters[unchecked[0]].constraint is None:
+        change = "annotate it, so that a wrong value is refused: float, Positive, Literal['a', 'b'] ..."
+        raise subject.hint(f"the annotation of {unchecked[0]}", "none", change)
 
 
-def _refusable(parameter: Parameter) -> Iterator[Any]:
+TYPED = (
+    "annotate it with its type and range, such as float, Positive or Annotated[float, Interval(ge=0, le=1)]"
+)
+COERCED = "let the function of its Coerce raise ValueError or TypeError for a value that it does not know"
+CHOSEN = "annotate it with Literal['a', 'b', ...], its choices"
+
+
+def _refusable(parameter: Parameter) -> Iterator[tuple[Any, str]]:
+    """Values that the loss may not take, and what to change if it does."""
     if isinstance(parameter.constraint, Coerce):
-        yield object()
+        yield object(), COERCED
         return
     kind = plain_type(parameter.type)
-    if get_origin(kind) is Literal:
-        yield "no such choice"
+    if get_origin(kind) is Literal or kind is str:
+        yield "no such choice", CHOSEN
     elif kind is bool:
-        yield from ("yes", 1)
+        yield from (("yes", TYPED), (1, TYPED))
     elif kind in (int, float):
-        yield from (math.nan, math.inf, "0.1", True)
+        yield from ((value, TYPED) for value in (math.nan, math.inf, "0.1", True))
         if isinstance(parameter.constraint, Interval):
             allowed = parameter.constraint
             bounds = [x for x in (allowed.gt, allowed.ge, allowed.lt, allowed.le) if x is not None]
             near = [bound + step for bound in bounds for step in (0.0, -1e-6, 1e-6)]
-            yield from (value for value in near if value not in allowed)
+            yield from ((value, TYPED) for value in near if value not in allowed)
 
 
-def _check_refused(subject: Subject, name: str, value: Any, why: str) -> None:
+def _check_refused(subject: Subject, name: str, value: Any, why: str, change: str) -> None:
     got, cause = "a loss", None
     try:
-        subject.fresh(**{name: value})
+        loss = subject.fresh(**{name: value})
+        if isinstance(value, str):
+            loss.eval()(subject.seeded(5, size=3))
     except (TypeError, ValueError) as error:
         if name in str(error):
             return
         got, cause = str(error), error
     expected = f"a ValueError or TypeError that names {name}: {why}"
-    raise subject.failed(f"get(..., {name}={value!r})", got, expected) from cause
+    raise subject.failed(f"get(..., {name}={value!r})", got, expected, change=change) from cause
 
 
 @check(_has_no_hyperparameters)
 def check_hyperparameter_effect(subject: Subject) -> None:
     """Every hyperparameter changes some value: none is accepted and ignored."""
     for name in subject.spec.parameters:
-        others = subject.other_values(name)
+        # `beta` looks at the KL strength.
+        others = [] if name == subject.spec.beta else subject.other_values(name)
         if others and not _has_effect(subject, name, others):
             what = f"values with {name}={others[0]!r} instead of {subject.loss.params[name]!r}"
             got, expected = "the same in every batch and with every other choice", "other ones somewhere"
@@ -264,7 +310,8 @@ def _outcome(subject: Subject, feedback: Feedback, changes: dict[str, Any]) -> T
         if subject.loss.state:
             loss(subject.seeded(12, size=4, reference=True))
         attached, leaves = with_leaves(feedback, trainable(feedback))
-        values = loss(attached)
-    except (TypeError, ValueError):
+        values = subject.call(loss, attached)
+        gradients = subject.slopes(values.sum(), leaves, feedback)
+    except (CannotRun, TypeError, ValueError):
         return None
-    return torch.cat([values.detach(), *(slope.flatten() for slope in slopes(values.sum(), leaves).values())])
+    return torch.cat([values.detach(), *(slope.flatten() for slope in gradients.values())])

@@ -38,8 +38,9 @@ def check_separability(subject: Subject) -> None:
         for loss in subject.modes.values():
             if differs(subject.detached(copy.deepcopy(loss), feedback), _alone(subject, loss, feedback)):
                 return
-    got = f"the value that each example has alone in {SEARCHED} batches"
-    raise subject.failed("separable=False", got, "another value somewhere", change="declare separable=True")
+    got = f"the value that each example has alone, in {SEARCHED} batches"
+    change = "declare separable=True: a batch may then be split"
+    raise subject.hint("separable=False", got, change)
 
 
 def _alone(subject: Subject, loss: Loss, feedback: Feedback) -> Tensor:
@@ -49,7 +50,7 @@ def _alone(subject: Subject, loss: Loss, feedback: Feedback) -> Tensor:
 
 @check(change="declare needs_reference=True")
 def check_needs_reference(subject: Subject) -> None:
-    """The reference's log-probs matter if and only if the loss declares needs_reference."""
+    """The reference's log-probs matter if and only if the loss declares needs_reference; for each side it trains."""
     generator = torch.Generator().manual_seed(3)
 
     def change_reference(part: LogRatios) -> LogRatios:
@@ -65,10 +66,28 @@ def check_needs_reference(subject: Subject) -> None:
             bare = subject.settled_values(fields.with_tensors(feedback, absent))
             subject.expect("values without a reference", bare, values, feedback)
         elif differs(values, other_values):
+            for side in ("chosen", "rejected") if isinstance(feedback, Pairs) else ():
+                _check_reference_of(subject, side)
             return
     if subject.spec.needs_reference:
-        change = "declare needs_reference=False, which spares trainers a forward pass"
+        change = "read h or margin(), or declare needs_reference=False, which spares trainers a forward pass"
         raise subject.no_effect("values with another reference", change)
+
+
+def _check_reference_of(subject: Subject, side: str) -> None:
+    policy_matters = False
+    for feedback in subject.searched():
+        part, values = fields.parts(feedback)[side], subject.settled_values(feedback)
+        other, lower = (
+            subject.settled_values(replace(feedback, **{side: fields.shifted(part, **{of: -2.0})}))
+            for of in ("reference", "policy")
+        )
+        if differs(values, other):
+            return
+        policy_matters = policy_matters or differs(values, lower)
+    if policy_matters:
+        change = f"read {side}.h in place of {side}.policy, or no reference at all"
+        raise subject.no_effect(f"values with another reference of {side} alone", change)
 
 
 @check()
@@ -79,7 +98,9 @@ def check_preference(subject: Subject) -> None:
             return
     opposite = {Pairs: "chosen and rejected exchanged", Labels: "opposite labels and scores"}
     what = f"values with {opposite.get(subject.spec.feedback, 'the scores reversed')}"
-    raise subject.no_effect(what, "a loss learns what people preferred, so read it")
+    raise subject.no_effect(
+        what, "a loss learns what people preferred, so read it, and look at the signs of both sides"
+    )
 
 
 def _turned(feedback: Feedback) -> Feedback:
@@ -210,7 +231,7 @@ def check_difference_only(subject: Subject) -> None:
             return
         got = f"values that follow from the difference of the log-ratios alone in {SEARCHED} batches"
         change = "declare difference_only=True, which admits label smoothing, margins and divergences"
-        raise subject.failed("difference_only=False", got, "another dependence somewhere", change=change)
+        raise subject.hint("difference_only=False", got, change)
     declared, change = "difference_only=True", "only pairs with a reference have a difference of log-ratios"
     if subject.spec.feedback is not Pairs:
         raise subject.failed(declared, subject.spec.feedback.__name__, "Pairs", change=change)
@@ -276,10 +297,8 @@ def check_monotone(subject: Subject) -> None:
 
     batches = 2 * SEARCHED
     if not any(subject.fails(feedback, body) for feedback in subject.searched(batches)) and any(changed):
-        got = (
-            f"values that never rose with the policy's log-prob of the better completion in {batches} batches"
-        )
-        raise subject.failed("monotone=False", got, "a rise somewhere", change="declare monotone=True")
+        got = f"values that never rose with the better completion's log-prob in {batches} batches"
+        raise subject.hint("monotone=False", got, "declare monotone=True")
 
 
 def _check_no_rise(subject: Subject, loss: Loss, feedback: Feedback) -> bool:
@@ -321,9 +340,4 @@ def _lowered(subject: Subject, feedback: Feedback) -> Iterator[Feedback]:
 
 def _better(feedback: Feedback) -> tuple[str, Tensor]:
     """A part of the feedback, and True at its completions that people preferred."""
-    if isinstance(feedback, Pairs):
-        return "chosen", torch.ones(feedback.shape, dtype=torch.bool)
-    if isinstance(feedback, Labels):
-        return "completions", feedback.desirable
-    scores = feedback.scores.masked_fill(~feedback.present, -torch.inf)
-    return "completions", scores == scores.max(-1, keepdim=True).values
+    return next(iter(fields.sides(feedback).values()))

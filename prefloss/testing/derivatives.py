@@ -12,7 +12,12 @@ from torch.overrides import TorchFunctionMode
 from prefloss.feedback import Feedback, Rankings
 from prefloss.testing.fields import data, parts, select, tensors, trainable, with_leaves, with_tensors
 from prefloss.testing.run import check
-from prefloss.testing.subject import SEARCHED, Subject, close, shown, slopes
+from prefloss.testing.subject import SEARCHED, Subject, close, shown
+
+INFINITE_SLOPE = (
+    "the slope is infinite there, as that of sqrt and log at 0: add to their argument, or clamp it"
+)
+BATCH_OF_ONE = "in a batch of one example, a statistic of the batch needs a gradient too"
 
 STEP = 1e-6
 """Step of the finite differences, nats."""
@@ -27,7 +32,7 @@ def check_data_gradient(subject: Subject, feedback: Feedback) -> None:
     attached, leaves = with_leaves(feedback, data(feedback) | trainable(feedback))
     of_data = {path: leaves[path] for path in data(feedback)}
     for loss in subject.modes.values():
-        for path, slope in slopes(subject.call(loss, attached).sum(), of_data).items():
+        for path, slope in subject.slopes(subject.call(loss, attached).sum(), of_data, attached).items():
             if bool((slope != 0).any()):
                 change = f"it is data, so .detach() {path.split('.')[-1]} where the loss reads it"
                 raise subject.failed(f"gradient of {path}", slope, "none", feedback, change)
@@ -38,7 +43,13 @@ def check_data_gradient(subject: Subject, feedback: Feedback) -> None:
     "rounding in place of a smooth function"
 )
 def check_gradient_nonzero(subject: Subject) -> None:
-    """Somewhere the loss has a gradient to the policy."""
+    """The loss has a gradient to the policy: finite at ordinary log-probs and at the start, somewhere not zero."""
+    for turn, (size, magnitude) in enumerate(((3, 10.0), (3, 0.0), *[(1, 10.0), (1, 1.0)] * 3)):
+        feedback = subject.seeded(90 + turn, subject.absence(turn), size=size, magnitude=magnitude)
+        where = "from ordinary log-probs" if magnitude else "where policy and reference are equal"
+        for loss in subject.modes.values():
+            results = subject.results(loss, feedback)
+            subject.expect_finite(results, where, feedback, BATCH_OF_ONE if size == 1 else INFINITE_SLOPE)
     for feedback in subject.searched():
         _, gradients = subject.gradient(subject.settled, feedback)
         if any(bool((slope != 0).any()) for slope in gradients.values()):
@@ -77,7 +88,7 @@ def _compare_slopes(subject: Subject, feedback: Feedback) -> bool:
             return subject.call(loss, with_tensors(feedback, leaves))
 
     base = values()
-    exact = [slopes(value, leaves) for value in base]
+    exact = [subject.slopes(value, leaves, feedback) for value in base]
     rounding = float(base.detach().abs().max()) * 1e-9
     for path, leaf in leaves.items():
         for place in _places_that_count(feedback, path):
@@ -146,7 +157,8 @@ class _Constants(TorchFunctionMode):
         if not apart and func not in _TAKES_OUT:
             return result
         if self._calls == 1:
-            self._kept.append(result)
+            # A copy: what was taken out may share its numbers with the leaf that moves.
+            self._kept.append(result.clone() if isinstance(result, Tensor) else result)
             return result
         try:
             return next(self._again)

@@ -128,7 +128,9 @@ class Drawing:
         return LogRatios(policy, reference if recipe.reference else None, tokens if recipe.tokens else None)
 
     def _rows(self, shape: tuple[int, ...]) -> PerToken:
-        mask = torch.arange(MOST_TOKENS) < self._counts(shape, MOST_TOKENS).unsqueeze(-1)
+        # Any non-empty set of places: left padding and gaps too.
+        places = self._counts(shape, 2**MOST_TOKENS - 1).unsqueeze(-1)
+        mask = places >> torch.arange(MOST_TOKENS) & 1 == 1
         wide = (*shape, MOST_TOKENS)
         log_ratio = self._doubles(wide, -self._recipe.magnitude / 2, self._recipe.magnitude / 2)
         policy, reference = log_probs(log_ratio, below=self._doubles(wide, 0.05, 3.0))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from prefloss.feedback import Feedback, fields_of
+from prefloss.feedback import Feedback, Labels, Rankings, fields_of
 from prefloss.logratios import LogRatios, PerToken
 
 Record = TypeVar("Record")
@@ -40,6 +40,22 @@ def _values(record: Any) -> dict[str, Any]:
 def parts(feedback: Feedback) -> dict[str, LogRatios]:
     """The log-ratios of some feedback by field, in order."""
     return {name: value for name, value in _values(feedback).items() if isinstance(value, LogRatios)}
+
+
+def sides(feedback: Feedback) -> dict[str, tuple[str, Tensor]]:
+    """The better and the worse completions, then what else is trained, by name: a part, and True where in it."""
+    if isinstance(feedback, Labels):
+        votes = feedback.desirable
+        return {"upvoted": ("completions", votes), "downvoted": ("completions", ~votes)}
+    if isinstance(feedback, Rankings):
+        scores, absent = feedback.scores, ~feedback.present
+        best = scores.masked_fill(absent, -torch.inf)
+        worst = scores.masked_fill(absent, torch.inf)
+        return {
+            "the best": ("completions", best == best.amax(-1, keepdim=True)),
+            "the worst": ("completions", worst == worst.amin(-1, keepdim=True)),
+        }
+    return {name: (name, torch.ones(part.shape, dtype=torch.bool)) for name, part in parts(feedback).items()}
 
 
 def tensors(record: Any, prefix: str = "") -> dict[str, Tensor]:
@@ -171,9 +187,13 @@ def reversed_tokens(ratios: LogRatios) -> LogRatios:
     rows = ratios.per_token
     if rows is None:
         return ratios
+    # The completions' places first, in order; then the same backwards.
+    order = torch.argsort(~rows.mask, dim=-1, stable=True)
     tokens = rows.mask.sum(-1, keepdim=True)
-    place = (tokens - 1 - torch.arange(rows.mask.shape[-1])).clamp(min=0)
-    return replace(rows, policy=torch.where(rows.mask, rows.policy.gather(-1, place), 0.0)).log_ratios()
+    back = (tokens - 1 - torch.arange(rows.mask.shape[-1])).clamp(min=0)
+    reverse = rows.policy.gather(-1, order.gather(-1, back))
+    policy = torch.where(rows.mask, torch.zeros_like(reverse).scatter(-1, order, reverse), 0.0)
+    return replace(rows, policy=policy).log_ratios()
 
 
 def altered(feedback: Feedback, need: str, seed: int) -> Feedback:

@@ -1,4 +1,4 @@
-"""What comes of a check: it does not apply, it failed, and the report of all checks."""
+"""What comes of a check: it does not apply, has a hint, failed; and the report of all checks."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ class Skip(Exception):
         self.reason = reason
 
 
+class Hint(Skip):
+    """A check found no fault, but something that the loss could declare; `reason` says what."""
+
+
 class CheckFailed(AssertionError):
     """A loss lacks a property.
 
@@ -37,7 +41,7 @@ class CheckFailed(AssertionError):
 
 
 class CannotRun(CheckFailed):
-    """The loss raised, or did not return one value per example, on feedback that it declares to take."""
+    """The loss or its backward raised, or it did not return one value per example, on feedback that it takes."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +53,28 @@ class Report:
         passed: Names of the checks that it passed.
         skipped: Why a check did not run, by name.
         failed: The failures, by name.
+        hints: What the loss could declare beside what it does, by name of the check.
     """
 
     loss: str
     passed: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, CheckFailed] = field(default_factory=dict)
+    hints: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line per check."""
         rows = [
             *((name, "failed", error.problem.splitlines()[0]) for name, error in self.failed.items()),
+            *((name, "hint", reason) for name, reason in self.hints.items()),
             *((name, "passed", "") for name in self.passed),
             *((name, "skipped", reason) for name, reason in self.skipped.items()),
         ]
         width = max((len(name) for name, _, _ in rows), default=0)
         lines = [f"  {name:<{width}}  {outcome:<7}  {remark}".rstrip() for name, outcome, remark in rows]
-        counts = f"{len(self.passed)} passed, {len(self.skipped)} skipped, {len(self.failed)} failed"
-        return "\n".join([f"{self.loss}: {counts}", *lines])
+        counts = {"passed": self.passed, "skipped": self.skipped, "hints": self.hints, "failed": self.failed}
+        shown = [f"{len(names)} {word}" for word, names in counts.items() if names or word != "hints"]
+        return "\n".join([f"{self.loss}: {', '.join(shown)}", *lines])
 
 
 class LossCheckError(AssertionError):

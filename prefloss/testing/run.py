@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from prefloss.feedback import Feedback
 from prefloss.registry import Loss
-from prefloss.testing.outcomes import CannotRun, CheckFailed, LossCheckError, Report, Skip
+from prefloss.testing.outcomes import CheckFailed, Hint, LossCheckError, Report, Skip
 from prefloss.testing.strategies import Flaky, drawn, hypothesis, st
 from prefloss.testing.subject import MAX_EXAMPLES, Checkable, Subject, as_loss, under_test
 
-FIRST = "shape_and_dtype"
-"""Runs before the others: a loss that fails to return values has no other property."""
+FIRST = (
+    "shape_and_dtype",
+    "single_example",
+    "no_mutation",
+    "determinism",
+    "gradient_nonzero",
+    "preference",
+    "direction",
+)
+"""Run before the others, in this order: what a loss without one of these does elsewhere follows from that."""
+
+AFTER = {
+    "batch_permutation": ("separability",),
+    "empty_examples": ("separability", "batch_permutation"),
+    "gradients": ("sides",),
+    "torch_func": ("sides", "separability", "torch_compile"),
+}
+"""Further checks that a check builds on."""
 
 WhyNot = Callable[[Subject], str | None]
 """Why a check does not apply to a loss; None if it applies."""
@@ -26,7 +43,7 @@ class Check(Protocol):
     why_not: WhyNot
 
     def __call__(self, loss: Checkable, *, max_examples: int = MAX_EXAMPLES) -> None:
-        """Raise CheckFailed if the loss lacks the property, Skip if it does not apply."""
+        """Raise CheckFailed if the loss lacks the property, Skip if it does not apply, Hint if it could declare it."""
 
 
 CHECKS: dict[str, Check] = {}
@@ -110,12 +127,12 @@ def for_all(subject: Subject, body: Callable[[Feedback], None], **options: Any) 
 
 
 def names() -> tuple[str, ...]:
-    """The names of all checks, `shape_and_dtype` first."""
-    return (FIRST, *sorted(CHECKS.keys() - {FIRST}))
+    """The names of all checks, those first that the others build on."""
+    return (*FIRST, *sorted(CHECKS.keys() - {*FIRST}))
 
 
 def loss_checks(loss: Checkable, *, max_examples: int = MAX_EXAMPLES) -> list[tuple[str, Check | Skip]]:
-    """Every check by name: the check, or why it does not apply to this loss.
+    """Every check by name: the check, or why it does not apply to this loss. Each runs by itself.
 
     Args:
         loss: A loss, its spec, its name or its function.
@@ -137,6 +154,36 @@ def loss_checks(loss: Checkable, *, max_examples: int = MAX_EXAMPLES) -> list[tu
     return checks
 
 
+class Series:
+    """The checks of one loss in their order: none runs after a failure of one that it builds on."""
+
+    def __init__(self, loss: Loss, max_examples: int, skip: Mapping[str, str], only: Iterable[str]) -> None:
+        skips = {name: Skip(reason) for name, reason in skip.items()}
+        checks = {**dict(loss_checks(loss, max_examples=max_examples)), **skips}
+        self.loss, self.checks = loss, {name: checks[name] for name in names() if name in only}
+        self._outcomes: dict[str, CheckFailed | Skip | None] = {}
+
+    def outcome(self, name: str) -> CheckFailed | Skip | None:
+        """What came of a check; None if the loss passed."""
+        if name not in self._outcomes:
+            self._outcomes[name] = self._run(name)
+        return self._outcomes[name]
+
+    def _run(self, name: str) -> CheckFailed | Skip | None:
+        run = self.checks[name]
+        if isinstance(run, Skip):
+            return run
+        before = FIRST[: FIRST.index(name)] if name in FIRST else FIRST + AFTER.get(name, ())
+        for earlier in before:
+            if earlier in self.checks and isinstance(self.outcome(earlier), CheckFailed):
+                return Skip(f"not run: {earlier} failed")
+        try:
+            run(self.loss)
+        except (CheckFailed, Skip) as outcome:
+            return outcome
+        return None
+
+
 def check_loss(
     loss: Checkable, *, skip: Mapping[str, str] | None = None, max_examples: int = MAX_EXAMPLES, **traits: Any
 ) -> Report:
@@ -149,39 +196,29 @@ def check_loss(
         **traits: Of a function that is not registered, as `register` takes them: `monotone=True` ...
 
     Returns:
-        What passed and what was skipped and why; `print` it for a table.
+        What passed, what was skipped and why, and hints; `print` it for a table.
 
     Raises:
-        LossCheckError: If any check failed; the message has all failures, its `report` has them one by one.
+        LossCheckError: If any check failed; the message has all failures, its `report` has them one by one. Where the
+            loss fails at something basic, such as its shape, the checks that build on it are skipped.
         ValueError: If `skip` names no check.
 
     Example:
         >>> report = check_loss("dpo", max_examples=2)
         >>> len(report.passed), report.skipped
-        (28, {'padding': 'reads no tokens', 'ties': 'reads no scores'})
+        (31, {'padding': 'reads no tokens', 'scores': 'reads no scores', 'ties': 'reads no scores'})
     """
-    left_out = _with_reasons(skip or {})
-    bound = as_loss(loss, **traits)
-    passed: list[str] = []
-    skipped: dict[str, str] = {}
-    failed: dict[str, CheckFailed] = {}
-    with under_test(bound.spec):
-        for name, check_or_skip in loss_checks(bound, max_examples=max_examples):
-            if name in left_out:
-                skipped[name] = left_out[name]
-            elif isinstance(check_or_skip, Skip):
-                skipped[name] = check_or_skip.reason
-            elif isinstance(failed.get(FIRST), CannotRun):
-                skipped[name] = f"not run: {FIRST} found that the loss gives no values"
-            else:
-                try:
-                    check_or_skip(bound)
-                except CheckFailed as error:
-                    failed[name] = error
-                else:
-                    passed.append(name)
-        report = Report(repr(bound), tuple(passed), skipped, failed)
-    if failed:
+    series = Series(as_loss(loss, **traits), max_examples, _with_reasons(skip or {}), names())
+    report = Report(repr(series.loss))
+    for name in series.checks:
+        outcome = series.outcome(name)
+        if isinstance(outcome, CheckFailed):
+            report.failed[name] = outcome
+        elif isinstance(outcome, Skip):
+            (report.hints if isinstance(outcome, Hint) else report.skipped)[name] = outcome.reason
+    passed = tuple(name for name in series.checks if series.outcome(name) is None)
+    report = replace(report, passed=passed)
+    if report.failed:
         raise LossCheckError(report)
     return report
 
@@ -192,10 +229,12 @@ def parametrize_loss_checks(
     expected_failures: Mapping[str, str] | None = None,
     only: Iterable[str] | None = None,
     max_examples: int = MAX_EXAMPLES,
+    strict: bool = False,
 ) -> Callable[[Any], Any]:
     """A pytest decorator: one test for each loss and check, as arguments `loss` and `check`.
 
-    A check that does not apply is shown as skipped, with the reason.
+    A check that does not apply is shown as skipped, with the reason; one that builds on a failed one and one with a
+    hint, too.
 
     Args:
         losses: Losses, their specs, names or functions.
@@ -203,6 +242,7 @@ def parametrize_loss_checks(
             strict: one that passes is an error.
         only: Names of the checks to run; all if None.
         max_examples: Draws that each check makes.
+        strict: A hint fails, too: every trait that a loss has must be declared.
 
     Raises:
         ValueError: If a name is no check.
@@ -214,9 +254,8 @@ def parametrize_loss_checks(
     selected = _with_reasons(dict.fromkeys(names() if only is None else only, "selected"))
     params = []
     for loss in map(as_loss, losses):
-        for name, check_or_skip in loss_checks(loss, max_examples=max_examples):
-            if name not in selected:
-                continue
+        series = Series(loss, max_examples, {}, selected)
+        for name, check_or_skip in series.checks.items():
             reason = expected.get(f"{loss.name}:{name}", expected.get(name))
             if isinstance(check_or_skip, Skip):
                 marks: Any = pytest.mark.skip(reason=f"{loss.name}: {name}: {check_or_skip.reason}")
@@ -224,8 +263,25 @@ def parametrize_loss_checks(
                 marks = pytest.mark.xfail(reason=reason, raises=CheckFailed, strict=True)
             else:
                 marks = ()
-            params.append(pytest.param(loss, check_or_skip, id=f"{_label(loss)}-{name}", marks=marks))
+            run = functools.partial(_run_in_pytest, series, name, strict)
+            params.append(pytest.param(loss, run, id=f"{_label(loss)}-{name}", marks=marks))
     return pytest.mark.parametrize(("loss", "check"), params)
+
+
+def _run_in_pytest(series: Series, name: str, strict: bool, loss: Checkable) -> None:
+    """Run a check of the series, on another loss by itself; show a check that did not run as skipped."""
+    import pytest
+
+    if loss is not series.loss:
+        CHECKS[name](loss)
+        return
+    outcome = series.outcome(name)
+    if isinstance(outcome, CheckFailed):
+        raise outcome
+    if isinstance(outcome, Hint) and strict:
+        raise CheckFailed(series.loss.name, name, outcome.reason)
+    if isinstance(outcome, Skip):
+        pytest.skip(f"{series.loss.name}: {name}: {outcome.reason}")
 
 
 def _label(loss: Loss) -> str:

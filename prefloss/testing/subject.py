@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from prefloss.feedback import Feedback, Rankings
-from prefloss.hyperparameters import Coerce, Draws, Interval, Parameter, plain_type
+from prefloss.hyperparameters import Coerce, Draws, Interval, Parameter, State, plain_type
 from prefloss.registry import Loss, LossSpec, get, quiet, registered, spec_from, specs
 from prefloss.testing.draws import Recipe, draw
 from prefloss.testing.fields import select, trainable, with_leaves
-from prefloss.testing.outcomes import CannotRun, CheckFailed
+from prefloss.testing.outcomes import CannotRun, CheckFailed, Hint
 
 Checkable = Loss | LossSpec | str | Callable[..., Tensor]
 """What can be checked: a loss, its spec, its name, or its function."""
@@ -44,12 +45,13 @@ def close(first: Tensor, second: Tensor, relative: float = ROUNDING) -> bool:
         return False
     first, second = first.detach().double(), second.detach().double()
     size = torch.maximum(first.abs(), second.abs()).clamp(min=1)
-    return bool(((first - second).abs() / size <= relative).all())
+    return bool(((first == second) | ((first - second).abs() / size <= relative)).all())
 
 
 def differs(first: Tensor, second: Tensor) -> bool:
-    """Whether some value differs by more than rounding can explain."""
-    return not close(first, second, DEPENDENCE)
+    """Whether some finite value differs by more than rounding can explain; `extremes` reports those that are not."""
+    finite = torch.isfinite(first) & torch.isfinite(second)
+    return not close(first[finite], second[finite], DEPENDENCE)
 
 
 def shown(values: Shown) -> str:
@@ -58,17 +60,6 @@ def shown(values: Shown) -> str:
         return values
     numbers = [float(f"{value:.8g}") for value in values.flatten().tolist()]
     return repr(numbers[0] if values.ndim == 0 else numbers)
-
-
-def slopes(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradient of a scalar to each leaf; 0 where there is none."""
-    if not value.requires_grad:
-        return {path: torch.zeros_like(leaf) for path, leaf in leaves.items()}
-    inputs = tuple(leaves.values())
-    gradients = torch.autograd.grad(
-        value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(leaves, gradients, strict=True))
 
 
 class Subject:
@@ -137,18 +128,45 @@ class Subject:
     def other_values(self, name: str) -> list[Any]:
         """Other values of a hyperparameter, within its range; none where only code or an object can say them."""
         parameter, now = self.spec.parameters[name], self.loss.params[name]
-        kind, constraint = plain_type(parameter.type), parameter.constraint
-        if isinstance(constraint, Coerce):
+        if isinstance(now, State | Callable):
             return []
+        kind = plain_type(parameter.type)
+        kind = type(now) if kind is Any or isinstance(parameter.constraint, Coerce) else kind
+        values = [None] if now is not None and type(None) in get_args(parameter.type) else []
         if get_origin(kind) is Literal:
-            return [choice for choice in get_args(kind) if choice != now]
-        if kind is bool:
-            return [not now]
-        if kind not in (int, float) or isinstance(now, bool) or not isinstance(now, int | float):
-            return []
-        allowed = constraint if isinstance(constraint, Interval) else Interval()
-        candidates = [kind(value) for value in (2 * now, now / 2, now + 1, now - 1, 0.3, 0.7)]
-        return [value for value in candidates if value in allowed and value != now][:3]
+            values += get_args(kind)
+        elif kind is bool:
+            values += [not now]
+        elif kind is str:
+            values += self._written_in_its_code
+        elif kind in (int, float):
+            around = 1 if now is None or isinstance(now, str) else now
+            numbers = (2 * around, around / 2, around + 1, around - 1, 0.3, 0.7)
+            values += list(dict.fromkeys(map(kind, numbers)))
+        elif isinstance(now, tuple | list) and all(isinstance(number, int | float) for number in now):
+            values += [type(now)(2 * number + 1 for number in now)]
+        return [value for value in values if value != now and self._takes(name, value)][:3]
+
+    @cached_property
+    def _written_in_its_code(self) -> list[str]:
+        """The strings in the code of the function: the choices that it knows, where its signature does not say them."""
+        constants = getattr(inspect.unwrap(self.spec.function), "__code__", None)
+        found = list(constants.co_consts) if constants else []
+        for constant in found:
+            found += (
+                constant if isinstance(constant, tuple | frozenset) else getattr(constant, "co_consts", ())
+            )
+        return [constant for constant in found if isinstance(constant, str) and constant.isidentifier()]
+
+    def _takes(self, name: str, value: Any) -> bool:
+        """Whether the loss can be built and called with this value; code may refuse more than a range can say."""
+        try:
+            loss = self.fresh(**{name: value})
+            if isinstance(value, str) or isinstance(self.spec.parameters[name].constraint, Coerce):
+                loss.eval()(self.seeded(5, size=3))
+        except Exception:
+            return False
+        return True
 
     def recipe(self, absent: frozenset[str] = frozenset(), **options: Any) -> Recipe:
         """What to draw for this loss: all that it reads except `absent`; `options` as of `Recipe`."""
@@ -212,11 +230,28 @@ class Subject:
         """The settled loss of each example, without gradient."""
         return self.detached(self.settled, feedback)
 
+    def slopes(self, value: Tensor, leaves: dict[str, Tensor], feedback: Feedback) -> dict[str, Tensor]:
+        """Gradient of a scalar to each leaf, 0 where there is none; CannotRun if the backward pass raises."""
+        if not value.requires_grad:
+            return {path: torch.zeros_like(leaf) for path, leaf in leaves.items()}
+        inputs = tuple(leaves.values())
+        try:
+            gradients = torch.autograd.grad(
+                value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        except Exception as error:
+            problem = (
+                f"backward: got {type(error).__name__}: {error}, expected a gradient; use no in-place operation "
+                "(x += y, x.clamp_(), x[i] = y), and look at backward() of a custom autograd function"
+            )
+            raise CannotRun(self.spec.name, self.check, problem, feedback) from error
+        return dict(zip(leaves, gradients, strict=True))
+
     def gradient(self, loss: Loss, feedback: Feedback, mean: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss (or the sum of the values) and its gradient to all that may have one, by path."""
         attached, leaves = with_leaves(feedback, trainable(feedback))
         value = self.call(loss.mean, attached) if mean else self.call(loss, attached).sum()
-        return value.detach(), slopes(value, leaves)
+        return value.detach(), self.slopes(value, leaves, feedback)
 
     def results(self, loss: Loss, feedback: Feedback) -> dict[str, Tensor]:
         """The mean loss and its gradients, by the names that messages use."""
@@ -248,11 +283,17 @@ class Subject:
         if not (torch.equal(got, expected) if exactly else close(got, expected)):
             raise self.failed(what, got, expected, feedback, change)
 
-    def expect_finite(self, results: Mapping[str, Tensor], where: str, feedback: Feedback) -> None:
+    def hint(self, what: str, got: str, change: str) -> Hint:
+        """A hint, to raise, that the loss has what it does not declare."""
+        return Hint(f"{what}: got {got}; {change}")
+
+    def expect_finite(
+        self, results: Mapping[str, Tensor], where: str, feedback: Feedback, change: str = ""
+    ) -> None:
         """Fail unless all results, by name, are finite."""
         for what, result in results.items():
             if not bool(torch.isfinite(result).all()):
-                raise self.failed(f"{what} {where}", result, "finite numbers", feedback)
+                raise self.failed(f"{what} {where}", result, "finite numbers", feedback, change)
 
     def expect_zero(self, results: Mapping[str, Tensor], where: str, feedback: Feedback) -> None:
         """Fail unless all results, by name, are 0."""

@@ -1,14 +1,16 @@
 """Checks of the values: one per example, repeatable, weighted, in the order of the examples.
 
-And of unusual examples: a single one, those that do not count, padding, equal scores.
+And of unusual examples: a single one, those that do not count, padding, equal scores, another device.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import pad
 
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings
@@ -19,7 +21,7 @@ from prefloss.testing.run import check, for_all
 from prefloss.testing.subject import Subject, shown
 
 
-@check(draws={})
+@check(draws={"size": 3})
 def check_shape_and_dtype(subject: Subject, feedback: Feedback) -> None:
     """The loss gives one value per example: float64 for float64, float32 for float32 and for half precision."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -37,7 +39,8 @@ def _check_shape_and_dtype(subject: Subject, feedback: Feedback, dtype: torch.dt
         change = "make constants with new_tensor or plain numbers, and do not cast"
         raise subject.failed(what, str(values.dtype), str(expected), feedback, change)
     if dtype in (torch.float64, torch.float32):
-        subject.expect_finite({"values": values}, "from ordinary log-probs", feedback)
+        change = "look for log, sqrt or a power of a number below 0, and for a division by 0"
+        subject.expect_finite({"values": values}, "from ordinary log-probs", feedback, change)
 
 
 @check(change="use no in-place operation (x += y, x.clamp_(), x[i] = y) on what comes in", draws={})
@@ -51,6 +54,11 @@ def check_no_mutation(subject: Subject, feedback: Feedback) -> None:
             if not torch.equal(value, copied) or value._version != version:
                 restored = fields.with_tensors(feedback, {path: copied})
                 raise subject.failed(f"{path} after the call", value, copied, restored)
+            if value.requires_grad:
+                change = (
+                    "make no leaf of what comes in: values carry the gradient of the policy by themselves"
+                )
+                raise subject.failed(f"{path}.requires_grad", "True", "False as before", feedback, change)
 
 
 @check(
@@ -59,10 +67,14 @@ def check_no_mutation(subject: Subject, feedback: Feedback) -> None:
 )
 def check_determinism(subject: Subject, feedback: Feedback) -> None:
     """In evaluation the same feedback gives the same values, again and in another object of the same settings."""
+    generator = torch.get_rng_state()
     first = subject.settled_values(feedback)
+    drawn = not torch.equal(torch.get_rng_state(), generator)
     torch.rand(3)
     second = subject.settled_values(feedback)
     subject.expect("values of the same call again", second, first, feedback, exactly=True)
+    if drawn:
+        raise subject.failed("torch's random numbers", "some drawn or seeded by the loss", "none", feedback)
     one, other = (subject.detached(subject.fresh().eval(), feedback) for _ in range(2))
     what = "values of a second loss of the same settings"
     subject.expect(what, other, one, feedback, exactly=True)
@@ -118,13 +130,19 @@ def check_weights(subject: Subject, feedback: Feedback) -> None:
 
 
 @check(
-    change="a statistic of the batch needs a meaning for one example (an unbiased standard deviation has none)",
+    change="a statistic of the batch needs a meaning for one example (an unbiased standard deviation has none), and "
+    "squeeze() without a dimension takes a batch of one away",
     draws={"size": 1},
 )
 def check_single_example(subject: Subject, feedback: Feedback) -> None:
-    """A batch of one example has a finite value and a finite gradient, in training and in evaluation."""
+    """A batch of one example has a finite value, in training and in evaluation; `gradient_nonzero` looks further."""
     for mode, loss in subject.modes.items():
-        subject.expect_finite(subject.results(loss, feedback), f"of one example in {mode}", feedback)
+        try:
+            value = subject.detached(loss, feedback)
+        except CannotRun as error:
+            got = str(error.__cause__ or error.problem)
+            raise subject.failed("a batch of one example", got, "one finite value", feedback) from error
+        subject.expect_finite({"value": value}, f"of one example in {mode}", feedback)
 
 
 @check(
@@ -192,6 +210,15 @@ def _check_absent(subject: Subject, feedback: Rankings) -> None:
     what = "values with another log-prob and score at absent completions"
     change = "read completions only where feedback.present is True"
     subject.expect(what, subject.settled_values(other), subject.settled_values(feedback), other, change)
+    places = torch.arange(absent.shape[1] + 1) % absent.shape[1]
+    wider = replace(
+        feedback,
+        completions=feedback.completions[:, places],
+        scores=feedback.scores[:, places],
+        mask=feedback.present[:, places] & (torch.arange(len(places)) < absent.shape[1]),
+    )
+    what, change = "values with one more absent completion", "count feedback.present, not the places"
+    subject.expect(what, subject.settled_values(wider), subject.settled_values(feedback), wider, change)
     _, gradients = subject.gradient(subject.settled, feedback)
     at_absent = {f"gradient of {path}": slope[absent] for path, slope in gradients.items()}
     subject.expect_zero(at_absent, "at absent completions", feedback)
@@ -203,15 +230,29 @@ def _check_absent(subject: Subject, feedback: Rankings) -> None:
     draws={},
 )
 def check_padding(subject: Subject, feedback: Feedback) -> None:
-    """What stands outside the mask of the per-token rows is not read, and their width has no effect."""
-    padded = fields.map_parts(feedback, _padded)
-    what = "values with other numbers outside the mask, and two more places"
-    subject.expect(what, subject.settled_values(padded), subject.settled_values(feedback), padded)
+    """What stands outside the mask of the per-token rows is not read; width, padding and gaps have no effect."""
+    values = subject.settled_values(feedback)
+    for where, (left, right, gaps) in PADDINGS.items():
+        padded = fields.map_parts(feedback, functools.partial(_padded, left=left, right=right, gaps=gaps))
+        subject.expect(f"values with {where}", subject.settled_values(padded), values, padded)
 
 
-def _padded(part: LogRatios) -> LogRatios:
+PADDINGS = {
+    "other numbers outside the mask": (0, 0, 0),
+    "two more places at the right": (0, 2, 0),
+    "two more places at the left, as padding_side='left' makes them": (2, 0, 0),
+    "a gap after each token, as masked tokens in the middle of a completion make it": (0, 0, 1),
+}
+"""More places at the left and at the right of a row and after each token; all of them outside the mask."""
+
+
+def _padded(part: LogRatios, left: int, right: int, gaps: int) -> LogRatios:
     assert part.per_token is not None
-    wide = fields.map_rows(part.per_token, lambda value: pad(value, (0, 2)))
+
+    def spread(value: Tensor) -> Tensor:
+        return pad(pad(value.unsqueeze(-1), (0, gaps)).flatten(-2), (left, right))
+
+    wide = fields.map_rows(part.per_token, spread)
     rows = {name: value for name, value in fields.tensors(wide).items() if name in fields.ROWS}
     garbage = {name: torch.where(wide.mask, value, 55.0) for name, value in rows.items()}
     return replace(wide, **garbage).log_ratios()
@@ -226,10 +267,55 @@ def check_ties(subject: Subject, feedback: Feedback) -> None:
     """Equal scores give finite values and gradients, or are refused by name."""
     if isinstance(feedback, Pairs):
         feedback = replace(feedback, score_chosen=feedback.score_rejected)
+    _check_finite_or_refused(subject, feedback, "with equal scores")
+
+
+def _check_finite_or_refused(subject: Subject, feedback: Feedback, where: str) -> None:
     try:
         results = subject.results(subject.settled, feedback)
     except CannotRun as error:
         if isinstance(error.__cause__, ValueError) and "score" in str(error.__cause__):
             return
         raise
-    subject.expect_finite(results, "with equal scores", feedback)
+    subject.expect_finite(results, where, feedback)
+
+
+@check(
+    lambda subject: None if subject.reads_scores else "reads no scores",
+    change="scores may be any numbers in any order: clamp the argument of an exp, take no log or root of a score or of "
+    "a difference, or refuse what does not fit with a ValueError that names the scores",
+)
+def check_scores(subject: Subject) -> None:
+    """Scores of any sign and size, also where the chosen one's is the lower, give finite values or are refused."""
+    generator = torch.Generator().manual_seed(0)
+    for turn, size in enumerate((1.0, 30.0, 1000.0)):
+        drawn = subject.seeded(800 + turn, subject.absence(turn), size=8)
+        others = {
+            path: size * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            for path, value in fields.numbers(drawn).items()
+            if path.startswith("score")
+        }
+        feedback = fields.with_tensors(drawn, others)
+        _check_finite_or_refused(subject, feedback, f"with scores from about {-size:g} to {size:g}")
+
+
+@check(
+    change="make constants where the log-probs are: h.new_zeros(n), torch.zeros_like(h), torch.tensor(x).to(h), or "
+    "plain numbers; call no .cpu() or .numpy()"
+)
+def check_device(subject: Subject) -> None:
+    """The loss works on an accelerator: it makes every tensor on the device of the log-probs."""
+    drawn, settled = subject.seeded(8, size=4), subject.settled
+    try:
+        # Fake tensors have no values, and refuse to mix devices as an accelerator would.
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            on_device = {
+                path: torch.empty(value.shape, dtype=value.dtype, device="meta")
+                for path, value in fields.tensors(drawn).items()
+            }
+            settled(fields.with_tensors(drawn, on_device))
+    except Exception as error:
+        # What depends on values, such as .item(), cannot be followed; `torch_compile` looks at that.
+        if "devices" in str(error):
+            got = str(error).splitlines()[0]
+            raise subject.failed("a call on an accelerator", got, "no tensor on the CPU", drawn) from error

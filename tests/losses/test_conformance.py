@@ -62,7 +62,7 @@ def forms():
                     yield prefloss.get(name, **{parameter.name: choice})
 
 
-@parametrize_loss_checks(prefloss.specs.values(), expected_failures=KNOWN, max_examples=EXAMPLES)
+@parametrize_loss_checks(prefloss.specs.values(), expected_failures=KNOWN, max_examples=EXAMPLES, strict=True)
 def test_registered_loss_keeps_its_properties(loss, check):
     check(loss)
 
@@ -77,7 +77,7 @@ def test_modified_loss_keeps_its_numbers(loss, check):
     check(loss)
 
 
-@parametrize_loss_checks(SUMS, max_examples=EXAMPLES)
+@parametrize_loss_checks(SUMS, max_examples=EXAMPLES, strict=True)
 def test_sum_of_losses_keeps_its_properties(loss, check):
     check(loss)
 

@@ -1,13 +1,15 @@
 """Losses with a wrong state, hyperparameter, string, pickle or docstring: each is caught by its check."""
 
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 import torch.nn.functional as F
 
-from prefloss import Pairs
-from prefloss.hyperparameters import Coerce, NonNegative, Positive, State
-from prefloss.testing import declared
+import prefloss
+from prefloss import Pairs, registry, testing
+from prefloss.hyperparameters import Coerce, NonNegative, Positive, State, stateful
+from prefloss.testing import as_loss, check_loss, declared
 from tests.testing.broken import LIKE_DPO, Broken
 
 broken = Broken(declared)
@@ -18,7 +20,12 @@ def ignores_a_hyperparameter(pairs: Pairs, *, beta: Positive = 0.1, label_noise:
     return -F.logsigmoid(beta * pairs.margin())
 
 
-@broken("hyperparameters", "got a loss, expected a ValueError or TypeError that names beta", **LIKE_DPO)
+@broken(
+    "hyperparameters",
+    "got a loss, expected a ValueError or TypeError that names beta",
+    "its Coerce raise",
+    **LIKE_DPO,
+)
 def accepts_any_beta(pairs: Pairs, *, beta: Annotated[float, Coerce(lambda value: value, "anything")] = 0.1):
     return -F.logsigmoid(beta * pairs.margin())
 
@@ -185,6 +192,74 @@ def half_documented(pairs: Pairs, *, scale: Positive = 0.1):
         pairs: Reads the log-ratios of both sides.
     """
     return -F.logsigmoid(scale * pairs.margin())
+
+
+@broken("hyperparameter_effect", "clip=", "take it out of the signature", **LIKE_DPO)
+def ignores_an_optional_number(pairs: Pairs, *, beta: Positive = 0.1, clip: float | None = None):
+    """AUDIT K6."""
+    return -F.logsigmoid(beta * pairs.margin())
+
+
+@broken("hyperparameters", "link='no such choice'", "annotate it with Literal", **LIKE_DPO)
+def takes_any_string(pairs: Pairs, *, beta: Positive = 0.1, link: str = "logistic"):
+    """AUDIT K6."""
+    return (pairs.margin() * -beta).relu() if link == "hinge" else -F.logsigmoid(beta * pairs.margin())
+
+
+@broken("hyperparameter_effect", "link='hinge'", **LIKE_DPO)
+def checks_a_string_and_ignores_it(pairs: Pairs, *, beta: Positive = 0.1, link: str = "logistic"):
+    """AUDIT K6."""
+    if link not in ("logistic", "hinge"):
+        raise ValueError(f"link: got {link!r}, expected 'logistic' or 'hinge'")
+    return -F.logsigmoid(beta * pairs.margin())
+
+
+class Average(State):
+    """Mean of the margins so far."""
+
+    name = "average"
+    saved = ("total", "count")
+    settings = ()
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.count = 0.0
+
+    def __call__(self, margins, counted):
+        if self.training:
+            count, total, _ = self.totals(margins, counted)
+            self.total, self.count = self.total + total, self.count + count
+        return self.total / self.count if self.count else 0.0
+
+
+def shifted(
+    pairs: Pairs, *, beta: Positive = 0.1, shift: Annotated[str | Average, stateful(Average)] = "running"
+):
+    return -F.logsigmoid(beta * (pairs.margin() - shift(pairs.margin(), pairs.valid)))
+
+
+@broken("state", "calls of average", "call the state once", **STATEFUL)
+def moves_its_state_twice(
+    pairs: Pairs, *, beta: Positive = 0.1, shift: Annotated[str | Average, stateful(Average)] = "running"
+):
+    shift(pairs.margin(), pairs.valid)
+    return shifted(pairs, beta=beta, shift=shift)
+
+
+def test_stateful_loss_is_written_with_public_names():
+    """AUDIT K8."""
+    check_loss(shifted, max_examples=2, skip={"torch_compile": "slow"}, stateful=True, separable=False)
+    loss = as_loss(shifted, stateful=True, separable=False)
+    with registry.registered(loss.spec):
+        assert prefloss.get("shifted", shift={"name": "average"}).config() == loss.config()
+        with pytest.raises(ValueError, match="shift: got 'no', expected 'running' or the object"):
+            prefloss.get("shifted", shift="no")
+
+
+def test_messages_name_public_modules_only():
+    """AUDIT K8."""
+    for path in Path(testing.__file__).parent.glob("*.py"):
+        assert "losses._" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", broken.cases)

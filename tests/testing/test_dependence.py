@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from prefloss import Labels, Pairs
 from prefloss.hyperparameters import Positive
-from prefloss.testing import dependence
+from prefloss.testing import check_loss, dependence
 from tests.testing.broken import LIKE_DPO, Broken
 
 broken = Broken(dependence)
@@ -17,7 +17,6 @@ def falsely_separable(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(beta * (pairs.margin() - pairs.margin().mean().detach()))
 
 
-@broken("separability", "separable=False: got", "declare separable=True", separable=False, **LIKE_DPO)
 def falsely_coupled(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(beta * pairs.margin())
 
@@ -80,7 +79,6 @@ def reads_the_policy_alone(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(beta * pairs.margin()) - 0.01 * (pairs.chosen.policy - pairs.rejected.policy)
 
 
-@broken("difference_only", "difference_only=False: got", "declare difference_only=True", monotone=True)
 def hides_its_difference(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(beta * pairs.margin())
 
@@ -95,9 +93,26 @@ def wrong_sign(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(-beta * pairs.margin())
 
 
-@broken("monotone", "monotone=False: got", "declare monotone=True", difference_only=True)
 def hides_that_it_is_monotone(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(beta * pairs.margin())
+
+
+@pytest.mark.parametrize(
+    ("check", "function", "traits"),
+    [
+        ("separability", falsely_coupled, {"separable": False, **LIKE_DPO}),
+        ("difference_only", hides_its_difference, {"monotone": True}),
+        ("monotone", hides_that_it_is_monotone, {"difference_only": True}),
+    ],
+)
+def test_trait_that_a_loss_has_and_does_not_declare_is_a_hint(check, function, traits):
+    """AUDIT K7."""
+    trait = "separable" if check == "separability" else check
+    report = check_loss(function, max_examples=2, skip={"torch_compile": "slow"}, **traits)
+    assert list(report.hints) == [check]
+    assert report.hints[check].startswith(f"{trait}=False: got")
+    assert f"declare {trait}=True" in report.hints[check]
+    assert f"{check} " in str(report)
 
 
 @pytest.mark.parametrize("name", broken.cases)

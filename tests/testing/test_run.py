@@ -43,7 +43,8 @@ def test_all_failures_are_reported_at_once():
     with pytest.raises(LossCheckError) as caught:
         check_loss(wrong_twice, max_examples=3)
     report = caught.value.report
-    assert {"extremes", "hyperparameter_effect", "difference_only", "monotone"} <= set(report.failed)
+    assert set(report.failed) == {"extremes", "hyperparameter_effect"}
+    assert set(report.hints) == {"difference_only", "monotone"}
     assert "shape_and_dtype" in report.passed
     message = str(caught.value)
     for words in ("declare monotone=True", "F.logsigmoid", "gamma=", "To replay"):
@@ -137,6 +138,82 @@ def test_decorator_shows_skips_and_expected_failures():
     assert skipped.kwargs["reason"] == "nll: beta: declares no KL strength"
     with pytest.raises(ValueError, match="expected one of"):
         parametrize_loss_checks(["dpo"], expected_failures={"dpo:no_such_check": "because"})
+
+
+def test_loss_named_like_an_alias_is_tested_itself():
+    """AUDIT K1."""
+
+    def sigmoid(pairs: Pairs, *, beta: Positive = 0.1):
+        return pairs.margin() * float("nan")
+
+    with pytest.raises(LossCheckError) as caught:
+        check_loss(sigmoid, max_examples=2)
+    assert caught.value.report.loss == "sigmoid(beta=0.1)"
+    assert list(caught.value.report.failed) == ["shape_and_dtype"]
+    assert prefloss.get("sigmoid").name == "dpo"
+
+
+def test_error_in_backward_is_a_failed_check():
+    """AUDIT K2."""
+
+    def clamps(pairs: Pairs, *, beta: Positive = 0.1):
+        p = torch.sigmoid(beta * pairs.margin())
+        p.clamp_(min=1e-6)
+        return -p.log()
+
+    with pytest.raises(LossCheckError) as caught:
+        check_loss(clamps, max_examples=2)
+    (failed,) = caught.value.report.failed.values()
+    assert isinstance(failed, CannotRun)
+    assert "backward: got RuntimeError" in failed.problem
+    assert "in-place" in failed.problem
+
+
+def test_one_nan_gives_one_failure():
+    """AUDIT K7: it gave fifteen."""
+    with pytest.raises(LossCheckError) as caught:
+        check_loss(always_nan, max_examples=2)
+    report = caught.value.report
+    assert list(report.failed) == ["shape_and_dtype"]
+    assert report.skipped["extremes"] == "not run: shape_and_dtype failed"
+
+
+def always_nan(pairs: Pairs, *, beta: Positive = 0.1):
+    return torch.log(-(pairs.margin() ** 2) * beta - 1)
+
+
+def test_first_loss_with_default_traits_has_hints_and_no_failure():
+    """AUDIT K7."""
+    report = check_loss(logistic, max_examples=2, skip={"torch_compile": "slow"})
+    assert set(report.hints) == {"difference_only", "monotone"}
+    assert "2 hints" in str(report)
+
+
+def run_as_tests(loss, **options):
+    outcomes = {}
+    for param in parametrize_loss_checks([loss], max_examples=2, **options).mark.args[1]:
+        if not param.marks:
+            try:
+                param.values[1](param.values[0])
+            except (CheckFailed, pytest.skip.Exception) as outcome:
+                outcomes[param.id.rpartition("-")[2]] = outcome
+    return outcomes
+
+
+def test_hint_is_shown_as_skipped_or_fails_where_all_traits_must_be_declared():
+    only = ["difference_only", "monotone"]
+    shown, strict = (run_as_tests(logistic, only=only, strict=strict) for strict in (False, True))
+    assert {type(outcome) for outcome in shown.values()} == {pytest.skip.Exception}
+    assert {type(outcome) for outcome in strict.values()} == {CheckFailed}
+    assert "declare monotone=True" in str(shown["monotone"])
+
+
+def test_one_cause_is_one_failed_test():
+    """AUDIT K7."""
+    outcomes = run_as_tests(always_nan, only=["shape_and_dtype", "extremes", "monotone"])
+    assert isinstance(outcomes.pop("shape_and_dtype"), CheckFailed)
+    assert all("not run: shape_and_dtype failed" in str(outcome) for outcome in outcomes.values())
+    assert set(outcomes) == {"extremes", "monotone"}
 
 
 @parametrize_loss_checks([testing.as_loss(logistic, **TRAITS)], max_examples=2)

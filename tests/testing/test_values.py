@@ -101,6 +101,30 @@ def sums_over_padding(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(beta * (pairs.margin() - pairs.rejected.per_token.kl.sum(-1)))
 
 
+@broken("device", "a call on an accelerator", "h.new_zeros(n)", **LIKE_DPO)
+def makes_zeros_on_the_cpu(pairs: Pairs, *, beta: Positive = 0.1):
+    """AUDIT K6."""
+    return -F.logsigmoid(beta * pairs.margin() + torch.zeros(pairs.shape, dtype=pairs.margin().dtype))
+
+
+@broken("scores", "with scores from about", "no log or root", needs=["scores"], difference_only=True)
+def takes_the_log_of_a_grade(pairs: Pairs, *, beta: Positive = 0.1):
+    """AUDIT K6."""
+    return -F.logsigmoid(beta * pairs.margin() - pairs.score_chosen.log())
+
+
+@broken("padding", "padding_side='left'", needs=["per_token"])
+def counts_tokens_from_the_first_column(pairs: Pairs, *, beta: Positive = 0.1):
+    """AUDIT K5."""
+
+    def first_two(rows):
+        return torch.where(torch.arange(rows.mask.shape[-1]) < 2, rows.policy - rows.reference, 0.0)
+
+    return -F.logsigmoid(
+        beta * (first_two(pairs.chosen.per_token) - first_two(pairs.rejected.per_token)).sum(-1)
+    )
+
+
 @broken("single_example", "one example", separable=False, monotone=True)
 def standardises(pairs: Pairs, *, beta: Positive = 0.1):
     return -F.logsigmoid(beta * pairs.margin() / pairs.margin().std().detach())

@@ -77,12 +77,16 @@ def unregister(name: str) -> None:
 
 @contextmanager
 def registered(spec: LossSpec) -> Iterator[None]:
-    """Register a loss inside a `with` block, so that `get`, `repr` and `pickle` find it by its name, if it is free."""
+    """Register a loss inside a `with` block, so that `get`, `repr` and `pickle` find it by its name.
+
+    An alias of another loss gives way inside the block; ValueError if another loss has the name itself.
+    """
     # The spec of a weighted sum has an expression for a name: `get` reads it without an entry.
     if _specs.get(spec.name) is spec or not spec.name.isidentifier():
         yield
         return
-    _check_free(spec.name)
+    if spec.name in _specs:
+        _check_free(spec.name)
     _specs[spec.name] = spec
     try:
         yield
@@ -101,7 +105,8 @@ def spec_of(name: str) -> LossSpec:
         raise TypeError(f"name: got {shown(name)}, expected the name of a loss")
     if not is_name(name):
         _load_entry_point(name)
-    spec = _specs.get(_aliases.get(name, name))
+    # A name comes before an alias: `registered` takes a loss that is named like one.
+    spec = _specs.get(name if name in _specs else _aliases.get(name, name))
     if spec is None:
         raise ValueError(names.unknown(name, [*_specs, *_aliases]))
     return spec
@@ -124,7 +129,7 @@ def _add(function: Any, traits: Mapping[str, Any]) -> Any:
 
 def _check_free(name: str) -> None:
     if is_name(name):
-        owner = _specs[_aliases.get(name, name)].function
+        owner = spec_of(name).function
         place = f"{getattr(owner, '__module__', '?')}.{getattr(owner, '__qualname__', '?')}"
         raise ValueError(f"name: got {name!r}, which another loss has ({place}), expected a free one")
 

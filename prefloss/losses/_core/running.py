@@ -19,14 +19,38 @@ from prefloss.losses._core.parameters import Coerce
 from prefloss.losses._core.state import State, from_config
 
 
-def _stateful(kind: type[State], fixed: Callable[[Any], Any], expected: str) -> Coerce:
-    """A hyperparameter that takes a state of one kind, its configuration, or a value that `fixed` converts."""
+def stateful(
+    kind: type[State],
+    fixed: Callable[[Any], Any] | None = None,
+    expected: str = "'running' or the object that keeps the state",
+) -> Coerce:
+    """What makes a hyperparameter a state: it takes the state, its name or `"running"`, or its `config()`.
+
+    Args:
+        kind: The class of the state.
+        fixed: Converts any other value that the loss takes in place of a state; raises TypeError or ValueError for
+            one that it does not. None refuses all.
+        expected: What is taken, in words.
+
+    Example:
+        >>> Shift = Annotated[str | RewardShift, stateful(RewardShift)]
+        >>> @prefloss.register(name="doctest_shifted", stateful=True, separable=False)
+        ... def shifted(pairs: Pairs, *, shift: Shift = "running") -> Tensor:
+        ...     return shift(pairs.margin(), pairs.valid) - pairs.margin()
+        >>> prefloss.get("doctest_shifted")
+        doctest_shifted(shift=running_shift())
+        >>> prefloss.registry.unregister("doctest_shifted")
+    """
 
     def convert(value: Any) -> Any:
         if isinstance(value, str) and value in ("running", kind.name):
             return kind()
         value = from_config(value, kind)
-        return value if isinstance(value, kind) else fixed(value)
+        if isinstance(value, kind):
+            return value
+        if fixed is None:
+            raise (ValueError if isinstance(value, str) else TypeError)
+        return fixed(value)
 
     return Coerce(convert, expected)
 
@@ -80,7 +104,7 @@ class RewardShift(State):
     def __call__(self, rewards: Tensor, counted: Tensor) -> Tensor:
         """The shift after taking in the rewards beta * h that count, a scalar; 0 before the first one."""
         if self.training:
-            count, total, _ = self._totals(rewards, counted)
+            count, total, _ = self.totals(rewards, counted)
             self.total += total
             self.count += count
         return rewards.new_tensor(self.total / self.count if self.count else 0.0)
@@ -109,7 +133,7 @@ class Moments(State):
     def __call__(self, values: Tensor, counted: Tensor) -> tuple[float, float]:
         """Mean and standard deviation after taking in the values that count, [n]."""
         if self.training:
-            count, total, squares = self._totals(values, counted)
+            count, total, squares = self.totals(values, counted)
             if count:
                 self.mean = self.decay * self.mean + (1 - self.decay) * total / count
             if count > 1:
@@ -261,7 +285,7 @@ class RunningMean(State):
         # Dividing by the accumulated weight removes the bias towards 0 of the first batches.
         value = _zero(labels) + max(0.0, self.total / self.weight if self.weight else 0.0)
         if self.training:
-            count, total, _ = self._totals(labels.completions.h, ~labels.completions.empty)
+            count, total, _ = self.totals(labels.completions.h, ~labels.completions.empty)
             if count:
                 self.total = self.decay * self.total + total / count
                 self.weight = self.decay * self.weight + 1.0
@@ -284,20 +308,20 @@ def _baseline(value: Any) -> Any:
 
 
 _NAMES = ", ".join(map(repr, [*BASELINES, RunningMean.name]))
-DRAWS = _stateful(Draws, Draws, "an integer seed or Draws")
+DRAWS = stateful(Draws, Draws, "an integer seed or Draws")
 Shift = Annotated[
-    str | float | RewardShift, _stateful(RewardShift, _number, "'running' or a finite number in nats")
+    str | float | RewardShift, stateful(RewardShift, _number, "'running' or a finite number in nats")
 ]
 Spread = Annotated[
     str | tuple[float, float] | Moments,
-    _stateful(Moments, _mean_and_std, "'running', two numbers (mean, std >= 0) or Moments"),
+    stateful(Moments, _mean_and_std, "'running', two numbers (mean, std >= 0) or Moments"),
 ]
 Seed = Annotated[int | Draws, DRAWS]
 Queue = Annotated[
-    str | tuple[float, ...] | Recent, _stateful(Recent, _numbers, "'running', a list of numbers or Recent")
+    str | tuple[float, ...] | Recent, stateful(Recent, _numbers, "'running', a list of numbers or Recent")
 ]
 Baseline = Annotated[
-    str | KLBaseline, _stateful(RunningMean, _baseline, f"one of {_NAMES} or a callable Labels -> nats")
+    str | KLBaseline, stateful(RunningMean, _baseline, f"one of {_NAMES} or a callable Labels -> nats")
 ]
 
 

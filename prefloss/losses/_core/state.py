@@ -19,6 +19,9 @@ from prefloss.arguments import instance, real, shown
 class State:
     """Base of the states: named numbers that are saved, restored and held still in evaluation.
 
+    A class derived from it names itself, lists what is saved and what are settings, and takes in a batch where it is
+    called, if `self.training`; `totals` adds up a batch over all ranks.
+
     Attributes:
         name: What configurations call it.
         saved: Attributes to save.
@@ -78,8 +81,8 @@ class State:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _totals(self, values: Tensor, counted: Tensor) -> tuple[float, float, float]:
-        """Count, sum and sum of squares over all ranks of the values that count.
+    def totals(self, values: Tensor, counted: Tensor) -> tuple[float, float, float]:
+        """Count, sum and sum of squares over all ranks of the values that count, [n] each; without gradient.
 
         NaN and infinity are left out: a gradient scaler skips a batch that overflows, but the state would keep it.
         """
