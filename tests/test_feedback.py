@@ -32,6 +32,23 @@ def some(n=2, device=None):
         (lambda: Pairs(some(), some(), weight=torch.ones(3)), ValueError, r"weight: got shape \[3\]"),
         (lambda: Pairs(some(), some(), score_chosen=[1.0, 2.0]), ValueError, r"score_rejected: got None"),
         (lambda: Pairs(some(), some(), score_rejected=[1.0, 2.0]), ValueError, r"score_chosen: got None"),
+        (lambda: Pairs(some(), some(), embedding=torch.zeros(2)), ValueError, r"embedding: got shape \[2\]"),
+        (
+            lambda: Pairs(some(), some(), embedding=torch.zeros(3, 4)),
+            ValueError,
+            r"embedding: got shape \[3, 4\]",
+        ),
+        (
+            lambda: Pairs(some(), some(), weight=torch.ones(2).bool()),
+            TypeError,
+            r"weight: got dtype torch.bool",
+        ),
+        (
+            lambda: Pairs(some(), some(), weight=torch.ones(2) * 1j),
+            TypeError,
+            r"weight: got dtype torch.complex64",
+        ),
+        (lambda: Pairs(some(), some(), gold=some(3)), ValueError, r"gold: got shape \[3\], expected \[2\]"),
         (lambda: Pairs(some(), some(device="meta")), ValueError, r"rejected: got device meta"),
         (lambda: Pairs(some(), some(), weight=[True, False]), ValueError, None),
         (

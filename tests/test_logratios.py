@@ -194,6 +194,11 @@ def test_log_ratios_given_directly():
             ValueError,
             r"completion_mask: got shape \[2, 2\]",
         ),
+        (
+            lambda: completion_targets(torch.zeros(2, 3).long(), torch.zeros(2, 3), torch.zeros(3)),
+            ValueError,
+            r"segments: got shape \[3\], expected \[2, 3\]",
+        ),
     ],
 )
 def test_bad_inputs_are_named(make, error, message):
