@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import numpy as np
@@ -7,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from prefloss.logprobs import linear_token_kl, linear_token_logps, token_logps
+from prefloss.logprobs import (
+    linear_token_kl,
+    linear_token_logps,
+    linear_token_stats,
+    token_logps,
+    token_stats,
+)
 
 IMPLS = ("naive", "chunked")
 HALF = (torch.bfloat16, torch.float16)
@@ -460,6 +467,22 @@ def test_token_logps_says_what_is_wrong(change, error, message):
 def test_linear_token_logps_says_what_is_wrong(change, error, message):
     arguments = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, **change}
     assert_raises(error, message, lambda: linear_token_logps(**arguments))
+
+
+def test_defaults():
+    """AUDIT T1: of every op, as they are documented."""
+    common = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None, "ignore_index": -100}
+    run = {**common, "impl": "auto", "chunk_tokens": None, "strict": False}
+    linear = {**run, "bias": None, "budget_bytes": None}
+    for op, wanted in (
+        (token_logps, {**run, "inplace_backward": False}),
+        (token_stats, {**run, "stats_gradient": False}),
+        (linear_token_logps, linear),
+        (linear_token_stats, {**linear, "stats_gradient": False}),
+        (linear_token_kl, {**common, "bias": None, "reference_bias": None, "chunk_tokens": None}),
+    ):
+        found = inspect.signature(op).parameters.values()
+        assert {p.name: p.default for p in found if p.default is not inspect.Parameter.empty} == wanted
 
 
 @pytest.mark.parametrize("biased", ["neither", "policy", "reference", "both"])

@@ -1,71 +1,9 @@
 """Sums and gathered examples over processes, here threads of one: what reaches each rank, and its gradient."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
-import pytest
 import torch
 
 from prefloss import Labels, LogRatios, Pairs, PerToken, Rankings
 from prefloss.training import distributed
-
-
-class Ranks(threading.local):
-    """The few functions of `torch.distributed` in use, between threads."""
-
-    def __init__(self, count):
-        self.count, self.number = count, 0
-        self.barrier, self.shared = BARRIERS[count], SHARED
-
-    def is_available(self):
-        return True
-
-    is_initialized = is_available
-
-    def get_world_size(self):
-        return self.count
-
-    def get_rank(self):
-        return self.number
-
-    def exchanged(self, value):
-        self.shared[self.number] = value
-        self.barrier.wait()
-        found = [self.shared[number] for number in range(self.count)]
-        self.barrier.wait()
-        return found
-
-    def all_gather(self, into, value):
-        for place, found in zip(into, self.exchanged(value), strict=True):
-            place.copy_(found)
-
-    def all_gather_object(self, into, value):
-        into[:] = self.exchanged(value)
-
-    def all_reduce(self, value):
-        value.copy_(sum(self.exchanged(value.clone())))
-
-
-BARRIERS = {count: threading.Barrier(count, timeout=20) for count in (2, 3)}
-SHARED = {}
-
-
-@pytest.fixture
-def on_ranks(monkeypatch):
-    """Run a function of the rank on several ranks; the results by rank."""
-
-    def run(function, count=2):
-        ranks = Ranks(count)
-        monkeypatch.setattr(distributed, "dist", ranks)
-
-        def work(number):
-            ranks.number = number
-            return function(number)
-
-        with ThreadPoolExecutor(count) as pool:
-            return list(pool.map(work, range(count)))
-
-    return run
 
 
 def test_one_process_sums_and_gathers_itself():
