@@ -224,9 +224,9 @@ def tests_of(mutant: Mutant, reach: dict, limit: float) -> list[str]:
         nth[function] += 1
     chosen, total = [], 0.0
     for *_, cost, test in sorted(ranked):
-        total += cost
-        if total <= limit or not chosen:
+        if total + cost <= limit or not chosen:
             chosen.append(test)
+            total += cost
     return chosen
 
 

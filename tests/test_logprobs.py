@@ -1,5 +1,6 @@
 import inspect
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+from prefloss import logprobs
 from prefloss.logprobs import (
     linear_token_kl,
     linear_token_logps,
@@ -483,6 +485,22 @@ def test_defaults():
     ):
         found = inspect.signature(op).parameters.values()
         assert {p.name: p.default for p in found if p.default is not inspect.Parameter.empty} == wanted
+
+
+@pytest.mark.parametrize("op", [token_logps, token_stats, linear_token_logps, linear_token_stats])
+def test_strict_refuses_the_slower_way_in_every_op(monkeypatch, op):
+    """AUDIT T1."""
+    make_plan = logprobs.make_plan
+    monkeypatch.setattr(
+        logprobs, "make_plan", lambda *args: replace(make_plan(*args), fallback="no compiler")
+    )
+    inputs = [
+        torch.randn(3, 4),
+        *([torch.randn(7, 4)] if "linear" in op.__name__ else []),
+        torch.tensor([0, 1, 2]),
+    ]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        op(*inputs, strict=True)
 
 
 @pytest.mark.parametrize("biased", ["neither", "policy", "reference", "both"])

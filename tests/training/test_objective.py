@@ -9,10 +9,11 @@ import torch
 from prefloss.training import PreferenceCollator, PreferenceObjective, Reference
 from tests import tiny
 
+# Token 0 is one like any other.
 PAIRS = [
     {"prompt_ids": [3, 4, 5], "chosen_ids": [6, 7, 8, 1], "rejected_ids": [9, 1]},
-    {"prompt_ids": [10, 4], "chosen_ids": [11, 1], "rejected_ids": [12, 13, 14, 15, 1]},
-    {"prompt_ids": [3, 16, 5, 9], "chosen_ids": [17, 1], "rejected_ids": [18, 19, 1]},
+    {"prompt_ids": [10, 4], "chosen_ids": [11, 0, 1], "rejected_ids": [12, 13, 14, 15, 1]},
+    {"prompt_ids": [3, 16, 5, 9], "chosen_ids": [17, 1], "rejected_ids": [0, 19, 1]},
 ]
 
 

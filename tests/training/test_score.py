@@ -6,7 +6,7 @@ import torch
 from prefloss.training import score_rows
 from tests import tiny
 
-ROWS = [([3, 4], [5, 6, 1]), ([7], [8]), ([9, 10, 11], []), ([3], [12, 13, 14, 15, 1])]
+ROWS = [([3, 4], [5, 6, 1]), ([7], [8]), ([9, 10, 11], []), ([3], [12, 0, 14, 15, 1])]
 
 
 def dropping_model():
