@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # Test processes; each runs torch on one thread.
 JOBS ?= 2
-# Passed on to the command behind `make demo` and `make test`, e.g. make test ARGS='-k dpo -x'
+# Passed on to the command behind `make demo`, `make test` and `make mutants`, e.g. make test ARGS='-k dpo -x'
 ARGS ?=
 
 # What `make quick` runs.
@@ -17,15 +17,15 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
-demo test quick proof: export HF_HUB_OFFLINE := 1
-test quick proof: export OMP_NUM_THREADS := 1
-test quick proof: export MKL_NUM_THREADS := 1
-test quick proof: export TOKENIZERS_PARALLELISM := false
+demo test quick proof mutants: export HF_HUB_OFFLINE := 1
+test quick proof mutants: export OMP_NUM_THREADS := 1
+test quick proof mutants: export MKL_NUM_THREADS := 1
+test quick proof mutants: export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick proof lint format types docs wheel clean
+.PHONY: help demo test quick proof mutants lint format types docs wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ quick: $(INSTALLED) ## the tests of the core, in under a minute
 
 proof: $(INSTALLED) ## the losses alone: every kit check, every oracle point, counted in the closing line
 	$(BIN)/pytest -n $(JOBS) tests/losses tests/oracle tests/testing $(ARGS)
+
+mutants: $(INSTALLED) ## change code at random places and see whether a test fails: ARGS='prefloss/logratios.py --sample 50'
+	$(BIN)/python .ci/mutants.py $(ARGS)
 
 lint: $(INSTALLED) ## ruff: rules and format; import-linter: layers and circles
 	$(BIN)/ruff check .

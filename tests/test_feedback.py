@@ -31,6 +31,24 @@ def some(n=2, device=None):
         ),
         (lambda: Pairs(some(), some(), weight=torch.ones(3)), ValueError, r"weight: got shape \[3\]"),
         (lambda: Pairs(some(), some(), score_chosen=[1.0, 2.0]), ValueError, r"score_rejected: got None"),
+        (lambda: Pairs(some(), some(), score_rejected=[1.0, 2.0]), ValueError, r"score_chosen: got None"),
+        (lambda: Pairs(some(), some(), embedding=torch.zeros(2)), ValueError, r"embedding: got shape \[2\]"),
+        (
+            lambda: Pairs(some(), some(), embedding=torch.zeros(3, 4)),
+            ValueError,
+            r"embedding: got shape \[3, 4\]",
+        ),
+        (
+            lambda: Pairs(some(), some(), weight=torch.ones(2).bool()),
+            TypeError,
+            r"weight: got dtype torch.bool",
+        ),
+        (
+            lambda: Pairs(some(), some(), weight=torch.ones(2) * 1j),
+            TypeError,
+            r"weight: got dtype torch.complex64",
+        ),
+        (lambda: Pairs(some(), some(), gold=some(3)), ValueError, r"gold: got shape \[3\], expected \[2\]"),
         (lambda: Pairs(some(), some(device="meta")), ValueError, r"rejected: got device meta"),
         (lambda: Pairs(some(), some(), weight=[True, False]), ValueError, None),
         (
@@ -145,6 +163,71 @@ def test_pairs_to_labels():
     assert labels.weight.tolist() == [1.0, 2.0, 1.0, 2.0]
     assert labels.scores.tolist() == [3.0, 4.0, 1.0, 2.0]
     assert torch.equal(labels.completions.policy, torch.cat([pairs.chosen.policy, pairs.rejected.policy]))
+
+
+def test_a_grid_of_pairs_becomes_labels_and_rankings():
+    """AUDIT T1: weights and scores of any leading shape go along."""
+    log_probs = -torch.arange(12.0).reshape(2, 2, 3)
+    chosen, rejected = (LogRatios(side, torch.zeros(2, 3)) for side in log_probs)
+    weight, scores = torch.arange(6.0).reshape(2, 3), torch.arange(10.0, 16.0).reshape(2, 3)
+    pairs = Pairs(chosen, rejected, weight=weight, score_chosen=scores + 1, score_rejected=scores)
+    labels = pairs.to_labels()
+    assert labels.completions.h.tolist() == log_probs.flatten().tolist()
+    assert labels.weight.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0] * 2
+    assert labels.scores.tolist() == [*range(11, 17), *range(10, 16)]
+    rankings = pairs.to_rankings()
+    assert rankings.completions.h.tolist() == [[-float(i), -float(i) - 6] for i in range(6)]
+    assert rankings.weight.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert rankings.scores.tolist() == [[11.0 + i, 10.0 + i] for i in range(6)]
+    assert Pairs(chosen, rejected).to_rankings().weight is None
+
+
+@pytest.mark.parametrize("worse", [[1.0, 2.0], [1.0, 3.0]])
+def test_pairs_whose_scores_contradict_them_are_no_rankings(worse):
+    with pytest.raises(ValueError, match="score_chosen: got a score not above score_rejected"):
+        Pairs(some(), some(), score_chosen=[2.0, 2.0], score_rejected=worse).to_rankings()
+
+
+def test_conversions_stay_on_the_device():
+    pairs = Pairs(some(device="meta"), some(device="meta"))
+    assert pairs.to_labels().desirable.device.type == "meta"
+    assert pairs.to_rankings().scores.device.type == "meta"
+
+
+def test_swapped_pairs():
+    gold = some()
+    pairs = Pairs(some(), LogRatios.of([1.0, 2.0]), [1.0, 2.0], [3.0, 4.0], [1.0, 2.0], gold)
+    swapped = pairs.swapped()
+    assert (swapped.chosen, swapped.rejected, swapped.gold) == (pairs.rejected, pairs.chosen, gold)
+    assert swapped.score_chosen.tolist() == [1.0, 2.0]
+    assert swapped.score_rejected.tolist() == [3.0, 4.0]
+    assert swapped.weight.tolist() == [1.0, 2.0]
+    assert pairs.margin().tolist() == (-swapped.margin()).tolist()
+
+
+def test_margins_per_token_divide_each_side_by_its_own_count():
+    pairs = Pairs(LogRatios([-6.0], [0.0], [3]), LogRatios([-5.0], [0.0], [5]))
+    assert pairs.margin(per_token=True).tolist() == [-1.0]
+
+
+def test_which_values_carry_a_gradient():
+    """Weights and scores are data; the baseline alone may come from a model."""
+    value = torch.ones(2, requires_grad=True)
+    pairs = Pairs(some(), some(), weight=value, score_chosen=value, score_rejected=value)
+    assert not any(x.requires_grad for x in (pairs.weight, pairs.score_chosen, pairs.score_rejected))
+    labels = Labels(some(), [True, False], weight=value, scores=value, kl=value, baseline=value)
+    assert not any(x.requires_grad for x in (labels.weight, labels.scores, labels.kl))
+    assert labels.baseline.requires_grad
+    ranked = Rankings(LogRatios.of([[1.0, 2.0]]), value[None], weight=torch.ones(1, requires_grad=True))
+    assert not ranked.scores.requires_grad
+    assert not ranked.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.float32, torch.float64])
+def test_values_become_numbers_of_32_bits_or_stay_64(dtype):
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    assert Pairs(some(), some(), weight=torch.ones(2, dtype=dtype)).weight.dtype == wanted
+    assert Labels(some(), [True, False], kl=torch.ones((), dtype=dtype)).kl.dtype == wanted
 
 
 def test_a_pair_with_an_empty_side_does_not_count():

@@ -1,4 +1,6 @@
+import inspect
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from prefloss.logprobs import linear_token_logps, token_logps
+from prefloss import logprobs
+from prefloss.logprobs import (
+    linear_token_kl,
+    linear_token_logps,
+    linear_token_stats,
+    token_logps,
+    token_stats,
+)
 
 IMPLS = ("naive", "chunked")
 HALF = (torch.bfloat16, torch.float16)
@@ -460,3 +469,87 @@ def test_token_logps_says_what_is_wrong(change, error, message):
 def test_linear_token_logps_says_what_is_wrong(change, error, message):
     arguments = {"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, **change}
     assert_raises(error, message, lambda: linear_token_logps(**arguments))
+
+
+def test_defaults():
+    """AUDIT T1: of every op, as they are documented."""
+    common = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None, "ignore_index": -100}
+    run = {**common, "impl": "auto", "chunk_tokens": None, "strict": False}
+    linear = {**run, "bias": None, "budget_bytes": None}
+    for op, wanted in (
+        (token_logps, {**run, "inplace_backward": False}),
+        (token_stats, {**run, "stats_gradient": False}),
+        (linear_token_logps, linear),
+        (linear_token_stats, {**linear, "stats_gradient": False}),
+        (linear_token_kl, {**common, "bias": None, "reference_bias": None, "chunk_tokens": None}),
+    ):
+        found = inspect.signature(op).parameters.values()
+        assert {p.name: p.default for p in found if p.default is not inspect.Parameter.empty} == wanted
+
+
+@pytest.mark.parametrize("op", [token_logps, token_stats, linear_token_logps, linear_token_stats])
+def test_strict_refuses_the_slower_way_in_every_op(monkeypatch, op):
+    """AUDIT T1."""
+    make_plan = logprobs.make_plan
+    monkeypatch.setattr(
+        logprobs, "make_plan", lambda *args: replace(make_plan(*args), fallback="no compiler")
+    )
+    inputs = [
+        torch.randn(3, 4),
+        *([torch.randn(7, 4)] if "linear" in op.__name__ else []),
+        torch.tensor([0, 1, 2]),
+    ]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        op(*inputs, strict=True)
+
+
+@pytest.mark.parametrize("biased", ["neither", "policy", "reference", "both"])
+def test_divergences_by_definition(biased):
+    """AUDIT T1: each bias counts where it is given; the reference gets no gradient."""
+    hidden, reference_hidden = (
+        torch.randn(2, 3, 4, dtype=torch.float64),
+        torch.randn(2, 3, 5, dtype=torch.float64),
+    )
+    head, reference_head = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    biases = [
+        torch.randn(7, dtype=torch.float64) if biased in ("both", name) else None
+        for name in ("policy", "reference")
+    ]
+    inputs = [
+        x.requires_grad_() for x in (hidden, head, reference_hidden, reference_head, *biases) if x is not None
+    ]
+    targets = torch.tensor([[0, -1, 6], [3, 3, -1]])
+    found = linear_token_kl(
+        hidden,
+        head,
+        reference_hidden,
+        reference_head,
+        targets,
+        bias=biases[0],
+        reference_bias=biases[1],
+        temperature=0.7,
+        logit_scale=0.5,
+        softcap=2.0,
+        ignore_index=-1,
+        chunk_tokens=2,
+    )
+
+    def log_probs(states, weight, bias):
+        logits = states @ weight.T + (0 if bias is None else bias)
+        return torch.log_softmax(2 * torch.tanh(0.5 * logits / 2) / 0.7, -1)
+
+    p = log_probs(hidden, head, biases[0])
+    q = log_probs(reference_hidden, reference_head, biases[1]).detach()
+    keep = targets != -1
+    kl, reverse = (torch.where(keep, x.sum(-1), 0.0) for x in (q.exp() * (q - p), p.exp() * (p - q)))
+    torch.testing.assert_close(found.kl, kl)
+    torch.testing.assert_close(found.reverse_kl, reverse)
+    entropy = torch.where(keep, -(q.exp() * q).sum(-1) / math.log(7), 0.0)
+    torch.testing.assert_close(found.reference_entropy, entropy)
+    assert not found.reference_entropy.requires_grad
+    grads = torch.autograd.grad((found.kl - 2 * found.reverse_kl).sum(), inputs, allow_unused=True)
+    wanted = torch.autograd.grad((kl - 2 * reverse).sum(), inputs, allow_unused=True)
+    for grad, want in zip(grads, wanted, strict=True):
+        assert (grad is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(grad, want)

@@ -76,6 +76,93 @@ def test_detached():
     assert not LogRatios(policy).detach().policy.requires_grad
 
 
+def token_rows(*shape):
+    """Per-token values of every kind, each other numbers, with gradient; the last token is outside the mask."""
+    names = ("policy", "reference", "log_sum_sq", "kl", "reverse_kl", "reference_entropy", "weight")
+    values = {name: torch.randn(shape, requires_grad=True) for name in names}
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[..., -1] = False
+    return PerToken(**values, mask=mask), values
+
+
+def test_which_tokens_values_carry_a_gradient():
+    """AUDIT T1: what does not depend on the policy has none."""
+    rows, _ = token_rows(2, 3)
+    assert {name for name, value in rows._present().items() if value.requires_grad} == {
+        "policy",
+        "kl",
+        "reverse_kl",
+    }
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4)])
+def test_sums_of_tokens_in_any_shape(shape):
+    """AUDIT T1."""
+    rows, values = token_rows(*shape)
+    found = rows.log_ratios()
+    torch.testing.assert_close(found.policy, values["policy"][..., :-1].sum(-1))
+    torch.testing.assert_close(found.reference, values["reference"][..., :-1].sum(-1).detach())
+    assert (found.tokens == shape[-1] - 1).all()
+    assert torch.equal(found.per_token.mask, rows.mask)
+    first = torch.zeros(shape, dtype=torch.bool)
+    first[..., 0] = True
+    part = rows.log_ratios(first)
+    torch.testing.assert_close(part.h, (values["policy"] - values["reference"])[..., 0])
+    assert (part.tokens == 1).all()
+    assert torch.equal(part.per_token.mask, first)
+    torch.testing.assert_close(rows.sum(values["kl"]), values["kl"][..., :-1].sum(-1))
+    torch.testing.assert_close(rows.mean(values["kl"]), values["kl"][..., :-1].mean(-1))
+    assert PerToken(torch.ones(2), None, torch.zeros(2).bool()).mean(torch.ones(2)).item() == 0
+
+
+def test_sums_of_token_log_probs_keep_both_models():
+    """AUDIT T1: the reference is summed as the policy is, and per-token values are kept if asked for."""
+    policy, reference = -torch.rand(2, 2, 3), -torch.rand(2, 2, 3)
+    mask = torch.tensor([True, False, True]).expand(2, 2, 3)
+    found = LogRatios.from_token_logps(policy, mask, reference, keep_per_token=True)
+    torch.testing.assert_close(found.policy, policy[..., [0, 2]].sum(-1))
+    torch.testing.assert_close(found.reference, reference[..., [0, 2]].sum(-1))
+    assert found.tokens.tolist() == [[2, 2], [2, 2]]
+    assert torch.equal(found.per_token.policy, torch.where(mask, policy, 0.0))
+    assert torch.equal(found.per_token.reference, torch.where(mask, reference, 0.0))
+    assert LogRatios.from_token_logps(policy, mask).per_token is None
+    assert LogRatios.from_token_logps(policy, mask).reference is None
+    with pytest.raises(ValueError, match=r"reference: got shape \[2, 2, 2\], expected \[2, 2, 3\]"):
+        LogRatios.from_token_logps(policy, mask, reference[..., :2])
+
+
+def test_concatenation_keeps_every_field():
+    """AUDIT T1: of parts of different widths, the shorter is padded outside its mask."""
+    short, _ = token_rows(1, 2)
+    wide, _ = token_rows(2, 4)
+    both = LogRatios.cat([short.log_ratios(), wide.log_ratios()])
+    assert both.per_token._present().keys() == short._present().keys()
+    for name, value in both.per_token._present().items():
+        assert torch.equal(value[:1, :2], getattr(short, name))
+        assert torch.equal(value[1:], getattr(wide, name))
+        assert not value[0, 2:].any()
+    assert torch.equal(both.reference[1:], wide.log_ratios().reference)
+    bare = LogRatios.cat([LogRatios([-1.0]), LogRatios([-2.0])])
+    assert (bare.reference, bare.tokens, bare.per_token) == (None, None, None)
+    with pytest.raises(ValueError, match=r"per_token: got it in 1 of 2 parts"):
+        LogRatios.cat([short.log_ratios(), LogRatios([-1.0], [-1.0], [1])])
+
+
+def test_flat_completions_keep_every_field():
+    rows, _ = token_rows(2, 3, 4)
+    flat, whole = rows.log_ratios().flatten(), rows.log_ratios()
+    assert torch.equal(flat.h, whole.h.reshape(6))
+    assert torch.equal(flat.tokens, whole.tokens.reshape(6))
+    assert torch.equal(flat.per_token.kl, rows.kl.reshape(6, 4))
+
+
+def test_log_ratios_given_directly():
+    found = LogRatios.of([1.5, -1.0], tokens=[2, 4])
+    assert found.h_mean.tolist() == [0.75, -0.25]
+    assert not LogRatios.of([1.5]).empty.any()
+    assert LogRatios.of(torch.zeros(2, device="meta")).empty.device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -106,6 +193,11 @@ def test_detached():
             lambda: completion_targets(torch.zeros(2, 3).long(), torch.zeros(2, 2)),
             ValueError,
             r"completion_mask: got shape \[2, 2\]",
+        ),
+        (
+            lambda: completion_targets(torch.zeros(2, 3).long(), torch.zeros(2, 3), torch.zeros(3)),
+            ValueError,
+            r"segments: got shape \[3\], expected \[2, 3\]",
         ),
     ],
 )

@@ -97,19 +97,14 @@ def _made(output: Path | None, slug: str) -> tuple[Path, list[Path]]:
 
 def _locked(path: Path) -> IO[str]:
     """Hold the folder's lock, and show that the folder can be written to."""
-    while True:
-        try:
-            lock = hold(path / LOCK)
-        except OSError as error:
-            raise unwritable(path, error) from error
-        if lock is None:
-            raise CliError(
-                f"--output: another process is at work in {path}; wait for it, end it, or choose another"
-            )
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(lock.fileno()).st_ino == (path / LOCK).stat().st_ino:
-                break
-        lock.close()
+    try:
+        lock = hold(path / LOCK)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if lock is None:
+        raise CliError(
+            f"--output: another process is at work in {path}; wait for it, end it, or choose another"
+        )
     try:
         lock.write(f"{os.getpid()}\n")
         lock.flush()

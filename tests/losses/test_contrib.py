@@ -101,6 +101,27 @@ def test_other_trainers_names():
     assert prefloss.get("turbo:ASFT").name == "asft"
 
 
+def test_equal_log_probs_are_no_preference():
+    """AUDIT T1."""
+    pairs = Pairs(LogRatios([-5.0], [-6.0]), LogRatios([-5.0], [-4.0]))
+    assert losses.discopop_pfl(pairs, beta=0.1).item() == pytest.approx(2 * (1 - 0.1 * 2))
+
+
+@pytest.mark.parametrize("tau", [0.3, 2.0])
+def test_one_step_of_the_search_for_margins(tau):
+    """AUDIT T1: of size min(0.5 / tau, 1), from even margins."""
+    pairs = Pairs(LogRatios([-2.0, -4.0], tokens=[2, 2]), LogRatios([-6.0, -4.0], tokens=[2, 2]))
+    found = contrib.gamma_po(pairs, beta=1.0, gamma=1.0, tau=tau, steps=2, queue=())
+    gaps = (2.0, 0.0)
+    slopes = [1 / (1 + math.exp(gap - 1)) for gap in gaps]
+    share = 1 / (1 + math.exp(min(0.5 / tau, 1) * (slopes[0] - slopes[1])))
+    wanted = [
+        math.log1p(math.exp(margin - gap))
+        for gap, margin in zip(gaps, (2 * share, 2 - 2 * share), strict=True)
+    ]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-5)
+
+
 def test_padll_halves_wrong_pairs():
     found = losses.discopop_padll(Pairs.of([1.0, -1.0], [0.0, 0.0]), beta=0.5)
     assert found.tolist() == pytest.approx([0.9 * softplus(-0.5), 0.45 * softplus(0.5)])

@@ -35,6 +35,13 @@ def test_a_sum_is_the_weighted_sum_of_its_terms():
         assert repr(twin) == repr(loss)
 
 
+@pytest.mark.parametrize("text", ["dpo", " dpo ", "dpo()"])
+def test_one_name_is_one_term(text):
+    """AUDIT T1."""
+    (term,) = registry.parse(text)
+    assert (term.weight, term.name, dict(term.parameters)) == (1.0, "dpo", {})
+
+
 def test_a_term_twice_keeps_two_metrics():
     assert list(prefloss.get("dpo(beta=0.1) + dpo(beta=1)").evaluate(PAIRS).means) == ["dpo_1", "dpo_2"]
 

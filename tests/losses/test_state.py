@@ -144,8 +144,9 @@ def test_draws_are_the_same_from_a_seed_and_differ_by_call():
 
 @pytest.mark.parametrize("seed", [1.5, "1", True, None])
 def test_what_is_no_seed(seed):
-    with pytest.raises(TypeError, match="seed"):
-        Draws(seed)
+    for kind in (Draws, Recent):
+        with pytest.raises(TypeError, match="seed"):
+            kind(seed=seed)
 
 
 def test_recent_keeps_the_last_values_and_fills_a_batch():

@@ -191,6 +191,55 @@ def test_an_empty_completion_is_counted_and_does_not_stop_a_training(whole, exam
     assert collator.seen["truncated_away"] == 0
 
 
+def test_padding_is_what_was_asked_for_or_the_tokenizers():
+    """AUDIT T1."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token_id = 2
+    for options, wanted in (({}, 0), ({"pad_token_id": 9}, 9), ({"tokenizer": tokenizer}, 2)):
+        assert PreferenceCollator(**options)([IDS])["input_ids"][1, -1] == wanted
+    assert PreferenceCollator(tokenizer, pad_token_id=9)([IDS])["input_ids"][1, -1] == 9
+
+
+def test_completions_that_were_cut_away_are_counted():
+    """AUDIT T1."""
+    collator = PreferenceCollator(max_length=2)
+    collator([IDS, {"prompt_ids": [4], "chosen_ids": [6, 1], "rejected_ids": [1]}])
+    assert collator.seen["truncated_away"] == 2
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_votes_of_one_kind_are_said_once(label):
+    """AUDIT T1: 64 of one kind, not 63, and not with one of the other."""
+    vote = {"prompt_ids": [4], "completion_ids": [5, 1], "label": label}
+    PreferenceCollator()([vote] * 63)
+    PreferenceCollator()([vote] * 63 + [{**vote, "label": not label}])
+    with pytest.warns(UserWarning, match=f"first 64 labels are all {'upvotes' if label else 'downvotes'}"):
+        PreferenceCollator()([vote] * 64)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({}, {"weight": 1.0}, "has the column 'weight', which .* lacks"),
+        ({"weight": 1.0}, {}, "lacks the column 'weight', which .* has"),
+        (
+            {},
+            {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0},
+            "has the column 'ref_logps', which .* lacks",
+        ),
+        (
+            {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0},
+            {},
+            "lacks the column 'ref_logps', which .* has",
+        ),
+    ],
+)
+def test_a_column_of_some_examples_alone_is_named(first, second, message):
+    """AUDIT T1."""
+    with pytest.raises(ValueError, match=message):
+        PreferenceCollator()([{**IDS, **first}, {**IDS, **second}])
+
+
 def test_text_needs_a_tokenizer():
     with pytest.raises(TypeError, match="example 0 of the batch: got text, but tokenizer is None"):
         PreferenceCollator()([PAIR])

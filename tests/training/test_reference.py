@@ -180,6 +180,19 @@ def test_the_base_model_of_a_peft_model_is_no_reference(tmp_path):
         tiny.plain_train(tmp_path, "dpo", tiny.pairs(8), tiny.adapted(base), own={"reference": base})
 
 
+@pytest.mark.parametrize(
+    "reference",
+    [Reference.adapter_off(), Reference.adapter("sft"), Reference.cached(), Reference.none()],
+    ids=repr,
+)
+def test_a_reference_is_made_again_from_its_config(reference):
+    """AUDIT T1: with the name of its adapter."""
+    again = Reference.of(reference.config())
+    assert (again.kind, again.value) == (reference.kind, reference.value)
+    assert repr(again) == repr(reference)
+    assert Reference.of(reference) is reference
+
+
 def test_a_loss_of_log_ratios_needs_a_reference():
     with pytest.raises(
         ValueError, match=r"reference: got Reference.none\(\) with dpo.*Reference.adapter_off\(\)"

@@ -1,8 +1,13 @@
 """However the examples of an optimizer step fall into micro-batches, the step is the same."""
 
+import math
+
 import pytest
 import torch
 
+from prefloss import LogRatios, Pairs, get
+from prefloss.training import FeedbackObjective, Router
+from prefloss.training.step import sum_counts
 from tests import tiny
 
 DATA = {"pairs": tiny.pairs, "labels": tiny.labels, "rankings": tiny.rankings}
@@ -92,3 +97,105 @@ def test_a_subclass_that_fetches_its_own_batches_gets_the_mean_of_means(tmp_path
     ours = tiny.plain_train(tmp_path, "dpo", tiny.pairs(), kind=Fetches, **options)
     theirs = tiny.plain_train(tmp_path, "dpo", tiny.pairs(), **options)
     torch.testing.assert_close(tiny.weights(ours.model), tiny.weights(theirs.model), rtol=0, atol=1e-6)
+
+
+FEEDBACK = Pairs.of(chosen=[1.5, -1.0, 0.5], rejected=[0.0, 1.0, -2.0])
+MARGINS = torch.tensor([1.5, -2.0, 2.5])
+DPO = torch.nn.functional.softplus(-0.5 * MARGINS).mean().item()
+
+
+def shared(objective, feedback=FEEDBACK, training=True, **options):
+    return objective.share(feedback, training=training, **options).item()
+
+
+def test_shares_of_a_batch_by_hand():
+    """AUDIT T1: the mean of the batch, or its part of a larger step, with the router's loss."""
+    objective = FeedbackObjective("dpo", beta=0.5)
+    assert shared(objective) == pytest.approx(DPO)
+    assert shared(objective, whole_step=False) == pytest.approx(DPO)
+    assert objective.counts(FEEDBACK).tolist() == [3, 1]
+    # Three of six examples, one of two micro-batches.
+    assert shared(objective, step_counts=torch.tensor([6, 2])) == pytest.approx(DPO / 2)
+    router = Router(torch.tensor(4.0), 0.25)
+    assert shared(objective, router=router) == pytest.approx(DPO + 1.0)
+    assert shared(objective, router=router, whole_step=False) == pytest.approx(DPO + 1.0)
+    assert shared(objective, router=router, step_counts=torch.tensor([6, 2])) == pytest.approx(DPO / 2 + 0.5)
+
+
+def test_figures_of_a_loss_and_of_a_sum():
+    """AUDIT T1: the logged loss has its router's part; a sum names its terms, a plain loss has one name."""
+    objective = FeedbackObjective("dpo", beta=0.5)
+    assert "loss" not in objective.metrics()
+    shared(objective, router=Router(torch.tensor(4.0), 0.25))
+    shared(objective, Pairs.of([0.0], [0.0]), router=Router(torch.tensor(2.0), 0.25))
+    found = objective.metrics()
+    assert found["loss"] == pytest.approx((3 * DPO + math.log(2)) / 4 + 0.25 * 3.0)
+    assert found["rewards/margins"] == pytest.approx(0.5 * 2.0 / 4)
+    assert found["aux_loss"] == 3.0
+    assert "prefloss/loss/dpo" not in found
+    summed = FeedbackObjective("0.5*dpo(beta=0.5) + 2*hinge(beta=1.0)", diagnose=False)
+    shared(summed)
+    hinge = (1 - MARGINS).clamp(min=0).mean().item()
+    found = summed.metrics()
+    assert found["loss"] == pytest.approx(0.5 * DPO + 2 * hinge)
+    assert found["prefloss/loss/dpo"] == pytest.approx(DPO)
+    assert found["prefloss/loss/hinge"] == pytest.approx(hinge)
+    assert "loss" not in summed.metrics()
+
+
+def test_counts_are_summed_over_ranks_unless_these_cannot_talk_yet(on_ranks):
+    """AUDIT T1."""
+    own = [torch.tensor([2, 1]), torch.tensor([3, 1])]
+    assert on_ranks(lambda number: sum_counts(own).tolist()) == [[10, 4]] * 2
+    assert on_ranks(lambda number: sum_counts(own, over_processes=False).tolist()) == [[5, 2]] * 2
+
+
+def test_metrics_of_training_can_be_forgotten():
+    objective = FeedbackObjective("dpo")
+    shared(objective)
+    shared(objective, training=False)
+    objective.forget_metrics()
+    assert "loss" not in objective.metrics()
+    assert "loss" in objective.metrics(training=False)
+
+
+def test_rewards_of_a_loss_without_a_strength_are_in_nats():
+    """AUDIT T1."""
+    objective = FeedbackObjective("simper", diagnose=False)
+    side = LogRatios([-4.0], [-6.0], [2])
+    shared(objective, Pairs(side, LogRatios([-5.0], [-6.0], [2])))
+    assert objective.metrics()["rewards/chosen"] == 2.0
+
+
+def test_another_loss_is_the_one_that_is_diagnosed_too():
+    objective, other = FeedbackObjective("dpo"), get("ipo")
+    objective.replace_loss(other)
+    assert objective.loss is other
+    assert objective.diagnosis.loss is other
+
+
+@pytest.mark.parametrize(
+    "loss", ["dpo", "0.8*dpo + 0.2*nll", "aot", "dr_dpo", "bco_pair", "0.5*bco_pair + 0.5*aot", "beta_dpo"]
+)
+def test_ranks_of_any_size_train_as_one(on_ranks, loss):
+    """AUDIT T1: the mean over ranks of value and gradient is that of the whole batch; figures and states agree."""
+    policy = torch.tensor([[-3.0, -9.0, -5.0], [-4.0, -2.0, -8.0]])
+    reference = torch.tensor([[-5.0, -6.0, -5.5], [-4.5, -3.0, -4.0]])
+    counts = torch.tensor([[2, 3, 4], [1, 2, 3]])
+
+    def trained(rows):
+        leaf = policy.clone().requires_grad_()
+        sides = [LogRatios(leaf[i, rows], reference[i, rows], counts[i, rows]) for i in (0, 1)]
+        objective = FeedbackObjective(loss)
+        total = objective.share(Pairs(*sides), training=True)
+        total.backward()
+        figures = objective.metrics()
+        return total.item(), leaf.grad, figures, objective.state_dict()
+
+    value, gradient, figures, state = trained(slice(0, 3))
+    parts = on_ranks(lambda number: trained([slice(0, 2), slice(2, 3)][number]))
+    assert sum(part[0] for part in parts) / 2 == pytest.approx(value, rel=1e-5)
+    torch.testing.assert_close(sum(part[1] for part in parts) / 2, gradient)
+    for part in parts:
+        assert part[2] == pytest.approx(figures, rel=1e-4, abs=1e-6)
+        assert str(part[3]) == str(state)

@@ -101,7 +101,7 @@ def mixes_kernels(trainer: Any) -> bool:
 
 
 class _Scores:
-    """Replaces TRL's autograd function; only `apply` is called."""
+    """Replaces TRL's autograd function; only `apply` is called, with all its arguments."""
 
     @staticmethod
     def apply(
@@ -111,9 +111,9 @@ class _Scores:
         targets: Tensor,
         temperature: float,
         chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = (),
+        final_logit_softcapping: float | None,
+        logit_scale: float,
+        outputs: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
         """Log-probs of completion tokens, [n], and the statistics named in `outputs`."""
         if hasattr(weight, "ds_id"):

@@ -241,4 +241,6 @@ def test_a_head_sharded_by_zero_3_is_refused():
     weight = torch.nn.Parameter(torch.randn(5, 3))
     weight.ds_id = 0
     with pytest.raises(TypeError, match="ZeRO-3"):
-        kernel_module._Scores.apply(torch.randn(2, 3), weight, None, torch.tensor([0, 1]), 1.0, 32768)
+        kernel_module._Scores.apply(
+            torch.randn(2, 3), weight, None, torch.tensor([0, 1]), 1.0, 32768, None, 1.0, ()
+        )

@@ -3,6 +3,7 @@
 import pytest
 
 from prefloss.integrations.trl import PreferenceLossCallback
+from prefloss.integrations.trl.options import expression
 from tests import tiny
 
 
@@ -83,3 +84,24 @@ def test_a_pair_loss_in_a_label_trainer_is_refused(tmp_path):
 
 def test_an_alias_means_the_same_loss(tmp_path):
     assert resolved(tmp_path, "dpo", "sigmoid", loss_type=["sigmoid"]).name == "dpo"
+
+
+def test_the_weight_of_a_single_term_stays(tmp_path):
+    """AUDIT T1."""
+    loss = resolved(tmp_path, "dpo", "0.5*ipo", beta=0.3)
+    assert [(weight, term.params["tau"]) for weight, term in loss.terms] == [(0.5, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "wanted"),
+    [
+        (["sigmoid"], None, "sigmoid"),
+        (["sigmoid"], [1.0], "sigmoid"),
+        (["sigmoid"], [0.5], "0.5*sigmoid"),
+        (["sigmoid", "sft"], None, "1.0*sigmoid + 1.0*sft"),
+        (["sigmoid", "sft"], [0.8, 0.2], "0.8*sigmoid + 0.2*sft"),
+    ],
+)
+def test_trls_list_of_losses_as_an_expression(names, weights, wanted):
+    """AUDIT T1."""
+    assert expression(names, weights) == wanted
