@@ -104,6 +104,8 @@ def warm_up(run: Run) -> float | None:
     fact = f"supervised, on {task.spoken_are}: {steps} steps of {count} rows"
     print_facts(run.screen.console, "warm-up", (fact,))
     if run.folder.kept(WARM_START) is not None:
+        # A kill may have come between the two.
+        run.folder.discard(WARM_UP)
         return _warmed(run)
     if not run.config.use_cpu:
         start.model.to(torch.accelerator.current_accelerator())
