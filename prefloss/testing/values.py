@@ -208,7 +208,7 @@ def _check_absent(subject: Subject, feedback: Rankings) -> None:
     completions = fields.shifted(feedback.completions, policy=torch.where(absent, -7.5, 0.0))
     other = replace(feedback, completions=completions, scores=torch.where(absent, 55.0, feedback.scores))
     what = "values with another log-prob and score at absent completions"
-    change = "read completions only where feedback.present is True"
+    change = "read and count completions only where feedback.present is True"
     subject.expect(what, subject.settled_values(other), subject.settled_values(feedback), other, change)
     places = torch.arange(absent.shape[1] + 1) % absent.shape[1]
     wider = replace(
@@ -217,7 +217,7 @@ def _check_absent(subject: Subject, feedback: Rankings) -> None:
         scores=feedback.scores[:, places],
         mask=feedback.present[:, places] & (torch.arange(len(places)) < absent.shape[1]),
     )
-    what, change = "values with one more absent completion", "count feedback.present, not the places"
+    what = "values with one more place, of absent completions"
     subject.expect(what, subject.settled_values(wider), subject.settled_values(feedback), wider, change)
     _, gradients = subject.gradient(subject.settled, feedback)
     at_absent = {f"gradient of {path}": slope[absent] for path, slope in gradients.items()}

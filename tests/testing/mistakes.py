@@ -330,7 +330,7 @@ RANKINGS = [
     ("worst_detached", "sides", ["the worst"], lambda r, b: -L(b * (best(r) - worst(r).detach()))),
     ("reads_absent", "empty_examples", ["feedback.present"],
      lambda r, b: torch.logsumexp(b * r.completions.h, -1) - b * best(r)),
-    ("mean_over_the_places", "empty_examples", ["one more absent"],
+    ("mean_over_the_places", "empty_examples", ["one more place"],
      lambda r, b: -L(b * (best(r) - r.completions.h.masked_fill(~r.present, 0.0).mean(-1)))),
     ("four_places_only", "shape_and_dtype", ["IndexError"],
      lambda r, b: -L(b * (best(r) - r.completions.h[:, 3]))),
