@@ -95,7 +95,7 @@ def train(options: TrainOptions) -> None:
             console.print(Text(words), soft_wrap=True)
             return
         with clock.part("data"), together():
-            task = task_of(options, loss)
+            task = task_of(options, loss, distributed.share())
         # TRL and transformers take seconds to load, so options and data are checked before.
         with clock.part("imports"):
             from prefloss.cli import report
