@@ -142,7 +142,7 @@ PAIRS = [
     ("through_numpy", "gradient_nonzero", [],
      lambda p, b: torch.from_numpy(-b * p.margin().detach().numpy()).to(p.margin().dtype)),
     # Reference and fields.
-    ("forgets_the_reference", "needs_reference", ["log-ratios h"],
+    ("forgets_the_reference", "needs_reference", ["read h or margin()"],
      lambda p, b: -L(b * (p.chosen.policy - p.rejected.policy))),
     ("forgets_the_reference_of_one_side", "needs_reference", ["rejected.h in place of"],
      lambda p, b: -L(b * (p.chosen.h - p.rejected.policy))),

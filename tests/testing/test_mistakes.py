@@ -1,5 +1,6 @@
 """The kit over two tables: every mistake is caught, with one message about its cause; no sound loss is refused."""
 
+import hypothesis
 import pytest
 
 from prefloss.testing import CheckFailed, LossCheckError, as_loss, check_loss, loss_checks
@@ -27,6 +28,17 @@ OF_EACH_KIND = (
     "takes_anything",
     "state_moved_twice",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_shrinking():
+    """The simplest draw is for readers, and takes longer than all else here."""
+    name = hypothesis.settings.get_current_profile_name()
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    hypothesis.settings.register_profile("without_shrinking", phases=phases)
+    hypothesis.settings.load_profile("without_shrinking")
+    yield
+    hypothesis.settings.load_profile(name)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
