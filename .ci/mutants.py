@@ -197,28 +197,29 @@ class Chosen:
         return int(pytest.main([*PYTEST, "-x", *files], plugins=[self]))
 
 
-def tests_of(mutant: Mutant, reach: dict, limit: float) -> list[str]:
-    """Tests that reach a mutant, `limit` seconds in all: its namesake's first, one of each function, the fastest."""
-    lines, seconds = reach["lines"][mutant.path], reach["seconds"]
+def reaching(mutant: Mutant, reach: dict) -> set[str]:
+    """Tests that run the changed line; if it runs at import alone, those of the function or module around it."""
+    lines, passed = reach["lines"][mutant.path], reach["seconds"].keys()
     near, around = (
-        {test for line in span for test in lines.get(str(line), ())} for span in (mutant.lines, mutant.scope)
+        {test for line in span for test in lines.get(str(line), ())} & passed
+        for span in (mutant.lines, mutant.scope)
     )
-    if near & seconds.keys():
-        found = near & seconds.keys()
-    else:
-        # It runs when the module is imported; a test that only reads what was declared reaches no line.
-        reading = seconds.keys() - {
-            test for found in reach["lines"].values() for tests in found.values() for test in tests
-        }
-        files = {test.partition("::")[0] for tests in lines.values() for test in tests}
-        found = (
-            reading
-            | (around or {test for test in seconds if test.partition("::")[0] in files}) & seconds.keys()
-        )
+    if near:
+        return near
+    files = {test.partition("::")[0] for tests in lines.values() for test in tests}
+    around = around or {test for test in passed if test.partition("::")[0] in files}
+    # A test that only reads what was declared runs no line of any module.
+    running = {test for module in reach["lines"].values() for tests in module.values() for test in tests}
+    return around | (passed - running)
+
+
+def tests_of(mutant: Mutant, reach: dict, limit: float) -> list[str]:
+    """Tests of a mutant, `limit` seconds in all: its namesake's first, one of each function, the fastest."""
+    seconds = reach["seconds"]
     close = re.compile(rf"/test_{Path(mutant.path).stem}\.py|\b{mutant.function or '/'}\b")
     nth: Counter[str] = Counter()
     ranked = []
-    for test in sorted(found, key=seconds.__getitem__):
+    for test in sorted(reaching(mutant, reach), key=seconds.__getitem__):
         function = test.partition("[")[0]
         ranked.append((not close.search(test), nth[function], seconds[test], test))
         nth[function] += 1

@@ -78,6 +78,17 @@ def test_the_first_examples_alone():
     assert feedback.scores.tolist() == pytest.approx([0.3])
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+def test_token_0_is_one_like_any_other(layout):
+    """AUDIT T1."""
+    batch = PreferenceCollator(layout=layout)(
+        [{"prompt_ids": [3, 0], "chosen_ids": [0], "rejected_ids": [0, 1]}]
+    )
+    assert batch.rows.tokens.tolist() == [1, 2]
+    assert list(batch.rows.token_ids()) == [([3, 0], [0]), ([3, 0], [0, 1])]
+    assert batch["labels"].tolist() == [1]
+
+
 def test_a_batch_that_was_sliced_is_refused():
     batch = PreferenceCollator()([{"prompt_ids": [5, 6], "chosen_ids": [7, 1], "rejected_ids": [8, 1]}] * 4)
     # As accelerate's dispatcher does: the first half of all tensors.

@@ -175,7 +175,18 @@ def test_another_loss_is_the_one_that_is_diagnosed_too():
 
 
 @pytest.mark.parametrize(
-    "loss", ["dpo", "0.8*dpo + 0.2*nll", "aot", "dr_dpo", "bco_pair", "0.5*bco_pair + 0.5*aot", "beta_dpo"]
+    "loss",
+    [
+        "dpo",
+        "0.8*dpo + 0.2*nll",
+        "aot",
+        "dr_dpo",
+        "bco_pair",
+        "0.5*bco_pair + 0.5*aot",
+        "beta_dpo",
+        # Its state is summed over the ranks; those above see the examples of all.
+        "kto(kl_baseline=running_mean)",
+    ],
 )
 def test_ranks_of_any_size_train_as_one(on_ranks, loss):
     """AUDIT T1: the mean over ranks of value and gradient is that of the whole batch; figures and states agree."""

@@ -81,6 +81,8 @@ def test_columns_of_votes_and_rankings(tmp_path):
         found = with_reference_logps(data, path, tiny.tokenizer())["ref_logps"]
         wanted = [len(row.get("completions", "?")) for row in data]
         assert [len(row) if isinstance(row, list) else 1 for row in found] == wanted
+        # AUDIT T1: a vote has a number, not a list of one.
+        assert all(isinstance(row, list) == ("completions" in data.column_names) for row in found)
 
 
 @pytest.mark.parametrize("max_length", [None, 7])
