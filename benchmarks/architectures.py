@@ -165,7 +165,9 @@ def save(rows: list[list[str]]) -> None:
     saved = list(csv.reader(RESULTS.read_text().splitlines())) if RESULTS.exists() else [header]
     by_class = {row[0]: row for row in [*saved[1:], *rows]}
     with RESULTS.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *(by_class[name] for name in sorted(by_class))])
+        csv.writer(file, lineterminator="\n").writerows(
+            [header, *(by_class[name] for name in sorted(by_class))]
+        )
 
 
 if __name__ == "__main__":
