@@ -4,15 +4,43 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from prefloss.training.head import text_config
 from prefloss.training.layouts import Arranged, Packed
 
 _MASKED = ("sdpa", "eager", "flex_attention")
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+class Way(NamedTuple):
+    """How a model's attention is kept within a sequence.
+
+    Attributes:
+        masked: By a mask; otherwise transformers derives the starts of sequences from the position ids.
+        windowed: Whether a window that the configuration names is that of every layer, if it names no kinds of layers.
+    """
+
+    masked: bool
+    windowed: bool = True
+
+
+def ways(policy: nn.Module, shares: bool) -> list[Way]:
+    """What may work for a model, the cheapest first. A shared prompt needs a mask.
+
+    Args:
+        policy: The model, unwrapped.
+        shares: True if completions of the batch share a prompt.
+    """
+    config = text_config(policy)
+    by_positions = [] if shares else [Way(masked=False)]
+    if _attention(config) not in _MASKED:
+        return by_positions
+    unclear = getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
+    return [*by_positions, Way(masked=True), *([Way(masked=True, windowed=False)] if unclear else [])]
 
 
 def unsupported(policy: nn.Module, shares: bool) -> str | None:
@@ -22,8 +50,7 @@ def unsupported(policy: nn.Module, shares: bool) -> str | None:
         policy: The model, unwrapped.
         shares: True if completions of the batch share a prompt.
     """
-    config: Any = policy.config
-    config = config.get_text_config()
+    config = text_config(policy)
     kinds = set(getattr(config, "layer_types", None) or ()) - set(_KINDS)
     if getattr(policy, "_is_stateful", False) or kinds:
         named = f" ({', '.join(sorted(kinds))})" if kinds else ""
@@ -44,26 +71,24 @@ def unsupported(policy: nn.Module, shares: bool) -> str | None:
     return None
 
 
-def arranged(policy: nn.Module, packed: Packed, one_row: bool = False) -> Arranged:
+def arranged(policy: nn.Module, packed: Packed, way: Way, one_row: bool = False) -> Arranged:
     """The tokens of a batch with what the model's attention needs to keep its sequences apart.
-
-    Without a shared prompt that is the position ids: transformers derives the starts of sequences from them.
 
     Args:
         policy: The model, unwrapped.
         packed: The batch.
+        way: That works for the model.
         one_row: Put all sequences into one row, whatever that costs.
     """
-    config: Any = policy.config
-    config = config.get_text_config()
+    config = text_config(policy)
     attention = _attention(config)
     # A router's statistics would count padding; flash and flex attention skip what lies between sequences.
     one_row = (
         one_row or attention not in ("sdpa", "eager") or bool(getattr(config, "output_router_logits", False))
     )
     tokens = packed.arranged(one_row)
-    if packed.shares:
-        tokens.inputs["attention_mask"] = _masks(policy, config, attention, tokens)
+    if way.masked:
+        tokens.inputs["attention_mask"] = _masks(policy, config, attention, tokens, way.windowed)
     return tokens
 
 
@@ -76,12 +101,11 @@ def _attention(config: Any) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
-def _masks(policy: Any, config: Any, attention: str, tokens: Arranged) -> Any:
+def _masks(policy: Any, config: Any, attention: str, tokens: Arranged, windowed: bool) -> Any:
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     window = getattr(config, "sliding_window", None)
     if not kinds:
-        # Without layer types, the window applies to every layer.
-        kinds = ["sliding_attention" if window else "full_attention"]
+        kinds = ["sliding_attention" if window and windowed else "full_attention"]
     reach = int(tokens.inputs["position_ids"].max()) + 1
     chunk = getattr(config, "attention_chunk_size", None)
     limits = {

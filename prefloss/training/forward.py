@@ -1,16 +1,17 @@
 """One forward pass of a causal model that ends in log-probs instead of logits.
 
 The model runs with all its wrappers and inputs, so that the hooks of DDP, FSDP and DeepSpeed fire. Only the forward of
-its output head is replaced: it scores the completion tokens and returns a probe of a few known numbers instead of
-logits. The model's outputs for the probe show whether its transform of the logits is the one that its configuration
-names.
+its output head is replaced: it scores the completion tokens and returns a row of known numbers instead of logits
+(`probe`). What the model makes of them shows its transform of the logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from prefloss.kernels import vocab_parallel
 from prefloss.logprobs import linear_token_logps
 from prefloss.logratios import IGNORE_INDEX
+from prefloss.training import probe
 from prefloss.training.head import HeadSpec
 from prefloss.training.inputs import checked
 
-_PROBE = (-40.0, -3.0, -0.5, 0.0, 0.25, 2.0, 30.0)
+# The transform that a model's output showed, where its configuration suggests another one.
+_shown: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
 class ModelLogps(NamedTuple):
@@ -70,28 +73,77 @@ def model_logps(
         raise ValueError(
             "inputs: got labels, expected them as targets: the model would compute a loss without logits"
         )
-    spec = HeadSpec.of(unwrapped(model))
-    scored: list[Tensor] = []
+    policy = unwrapped(model)
 
-    def score(hidden: Any) -> Any:
+    def scored(spec: HeadSpec) -> _Pass:
+        def score(hidden: Tensor) -> Tensor:
+            logps = _head_logps(spec, *_at_targets(hidden, targets, positions), temperature, impl)
+            return logps if positions is None else _spread(logps, targets)
+
+        return _forward(model, spec, inputs, score)
+
+    spec = replace(HeadSpec.of(policy), **_shown.get(policy, {}))
+    done = scored(spec)
+    if not probe.explains(spec, done.logits, done.vocabulary):
+        spec = probe.fitting(HeadSpec.readings(policy), done.logits, done.vocabulary, type(policy).__name__)
+        _shown[policy] = {name: getattr(spec, name) for name in ("logit_scale", "softcap", "vocabulary")}
+        done = scored(spec)
+    return ModelLogps(_Through.apply(done.result, done.logits), done.aux_loss)
+
+
+@torch.no_grad()
+def head_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Hidden states that the output head reads, [B, T, H], without gradient.
+
+    Args:
+        model: As for `model_logps`.
+        inputs: Keyword arguments of the model.
+
+    Raises:
+        TypeError: If the model's head is not supported.
+    """
+    return _forward(model, HeadSpec.of(unwrapped(model)), inputs, lambda hidden: hidden).result
+
+
+class _Pass(NamedTuple):
+    """A forward pass: what was made of the hidden states, and what the model made of the probe.
+
+    Attributes:
+        result: From the hidden states.
+        logits: The model's output for the probe.
+        vocabulary: Width of the probe.
+        aux_loss: Router loss, or None.
+    """
+
+    result: Tensor
+    logits: Tensor
+    vocabulary: int
+    aux_loss: Tensor | None
+
+
+def _forward(
+    model: nn.Module, spec: HeadSpec, inputs: Mapping[str, Any], read: Callable[[Tensor], Tensor]
+) -> _Pass:
+    """One forward pass with `read` in place of the head's forward."""
+    name = type(unwrapped(model)).__name__
+    results: list[Tensor] = []
+    widths: list[int] = []
+
+    def head(hidden: Any) -> Any:
         whole = hidden.full_tensor() if hasattr(hidden, "full_tensor") else hidden
-        at_targets, ids = _at_targets(_without_virtual(whole, inputs), targets, positions)
-        logps = _head_logps(spec, at_targets, ids, temperature, impl)
-        scored.append(logps if positions is None else _spread(logps, targets))
-        probe = torch.tensor(_PROBE, dtype=_dtype(spec), device=whole.device)
-        # DDP finds the parameters in use from the model's outputs, so the outputs must depend on the log-probs (see
-        # also _Through). where() passes on none of their values, not even NaN.
-        probe = torch.where(
-            torch.zeros_like(probe, dtype=torch.bool), scored[-1].sum().to(probe.dtype), probe
-        )
-        return _like(hidden, probe.expand(*whole.shape[:-1], len(_PROBE)))
+        results.append(read(_of_tokens(whole, inputs, name)))
+        widths.append(spec.rows)
+        return probe.in_place_of_logits(spec, hidden, results[-1])
 
-    with _replaced_forward(spec.module, score):
+    with _replaced_forward(spec.module, head):
         outputs = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
-    if len(scored) != 1:
-        raise TypeError(f"model: got {len(scored)} calls of the output head in a forward pass, expected one")
-    _check_transform(spec, outputs.logits, type(unwrapped(model)).__name__)
-    return ModelLogps(_Through.apply(scored[0], outputs.logits), getattr(outputs, "aux_loss", None))
+    logits = getattr(outputs, "logits", None)
+    if len(results) != 1 or logits is None:
+        raise TypeError(
+            f"model: got {name}, which called its output head {len(results)} times in a forward pass and gave "
+            f"{'no logits' if logits is None else 'logits'}, expected one call and logits. {probe.INSTEAD}"
+        )
+    return _Pass(results[0], logits, widths[0], getattr(outputs, "aux_loss", None))
 
 
 class _Through(torch.autograd.Function):
@@ -135,25 +187,18 @@ def _head_logps(spec: HeadSpec, hidden: Tensor, targets: Tensor, temperature: fl
     )
 
 
-def _dtype(spec: HeadSpec) -> torch.dtype:
-    module: Any = spec.module
-    return getattr(module, "base_layer", module).weight.dtype
-
-
-def _like(hidden: Any, probe: Tensor) -> Any:
-    """The probe as a DTensor if the hidden states are one: hooks of a tensor-parallel head expect that."""
-    if not hasattr(hidden, "device_mesh"):
-        return probe
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = hidden.device_mesh
-    return DTensor.from_local(probe, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
-def _without_virtual(hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+def _of_tokens(hidden: Tensor, inputs: Mapping[str, Any], name: str) -> Tensor:
     """Hidden states of the input tokens: prompt-learning adapters prepend virtual ones."""
     ids = inputs.get("input_ids")
-    return hidden if ids is None or hidden.ndim < 3 else hidden[:, -ids.shape[1] :]
+    if ids is None:
+        return hidden
+    own = hidden[:, -ids.shape[1] :] if hidden.ndim == 3 else hidden
+    if own.shape[:-1] != ids.shape:
+        raise TypeError(
+            f"model: got {name}, whose output head reads hidden states of shape {list(hidden.shape)}, expected one per "
+            f"token of {list(ids.shape)} tokens. {probe.INSTEAD}"
+        )
+    return own
 
 
 def _at_targets(hidden: Tensor, targets: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -191,19 +236,16 @@ def _replaced_forward(head: nn.Module, score: Callable[[Tensor], Tensor]) -> Ite
             head.forward = own  # type: ignore[method-assign]
 
 
-def _check_transform(spec: HeadSpec, logits: Tensor, model: str) -> None:
-    probe = torch.tensor(_PROBE, dtype=logits.dtype, device=logits.device)
-    expected = spec.transformed(probe)
-    # Any position does, since the transform acts on single numbers; the last one always exists.
-    actual = logits.reshape(-1, logits.shape[-1])[-1]
-    tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
-        outputs = [round(x, 4) for x in actual.detach().float().tolist()]
-        raise TypeError(
-            f"model: got {model}, which turns logits {list(_PROBE)} into {outputs}; expected the scale of "
-            f"{spec.logit_scale} and the softcap of {spec.softcap} that its configuration names. Its log-probs cannot "
-            "be computed without its logits"
-        )
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; on exit, each module is in the mode that it was in."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
 
 
 def _takes_cache(model: nn.Module) -> bool:

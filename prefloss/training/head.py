@@ -8,11 +8,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-# Configuration names of factors on the logits and of softcaps.
+# Configuration names of factors on the logits, of divisors (a factor in some models), and of softcaps.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling",)
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# HyperCLOVA X multiplies by the setting that Granite and MiniCPM divide by.
-_MULTIPLIES_BY_SCALING = ("hyperclovax",)
 
 
 @dataclass(frozen=True)
@@ -23,31 +22,47 @@ class HeadSpec:
         module: The model's output embedding; an adapter's wrapper if there is one.
         logit_scale: Factor on the logits.
         softcap: Bound c of c * tanh(x / c), or None.
+        vocabulary: Number of logits that the model keeps, where it cuts off those of padding; None for all.
     """
 
     module: nn.Module
     logit_scale: float = 1.0
     softcap: float | None = None
+    vocabulary: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> HeadSpec:
-        """Read the head of a causal language model.
+        """Read the head of a causal language model, with the transform that its configuration most likely means.
 
         Raises:
             TypeError: If the model has no output head, or one that is quantised or has an adapter other than plain
                 LoRA.
+        """
+        return cls.readings(model)[0]
+
+    @classmethod
+    def readings(cls, model: nn.Module) -> list[HeadSpec]:
+        """All transforms that the configuration may mean, the likeliest first; a model may apply none that it names.
+
+        Raises:
+            TypeError: As `of`.
         """
         get_head: Any = getattr(model, "get_output_embeddings", None)
         module: Any = None if get_head is None else get_head()
         if module is None:
             name = type(model).__name__
             raise TypeError(f"model: got {name} without output embeddings, expected a causal language model")
-        spec = cls(module, *_transform(model))
-        spec.weight_and_bias()  # Raises now for an unsupported head.
-        return spec
+        cls(module).weight_and_bias()  # Raises now for an unsupported head.
+        config = text_config(model)
+        vocabulary = getattr(config, "unpadded_vocab_size", None)
+        return [
+            cls(module, scale, softcap, vocabulary)
+            for softcap in _softcaps(config)
+            for scale in _scales(config)
+        ]
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, H] and bias [V] as the forward pass uses them; call this inside the head's forward.
+        """Weight [V, H] and bias [V] of the logits that count; call this inside the head's forward.
 
         A LoRA adapter on the head is merged, with gradients to its factors. Sharded tensors are gathered.
 
@@ -56,19 +71,38 @@ class HeadSpec:
         """
         module: Any = self.module
         if hasattr(module, "base_layer"):
-            return _with_lora(module)
+            return self._kept(*_with_lora(module))
         weight = getattr(module, "weight", None)
         if weight is None or not weight.is_floating_point():
             kind = "no weight" if weight is None else f"a weight of {weight.dtype}"
             name = type(module).__name__
             raise TypeError(f"model: got an output head {name} with {kind}, expected a floating-point one")
-        return _whole(weight), _whole(getattr(module, "bias", None))
+        return self._kept(_whole(weight), _whole(getattr(module, "bias", None)))
 
     def shard(self) -> tuple[Tensor, Tensor | None] | None:
         """This process's weight and bias if tensor parallelism splits the vocabulary; None otherwise."""
         module: Any = self.module
         weight = getattr(module, "weight", None)
-        return (weight, getattr(module, "bias", None)) if _by_vocabulary(weight) else None
+        # A vocabulary that is cut off ends within a shard.
+        whole = self.vocabulary is None or self.vocabulary >= self.rows
+        return (weight, getattr(module, "bias", None)) if whole and _by_vocabulary(weight) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        module: Any = self.module
+        return getattr(module, "base_layer", module).weight.dtype
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole weight; inside the head's forward."""
+        module: Any = self.module
+        return int(getattr(module, "base_layer", module).weight.shape[0])
+
+    def _kept(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.vocabulary is None:
+            return weight, bias
+        return weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary]
 
     def transformed(self, logits: Tensor) -> Tensor:
         """The logits after the model's scale and softcap."""
@@ -76,21 +110,28 @@ class HeadSpec:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def _transform(model: Any) -> tuple[float, float | None]:
-    config = model.config.get_text_config()
-    scale = next(
-        (getattr(config, name) for name in _MULTIPLIERS if getattr(config, name, None) is not None), None
-    )
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
-        divides = config.model_type not in _MULTIPLIES_BY_SCALING
-        scale = 1 / config.logits_scaling if divides else config.logits_scaling
-    softcap = next(
-        (getattr(config, name) for name in _SOFTCAPS if getattr(config, name, None) is not None), None
-    )
-    for name, value in (("logit scale", scale), ("softcap", softcap)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"model: got a {name} of {value!r} in {type(config).__name__}, expected a number")
-    return 1.0 if scale is None else float(scale), None if softcap is None else float(softcap)
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's text decoder."""
+    config: Any = model.config
+    # Without `decoder`, a model with a text encoder has two of them; with it, a plain configuration is copied.
+    has_both = getattr(config, "text_encoder", None) is not None
+    return config.get_text_config(decoder=True) if has_both else config.get_text_config()
+
+
+def _scales(config: Any) -> list[float]:
+    """Factors on the logits that a configuration may mean; 1 among them."""
+    factors = [value for name in _MULTIPLIERS if (value := _number(config, name))]
+    divisors = [value for name in _DIVISORS if (value := _number(config, name))]
+    return list(dict.fromkeys([*factors, *(1 / value for value in divisors), *divisors, 1.0]))
+
+
+def _softcaps(config: Any) -> list[float | None]:
+    return list(dict.fromkeys([*(value for name in _SOFTCAPS if (value := _number(config, name))), None]))
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _with_lora(module: Any) -> tuple[Tensor, Tensor | None]:

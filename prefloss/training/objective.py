@@ -15,6 +15,7 @@ from prefloss.registry import Loss
 from prefloss.training import checks, step_zero
 from prefloss.training.batch import COUNTS, PreferenceBatch, Rows
 from prefloss.training.forward import unwrapped
+from prefloss.training.head import text_config
 from prefloss.training.reference import Reference
 from prefloss.training.score import batch_logps
 from prefloss.training.step import FeedbackObjective, Router, sum_counts
@@ -210,8 +211,7 @@ class PreferenceObjective(FeedbackObjective):
 
 def router_weight(policy: nn.Module) -> float:
     """Weight of the router loss of a mixture of experts; 0 for other models."""
-    config: Any = policy.config
-    return float(getattr(config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
+    return float(getattr(text_config(policy), "router_aux_loss_coef", None) or 0.0)
 
 
 def _router(model: nn.Module, aux_loss: Tensor | None) -> Router | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prefloss.arguments import instance, shown
 from prefloss.data.table import ReferenceTable
 from prefloss.training.batch import REFERENCE, PreferenceBatch, Rows
-from prefloss.training.forward import unwrapped
+from prefloss.training.forward import evaluating, unwrapped
 from prefloss.training.score import batch_logps
 from prefloss.training.table_lookup import look_up
 
@@ -191,15 +191,9 @@ class Reference:
             with autocast():
                 yield self.value
             return
-        policy = unwrapped(model)
-        training = model.training
-        model.eval()
-        try:
-            # The value of adapter_off is None.
-            with _switched(policy, self.value):
-                yield model
-        finally:
-            model.train(training)
+        # The value of adapter_off is None.
+        with evaluating(model), _switched(unwrapped(model), self.value):
+            yield model
 
     def __repr__(self) -> str:
         """As it is written."""

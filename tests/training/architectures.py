@@ -73,4 +73,48 @@ CONFIGS = {
         max_position_embeddings=64,
         word_embed_proj_dim=32,
     ),
+    "roformer": lambda: hf.RoFormerConfig(
+        **{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}, is_decoder=True
+    ),
+    # Every second layer attends to a window.
+    "gpt_neo": lambda: hf.GPTNeoConfig(
+        **OLD,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=48,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        max_position_embeddings=64,
+    ),
+    # Names a window that it does not apply.
+    "moshi": lambda: hf.MoshiConfig(**HEADS, ffn_dim=48, sliding_window=4),
+    "xlm": lambda: hf.XLMConfig(
+        **OLD, emb_dim=32, n_layers=2, n_heads=4, causal=True, max_position_embeddings=64, pad_token_id=0
+    ),
+    # Names a scale of logits that it applies to hidden states.
+    "minicpm3": lambda: hf.MiniCPM3Config(
+        **{**SMALL, "num_key_value_heads": 4},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        dim_model_base=8,
+    ),
+    # Cuts off the logits of padding.
+    "inkling2": lambda: hf.Inkling2TextConfig(
+        **{**HEADS, "vocab_size": V + 7},
+        unpadded_vocab_size=V,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=8,
+        sliding_window_size=4,
+        d_rel=4,
+        rel_extent=16,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_layers_per_attn_res_block=2,
+    ),
 }

@@ -8,10 +8,10 @@ from torch import nn
 
 from prefloss.integrations.transformers import HeadSpec, model_logps
 from prefloss.logratios import IGNORE_INDEX, completion_targets
-from tests.training.architectures import CONFIGS, V
+from tests.training.architectures import CONFIGS, SMALL, V
 
-# Architectures that cast their logits to float32, whatever the model's dtype.
-SINGLE = ("mamba", "mamba2", "gptj")
+# Architectures that compute their logits, or what leads to them, in float32, whatever the model's dtype.
+SINGLE = ("mamba", "mamba2", "gptj", "gpt_neo", "inkling2")
 # Its recurrence writes in place over what its own backward needs.
 NO_BACKWARD = ("rwkv",)
 
@@ -23,7 +23,9 @@ def built(name):
     config = CONFIGS[name]()
     # The grouped matmul of experts has no float64 form.
     config._experts_implementation = "eager"
-    return hf.AutoModelForCausalLM.from_config(config).double().eval()
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    # Its router takes float32 alone.
+    return model if name == "inkling2" else model.double()
 
 
 @pytest.fixture
@@ -54,9 +56,9 @@ def test_log_probs_and_gradients_are_the_models_own(name, batch):
         return
     wanted = expected(model, inputs, targets)
     found = model_logps(model, inputs, targets)
-    torch.testing.assert_close(found.logps, wanted, **tolerance)
+    torch.testing.assert_close(found.logps, wanted, **tolerance, check_dtype=False)
     assert (found.aux_loss is not None) == ("moe" in name or name == "mixtral")
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = torch.linspace(0.5, 1.5, wanted.numel(), dtype=torch.float64).reshape(wanted.shape)
     theirs = torch.autograd.grad((wanted * weights).sum(), parameters, allow_unused=True)
     ours = torch.autograd.grad((found.logps * weights).sum(), parameters, allow_unused=True)
@@ -126,6 +128,102 @@ def test_a_transform_that_was_not_read_is_noticed(batch):
         model_logps(model, *batch)
     # The head is itself again after a refusal.
     assert model(**batch[0]).logits.shape[-1] == V
+
+
+class Changed(hf.LlamaForCausalLM):
+    """Does something to its logits."""
+
+    def change(self, logits):
+        return logits
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = self.change(outputs.logits)
+        return outputs
+
+
+class Cut(Changed):
+    def change(self, logits):
+        return logits[..., : V - 11]
+
+
+class Overwrites(Changed):
+    def change(self, logits):
+        return torch.cat([logits[..., :-1], torch.full_like(logits[..., -1:], -1e4)], -1)
+
+
+class ScalesTheEnd(Changed):
+    def change(self, logits):
+        return torch.cat([logits[..., :20], 2 * logits[..., 20:]], -1)
+
+
+def test_logits_that_the_model_cuts_off_do_not_count(batch):
+    """AUDIT H2: the probe had 7 columns, so the cut went unseen and padding entered the softmax."""
+    inputs, targets = batch
+    targets = torch.where(targets >= V - 11, IGNORE_INDEX, targets)
+    for model in (Cut(CONFIGS["llama"]()).double().eval(), built("inkling2")):
+        for _ in range(2):
+            found = model_logps(model, inputs, targets).logps.double()
+            torch.testing.assert_close(found, expected(model, inputs, targets), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", [Overwrites, ScalesTheEnd])
+def test_every_column_of_the_logits_is_judged(kind, batch):
+    """AUDIT H2."""
+    model = kind(CONFIGS["llama"]()).double().eval()
+    with pytest.raises(
+        TypeError, match=f"model: got {kind.__name__}, which turns logits .*prefloss.token_logps"
+    ):
+        model_logps(model, *batch)
+
+
+def vision(kind):
+    text = hf.Cohere2Config(**SMALL, logit_scale=0.3)
+    parts = hf.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    torch.manual_seed(0)
+    return kind(kind.config_class(text_config=text, vision_config=parts)).double().eval()
+
+
+@pytest.mark.parametrize(
+    "kind", [hf.AyaVisionForConditionalGeneration, hf.Cohere2VisionForConditionalGeneration]
+)
+def test_a_scale_that_is_named_and_not_applied_is_left_out(kind, batch):
+    """AUDIT H6: refused before, though what the model does is plain."""
+    inputs, targets = batch
+    model = vision(kind)
+    for _ in range(2):
+        found = model_logps(model, inputs, targets).logps
+        torch.testing.assert_close(found, expected(model, inputs, targets))
+
+
+def test_a_head_that_reads_more_than_one_state_per_token_is_refused_as_the_models_doing(batch):
+    """AUDIT H6: the message spoke of the targets."""
+    config = hf.ProphetNetConfig(
+        vocab_size=V,
+        hidden_size=32,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_encoder_attention_heads=2,
+        num_decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=64,
+        is_decoder=True,
+        is_encoder_decoder=False,
+        add_cross_attention=False,
+    )
+    model = hf.ProphetNetForCausalLM(config).double().eval()
+    with pytest.raises(
+        TypeError, match=r"model: got ProphetNetForCausalLM, whose output head .*prefloss.token_logps"
+    ):
+        model_logps(model, *batch)
 
 
 def test_wrapped_models_and_their_hooks(batch):

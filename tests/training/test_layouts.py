@@ -37,10 +37,14 @@ REFUSED = {
     "rwkv": STATE,
     "mixtral": ROUTER,
     "qwen3_moe": ROUTER,
-    # Its mask is made without the position ids, so sequences of one row see each other unless a mask keeps them apart.
-    "opt": {"packed": "log-probs differ"},
-    # Likewise, and its positions are counted from a mask of two dimensions alone.
+    # Its mask is made without the position ids, and its positions are counted from a mask of two dimensions alone.
     "bloom": {"packed": "log-probs differ", "shared_prefix": "forward refuses"},
+    # Takes no position ids, though its forward takes any argument.
+    "roformer": {"shared_prefix": "cannot share a prompt"},
+    # Its window is not one that the mask of a shared prompt knows.
+    "gpt_neo": {"shared_prefix": "log-probs differ"},
+    "xlm": {"packed": "log-probs differ", "shared_prefix": "forward refuses (AssertionError"},
+    "inkling2": STATE,
 }
 # Its recurrence writes in place over what its own backward needs.
 NO_BACKWARD = ("rwkv",)
@@ -63,8 +67,8 @@ def examples(count=4, seed=0, most=4):
 def built(name, attention):
     torch.manual_seed(0)
     config = ARCHITECTURES[name]()
-    for setting in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout"):
-        if hasattr(config, setting):
+    for setting in [*vars(config)]:
+        if "drop" in setting and isinstance(getattr(config, setting), float):
             setattr(config, setting, 0.0)
     config._experts_implementation = "eager"
     try:
