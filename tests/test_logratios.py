@@ -74,6 +74,10 @@ def test_indexing_and_concatenation():
 def test_detached():
     policy = torch.tensor([-2.0], requires_grad=True)
     assert not LogRatios(policy).detach().policy.requires_grad
+    rows = token_rows(2, 3)[0].log_ratios()
+    assert rows.policy.requires_grad
+    # AUDIT T1: the values of single tokens too.
+    assert not any(value.requires_grad for value in rows.detach().per_token._present().values())
 
 
 def token_rows(*shape):
