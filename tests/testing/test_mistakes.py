@@ -16,6 +16,7 @@ OF_EACH_KIND = (
     "subtracts_in_place",
     "clamps_a_saved_tensor",
     "noise",
+    "seeds_torch",
     "infinite_slope",
     "flipped",
     "downvotes_raised",
