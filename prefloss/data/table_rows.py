@@ -37,12 +37,14 @@ def parquet(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tup
     try:
         # Without a buffer, a whole column of a group of rows is read at once.
         with pq.ParquetFile(path, buffer_size=_BUFFER, page_checksum_verification=True) as file:
-            names, at = _unique_names(path, file.schema_arrow.names), 0
-            known = [name for name in names if name in KNOWN] or names[:1]
+            names, at = file.schema_arrow.names, 0
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise DataError(f"{path}: got two columns named {twice[0]!r}, expected each name once")
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if at + rows > start and (stop is None or at < stop):
-                    batches = file.iter_batches(_BATCH, row_groups=[group], columns=known)
+                    batches = file.iter_batches(_BATCH, row_groups=[group], columns=_read_names(names))
                     yield from _rows(path, batches, names, at, start, stop)
                 at += rows
     except (pa.ArrowException, OSError) as error:
@@ -77,8 +79,7 @@ def saved(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple
         # Loaded anew, because pages that were read count as memory of the process until their mapping goes.
         loaded, to = _loaded(path), min(at + _SPAN, count if stop is None else stop)
         names = loaded.column_names
-        known = [name for name in names if name in KNOWN] or names[:1]
-        part: Any = loaded.select_columns(known).with_format("arrow").select(range(at, to))
+        part: Any = loaded.select_columns(_read_names(names)).with_format("arrow").select(range(at, to))
         batches = (batch for table in part.iter(_BATCH) for batch in table.combine_chunks().to_batches())
         yield from _rows(path, batches, names, at, at, to)
 
@@ -91,6 +92,11 @@ def _loaded(path: Path) -> Any:
     except Exception as error:
         # Whatever is wrong with its files.
         raise DataError(f"{path}: datasets cannot load it: {str(error) or type(error).__name__}") from error
+
+
+def _read_names(names: list[str]) -> list[str]:
+    """The columns to read; the first, which tells how many rows there are, if nothing reads any."""
+    return [name for name in names if name in KNOWN] or names[:1]
 
 
 def _rows(
@@ -121,13 +127,6 @@ def _values(path: Path, batch: pa.RecordBatch, first: int) -> list[dict[str, Any
                         f"{path}: row {first + i}: column {name!r}: cannot be read: {error}"
                     ) from error
         raise
-
-
-def _unique_names(path: Path, names: list[str]) -> list[str]:
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise DataError(f"{path}: got two columns named {twice[0]!r}, expected each name once")
-    return names
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
