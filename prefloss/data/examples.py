@@ -166,8 +166,9 @@ def _token_ids(place: str, kind: type, row: dict[str, Any]) -> list[Encoded]:
 
 def _id_list(place: str, where: str, value: Any) -> list[int]:
     value = value.tolist() if hasattr(value, "tolist") else value
-    listed = isinstance(value, list | tuple)
-    if not listed or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in value):
+    # bool is another type than int.
+    are_integers = isinstance(value, list | tuple) and set(map(type, value)) <= {int}
+    if not are_integers or min(value, default=0) < 0 or max(value, default=0) >= 2**31:
         raise DataError(
             f"{place}: {where}: got {shown(value)}, expected a list of token ids >= 0 and < 2**31"
         )
