@@ -300,7 +300,8 @@ def _header(path: Path, text: bytes) -> Header:
                 f"{path}: a damaged reference table: {name} of its header: got {shown(value)}, expected {kinds}"
             )
     # A later version may have added others.
-    return Header(**{name: values.get(name) for name in types})
+    known: dict[str, Any] = {name: values.get(name) for name in types}
+    return Header(**known)
 
 
 def _as_numbers(keys: bytes) -> np.ndarray:
