@@ -55,17 +55,13 @@ def hold(path: Path) -> IO[str] | None:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The process that held it before may have removed it meanwhile.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
     except ModuleNotFoundError:
-        # Windows: nobody is kept out.
-        pass
+        # Windows has no such locks: every process gets the file.
+        return file
     except BlockingIOError:
-        file.close()
-        return None
-    except OSError:
-        file.close()
-        raise
-    # Whoever held it may have removed it meanwhile.
-    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        file.close()
-        return None
-    return file
+        pass
+    file.close()
+    return None

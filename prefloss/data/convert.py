@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from prefloss.data.read import Preferences
-from prefloss.data.row_file import row_schema, rows_in, stored
+from prefloss.data.row_file import open_rows, row_folder, row_schema, rows_in, write_rows
 from prefloss.data.rows import extremes, kind_text
 from prefloss.feedback import SIDES, Labels, Pairs
 
@@ -35,7 +35,7 @@ def ranked_to_pairs(rows: Dataset) -> Dataset:
             pair = {"prompt": row["prompt"], "chosen": best[1], "rejected": worst[1]}
             yield pair | {"score_chosen": best[0], "score_rejected": worst[0]} | {n: row[n] for n in weights}
 
-    return stored(schema, pairs())
+    return open_rows([write_rows(row_folder(), schema, pairs())])
 
 
 def pairs_to_labels(rows: Dataset, seed: int = 0) -> Dataset:

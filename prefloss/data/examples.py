@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from prefloss.data.rows import (
     kind_of,
     label_of,
     number_of,
+    optional_of,
     scores_of,
     sides_of,
     with_new_names,
@@ -90,20 +90,23 @@ def read_example(
     instance(place, example, Mapping, "a row: column -> value")
     row = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in example.items()}
     kind = next((kind for kind in KINDS if all(row.get(name) is not None for name in _IDS[kind])), None)
-    is_text = kind is None
+    ending = "" if kind is None else "_ids"
     kind = kind or _kind_of_text(place, row)
     row = with_new_names(kind, row)
-    rows = _encoded(place, kind, row, tokenizer) if is_text else _token_ids(place, kind, row)
+    rows = _token_ids(place, kind, row) if ending else _encoded(place, kind, row, tokenizer)
     if not rows:
         raise DataError(f"{place}: column 'completions': got an empty list, expected at least one completion")
-    if not allow_empty:
-        _check_not_empty(place, kind, rows, "" if is_text else "_ids")
+    for (where, _), (_, completion) in zip(sides_of(place, row, kind, ending), rows, strict=True):
+        if not (completion or allow_empty):
+            raise DataError(
+                f"{place}: {where}: got an empty completion, expected at least one token beyond the prompt's"
+            )
     return Example(
         place,
         kind,
         rows,
         values={
-            field.name: _value_of(place, field.column, row[field.column])
+            field.name: optional_of(place, field.column, row[field.column])
             for field in optional_fields(kind)
             if field.column and row.get(field.column) is not None
         },
@@ -158,32 +161,14 @@ def _token_ids(place: str, kind: type, row: dict[str, Any]) -> list[Encoded]:
     if row.get("prompt_ids") is None:
         raise DataError(f"{place}: missing column 'prompt_ids'; it has {', '.join(map(repr, row))}")
     prompt = _id_list(place, "column 'prompt_ids'", row["prompt_ids"])
-    rows = []
-    for where, value in sides_of(place, row, kind, "_ids"):
-        completion = _id_list(place, where, value)
-        rows.append((prompt, completion))
-    return rows
-
-
-def _value_of(place: str, column: str, value: Any) -> float:
-    """A number of an optional column; a weight is not below 0."""
-    least, expected = (0.0, "a finite number >= 0") if column == "weight" else (-math.inf, "a finite number")
-    return number_of(place, f"column {column!r}", value, expected, least)
-
-
-def _check_not_empty(place: str, kind: type, rows: list[Encoded], ending: str) -> None:
-    for i, (_, completion) in enumerate(rows):
-        if not completion:
-            name = f"'completions{ending}'[{i}]" if kind is Rankings else f"'{SIDES[kind][i]}{ending}'"
-            raise DataError(
-                f"{place}: column {name}: got an empty completion, expected at least one token beyond the prompt's"
-            )
+    return [(prompt, _id_list(place, where, value)) for where, value in sides_of(place, row, kind, "_ids")]
 
 
 def _id_list(place: str, where: str, value: Any) -> list[int]:
     value = value.tolist() if hasattr(value, "tolist") else value
-    listed = isinstance(value, list | tuple)
-    if not listed or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in value):
+    # bool is another type than int.
+    are_integers = isinstance(value, list | tuple) and set(map(type, value)) <= {int}
+    if not are_integers or min(value, default=0) < 0 or max(value, default=0) >= 2**31:
         raise DataError(
             f"{place}: {where}: got {shown(value)}, expected a list of token ids >= 0 and < 2**31"
         )

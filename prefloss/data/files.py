@@ -20,15 +20,14 @@ FORMATS = (
     "datasets' save_to_disk"
 )
 
-# Ending -> the number of rows (or lines) of a file, and an iterator over those from `start` to `stop`.
-_READERS: dict[str, tuple[Callable[[Path], int], Callable[[Path, int, int | None], Iterator[Row]]]] = {
-    ".jsonl": (json_rows.count_lines, json_rows.lines),
-    ".ndjson": (json_rows.count_lines, json_rows.lines),
-    ".jsonl.gz": (json_rows.count_lines, json_rows.lines),
+# Counts the rows (or lines) of a file, and reads those from `start` to `stop`.
+_Reader = tuple[Callable[[Path], int], Callable[[Path, int, int | None], Iterator[Row]]]
+_READERS: dict[str, _Reader] = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonl.gz"), (json_rows.count_lines, json_rows.lines)),
     ".json": (json_rows.count_json, json_rows.json_file),
     ".parquet": (table_rows.count_parquet, table_rows.parquet),
-    "": (table_rows.count_saved, table_rows.saved),
 }
+_SAVED: _Reader = (table_rows.count_saved, table_rows.saved)
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.")
 
 
@@ -67,7 +66,7 @@ def _named(path: Path, rows: Iterator[Any]) -> Iterator[Any]:
         raise DataError(f"{path}: cannot be read: {reason}") from error
 
 
-def _files(path: Path) -> list[tuple[Path, Any]]:
+def _files(path: Path) -> list[tuple[Path, _Reader]]:
     """The files to read, each with its reader."""
     try:
         is_folder, exists = path.is_dir(), path.exists()
@@ -75,22 +74,19 @@ def _files(path: Path) -> list[tuple[Path, Any]]:
         raise DataError(f"{shown(str(path), 80)}: cannot be read: {error}") from error
     if not exists:
         raise DataError(f"{path}: no such file or folder; expected {FORMATS}")
-    if not is_folder:
-        if _ending(path) is None:
-            raise DataError(f"{path}: got the ending {path.suffix!r}, expected {FORMATS}")
-        if not path.is_file():
-            raise DataError(f"{path}: got a pipe or device, expected {FORMATS}")
-        return [(path, _READERS[_ending(path) or ""])]
-    saved = table_rows.saved_folder(path)
-    return (
-        [(saved, _READERS[""])]
-        if saved
-        else [(file, _READERS[_ending(file) or ""]) for file in _shards(path)]
-    )
+    if is_folder:
+        saved = table_rows.saved_folder(path)
+        return [(saved, _SAVED)] if saved else [(file, _READERS[_ending(file)]) for file in _shards(path)]
+    if not _ending(path):
+        raise DataError(f"{path}: got the ending {path.suffix!r}, expected {FORMATS}")
+    if not path.is_file():
+        raise DataError(f"{path}: got a pipe or device, expected {FORMATS}")
+    return [(path, _READERS[_ending(path)])]
 
 
-def _ending(path: Path) -> str | None:
-    return next((ending for ending in _READERS if ending and path.name.lower().endswith(ending)), None)
+def _ending(path: Path) -> str:
+    """The ending that says how to read a file, "" if it has none of those."""
+    return next((ending for ending in _READERS if path.name.lower().endswith(ending)), "")
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -109,11 +105,11 @@ def _shards(folder: Path) -> list[Path]:
     sets = sorted({name for name, _, _ in names})
     if len(sets) > 1:
         raise DataError(f"{folder}: holds several data sets ({', '.join(sets)}), expected one; name its file")
-    absent = (
-        {f"{number:05}" for number in range(int(names[0][2]))} - {n for _, n, _ in names} if names else set()
-    )
-    if absent:
-        raise DataError(
-            f"{folder}: lacks the file {sets[0]}-{min(absent)}-of-{names[0][2]}, and {len(absent) - 1} more"
-        )
+    if names:
+        name, _, count = names[0]
+        absent = {f"{number:05}" for number in range(int(count))} - {number for _, number, _ in names}
+        if absent:
+            raise DataError(
+                f"{folder}: lacks the file {name}-{min(absent)}-of-{count}, and {len(absent) - 1} more"
+            )
     return files

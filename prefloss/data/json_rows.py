@@ -13,10 +13,9 @@ from typing import IO, Any
 from prefloss.data.errors import DataError, shown
 
 _MARK = b"\xef\xbb\xbf"
-_SPACE = re.compile(r"[ \t\r\n]*")
 _BLOCK = 2**20
-# Characters before the end of a piece within which a mistake may be only that the piece ends there.
-_CUT = 16
+# What comes before the first value of an array, before another, and after the last.
+_OPENING, _COMMA, _CLOSING = (re.compile(rf"[ \t\r\n]*\{mark}[ \t\r\n]*") for mark in "[,]")
 
 
 def count_lines(path: Path) -> int:
@@ -32,9 +31,10 @@ def lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple
     with _opened(path) as file:
         # Only \n ends a line: str.splitlines would also split at U+2028 inside a string.
         for number, raw in itertools.islice(enumerate(file, start=1), start, stop):
-            line = _text(f"{path}:{number}", raw.removeprefix(_MARK) if number == 1 else raw)
+            place = f"{path}:{number}"
+            line = _text(place, raw.removeprefix(_MARK) if number == 1 else raw)
             if line.strip():
-                yield f"{path}:{number}", only_object(path, number, line.rstrip("\r\n"))
+                yield place, _object(place, _value(path, line.rstrip("\r\n"), number))
 
 
 def count_json(path: Path) -> int:
@@ -45,17 +45,6 @@ def count_json(path: Path) -> int:
 def json_file(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """One array of objects, or JSON lines under the name .json, as many exporters write."""
     yield from itertools.islice(_array(path), start, stop) if _is_array(path) else lines(path, start, stop)
-
-
-def only_object(path: Path, line: int, text: str) -> dict[str, Any]:
-    """The object that a line holds, and nothing after it."""
-    piece = _Piece(path, text, line)
-    piece.skip_space()
-    value = piece.object()
-    piece.skip_space()
-    if piece.at < len(text):
-        raise piece.error(f"got more: {shown(text[piece.at :])}, expected one object in a line", piece.at)
-    return value
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -69,114 +58,69 @@ def _is_array(path: Path) -> bool:
 
 
 def _array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    text, at, line, before = "", 0, 1, _OPENING
     with path.open(encoding="utf-8-sig", newline="") as file:
-        piece = _Piece(path, "", 1, file)
-        try:
-            yield from _elements(piece)
-        except UnicodeDecodeError:
-            # The decoder knows the byte of its buffer only.
-            with path.open("rb") as raw:
-                for number, line in enumerate(raw, start=1):
-                    _text(f"{path}:{number}", line)
-            raise
+        while piece := _next_piece(path, file, len(text) - at):
+            text, at = text[at:] + piece, 0
+            while gap := before.match(text, at):
+                line_of_value = line + text.count("\n", at, gap.end())
+                place = f"{path}:{line_of_value}"
+                try:
+                    value, end = _DECODER.raw_decode(text, gap.end())
+                except json.JSONDecodeError:
+                    # A mistake, or the piece ends inside the value.
+                    break
+                except (RecursionError, ValueError) as error:
+                    raise DataError(f"{place}: bad JSON: {error}") from error
+                yield place, _object(place, value)
+                line = line_of_value + text.count("\n", gap.end(), end)
+                at, before = end, _COMMA
+    if not _CLOSING.fullmatch(text, at):
+        # No values, or a mistake, which the whole text places.
+        _value(path, path.read_text("utf-8-sig"), 1)
 
 
-def _elements(piece: _Piece) -> Iterator[tuple[str, dict[str, Any]]]:
-    piece.skip_space()
-    piece.at += 1
-    piece.skip_space()
-    while piece.next() not in ("]", ""):
-        place = piece.place()
-        yield place, piece.object()
-        piece.skip_space()
-        if piece.next() == ",":
-            piece.at += 1
-            piece.skip_space()
-        elif piece.next() not in ("]", ""):
-            raise piece.error(f"got {piece.next()!r}, expected ',' or ']'", piece.at)
-    if not piece.next():
-        raise piece.error("the array has no closing ']'", piece.at)
-    piece.at += 1
-    piece.skip_space()
-    if piece.next():
-        raise piece.error(f"got {piece.next()!r}, expected nothing after the array", piece.at)
+def _next_piece(path: Path, file: IO[str], least: int) -> str:
+    try:
+        return file.read(max(_BLOCK, least))
+    except UnicodeDecodeError:
+        # The decoder knows the byte of its buffer only.
+        with path.open("rb") as raw:
+            for number, line in enumerate(raw, start=1):
+                _text(f"{path}:{number}", line)
+        raise
 
 
-class _Piece:
-    """A piece of a JSON text, and how far it is read; from a file, it is followed by the next piece."""
+def _value(path: Path, text: str, line: int) -> Any:
+    """The one value of a text that starts at this line."""
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        rest = text[error.pos :]
+        what = (
+            f"got more: {shown(rest)}, expected nothing after it" if error.msg == "Extra data" else error.msg
+        )
+        end = "" if rest else ", and the text ends there"
+        place = f"{path}:{line + error.lineno - 1}:{error.colno}"
+        raise DataError(f"{place}: bad JSON: {what}{end}") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}:{line}: bad JSON: {error}") from error
 
-    def __init__(self, path: Path, text: str, line: int, file: IO[str] | None = None) -> None:
-        self.path, self.text, self.file = path, text, file
-        self.at = 0
-        # The line of a character, and how many of that line's characters are no longer held.
-        self._line, self._counted, self._gone = line, 0, 0
 
-    def more(self) -> bool:
-        """Drop what is read, and append more of the file; False at its end."""
-        new = self.file.read(max(_BLOCK, len(self.text) - self.at)) if self.file else ""
-        if new:
-            self._count()
-            break_at = self.text.rfind("\n", 0, self.at)
-            self._gone = self._gone + self.at if break_at < 0 else self.at - break_at - 1
-            self.text, self.at, self._counted = self.text[self.at :] + new, 0, 0
-        return bool(new)
-
-    def next(self) -> str:
-        """The next character, "" at the end."""
-        if self.at == len(self.text):
-            self.more()
-        return self.text[self.at : self.at + 1]
-
-    def skip_space(self) -> None:
-        """Go on to the next character that is not white space."""
-        while True:
-            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.text) or not self.more():
-                return
-
-    def object(self) -> dict[str, Any]:
-        """The object that starts here."""
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self.text, self.at)
-                break
-            except json.JSONDecodeError as error:
-                cut = error.pos > len(self.text) - _CUT or error.msg.startswith("Unterminated")
-                if not (cut and self.more()):
-                    raise self.error(error.msg, error.pos) from error
-            except (RecursionError, ValueError) as error:
-                raise DataError(f"{self.place()}: bad JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise DataError(
-                f'{self.place()}: got {shown(value)}, expected an object with named columns, as {{"prompt": ...}}'
-            )
-        self.at = end
-        return value
-
-    def place(self) -> str:
-        """File and line of the next character."""
-        self._count()
-        return f"{self.path}:{self._line}"
-
-    def error(self, what: str, index: int) -> DataError:
-        """A mistake at a character of the piece, by line and column."""
-        line = self._line + self.text.count("\n", self._counted, index)
-        break_at = self.text.rfind("\n", 0, index)
-        column = index - break_at + (self._gone if break_at < 0 else 0)
-        return DataError(f"{self.path}:{line}:{column}: bad JSON: {what}")
-
-    def _count(self) -> None:
-        self._line += self.text.count("\n", self._counted, self.at)
-        self._counted = self.at
+def _object(place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        expected = 'an object with named columns, as {"prompt": ...}'
+        raise DataError(f"{place}: got {shown(value)}, expected {expected}")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of these keys and values; json itself would take the last of two equal keys."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the name {shown(next(n for n in names if names.count(n) > 1))} is there twice")
-    return found
+    return row
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)

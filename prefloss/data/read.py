@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from prefloss.data.errors import DataError, shown
 from prefloss.data.examples import read_example
 from prefloss.data.files import rows_of
-from prefloss.data.row_file import Share, open_rows, row_folder, row_schema, text_type, write_rows
+from prefloss.data.row_file import Share, open_rows, row_folder, row_schema, write_rows
 from prefloss.data.rows import (
     clean,
     extremes,
@@ -77,16 +77,19 @@ def read(path: str | os.PathLike[str], share: Share | None = None) -> Preference
         DataError: If it cannot be read, or a row is malformed; the message names file, line and column.
     """
     path = _checked_path(path)
-    first, rows, part = _read(path, share or Share(), _First)
-    if rows is None:
-        raise DataError("; ".join((f"{path}: no row is left to train on", *part.notes())))
-    return Preferences(
-        rows, first.kind, first.conversational, path.name, part.notes(), first.optional, tuple(part.unused)
+    rule, rows, found = _read(path, share or Share(), _Rule)
+    notes = tuple(
+        f"{number} row{'' if number == 1 else 's'} {event} ({_places(places)})"
+        for event, (number, places) in found.events.items()
     )
+    if rows is None:
+        raise DataError("; ".join((f"{path}: no row is left to train on", *notes)))
+    unused = tuple(found.unused)[:_MOST_NAMES]
+    return Preferences(rows, rule.kind, rule.conversational, path.name, notes, rule.optional, unused)
 
 
 def read_token_ids(path: str | os.PathLike[str], share: Share | None = None) -> Dataset | None:
-    """Read and check a file of token ids (`prompt_ids`, `chosen_ids` ...); None if its first row holds others columns.
+    """Read and check a file of token ids (`prompt_ids`, `chosen_ids` ...); None if its first row holds other columns.
 
     Args:
         path: File or folder, as for `read`.
@@ -101,18 +104,7 @@ def read_token_ids(path: str | os.PathLike[str], share: Share | None = None) -> 
         _, row = next(rows_of(path), ("", {}))
         return row.get("prompt_ids") is not None
 
-    return _read(path, share, _FirstIds)[1] if all(share.together(are_ids)) else None
-
-
-class _Checks(Protocol):
-    """What the first row says about all rows."""
-
-    @property
-    def schema(self) -> pa.Schema: ...
-
-    def check(self, place: str, row: dict[str, Any], part: _Part) -> dict[str, Any] | None:
-        """A row as it is kept, or None if it is dropped; the part is told of what was found."""
-        ...
+    return _read(path, share, _IdsRule)[1] if all(share.together(are_ids)) else None
 
 
 @dataclass
@@ -120,7 +112,7 @@ class _Part:
     """What a process found in its part of a file.
 
     Attributes:
-        file: Of the rows that it kept.
+        file: Holds the rows that it kept.
         kept: Their number.
         events: What happened to rows -> to how many, and the places of the first.
         unused: Names of columns that nothing reads.
@@ -131,34 +123,21 @@ class _Part:
     events: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
     unused: dict[str, None] = field(default_factory=dict)
 
-    def count(self, event: str, places: Sequence[str], number: int = 1) -> None:
-        """Something happened to rows at these places, and to more."""
+    def add(self, event: str, places: list[str], number: int = 1) -> None:
+        """Count rows to which something happened."""
         before, known = self.events.get(event, (0, []))
         self.events[event] = (before + number, [*known, *places][:4])
 
-    def name(self, columns: Sequence[str]) -> None:
-        """Nothing reads these columns."""
-        for column in columns:
-            if len(self.unused) < _MOST_NAMES:
-                self.unused[column] = None
-
-    def join(self, other: _Part) -> None:
-        """Add the next part of the file."""
-        self.kept += other.kept
-        self.name(list(other.unused))
-        for event, (number, places) in other.events.items():
-            self.count(event, places, number)
-
-    def notes(self) -> tuple[str, ...]:
-        """What happened to rows, one sentence each."""
-        return tuple(
-            f"{number} row{'' if number == 1 else 's'} {event} ({_places(places)})"
-            for event, (number, places) in self.events.items()
-        )
+    def add_unused(self, names: Iterable[str]) -> None:
+        """Note columns that nothing reads."""
+        if len(self.unused) < _MOST_NAMES:
+            self.unused.update(dict.fromkeys(names))
 
 
-def _read(path: Path, share: Share, checks: type[Any]) -> tuple[Any, Dataset | None, _Part]:
-    """What the first row says, the rows of all processes (None without any), and what was found in them."""
+def _read(
+    path: Path, share: Share, kind_of_rule: type[_Rule | _IdsRule]
+) -> tuple[Any, Dataset | None, _Part]:
+    """The rule that the first row sets, the rows of all processes (None without any), and what was found in them."""
     # One process makes the folder, so that all parts lie in it.
     folder = share.together(lambda: row_folder() if share.rank == 0 else Path())[0]
 
@@ -166,35 +145,33 @@ def _read(path: Path, share: Share, checks: type[Any]) -> tuple[Any, Dataset | N
         place, row = next(rows_of(path), (None, {}))
         if place is None:
             raise DataError(f"{path}: no rows")
-        first, part = checks.of(place, row), _Part()
-        part.file = write_rows(
-            folder, first.schema, _kept(rows_of(path, share.rank, share.size), first, part)
-        )
-        return first, part
+        rule, part = kind_of_rule.of(place, row), _Part()
+
+        def kept() -> Iterator[dict[str, Any]]:
+            for place, row in rows_of(path, share.rank, share.size):
+                checked = rule.check(place, row, part)
+                if checked is not None:
+                    part.kept += 1
+                    yield checked
+
+        part.file = write_rows(folder, rule.schema, kept())
+        return rule, part
 
     outcomes, whole = share.together(check), _Part()
     for _, part in outcomes:
-        whole.join(part)
+        whole.add_unused(part.unused)
+        for event, (number, places) in part.events.items():
+            whole.add(event, places, number)
     files = [part.file for _, part in outcomes if part.file and part.kept]
+    # Together, because one process may not see the others' files; the rows themselves stay in each.
     opened: list[Dataset] = []
-    # Together, because one process may not see the others' files.
     share.together(lambda: opened.extend([open_rows(files)] if files else []))
     return outcomes[0][0], opened[0] if opened else None, whole
 
 
-def _kept(
-    rows: Iterator[tuple[str, dict[str, Any]]], first: _Checks, part: _Part
-) -> Iterator[dict[str, Any]]:
-    for place, row in rows:
-        kept = first.check(place, row, part)
-        if kept is not None:
-            part.kept += 1
-            yield kept
-
-
 @dataclass(frozen=True)
-class _First:
-    """What the first row says about all rows."""
+class _Rule:
+    """What the first row of text says about all rows."""
 
     place: str
     kind: type
@@ -202,7 +179,7 @@ class _First:
     conversational: bool
 
     @classmethod
-    def of(cls, place: str, row: dict[str, Any]) -> _First:
+    def of(cls, place: str, row: dict[str, Any]) -> _Rule:
         kind = kind_of(place, row)
         row = with_new_names(kind, row)
         conversational = clean(place, row, kind).conversational
@@ -218,10 +195,13 @@ class _First:
 
     @property
     def schema(self) -> pa.Schema:
-        return row_schema(self.kind, text_type(self.conversational), self.optional)
+        import pyarrow as pa
+
+        messages = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+        return row_schema(self.kind, messages if self.conversational else pa.string(), self.optional)
 
     def check(self, place: str, row: dict[str, Any], part: _Part) -> dict[str, Any] | None:
-        """A row, which must be of the same kind and form and have the same optional columns."""
+        """The row as it is kept, or None if it is dropped; it must be of the same kind, form and columns."""
         self._check_kind(place, row)
         row = with_new_names(self.kind, row)
         checked = clean(place, row, self.kind, self.optional)
@@ -235,12 +215,12 @@ class _First:
                     f"{place}: column {name!r}: got {shown(row[name])}, and {_short(self.place)} has none; give every "
                     "row a number there, or no row"
                 )
-        part.name(checked.unused)
+        part.add_unused(checked.unused)
         dropped = _useless(checked.row, self.kind)
         blank = "kept, though the prompt is empty" if is_blank(checked.row["prompt"]) and not dropped else ""
         for event in (checked.converted, dropped, blank):
             if event:
-                part.count(event, [place])
+                part.add(event, [place])
         return None if dropped else checked.row
 
     def _check_kind(self, place: str, row: dict[str, Any]) -> None:
@@ -263,14 +243,14 @@ class _First:
 
 
 @dataclass(frozen=True)
-class _FirstIds:
+class _IdsRule:
     """What the first row of token ids says about all rows."""
 
     place: str
     kind: type
 
     @classmethod
-    def of(cls, place: str, row: dict[str, Any]) -> _FirstIds:
+    def of(cls, place: str, row: dict[str, Any]) -> _IdsRule:
         return cls(place, read_example(0, row, None, place=place).kind)
 
     @property
@@ -280,7 +260,7 @@ class _FirstIds:
         return row_schema(self.kind, pa.list_(pa.int64()), ending="_ids")
 
     def check(self, place: str, row: dict[str, Any], part: _Part) -> dict[str, Any] | None:
-        """A row, which must hold token ids of the same kind."""
+        """The row, which must hold token ids of the same kind."""
         if row.get("prompt_ids") is None:
             raise DataError(f"{place}: missing column 'prompt_ids', which {_short(self.place)} has")
         kind = read_example(0, row, None, place=place).kind
@@ -288,9 +268,7 @@ class _FirstIds:
             raise DataError(
                 f"{place}: got {kind_text(kind)}, expected {kind_text(self.kind)} as in {_short(self.place)}"
             )
-        names = ("prompt_ids", *id_columns(kind))
-        part.name([name for name in row if name not in names])
-        return {name: row[name] for name in names}
+        return {name: row[name] for name in ("prompt_ids", *id_columns(kind))}
 
 
 def _checked_path(path: Any) -> Path:

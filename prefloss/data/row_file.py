@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import pickle
 import shutil
 import socket
-import stat
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,8 @@ class Share:
 def row_folder() -> Path:
     """A folder of this process for such files, removed when it ends.
 
-    It lies in the cache folder of datasets (HF_DATASETS_CACHE), or in the system's folder for temporary files if
-    that cannot be written to.
+    It lies in the cache folder of datasets (HF_DATASETS_CACHE), where folders that killed processes of this machine
+    left are removed, or in the system's folder for temporary files if that cannot be written to.
 
     Raises:
         DataError: If neither can be written to.
@@ -77,78 +78,50 @@ def _row_folder(process: int) -> Path:
     """The folder of a process; a forked one gets its own."""
     from datasets import config
 
-    problems = []
-    for base in (Path(config.HF_DATASETS_CACHE), Path(tempfile.gettempdir())):
+    problems, prefix = [], f"prefloss-{socket.gethostname()}-"
+    cache = Path(config.HF_DATASETS_CACHE)
+    _remove_stale(cache, prefix)
+    for base in (cache, Path(tempfile.gettempdir())):
         try:
             base.mkdir(parents=True, exist_ok=True)
-            prefix = f"prefloss-{socket.gethostname()}-"
-            _remove_stale(base, prefix)
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
-            held = hold(folder / "lock")
+            atexit.register(_remove, folder, process, hold(folder / "lock"))
+            return folder
         except OSError as error:
             problems.append(f"{base} ({error.strerror})")
-            continue
-        atexit.register(_remove, folder, process, held)
-        return folder
     raise DataError(
         f"no folder to keep checked rows in: {' and '.join(problems)} cannot be written to; set HF_DATASETS_CACHE to "
         "one"
     )
 
 
-def _remove(folder: Path, process: int, held: IO[str] | None) -> None:
+def _remove(folder: Path, process: int, lock: IO[str] | None) -> None:
+    """Remove the folder of a process; the lock is an argument so that it stays open until then."""
     # A forked process that ends must leave its parent's files.
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
-        if held is not None:
-            held.close()
 
 
 def _remove_stale(base: Path, prefix: str) -> None:
-    """Remove the folders that killed processes of this machine and user left."""
     for folder in base.glob(f"{prefix}*"):
-        found = folder.lstat()
-        user = os.getuid() if hasattr(os, "getuid") else found.st_uid
-        # Not a link that somebody else put there.
-        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == user
-        if not is_own or time.time() - found.st_mtime < _STALE:
-            continue
-        held = hold(folder / "lock")
-        if held is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            held.close()
+        # Another user's folder cannot be opened.
+        with contextlib.suppress(OSError):
+            is_old = time.time() - folder.stat().st_mtime > _STALE
+            if is_old and (lock := hold(folder / "lock")):
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.close()
 
 
 def row_schema(kind: type, text: Any, optional: Sequence[str] = (), ending: str = "") -> pa.Schema:
     """The Arrow schema of rows of a kind, whose prompts and completions are of an Arrow type."""
     import pyarrow as pa
 
-    types = {
-        "prompt": text,
-        "chosen": text,
-        "rejected": text,
-        "completion": text,
-        "completions": pa.list_(text),
-    }
-    others = {"label": pa.bool_(), "scores": pa.list_(pa.float64())}
-    return pa.schema(
-        [
-            *(
-                (f"{name}{ending}", types[name]) if name in types else (name, others[name])
-                for name in columns_of(kind)
-            ),
-            *((name, pa.float64()) for name in optional),
-        ]
-    )
-
-
-def text_type(conversational: bool) -> Any:
-    """The Arrow type of a prompt or completion."""
-    import pyarrow as pa
-
-    return (
-        pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})) if conversational else pa.string()
-    )
+    types = {"label": pa.bool_(), "scores": pa.list_(pa.float64()), "completions": pa.list_(text)}
+    values = {"label", "scores"}
+    columns = [
+        (name if name in values else f"{name}{ending}", types.get(name, text)) for name in columns_of(kind)
+    ]
+    return pa.schema([*columns, *((name, pa.float64()) for name in optional)])
 
 
 def write_rows(folder: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -159,41 +132,32 @@ def write_rows(folder: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]
     """
     import pyarrow as pa
 
-    name = ""
+    path = folder / f"{uuid.uuid4()}.arrow"
     try:
-        descriptor, name = tempfile.mkstemp(suffix=".arrow", dir=folder)
-        os.close(descriptor)
-        with pa.OSFile(name, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for batch in _batches(rows):
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
     except BaseException as error:
-        Path(name).unlink(missing_ok=True) if name else None
+        path.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
         raise DataError(
             f"{folder}: checked rows cannot be written there: {error.strerror or error}; make room, or set "
             "HF_DATASETS_CACHE to a folder with more"
         ) from error
-    return Path(name)
+    return path
 
 
 def _batches(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Any]]:
     batch, size = [], 0
     for row in rows:
         batch.append(row)
-        size += sum(map(_size, row.values()))
+        size += len(repr(row))
         if len(batch) == _BATCH_ROWS or size > _BATCH_TEXT:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _size(value: Any) -> int:
-    """Characters or numbers of a value."""
-    if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 1
 
 
 def open_rows(files: Sequence[Path]) -> Dataset:
@@ -211,11 +175,6 @@ def open_rows(files: Sequence[Path]) -> Dataset:
                 "processes share"
             )
     return concatenate_datasets([Dataset.from_file(str(file)) for file in files])
-
-
-def stored(schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> Dataset:
-    """Rows, written to a file of this process and memory-mapped."""
-    return open_rows([write_rows(row_folder(), schema, rows)])
 
 
 def rows_in(rows: Dataset, columns: Sequence[str], span: int = _SPAN) -> Iterator[dict[str, Any]]:

@@ -130,26 +130,22 @@ def is_blank(text: Text) -> bool:
     return not any(part.strip() for part in parts)
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a number that float32 holds; True and False are none."""
-    # Compared, because an integer of 400 digits has no float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
-
-
 def number_of(
     place: str, where: str, value: Any, expected: str = "a finite number", least: float = -math.inf
 ) -> float:
     """A number that float32 holds, at least `least`."""
-    if isinstance(value, int | float) and math.inf > abs(value) > _LARGEST:
+    # Compared, because an integer of 400 digits has no float.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and max(least, -_LARGEST) <= value <= _LARGEST:
+        return float(value)
+    if is_number and math.inf > abs(value) > _LARGEST:
         expected += f" of at most {_LARGEST:g}"
-    if not is_number(value) or value < least:
-        raise DataError(f"{place}: {where}: got {shown(value)}, expected {expected}")
-    return float(value)
+    raise DataError(f"{place}: {where}: got {shown(value)}, expected {expected}")
 
 
 def optional_of(place: str, name: str, value: Any, as_where: str = "") -> float:
     """The value of an optional column; a weight is not below 0."""
-    least, expected = (0, "a number >= 0") if name == "weight" else (-math.inf, "a finite number")
+    least, expected = (0, "a finite number >= 0") if name == "weight" else (-math.inf, "a finite number")
     return number_of(place, f"column {name!r}", value, expected + as_where, least)
 
 

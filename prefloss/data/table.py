@@ -12,7 +12,7 @@ import json
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -291,14 +291,16 @@ def _header(path: Path, text: bytes) -> Header:
             f"{path}: a reference table of format {shown(values.get('format'))}, and this prefloss reads format "
             f"{FORMAT}; update prefloss, or write the table again"
         )
-    for name, wanted in get_type_hints(Header).items():
+    types = get_type_hints(Header)
+    for name, wanted in types.items():
         value = values.get(name)
         if isinstance(value, bool) or not isinstance(value, wanted):
             kinds = getattr(wanted, "__name__", str(wanted))
             raise TableError(
                 f"{path}: a damaged reference table: {name} of its header: got {shown(value)}, expected {kinds}"
             )
-    known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(Header)}
+    # A later version may have added others.
+    known: dict[str, Any] = {name: values.get(name) for name in types}
     return Header(**known)
 
 

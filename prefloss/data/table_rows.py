@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from prefloss.data.rows import KNOWN
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 # Rows of a batch, and rows that are read through one mapping of a folder.
 _BATCH, _SPAN = 1000, 50_000
@@ -20,33 +22,39 @@ _BUFFER = 2**20
 
 def count_parquet(path: Path) -> int:
     """Number of rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_metadata(path).num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as file:
+        return file.metadata.num_rows
 
 
 def parquet(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """These rows of a Parquet file, counted from 0."""
+    with _opened(path) as file:
+        names, at = file.schema_arrow.names, 0
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise DataError(f"{path}: got two columns named {twice[0]!r}, expected each name once")
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if at + rows > start and (stop is None or at < stop):
+                batches = file.iter_batches(_BATCH, row_groups=[group], columns=_read_names(names))
+                yield from _rows(path, batches, names, at, start, stop)
+            at += rows
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # Without a buffer, a whole column of a group of rows is read at once.
         with pq.ParquetFile(path, buffer_size=_BUFFER, page_checksum_verification=True) as file:
-            names, at = _unique_names(path, file.schema_arrow.names), 0
-            known = [name for name in names if name in KNOWN] or names[:1]
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if at + rows > start and (stop is None or at < stop):
-                    batches = file.iter_batches(_BATCH, row_groups=[group], columns=known)
-                    yield from _rows(path, batches, names, at, start, stop)
-                at += rows
+            yield file
     except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{path}: not a readable Parquet file, perhaps cut off or damaged: {reason}"
+        ) from error
 
 
 def saved_folder(path: Path) -> Path | None:
@@ -77,8 +85,7 @@ def saved(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple
         # Loaded anew, because pages that were read count as memory of the process until their mapping goes.
         loaded, to = _loaded(path), min(at + _SPAN, count if stop is None else stop)
         names = loaded.column_names
-        known = [name for name in names if name in KNOWN] or names[:1]
-        part: Any = loaded.select_columns(known).with_format("arrow").select(range(at, to))
+        part: Any = loaded.select_columns(_read_names(names)).with_format("arrow").select(range(at, to))
         batches = (batch for table in part.iter(_BATCH) for batch in table.combine_chunks().to_batches())
         yield from _rows(path, batches, names, at, at, to)
 
@@ -91,6 +98,11 @@ def _loaded(path: Path) -> Any:
     except Exception as error:
         # Whatever is wrong with its files.
         raise DataError(f"{path}: datasets cannot load it: {str(error) or type(error).__name__}") from error
+
+
+def _read_names(names: list[str]) -> list[str]:
+    """The columns to read; the first, which tells how many rows there are, if nothing reads any."""
+    return [name for name in names if name in KNOWN] or names[:1]
 
 
 def _rows(
@@ -113,27 +125,13 @@ def _values(path: Path, batch: pa.RecordBatch, first: int) -> list[dict[str, Any
     except Exception:
         # Text that is not UTF-8, a date beyond Python's: find the value.
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            for i in range(len(batch)):
+            for number, value in enumerate(column, start=first):
                 try:
-                    column[i].as_py()
+                    value.as_py()
                 except Exception as error:
-                    raise DataError(
-                        f"{path}: row {first + i}: column {name!r}: cannot be read: {error}"
-                    ) from error
+                    place = f"{path}: row {number}: column {name!r}"
+                    raise DataError(f"{place}: cannot be read: {error}") from error
         raise
-
-
-def _unique_names(path: Path, names: list[str]) -> list[str]:
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise DataError(f"{path}: got two columns named {twice[0]!r}, expected each name once")
-    return names
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path}: not a readable Parquet file, perhaps cut off or damaged: {str(error).splitlines()[0]}"
-    )
 
 
 def _json(path: Path) -> dict[str, Any]:

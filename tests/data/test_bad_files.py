@@ -255,7 +255,7 @@ def lines(path, *rows):
         (lambda p: os.symlink("/dev/zero", p / "x.jsonl"), "pipe or device"),
         (lambda p: (p / "x.jsonl").write_text(""), "no rows"),
         (lambda p: (p / "x.json").write_text("[]"), "no rows"),
-        (lambda p: (p / "x.json").write_text("["), "no closing"),
+        (lambda p: (p / "x.json").write_text("["), "the text ends there"),
         (lambda p: (p / "x.json").write_text("[1]"), "expected an object"),
         (lambda p: (p / "x.json").write_text("{}"), "no columns"),
         (lambda p: (p / "x.csv").write_text("a,b"), "the ending '.csv'"),

@@ -94,7 +94,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
         ([1, 2], 'x.jsonl:2: got [1, 2], expected an object with named columns, as {"prompt": ...}'),
         ('{"prompt": "p", "chosen" "a"}', "x.jsonl:2:26: bad JSON: Expecting ':' delimiter"),
         ('{"prompt": "p", "chosen": "a', "x.jsonl:2:27: bad JSON: Unterminated string"),
-        (json.dumps(PAIR) + " {}", "x.jsonl:2:54: bad JSON: got more: '{}', expected one object in a line"),
+        (json.dumps(PAIR) + " {}", "x.jsonl:2:54: bad JSON: got more: '{}', expected nothing after it"),
         ("[" * 100_000, "x.jsonl:2: bad JSON: "),
         (b'{"prompt": "\xe9"}', "x.jsonl:2: not UTF-8 text: byte 0xe9 at byte 13"),
         (
@@ -172,10 +172,14 @@ def test_labels_are_booleans_or_0_and_1(tmp_path, label):
     ("text", "message"),
     [
         ("[]", "x.json: no rows"),
+        (
+            json.dumps([PAIR])[:-1] + ',\n {"chosen": "c", "chosen": "d"}]',
+            "x.json:2: bad JSON: the name 'chosen' is there twice",
+        ),
         ('[{"prompt": "p"', "x.json:1:16: bad JSON: Expecting ',' delimiter"),
-        (json.dumps([PAIR])[:-1] + "\n{}]", "x.json:2:1: bad JSON: got '{', expected ',' or ']'"),
-        (json.dumps([PAIR])[:-1] + ",\n", "x.json:2:1: bad JSON: the array has no closing ']'"),
-        (json.dumps([PAIR]) + "\n x", "x.json:2:2: bad JSON: got 'x', expected nothing after the array"),
+        (json.dumps([PAIR])[:-1] + "\n{}]", "x.json:2:1: bad JSON: Expecting ',' delimiter"),
+        (json.dumps([PAIR])[:-1] + ",\n", "x.json:2:1: bad JSON: Expecting value, and the text ends there"),
+        (json.dumps([PAIR]) + "\n x", "x.json:2:2: bad JSON: got more: 'x', expected nothing after it"),
         (
             json.dumps([PAIR, {**PAIR, "rejected": 5}], indent=0),
             "x.json:7: column 'rejected': got 5, expected a string",
@@ -293,4 +297,7 @@ def test_the_enum_of_kinds_is_an_alias_for_one_release():
 @pytest.mark.parametrize(("weight", "got"), [(-1, "-1"), ("2", "'2'"), (None, "null")])
 def test_a_weight_is_a_number_not_below_0_in_every_row(tmp_path, weight, got):
     message = refused(write(tmp_path / "x.jsonl", {**PAIR, "weight": 1}, {**PAIR, "weight": weight}))
-    assert message == f"x.jsonl:2: column 'weight': got {got}, expected a number >= 0 as in the rows before"
+    assert (
+        message
+        == f"x.jsonl:2: column 'weight': got {got}, expected a finite number >= 0 as in the rows before"
+    )
