@@ -232,7 +232,7 @@ def test_a_training_that_diverges_keeps_what_was_good():
     """AUDIT: a run that diverges to NaN."""
     shown = train("--learning-rate", "1e30", "--save-minutes", "9", options=SHORT[:-3], code=2)
     assert "Error: the training diverged: " in shown
-    assert "with a lower --learning-rate, or from there, --model out/" in shown
+    assert "with a lower --learning-rate, or from what was kept: --model out/" in shown
     weights = torch.cat([value.flatten() for value in load(Path("out")).values()])
     assert torch.isfinite(weights).all()
 

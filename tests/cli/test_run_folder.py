@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from prefloss.cli.console import CliError
-from prefloss.cli.taking import taken
+from prefloss.cli.run_folder import taken
 
 FORK = multiprocessing.get_context("fork")
 SETTINGS = {"--seed": 0}
@@ -161,7 +161,9 @@ def test_a_damaged_record_is_one_error(tmp_path, text):
 def test_other_settings_are_named(tmp_path):
     with taken(tmp_path / "out", "dpo") as folder:
         folder.begin({"--seed": 0, "--steps": 9, "--lora": False})
-        with pytest.raises(CliError, match=r"^--seed: got 1, expected 0, as .* \(and other --steps\)"):
+        with pytest.raises(
+            CliError, match=r"^--seed: got 1, expected 0, as .* \(other differences: --steps\)"
+        ):
             folder.check_same({"--seed": 1, "--steps": 8, "--lora": False})
 
 
