@@ -81,7 +81,7 @@ def taken(output: Path | None, slug: str) -> Iterator[RunFolder]:
             if distributed.rank() == 0:
                 folder = stack.enter_context(_taken(output, slug))
         path = distributed.gather(None if folder is None else folder.path)[0]
-        yield folder or RunFolder(path, writes=False)
+        yield folder or RunFolder(path)
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def _taken(output: Path | None, slug: str) -> Iterator[RunFolder]:
             lock = hold(path / _LOCK)
             if lock is None:
                 raise CliError(
-                    f"--output: another process is at work in {path}; wait for it, end it, or choose another"
+                    f"--output: another process is at work in {path}; wait for it, end it, or choose another folder"
                 )
             at_end(lock.close)
             # Before it is closed: a process that opened it already sees that it is gone, and does not hold it.
@@ -134,6 +134,7 @@ def _made(first: Path, slug: str | None, at_end: Callable[..., Any]) -> Path:
 
 
 def _try(function: Callable[[], Any]) -> None:
+    """Call it; a file or folder that cannot be removed stays."""
     with contextlib.suppress(OSError):
         function()
 
@@ -146,14 +147,15 @@ class RunFolder:
         record: What run.json holds, or None: `settings` of the run, and whether it is `finished`.
     """
 
-    def __init__(self, path: Path, *, writes: bool = True) -> None:
-        self.path, self._writes = path, writes
+    def __init__(self, path: Path) -> None:
+        # One process writes for all.
+        self.path, self._writes = path, distributed.rank() == 0
         self.record = self._read_record()
         # The record of a run that overwrites an older one and has nothing complete yet.
         self._next: dict[str, Any] | None = None
         self._settings: dict[str, Any] = {}
         self._resume = False
-        if writes:
+        if self._writes:
             self._settle()
         self._before = self._content()
 
@@ -186,14 +188,15 @@ class RunFolder:
             )
         if self.record is None:
             raise CliError(
-                f"--output: {self.path} exists and is not empty; choose another, or add --overwrite"
+                f"--output: {self.path} exists and is not empty; choose another folder, or add --overwrite"
             )
         if not resume:
             steps = [step for step, _ in self._checkpoints()]
-            where = "finished" if self.finished else f"stopped after step {max(steps, default=0)}"
+            where = f"stopped after step {steps[-1]}" if steps else "stopped before its first checkpoint"
+            where = "finished" if self.finished else where
             raise CliError(
                 f"--output: {self.path} holds a run, {where}; add --resume to go on with it or --overwrite to start "
-                "anew, or choose another"
+                "anew, or choose another folder"
             )
         self.check_same(settings)
 

@@ -106,7 +106,7 @@ def test_a_full_output_folder_is_left_alone(tmp_path):
     (tmp_path / "out" / "precious").write_text("x")
     assert (
         refused("--output", "out")
-        == "Error: --output: out exists and is not empty; choose another, or add --overwrite"
+        == "Error: --output: out exists and is not empty; choose another folder, or add --overwrite"
     )
     (tmp_path / "file").write_text("x")
     assert refused("--output", "file") == "Error: --output: file is a file; expected a folder"

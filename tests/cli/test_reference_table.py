@@ -212,7 +212,8 @@ def test_two_processes_killed_and_one_that_goes_on(two):
     write("many.jsonl", tiny.pairs(640))
     processes = two("--data", "many.jsonl", "--output", "t.parquet", stall=True)
     parts = Path("t.parquet.parts")
-    while len(list(parts.glob("*.parquet"))) < 2:
+    # An unfinished part has a name that begins with a dot.
+    while len(list(parts.glob("[!.]*.parquet"))) < 2:
         assert all(each.is_alive() for each in processes)
         time.sleep(0.01)
     for each in processes:

@@ -81,6 +81,7 @@ def kills(tmp_path, overwrite):
     assert moment > 40
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path):
     """AUDIT M3, M4."""
     a_run(tmp_path / "whole", "new")
@@ -96,6 +97,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
         assert content(output) == wanted
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_the_old_run_until_there_is_a_new_one(tmp_path):
     """AUDIT M3."""
     a_run(tmp_path / "whole", "new")
