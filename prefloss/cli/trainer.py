@@ -92,6 +92,11 @@ def _saved(options: TrainOptions, task: Task, name: str) -> Start:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
         model = saved_model(name, dtype=torch.float32)
+        broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+        if broken:
+            raise CliError(
+                f"--model: {name} has weights that are NaN or infinite, as {broken[0]}; expected none"
+            )
     weights = "random weights, for the folder holds a configuration only" if untrained else "its own weights"
     size = f"{model.num_parameters() / 1e6:.1f} million parameters"
     tokenizer, *facts = _tokenizer(name, task, model, untrained)
