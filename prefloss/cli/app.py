@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
@@ -15,8 +16,7 @@ import prefloss
 from prefloss.cli.command_options import ReferenceOptions, TrainOptions
 from prefloss.cli.console import Clock, errors_as_text, quiet
 from prefloss.cli.processes import joined, together
-from prefloss.cli.run_folder import settings_of
-from prefloss.cli.taking import taken
+from prefloss.cli.run_folder import taken
 from prefloss.cli.task import task_of
 from prefloss.training import distributed
 
@@ -30,14 +30,24 @@ app = typer.Typer(
 )
 
 
-def _command(options: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+# At the end of `prefloss reference`, processes wait for the slowest.
+_SCORING = timedelta(days=30)
+
+
+def _command(
+    options: type, longest_wait: timedelta | None = None
+) -> Callable[[Callable[[Any, Console], None]], Callable[..., None]]:
     """A decorator: the function becomes a command whose options are the fields of a dataclass."""
 
-    def decorate(run: Callable[[Any], None]) -> Callable[..., None]:
+    def decorate(run: Callable[[Any, Console], None]) -> Callable[..., None]:
         @functools.wraps(run)
         def command(**values: Any) -> None:
             with errors_as_text():
-                run(options(**values))
+                given = options(**values)
+                given.check()
+                with joined(longest_wait), errors_as_text():
+                    # One process prints for all.
+                    run(given, Console(highlight=False, quiet=distributed.rank() != 0))
 
         # typer reads the options from the signature.
         command.__signature__ = inspect.signature(options, eval_str=True)  # type: ignore[attr-defined]
@@ -73,23 +83,19 @@ def losses(
 
 
 @_command(TrainOptions)
-def train(options: TrainOptions) -> None:
+def train(options: TrainOptions, console: Console) -> None:
     """Train a language model with a preference loss; with no options, a complete small example.
 
     The example builds a small model and a generated preference world, trains on what a noisy judge says,
     and marks the result against the judge's true reward: about a minute on two CPU cores, offline.
 
-    Killed at any moment, the same command with --resume goes on where it was, and so it does after Ctrl-C. Under
-    `torchrun` the processes train as one.
+    After Ctrl-C or a kill, the same command with --resume goes on from the last checkpoint. Under `torchrun` the
+    processes train as one.
     """
-    clock = Clock()
-    options.check()
-    loss = options.bound_loss()
-    with joined(), errors_as_text(), taken(options.output, options.folder_name(loss.name)) as folder:
-        # One process prints for all.
-        console = Console(highlight=False, quiet=distributed.rank() != 0)
+    clock, loss = Clock(), options.bound_loss()
+    with taken(options.output, options.folder_name(loss.name)) as folder:
         with together():
-            folder.admit(settings_of(options, loss), resume=options.resume, overwrite=options.overwrite)
+            folder.admit(options.settings(), resume=options.resume, overwrite=options.overwrite)
         if options.resume and folder.finished:
             words = f"The run in {folder.path} is finished; there is nothing to go on with."
             console.print(Text(words), soft_wrap=True)
@@ -113,13 +119,13 @@ def train(options: TrainOptions) -> None:
         console.print(Text(str(clock), style="dim"))
 
 
-@_command(ReferenceOptions)
-def reference(options: ReferenceOptions) -> None:
+@_command(ReferenceOptions, _SCORING)
+def reference(options: ReferenceOptions, console: Console) -> None:
     """Compute the reference's log-probs of a data set once, for any number of trainings.
 
-    Stopped at any moment, the same command goes on where it was. Under `torchrun` or `accelerate launch` the
-    processes share the work. Data that are in the table already are not scored again.
+    After Ctrl-C or a kill, the same command goes on where it stopped. Under `torchrun` or `accelerate launch` the
+    processes share the work. Completions that are in the table already are not scored again.
     """
     from prefloss.cli.reference_table import write_reference
 
-    write_reference(options)
+    write_reference(options, console)

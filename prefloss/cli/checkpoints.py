@@ -33,7 +33,7 @@ class Schedule:
         last, self._asked = now - self._asked, now
         if self._steps is not None:
             return step % self._steps == 0
-        # After one more step, and while that is being saved, no more may be at stake than allowed.
+        # Skip this save only if a kill during the next step or its save would lose no more than is allowed.
         return now - self._since + more + last + self._saving >= self._seconds
 
     @contextmanager
@@ -80,11 +80,11 @@ class StopRequest:
 
 
 class Diverged(Exception):
-    """The training has left the finite numbers; the message says where."""
+    """A loss, gradient, weight or log-prob is not finite; the message says which, and after which step."""
 
 
 class Keeper(TrainerCallback):
-    """Has the trainer save when it is time to, puts what it wrote in its place, and stops it when asked to.
+    """Tells the trainer when to save and when to stop, and moves its complete checkpoints to their place.
 
     Attributes:
         began: Whether the trainer has loaded its checkpoint and trains.

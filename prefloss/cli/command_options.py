@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -15,15 +16,13 @@ from typer import Option
 import prefloss
 from prefloss import registry
 from prefloss.cli.console import CliError
+from prefloss.training import distributed
 
 # Beyond these, numbers are typing errors, and do not fit where torch and numpy keep them.
 _MOST, _MOST_SEED = 10**9, 2**32 - 1
 
 # Options of `prefloss train` that say where and how often its work is kept, and change nothing in it.
 _KEEPING = ("output", "overwrite", "resume", "save_steps", "save_minutes", "keep")
-
-# What else a run is recorded by: the loss as it is bound, and the content of data and model.
-_RECORDED_OTHERWISE = ("loss", "param", "data", "model")
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class TrainOptions:
             help="Supervised steps that teach a model with random weights to speak. (default: 600; with --data 200)",
         ),
     ] = None
-    seed: Annotated[int, Option(min=0, max=_MOST_SEED, help="Of everything random.")] = 0
+    seed: Annotated[int, Option(min=0, max=_MOST_SEED, help="Seed of everything random.")] = 0
     cpu: Annotated[bool, Option("--cpu", help="Stay on the CPU though there is an accelerator.")] = False
     resume: Annotated[
         bool,
@@ -123,7 +122,7 @@ class TrainOptions:
         return self.lora_rank if self.lora else None
 
     def check(self) -> None:
-        """Raise a `CliError` if options are out of range or contradict each other."""
+        """Raise a `CliError` if options are out of range or contradict each other, or there is no such loss."""
         if not 0 <= self.eval_fraction < 1:
             raise CliError(f"--eval-fraction: got {self.eval_fraction}, expected a number >= 0 and < 1")
         for name, most in (("epochs", 1e6), ("learning_rate", math.inf), ("save_minutes", 1e6)):
@@ -131,10 +130,6 @@ class TrainOptions:
             if value is not None and not (0 < value <= most and math.isfinite(value)):
                 limit = f"a number > 0 and <= {most:g}" if math.isfinite(most) else "a number > 0 and finite"
                 raise CliError(f"{_flag(name)}: got {value}, expected {limit}")
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Raise a `CliError` if options contradict each other."""
         for one, other in (("steps", "epochs"), ("save_steps", "save_minutes")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise CliError(f"{_flag(one)} and {_flag(other)}: got both, expected one of them")
@@ -146,6 +141,7 @@ class TrainOptions:
             raise CliError(
                 "--lora: got no --model to adapt, expected one; the built-in model is small enough to train whole"
             )
+        self.bound_loss()
 
     def bound_loss(self) -> prefloss.Loss:
         """The loss that `--loss` and `--param` name, or a `CliError` in the registry's words."""
@@ -165,13 +161,18 @@ class TrainOptions:
         """A loss's name as that of a folder: a sum of losses is named like "0.8*dpo + 0.2*ipo"."""
         return re.sub(r"[^A-Za-z0-9._]+", "_", loss).strip("_")[:100]
 
-    def training_settings(self) -> dict[str, Any]:
-        """The options that change what is trained, for a run's record; without loss, data and model."""
-        left_out = (*_KEEPING, *_RECORDED_OTHERWISE)
+    def settings(self) -> dict[str, Any]:
+        """What changes the training, for a run's record; the model is recorded when it is loaded."""
+        left_out = (*_KEEPING, "loss", "param", "data", "model")
         return {
-            _flag(field.name): getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in left_out
+            "--loss": repr(self.bound_loss()),
+            **{
+                _flag(item.name): getattr(self, item.name)
+                for item in fields(self)
+                if item.name not in left_out
+            },
+            "content of --data": None if self.data is None else _digest(self.data),
+            "processes": distributed.size(),
         }
 
     def to_go_on(self, folder: Path) -> str:
@@ -198,13 +199,19 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def check_model_folder(name: str, adapter_advice: str) -> None:
-    """Raise a `CliError` if a model's name is a missing folder, or the folder of an adapter."""
-    path = Path(name)
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise CliError(f"--model: {name} is an adapter; {adapter_advice}")
-    if not path.exists() and (path.is_absolute() or name.startswith(".")):
-        raise CliError(f"--model: no such folder: {name}")
+def _digest(path: Path) -> str | None:
+    """Hash of a file, or of all files in a folder; None if there is nothing that can be read."""
+    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for item in files:
+            digest.update(f"{item.relative_to(path)} {item.stat().st_size};".encode())
+            with item.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from prefloss.data import DataError
 from prefloss.demo.measure import Measurement
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -79,20 +80,21 @@ def loading(what: str) -> Iterator[None]:
 
 @contextmanager
 def errors_as_text() -> Iterator[None]:
-    """Print a `CliError` raised inside as one paragraph without traceback, and exit with its code.
+    """Print an error of the user's input as one paragraph without traceback, and exit with its code.
 
-    The processes of torchrun find the same fault before they meet, and stop together: then the first one prints alone.
+    Before they meet, and when they are stopped, all processes of torchrun come here: then only the first one prints.
     """
     try:
         yield
     except KeyboardInterrupt as error:
         _print_error("Stopped", "at once, by Ctrl-C; what was completed before is kept")
         raise typer.Exit(130) from error
-    except CliError as error:
+    except (CliError, DataError) as error:
+        known = error if isinstance(error, CliError) else CliError(str(error))
         shared = isinstance(error, Stopped) or not dist.is_initialized()
-        if not shared or int(os.environ.get("RANK", "0")) == 0:
-            _print_error(error.label, str(error))
-        raise typer.Exit(error.exit_code) from error
+        if not shared or os.environ.get("RANK", "0") == "0":
+            _print_error(known.label, str(known))
+        raise typer.Exit(known.exit_code) from error
 
 
 def _print_error(label: str, message: str) -> None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from prefloss import data as pdata
-from prefloss.cli.command_options import ReferenceOptions, check_model_folder
-from prefloss.cli.console import CliError, first_line, print_facts, quiet
+from prefloss.cli.command_options import ReferenceOptions
+from prefloss.cli.console import CliError, loading, print_facts, quiet
+from prefloss.cli.processes import together
+from prefloss.cli.run_folder import unwritable
 from prefloss.data.read import read_token_ids
 from prefloss.data.rows import KIND_WORDS
 from prefloss.data.table import ReferenceTable, TableError
@@ -29,44 +28,32 @@ from prefloss.training import (
     claimed,
     distributed,
     header_of,
-    parts_folder,
     score_rows,
 )
 
-# How long processes wait for each other to start, and, at the end, for the slowest.
-_MEETING, _SCORING = timedelta(minutes=5), timedelta(days=30)
 # Bytes of a completion in the table, and as much again in a part of it.
 _BYTES = 100
 
 
-def write_reference(options: ReferenceOptions) -> None:
+def write_reference(options: ReferenceOptions, console: Console) -> None:
     """Score the data, write the table, print what is in it; a `CliError` if that cannot be done as asked."""
-    options.check()
-    # One process prints for all.
-    console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
-    with _processes(), quiet(console), _as_one(), claimed(options.output, anew=options.overwrite) as resumes:
-        _check_output(options)
-        sets, messages = _read(options.data, console)
-        _check_room(options, sets)
-        model = _model(options)
-        tokenizer = None
-        if not all("prompt_ids" in rows.column_names for rows in sets.values()):
-            tokenizer = _tokenizer(options, messages)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet(console))
+        with together():
+            resumes = stack.enter_context(claimed(options.output, anew=options.overwrite))
+            _check_output(options)
+            sets, messages = _read(options.data, console)
+            _check_room(options, sets)
+            model = _model(options)
+            tokenizer = None
+            if not all("prompt_ids" in rows.column_names for rows in sets.values()):
+                tokenizer = _tokenizer(options, messages)
+            builder = _builder(options, model, tokenizer)
         if resumes:
-            kept = f"what an earlier run scored is kept, in {parts_folder(options.output).name}"
+            kept = f"what an earlier run scored is kept, in {builder.folder.name}"
             print_facts(console, "resume", (kept,))
-        _run(options, sets, model, tokenizer, console)
-
-
-@contextmanager
-def _as_one() -> Iterator[None]:
-    """What is wrong with the data or the output ends all processes, and one of them prints it."""
-    try:
-        yield
-    except pdata.DataError as error:
-        if distributed.rank() > 0:
-            raise SystemExit(2) from error
-        raise CliError(str(error)) from error
+        print_facts(console, "model", _model_facts(options, model, builder.header.dtype))
+        _score(options, sets, builder, console)
 
 
 def _check_output(options: ReferenceOptions) -> None:
@@ -77,8 +64,8 @@ def _check_output(options: ReferenceOptions) -> None:
 
 def _check_room(options: ReferenceOptions, sets: dict[str, Any]) -> None:
     """Refuse a disk without room for the table and its parts."""
-    sides = {name: len(columns) for name, columns in (("chosen", "ab"), ("chosen_ids", "ab"))}
-    count = sum(len(rows) * max(sides.get(name, 1) for name in rows.column_names) for rows in sets.values())
+    pairs = {"chosen", "chosen_ids"}
+    count = sum(len(rows) * (1 if pairs.isdisjoint(rows.column_names) else 2) for rows in sets.values())
     free = shutil.disk_usage(options.output.parent).free
     if free < count * _BYTES:
         raise TableError(
@@ -110,34 +97,8 @@ def _read(paths: list[Path], console: Console) -> tuple[dict[str, Any], str | No
     return sets, messages
 
 
-@contextmanager
-def _processes() -> Iterator[None]:
-    """The group of processes that torchrun or accelerate launch started, if one did."""
-    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
-        yield
-        return
-    try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=_MEETING))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_SCORING)
-    except (RuntimeError, ValueError) as error:
-        raise CliError(
-            f"the {os.environ['WORLD_SIZE']} processes that WORLD_SIZE names did not all start within "
-            f"{_MEETING.seconds // 60} minutes: {first_line(error)}"
-        ) from error
-    try:
-        yield
-    except RuntimeError as error:
-        if "Connection closed by peer" not in str(error):
-            raise
-        raise CliError("another process ended before this one; its own message says why") from error
-    finally:
-        dist.destroy_process_group()
-
-
-def _run(
-    options: ReferenceOptions, sets: dict[str, Any], model: Any, tokenizer: Any, console: Console
-) -> None:
-    """Score the data, write the table."""
+def _builder(options: ReferenceOptions, model: Any, tokenizer: Any) -> ReferenceBuilder:
+    """Writes the table with the scores of this model."""
     header = header_of(
         model,
         tokenizer,
@@ -146,36 +107,37 @@ def _run(
         revision=options.revision,
         adapter=options.adapter,
     )
-    print_facts(console, "model", _model_facts(options, model, header.dtype))
+    padding = 0 if tokenizer is None else tokenizer.pad_token_id or 0
 
     def scored(rows: list[Any]) -> Any:
         _check_rows(rows, model)
-        padding = 0 if tokenizer is None else tokenizer.pad_token_id or 0
         return score_rows(model, rows, batch_size=options.batch_size, padding=padding)
 
+    return ReferenceBuilder(options.output, header, scored, tokenizer=tokenizer, anew=options.overwrite)
+
+
+def _score(
+    options: ReferenceOptions, sets: dict[str, Any], builder: ReferenceBuilder, console: Console
+) -> None:
+    """Score the data, write the table, print what is in it."""
     began = time.perf_counter()
+    columns = (
+        TextColumn("scoring"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TimeRemainingColumn(),
+    )
+    share = -(-sum(map(len, sets.values())) // distributed.size())
     try:
-        builder = ReferenceBuilder(
-            options.output, header, scored, tokenizer=tokenizer, anew=options.overwrite
-        )
-        share = -(-sum(map(len, sets.values())) // distributed.size())
-        columns = (
-            TextColumn("scoring"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("rows"),
-            TimeRemainingColumn(),
-        )
         with Progress(*columns, console=console, transient=True, disable=console.quiet) as progress:
             bar = progress.add_task("", total=share)
             built = builder.build_claimed(sets, lambda rows: progress.advance(bar, rows))
     except (FloatingPointError, TypeError) as error:
         raise CliError(str(error)) from error
     except OSError as error:
-        raise CliError(
-            f"--output: {options.output} cannot be written: {error.strerror or error}; scored rows are kept in "
-            f"{parts_folder(options.output)}, and the same command goes on from there"
-        ) from error
+        kept = f"; scored rows are kept in {builder.folder}, and the same command goes on from there"
+        raise unwritable(options.output, error, kept) from error
     except torch.OutOfMemoryError as error:
         raise CliError(
             f"--batch-size: {options.batch_size} rows at once do not fit into memory; try fewer, scored rows are kept"
@@ -184,36 +146,22 @@ def _run(
 
 
 def _model(options: ReferenceOptions) -> Any:
-    from transformers import AutoModelForCausalLM
+    # transformers takes seconds to load, so options and data are checked before.
+    from prefloss.cli.pretrained import check_model_folder, saved_model
 
-    name = options.model
     check_model_folder(
-        name, "name its base model as --model, and the adapter as --adapter if the reference has it on"
+        options.model,
+        "name its base model as --model, and the adapter as --adapter if the reference has it on",
     )
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, revision=options.revision, output_loading_info=True
-        )
-        model, found = loaded
-    # Loaders of damaged files raise errors of every kind.
-    except Exception as error:
-        raise CliError(f"--model: {name} cannot be loaded: {first_line(error)}") from error
-    absent = sorted({*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])})
-    if absent:
-        raise CliError(
-            f"--model: {name} lacks the weights of {len(absent)} parameters that {type(model).__name__} has, or has "
-            f"them in another shape: {', '.join(absent[:3])}"
-        )
+    model = saved_model(options.model, dtype=dtype, revision=options.revision)
     if options.adapter is not None:
         try:
             from peft import PeftModel
         except ModuleNotFoundError as error:
             raise CliError("--adapter: peft is not installed: pip install 'prefloss[peft]'") from error
-        try:
+        with loading(f"--adapter: {options.adapter}"):
             model = PeftModel.from_pretrained(model, options.adapter)
-        except Exception as error:
-            raise CliError(f"--adapter: {options.adapter} cannot be loaded: {first_line(error)}") from error
     device = None if options.cpu else torch.accelerator.current_accelerator(check_available=True)
     if device is not None:
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -223,17 +171,12 @@ def _model(options: ReferenceOptions) -> Any:
 
 def _tokenizer(options: ReferenceOptions, messages: str | None) -> Any:
     """The tokenizer; it needs a chat template if a data set holds messages."""
-    from transformers import AutoTokenizer
+    from prefloss.cli.pretrained import saved_tokenizer
 
     option, name, revision = "--model", options.model, options.revision
     if options.tokenizer is not None:
         option, name, revision = "--tokenizer", options.tokenizer, None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except Exception as error:
-        raise CliError(
-            f"{option}: {name} has no tokenizer that can be loaded: {first_line(error)}"
-        ) from error
+    tokenizer = saved_tokenizer(name, option, revision=revision)
     if messages is not None and not tokenizer.chat_template:
         raise CliError(
             f"{option}: {messages} holds messages, and the tokenizer of {name} has no chat template; expected the "

@@ -1,42 +1,43 @@
-"""The folder of one training run: one process writes there, and what stands there is whole at every moment.
+"""The folder of one training run: one process writes there, and every file and folder in it is complete.
 
-    .lock           held by the process at work
+    .lock           held by the process that writes
     run.json        settings of the run, and whether it is finished
-    warm-up.pt      the warm-up as far as it is; removed when it is over
+    warm-up.pt      state of the warm-up; removed when the warm-up is over
     warm-start/     the model after its warm-up: where training begins, and the reference
-    checkpoint-N/   all that training needs after N steps, as transformers' Trainer writes it
+    checkpoint-N/   state of the training after N steps, as transformers' Trainer writes it
     config.json, model.safetensors, tokenizer.json, ..., curves.png, metrics.json   the finished run
 
-A folder is written in `.unfinished/`, flushed to the disk and renamed; it is renamed back before it is removed. So a
-folder under its own name is complete. The files of the finished run wait in `.finished/`, also complete, and go from
-there one by one over those of an older run. A process killed on the way leaves the rest there, and the next one that
-takes the folder moves it.
+A folder is written in `.unfinished/`, flushed to the disk and renamed; before it is removed, it is renamed back. So a
+folder under its own name is complete. The files of the finished run are written to `.finished/` in the same way, and
+then moved over those of an older run, one by one. If a process is killed while it moves them, the next process that
+takes the folder moves the rest.
 
-A run that overwrites an older one leaves its record and checkpoints alone until it has something complete itself, and
-its model, picture and numbers until it is finished.
+A run that overwrites an older one keeps the older record and checkpoints until it has saved something itself, and the
+older model, picture and numbers until it is finished.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import prefloss
-from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.console import CliError, first_line
-from prefloss.data.atomic import remove_unfinished, written_whole
+from prefloss.cli.processes import together
+from prefloss.data.atomic import hold, remove_unfinished, written_whole
 from prefloss.training import distributed
 
 RECORD, WARM_UP, WARM_START = "run.json", "warm-up.pt", "warm-start"
-LOCK, _UNFINISHED, _FINISHED = ".lock", ".unfinished", ".finished"
+_LOCK, _UNFINISHED, _FINISHED = ".lock", ".unfinished", ".finished"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 # Weights that another run may have left: shards of a larger model, or an adapter, would be loaded together with ours.
@@ -51,37 +52,110 @@ _WEIGHTS = (
 
 
 def unwritable(path: Path, error: Exception, advice: str = "") -> CliError:
-    """The error of a folder that cannot be written to, whichever package found out."""
+    """The error of an output that cannot be written to, from the error of Python, safetensors or torch."""
     words = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     # Torch's own words for a full disk name a line of its source.
     words = "a file could not be written to its end" if "inline_container" in words else words
-    full = " (the disk is full)" if _is_full(path) else ""
+    full = ""
+    with contextlib.suppress(OSError):
+        full = " (the disk is full)" if shutil.disk_usage(path).free < 1 << 20 else ""
     return CliError(f"--output: {path} cannot be written to: {words}{full}{advice}")
 
 
-def _is_full(path: Path) -> bool:
-    try:
-        return shutil.disk_usage(path).free < 1 << 20
-    except OSError:
-        return False
+@contextmanager
+def taken(output: Path | None, slug: str) -> Iterator[RunFolder]:
+    """A folder that no other run writes to while the block runs, made if need be.
+
+    The first process of a run takes it; the others read what it has written.
+
+    Args:
+        output: The folder; None for the first free prefloss-runs/<slug>-<number>.
+        slug: Start of the name of a numbered folder.
+
+    Raises:
+        CliError: If it cannot be made or written to, or another run is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = None
+        with together():
+            if distributed.rank() == 0:
+                folder = stack.enter_context(_taken(output, slug))
+        path = distributed.gather(None if folder is None else folder.path)[0]
+        yield folder or RunFolder(path)
+
+
+@contextmanager
+def _taken(output: Path | None, slug: str) -> Iterator[RunFolder]:
+    first = output or Path("prefloss-runs", f"{slug}-1")
+    with contextlib.ExitStack() as stack:
+        at_end = partial(stack.callback, _try)
+        try:
+            path = _made(first, None if output else slug, at_end)
+            lock = hold(path / _LOCK)
+            if lock is None:
+                raise CliError(
+                    f"--output: another process is at work in {path}; wait for it, end it, or choose another folder"
+                )
+            at_end(lock.close)
+            # Before it is closed: a process that opened it already sees that it is gone, and does not hold it.
+            at_end((path / _LOCK).unlink)
+            # This shows that the folder can be written to.
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+            os.fsync(lock.fileno())
+            folder = RunFolder(path)
+        except OSError as error:
+            raise unwritable(first, error) from error
+        # A null character.
+        except ValueError as error:
+            raise CliError(f"--output: got {str(first)!r}, expected a path: {first_line(error)}") from error
+        at_end(folder.remove_if_nothing_was_kept)
+        yield folder
+
+
+def _made(first: Path, slug: str | None, at_end: Callable[..., Any]) -> Path:
+    """Make the folder, or with a slug the first free one of its number; at the end, remove those that are empty."""
+    if slug is None and first.exists() and not first.is_dir():
+        raise CliError(f"--output: {first} is a file; expected a folder")
+    for parent in reversed(first.parents):
+        if not parent.exists():
+            parent.mkdir(exist_ok=True)
+            at_end(parent.rmdir)
+    for number in itertools.count(1):
+        path = first if slug is None else first.with_name(f"{slug}-{number}")
+        # The process that makes a folder has its number.
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            at_end(path.rmdir)
+            return path
+        if slug is None:
+            return path
+    raise AssertionError("numbers do not end")
+
+
+def _try(function: Callable[[], Any]) -> None:
+    """Call it; a file or folder that cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        function()
 
 
 class RunFolder:
-    """What a run keeps; made by `taking.taken`.
+    """What a run keeps; made by `taken`.
 
     Attributes:
         path: The folder.
         record: What run.json holds, or None: `settings` of the run, and whether it is `finished`.
     """
 
-    def __init__(self, path: Path, *, writes: bool = True) -> None:
-        self.path, self._writes = path, writes
+    def __init__(self, path: Path) -> None:
+        # One process writes for all.
+        self.path, self._writes = path, distributed.rank() == 0
         self.record = self._read_record()
         # The record of a run that overwrites an older one and has nothing complete yet.
         self._next: dict[str, Any] | None = None
         self._settings: dict[str, Any] = {}
         self._resume = False
-        if writes:
+        if self._writes:
             self._settle()
         self._before = self._content()
 
@@ -94,7 +168,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run here has come to its end."""
+        """Whether the run here is finished."""
         return self.record is not None and bool(self.record.get("finished"))
 
     def admit(self, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -114,14 +188,15 @@ class RunFolder:
             )
         if self.record is None:
             raise CliError(
-                f"--output: {self.path} exists and is not empty; choose another, or add --overwrite"
+                f"--output: {self.path} exists and is not empty; choose another folder, or add --overwrite"
             )
         if not resume:
             steps = [step for step, _ in self._checkpoints()]
-            where = "finished" if self.finished else f"stopped after step {max(steps, default=0)}"
+            where = f"stopped after step {steps[-1]}" if steps else "stopped before its first checkpoint"
+            where = "finished" if self.finished else where
             raise CliError(
                 f"--output: {self.path} holds a run, {where}; add --resume to go on with it or --overwrite to start "
-                "anew, or choose another"
+                "anew, or choose another folder"
             )
         self.check_same(settings)
 
@@ -131,7 +206,7 @@ class RunFolder:
         apart = [name for name, value in settings.items() if name in then and then[name] != value]
         if apart:
             name = apart[0]
-            also = f" (and other {', '.join(apart[1:])})" if len(apart) > 1 else ""
+            also = f" (other differences: {', '.join(apart[1:])})" if len(apart) > 1 else ""
             raise CliError(
                 f"{name}: got {settings[name]}, expected {then[name]}, as the run in {self.path} was started with{also}"
                 "; go on with the same options, or start anew in another --output"
@@ -148,7 +223,7 @@ class RunFolder:
             self.become_current()
 
     def become_current(self) -> None:
-        """From now on the folder is this run's; the checkpoints of an older one are removed."""
+        """Write this run's record; the checkpoints of an older run are removed."""
         if self._next is None:
             return
         if self._writes:
@@ -203,7 +278,7 @@ class RunFolder:
         self._settle()
 
     def discard(self, name: str) -> None:
-        """Remove a file that has served."""
+        """Remove a file that is no longer needed."""
         if self._writes:
             (self.path / name).unlink(missing_ok=True)
 
@@ -219,8 +294,8 @@ class RunFolder:
             self.discard(RECORD)
 
     def _content(self) -> set[str]:
-        """Names of what was here, or was completed."""
-        return {path.name for path in self.path.iterdir()} - {LOCK, _UNFINISHED}
+        """Names of all complete files and folders."""
+        return {path.name for path in self.path.iterdir()} - {_LOCK, _UNFINISHED}
 
     def _checkpoints(self) -> list[tuple[int, Path]]:
         found = ((_CHECKPOINT.fullmatch(path.name), path) for path in self.path.iterdir())
@@ -273,32 +348,6 @@ class RunFolder:
             with written_whole(self.path / RECORD) as path:
                 path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self.record = record
-
-
-def settings_of(options: TrainOptions, loss: prefloss.Loss) -> dict[str, Any]:
-    """What a run was asked for, as far as it changes what is trained."""
-    content = None if options.data is None else _digest(options.data)
-    return {
-        "--loss": repr(loss),
-        **options.training_settings(),
-        "content of --data": content,
-        "processes": distributed.size(),
-    }
-
-
-def _digest(path: Path) -> str | None:
-    """Hash of a file, or of all files in a folder; None if there is nothing that can be read."""
-    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        for item in files:
-            digest.update(f"{item.relative_to(path)} {item.stat().st_size};".encode())
-            with item.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    except OSError:
-        return None
-    return digest.hexdigest()
 
 
 def _flush(folder: Path) -> None:

@@ -64,10 +64,10 @@ def faults_named(run: Run) -> Iterator[None]:
     except (Diverged, FloatingPointError) as error:
         last = run.folder.last_checkpoint() or run.folder.kept(WARM_START)
         kept = "nothing was kept" if last is None else f"what was trained before is kept in {last}"
-        there = "" if last is None else f", or from there, --model {last}"
+        there = "" if last is None else f", or from what was kept: --model {last}"
         raise CliError(
-            f"the training diverged: {error}; {kept}. Expected to diverge again with the same options: start anew in "
-            f"another --output, with a lower --learning-rate{there}"
+            f"the training diverged: {error}; {kept}. With the same options it would diverge again: start another run "
+            f"in another --output, with a lower --learning-rate{there}"
         ) from error
     except torch.OutOfMemoryError as error:
         rows = run.config.per_device_train_batch_size

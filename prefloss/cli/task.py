@@ -192,10 +192,7 @@ def _spoken(rows: Any, paired: bool, seed: int) -> tuple[list[Row], str]:
 
 def _file_task(options: TrainOptions, loss: prefloss.Loss, path: Path, share: Share | None) -> Task:
     """Read a file, convert its rows for the loss, split them by prompt."""
-    try:
-        data = pdata.read(path, share)
-    except (pdata.DataError, OSError) as error:
-        raise CliError(str(error)) from error
+    data = pdata.read(path, share)
     labelled, from_pairs = loss.spec.feedback is Labels, data.kind is not Labels
     if not labelled and not from_pairs:
         raise CliError(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 import prefloss
-from prefloss.cli.command_options import TrainOptions, check_model_folder
-from prefloss.cli.console import CliError, first_line, loading
+from prefloss.cli.command_options import TrainOptions
+from prefloss.cli.console import CliError, loading
+from prefloss.cli.pretrained import check_model_folder, saved_model, saved_tokenizer
 from prefloss.cli.task import Task
 from prefloss.data.tokens import pad_id
 from prefloss.demo.model import CHAT_TEMPLATE, END, tiny_llama, train_tokenizer, word_tokenizer
@@ -48,7 +49,7 @@ class Start:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run's record knows it by."""
+        """Hashes by which a run's record tells it from another."""
         return {
             "weights of --model": weights_fingerprint(self.model),
             "tokenizer of --model": tokenizer_fingerprint(self.tokenizer),
@@ -84,18 +85,18 @@ def _saved(options: TrainOptions, task: Task, name: str) -> Start:
             f"--model: {name} is a folder without config.json; expected a saved model, or a configuration"
         )
     untrained = path.is_dir() and not any(next(path.glob(pattern), None) for pattern in _WEIGHTS)
-    with loading(f"--model: {name}"):
-        if untrained:
-            with torch.random.fork_rng():
-                torch.manual_seed(options.seed)
-                config = AutoConfig.from_pretrained(name)
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True
+    if untrained:
+        with loading(f"--model: {name}"), torch.random.fork_rng():
+            torch.manual_seed(options.seed)
+            config = AutoConfig.from_pretrained(name)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        model = saved_model(name, dtype=torch.float32)
+        broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+        if broken:
+            raise CliError(
+                f"--model: {name} has weights that are NaN or infinite, as {broken[0]}; expected none"
             )
-            model, found = loaded
-            _check_complete(name, found["missing_keys"])
     weights = "random weights, for the folder holds a configuration only" if untrained else "its own weights"
     size = f"{model.num_parameters() / 1e6:.1f} million parameters"
     tokenizer, *facts = _tokenizer(name, task, model, untrained)
@@ -103,27 +104,15 @@ def _saved(options: TrainOptions, task: Task, name: str) -> Start:
     return Start(model, tokenizer, untrained, facts)
 
 
-def _check_complete(name: str, missing: Collection[str]) -> None:
-    """Refuse a model that lacks weights: transformers would draw them at random."""
-    if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CliError(
-            f"--model: {name} lacks the weights {min(missing)}{others}; expected all weights, or none at all (a "
-            "configuration, to train from random ones)"
-        )
-
-
 def _tokenizer(name: str, task: Task, model: Any, untrained: bool) -> tuple[Any, ...]:
     """The model's tokenizer, or one trained on the data if there is none, and facts about it."""
     facts = []
     vocabulary = model.get_input_embeddings().num_embeddings
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
+        tokenizer = saved_tokenizer(name)
+    except CliError as error:
         if not untrained:
-            raise CliError(
-                f"--model: {name} has no tokenizer that can be loaded: {first_line(error)}"
-            ) from error
+            raise
         if vocabulary < 258:
             raise CliError(
                 f"--model: {name} has no tokenizer and a vocab_size of {vocabulary}, expected at least 258, which a "
@@ -265,7 +254,7 @@ def build(
         callbacks=[PreferenceLossCallback(loss), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    # TRL writes a card beside every checkpoint, where nobody reads it.
+    # TRL would write a model card into every checkpoint.
     trainer.create_model_card = lambda *args, **kwargs: None
     return trainer
 

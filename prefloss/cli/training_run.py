@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -49,12 +48,11 @@ def run(
         except OSError as error:
             raise unwritable(folder.path, error) from error
     stop, schedule = StopRequest(), Schedule(options.save_steps, options.save_minutes or 1.0)
-    # The built-in model has too little work for two threads.
-    with (
-        Screen(console) as screen,
-        _threads(1 if options.model is None else torch.get_num_threads()),
-        stop.heard(),
-    ):
+    with Screen(console) as screen, stop.heard(), contextlib.ExitStack() as at_end:
+        at_end.callback(torch.set_num_threads, torch.get_num_threads())
+        if options.model is None:
+            # The built-in model has too little work for two threads.
+            torch.set_num_threads(1)
         parts = Run(options, loss, task, start, config, folder, screen, clock, schedule, stop, go_on)
         _check_a_row_fits(parts)
         with faults_named(parts):
@@ -62,17 +60,6 @@ def run(
             console.print()
             print_facts(console, "training", (plan_text(config),))
             return _preferences(parts, warm_loss)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Torch on this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _preferences(run: Run, warm_loss: float | None) -> Result:

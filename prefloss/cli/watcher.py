@@ -18,7 +18,7 @@ _MEASUREMENTS = 10
 
 
 class Watcher(TrainerCallback, ExportableState):
-    """Shows every step on a bar of this name, and measures at a tenth of the run, two tenths, ..., the end.
+    """Shows every step on a bar of this name, and measures after each tenth of the run.
 
     What it has seen is kept in checkpoints.
 
@@ -48,14 +48,14 @@ class Watcher(TrainerCallback, ExportableState):
         self._screen.remember(self.measurements)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show a bar; only the trainer knows how many steps its epochs have."""
+        """Show a bar; the number of steps is known only now."""
         if state.global_step:
             self.restore(state)
         self._update = self._screen.stage(self._name, state.max_steps)
         self._update(state.global_step, "")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure after the last step if it is time: when that step could be saved already."""
+        """Measure after the step before, if it is time: now that step has been saved, if it was to be."""
         self.measure(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

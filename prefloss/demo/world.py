@@ -152,7 +152,7 @@ class World:
         return {"prompt": prompt, "completion": completion, "label": self._random.random() < p}
 
     def spoken(self) -> dict[str, str]:
-        """One line of the text a model first learns to speak from: prompt, completion; nobody judged it."""
+        """One line of the text a model first learns to speak from: prompt, completion; not judged."""
         prompt = self.prompt()
         return {"prompt": prompt, "completion": self.completion(prompt)}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from prefloss.cli import reference_table
+from prefloss.cli import processes, reference_table
 from prefloss.cli.app import app
 from prefloss.data.table import ReferenceTable
 from tests import tiny
@@ -214,7 +214,7 @@ def test_a_full_disk_keeps_what_was_scored(monkeypatch):
     result = invoke()
     assert result.exit_code == 2
     assert (
-        "Error: --output: t.parquet cannot be written: No space left on device; scored rows are kept"
+        "Error: --output: t.parquet cannot be written to: No space left on device; scored rows are kept"
         in result.output
     )
     assert len(list(Path("t.parquet.parts").glob("*.parquet"))) == 2
@@ -243,8 +243,8 @@ def test_overwrite_keeps_the_old_table_when_it_fails():
 
 def test_a_process_that_never_starts_is_waited_for_some_minutes(monkeypatch):
     """AUDIT L6: the others waited for 30 days."""
-    assert timedelta(minutes=1) <= reference_table._MEETING <= timedelta(minutes=15)
-    monkeypatch.setattr(reference_table, "_MEETING", timedelta(seconds=1))
+    assert timedelta(minutes=1) <= processes.MEETING <= timedelta(minutes=15)
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -260,4 +260,4 @@ def test_a_process_that_never_starts_is_waited_for_some_minutes(monkeypatch):
     result = invoke()
     signal.alarm(0)
     assert result.exit_code == 2
-    assert "Error: the 2 processes that WORLD_SIZE names did not all start within" in result.output
+    assert "Error: WORLD_SIZE: got 2, but the processes cannot meet: " in result.output

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def process(rank, port, options, stall):
         return own(*args, **kwargs)
 
     reference_table.score_rows = once
-    app(["reference", "--model", "model", *options], standalone_mode=False)
+    sys.exit(app(["reference", "--model", "model", *options], standalone_mode=False))
 
 
 def test_two_processes_write_the_table_of_one(two):
@@ -197,11 +198,22 @@ def test_two_processes_write_the_table_of_one(two):
     assert not Path("t.parquet.parts").exists()
 
 
+def test_an_error_of_the_second_process_is_printed_and_ends_both(two, capfd):
+    row = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}
+    write("ids.jsonl", [row] * 256 + [{**row, "chosen_ids": [3] * 99}])
+    for each in two("--data", "ids.jsonl", "--output", "t.parquet"):
+        each.join()
+        assert each.exitcode == 2
+    assert "--max-length: a row has 101 tokens" in capfd.readouterr().err.replace("\n", " ")
+    assert not Path("t.parquet").exists()
+
+
 def test_two_processes_killed_and_one_that_goes_on(two):
     write("many.jsonl", tiny.pairs(640))
     processes = two("--data", "many.jsonl", "--output", "t.parquet", stall=True)
     parts = Path("t.parquet.parts")
-    while len(list(parts.glob("*.parquet"))) < 2:
+    # An unfinished part has a name that begins with a dot.
+    while len(list(parts.glob("[!.]*.parquet"))) < 2:
         assert all(each.is_alive() for each in processes)
         time.sleep(0.01)
     for each in processes:

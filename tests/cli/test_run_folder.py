@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from prefloss.cli.console import CliError
-from prefloss.cli.taking import taken
+from prefloss.cli.run_folder import taken
 
 FORK = multiprocessing.get_context("fork")
 SETTINGS = {"--seed": 0}
@@ -81,6 +81,7 @@ def kills(tmp_path, overwrite):
     assert moment > 40
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path):
     """AUDIT M3, M4."""
     a_run(tmp_path / "whole", "new")
@@ -96,6 +97,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
         assert content(output) == wanted
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_the_old_run_until_there_is_a_new_one(tmp_path):
     """AUDIT M3."""
     a_run(tmp_path / "whole", "new")
@@ -161,7 +163,9 @@ def test_a_damaged_record_is_one_error(tmp_path, text):
 def test_other_settings_are_named(tmp_path):
     with taken(tmp_path / "out", "dpo") as folder:
         folder.begin({"--seed": 0, "--steps": 9, "--lora": False})
-        with pytest.raises(CliError, match=r"^--seed: got 1, expected 0, as .* \(and other --steps\)"):
+        with pytest.raises(
+            CliError, match=r"^--seed: got 1, expected 0, as .* \(other differences: --steps\)"
+        ):
             folder.check_same({"--seed": 1, "--steps": 8, "--lora": False})
 
 
