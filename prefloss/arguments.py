@@ -44,13 +44,13 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def real(name: str, value: Any, *, above: float = -math.inf) -> float:
-    """A finite number; TypeError if it is something else (True and False are), ValueError if it is too small."""
+    """A finite number, as Python's own; TypeError if it is something else, such as True, ValueError if too small."""
     expected = "a finite number" if above == -math.inf else f"a finite number > {above:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
     if not is_finite(value) or value <= above:
         raise ValueError(f"{name}: got {shown(value)}, expected {expected}")
-    return float(value)
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def is_finite(value: Any) -> bool:
@@ -96,9 +96,9 @@ def tensor(
     name: str,
     value: Any,
     expected: str,
-    *,
-    dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    *,
+    floats: bool = False,
     bools: bool = True,
 ) -> Tensor:
     """A tensor as it is, or made of a number, nested lists, an array, or lists of tensors, whose gradient is kept.
@@ -107,8 +107,8 @@ def tensor(
         name: The argument.
         value: What the caller passed.
         expected: What it may be, for messages.
-        dtype: Of numbers that are not tensors yet; None takes what Python's types suggest.
         device: Of numbers that are not tensors yet.
+        floats: Whether numbers that are not tensors yet become floats of torch's default dtype.
         bools: Whether True and False may stand for numbers in a list.
 
     Raises:
@@ -120,10 +120,14 @@ def tensor(
             raise TypeError(f"{name}: got a sparse or nested tensor, expected {expected} in a dense tensor")
         return value
     if hasattr(value, "__array__"):
-        return _of_array(name, value.__array__(), expected, dtype, device, bools)
-    if _holds_tensors(name, value, expected, bools):
+        array = value.__array__()
+        if array.dtype.kind not in ("fiub" if bools else "fiu"):
+            raise TypeError(f"{name}: got an array of {array.dtype}, expected {expected}")
+        # A copy: the caller may go on writing into the array.
+        numbers = torch.as_tensor(array.astype({"f": "f8", "b": "?"}.get(array.dtype.kind, "i8")))
+    elif _holds_tensors(name, value, expected, bools):
         parts = [
-            tensor(f"{name}[{i}]", part, expected, dtype=dtype, device=device, bools=bools)
+            tensor(f"{name}[{i}]", part, expected, device, floats=floats, bools=bools)
             for i, part in enumerate(value)
         ]
         try:
@@ -133,14 +137,22 @@ def tensor(
             raise ValueError(
                 f"{name}: got tensors of shapes {shapes}, expected equal shapes and devices"
             ) from error
-    return _of_numbers(name, value, expected, dtype, device)
+    else:
+        try:
+            numbers = torch.tensor(value, dtype=torch.float64 if floats else None)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{name}: got {shown(value)}, expected {expected}: {error}") from error
+    if floats:
+        wide, dtype = numbers, torch.get_default_dtype()
+        numbers = wide.to(dtype)
+        refuse(name, wide, numbers.isinf() & ~wide.isinf(), f"{expected} that fits {dtype}")
+    return numbers.to(device)
 
 
 def log_probs(name: str, value: Any, device: torch.device | None = None) -> Tensor:
     """Log-probs as float32 or float64; TypeError if they are not floating point."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
-        dtype = torch.get_default_dtype()
-        value = tensor(name, value, _LOG_PROBS, dtype=dtype, device=device, bools=False)
+        value = tensor(name, value, _LOG_PROBS, device, floats=True, bools=False)
     if value.dtype not in _FLOATS:
         # float8 is a storage format that means nothing without its scale.
         which = ": float16, bfloat16, float32 or float64" if value.is_floating_point() else ""
@@ -150,12 +162,12 @@ def log_probs(name: str, value: Any, device: torch.device | None = None) -> Tens
 
 def counts(name: str, value: Any, device: torch.device) -> Tensor:
     """Token counts; TypeError if they are not integers."""
-    made = tensor(name, value, _COUNTS, device=device, bools=False)
-    if made.numel() or isinstance(value, Tensor):
-        check_integer(name, made, _COUNTS)
-        return made
-    # An empty list says nothing of its numbers.
-    return made.long()
+    made = tensor(name, value, _COUNTS, device, bools=False)
+    if not made.numel() and not isinstance(value, Tensor):
+        # The dtype of an empty list means nothing.
+        return made.long()
+    check_integer(name, made, _COUNTS)
+    return made
 
 
 def check_integer(name: str, value: Tensor, expected: str) -> None:
@@ -186,8 +198,8 @@ def mask(name: str, value: Any) -> Tensor:
     return value.bool()
 
 
-def check_shape(name: str, value: Tensor, other: str, shape: torch.Size) -> None:
-    """ValueError if a tensor does not have the shape of another argument."""
+def check_shape(name: str, value: Any, other: str, shape: torch.Size) -> None:
+    """ValueError if something does not have the shape of another argument."""
     if value.shape != shape:
         raise ValueError(f"{name}: got shape {list(value.shape)}, expected {list(shape)} as {other} has")
 
@@ -196,6 +208,12 @@ def check_device(name: str, value: Any, other: str, device: torch.device) -> Non
     """ValueError if something is not on the device of another argument."""
     if value.device != device:
         raise ValueError(f"{name}: got device {value.device}, expected {device} as {other} has")
+
+
+def check_like(name: str, value: Any, other: str, like: Any) -> None:
+    """ValueError if something does not have the shape and device of another argument."""
+    check_shape(name, value, other, like.shape)
+    check_device(name, value, other, like.device)
 
 
 def readable(value: Tensor) -> bool:
@@ -243,39 +261,3 @@ def _holds_tensors(name: str, value: Any, expected: str, bools: bool, depth: int
     if not isinstance(value, Real) or (isinstance(value, bool) and not bools):
         raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
     return False
-
-
-def _of_numbers(
-    name: str, value: Any, expected: str, dtype: torch.dtype | None, device: torch.device | None
-) -> Tensor:
-    try:
-        if dtype is None or not dtype.is_floating_point:
-            return torch.tensor(value, dtype=dtype, device=device)
-        wide = torch.tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{name}: got {shown(value)}, expected {expected}: {error}") from error
-    return _narrowed(name, wide, expected, dtype, device)
-
-
-def _of_array(
-    name: str,
-    array: Any,
-    expected: str,
-    dtype: torch.dtype | None,
-    device: torch.device | None,
-    bools: bool,
-) -> Tensor:
-    if array.dtype.kind not in ("fiub" if bools else "fiu"):
-        raise TypeError(f"{name}: got an array of {array.dtype}, expected {expected}")
-    # A copy: the caller may go on writing into the array.
-    if dtype is None or not dtype.is_floating_point:
-        return torch.as_tensor(array.astype({"f": "f8", "b": "?"}.get(array.dtype.kind, "i8")), device=device)
-    return _narrowed(name, torch.as_tensor(array.astype("f8")), expected, dtype, device)
-
-
-def _narrowed(
-    name: str, wide: Tensor, expected: str, dtype: torch.dtype, device: torch.device | None
-) -> Tensor:
-    narrow = wide.to(dtype)
-    refuse(name, wide, narrow.isinf() & ~wide.isinf(), f"{expected} that fits {dtype}")
-    return narrow.to(device)

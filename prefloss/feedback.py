@@ -267,14 +267,7 @@ class Rankings:
         if arguments.readable(self.scores):
             wrong = self.present & ~self.scores.isfinite()
             arguments.refuse("scores", self.scores, wrong, "a finite number for each completion")
-        if self.weight is not None:
-            weight = _as_values("weight", self.weight, self.completions.device).detach()
-            if weight.shape != shape[:1]:
-                raise ValueError(
-                    f"weight: got shape {list(weight.shape)}, expected {list(shape[:1])}: one per group"
-                )
-            _check_weight(weight)
-            object.__setattr__(self, "weight", weight)
+        _convert_values(self, "weight", self.completions, "completions[:, 0]", shape[:1])
 
     @property
     def shape(self) -> torch.Size:
@@ -310,6 +303,8 @@ class Rankings:
         Raises:
             ValueError: If `how` is another word.
         """
+        if how not in RANKINGS_AS:
+            raise ValueError(f"how: got {how!r}, expected {', '.join(map(repr, RANKINGS_AS))}")
         order = self.scores.masked_fill(~self.present, -torch.inf).argsort(
             dim=-1, descending=True, stable=True
         )
@@ -321,10 +316,8 @@ class Rankings:
             picked[torch.arange(len(order), device=order.device), 0, last] = True
         elif how == "adjacent":
             picked = (grid.triu(1) & ~grid.triu(2)).expand(len(order), -1, -1)
-        elif how == "all":
-            picked = grid.triu(1).expand(len(order), -1, -1)
         else:
-            raise ValueError(f"how: got {how!r}, expected {', '.join(map(repr, _TO_PAIRS))}")
+            picked = grid.triu(1).expand(len(order), -1, -1)
         sorted_scores = self.scores.gather(-1, order)
         sorted_present = self.present.gather(-1, order)
         better = sorted_scores.unsqueeze(-1) > sorted_scores.unsqueeze(-2)
@@ -410,7 +403,8 @@ FIELDS: tuple[Field, ...] = (
 NEEDS: tuple[str, ...] = tuple(dict.fromkeys(field.need for field in FIELDS if field.need))
 """Names that a loss may list in `needs` and `reads`."""
 
-_TO_PAIRS = ("best_worst", "adjacent", "all")
+RANKINGS_AS = ("best_worst", "adjacent", "all")
+"""How rankings become pairs, see `Rankings.to_pairs`."""
 
 
 def fields_of(kind: type) -> tuple[Field, ...]:
@@ -516,6 +510,7 @@ def convert(feedback: Any, kind: type, rankings_as: str | None = None) -> Any:
         >>> convert(Pairs.of([1.5], [-1.0]), Labels).desirable
         tensor([ True, False])
     """
+    arguments.instance("kind", kind, type, "Pairs, Labels or Rankings")
     if isinstance(feedback, kind):
         return feedback
     mismatch = f"feedback: got {type(feedback).__name__}, expected {kind.__name__}"
@@ -523,7 +518,7 @@ def convert(feedback: Any, kind: type, rankings_as: str | None = None) -> Any:
         if rankings_as is None:
             raise TypeError(
                 f"{mismatch}; say which pairs to make of rankings with rankings_as="
-                f"{' | '.join(map(repr, _TO_PAIRS))}, or choose a loss that takes Rankings, such as 'dpo_pl'"
+                f"{' | '.join(map(repr, RANKINGS_AS))}, or choose a loss that takes Rankings, such as 'dpo_pl'"
             )
         return convert(feedback.to_pairs(rankings_as), kind)
     if isinstance(feedback, Pairs) and kind in (Labels, Rankings):
@@ -542,12 +537,11 @@ def _check_log_ratios(name: str, value: Any) -> None:
 
 def _check_beside(name: str, value: Any, chosen: LogRatios) -> None:
     _check_log_ratios(name, value)
-    arguments.check_shape(name, value, "chosen", chosen.shape)
-    arguments.check_device(name, value, "chosen", chosen.device)
+    arguments.check_like(name, value, "chosen", chosen)
 
 
 def _as_values(name: str, value: Any, device: torch.device) -> Tensor:
-    value = arguments.tensor(name, value, "real numbers", dtype=torch.get_default_dtype(), device=device)
+    value = arguments.tensor(name, value, "real numbers", device, floats=True)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers")
     arguments.check_device(name, value, "policy", device)
@@ -555,32 +549,28 @@ def _as_values(name: str, value: Any, device: torch.device) -> Tensor:
 
 
 def _as_bools(name: str, value: Any, expected: str, like: LogRatios) -> Tensor:
-    bools = arguments.tensor(name, value, expected, device=like.device)
+    bools = arguments.tensor(name, value, expected, like.device)
     if not bools.numel() and not isinstance(value, Tensor):
-        # An empty list says nothing of what it holds.
+        # The dtype of an empty list means nothing.
         bools = bools.bool()
     if bools.dtype != torch.bool:
         raise TypeError(f"{name}: got dtype {bools.dtype}, expected {expected}")
-    arguments.check_shape(name, bools, "completions", like.shape)
-    arguments.check_device(name, bools, "completions", like.device)
+    arguments.check_like(name, bools, "completions", like)
     return bools
 
 
-def _convert_values(feedback: Any, name: str, like: LogRatios) -> None:
+def _convert_values(
+    feedback: Any, name: str, like: LogRatios, other: str = "policy", shape: torch.Size | None = None
+) -> None:
     """Check a field of numbers. Scores and weights are data without gradient; a baseline may come from a model."""
     value = getattr(feedback, name)
     if value is None:
         return
     value = _as_values(name, value, like.device)
-    arguments.check_shape(name, value, "policy", like.shape)
-    if name == "weight":
-        _check_weight(value)
+    arguments.check_shape(name, value, other, like.shape if shape is None else shape)
+    if name == "weight" and arguments.readable(value):
+        arguments.refuse(name, value, ~((value >= 0) & (value < math.inf)), "a finite number >= 0")
     object.__setattr__(feedback, name, value if name == "baseline" else value.detach())
-
-
-def _check_weight(weight: Tensor) -> None:
-    if arguments.readable(weight):
-        arguments.refuse("weight", weight, ~((weight >= 0) & (weight < math.inf)), "a finite number >= 0")
 
 
 def _cat_values(first: Tensor | None, second: Tensor | None) -> Tensor | None:

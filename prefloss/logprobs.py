@@ -95,9 +95,9 @@ def token_logps(
             kernels, for float32 and half precision. "auto" chooses by size and device.
         chunk_tokens: Tokens per slice of "chunked", >= 1; None chooses by memory.
         inplace_backward: Let the backward pass of "chunked" write the gradient over the logits, which saves memory
-            of their size. The logits are lost. Code that reads them later (a metric, say) gets the gradient
-            instead; another op that saved them for its own backward pass raises torch's error about in-place
-            changes, and so does a second backward pass. No effect under torch.compile.
+            of their size. The logits are lost: code that reads them later (a metric, say) gets the gradient. Another
+            op that saved them, and a second backward pass, raise torch's error about in-place changes. No effect under
+            torch.compile.
         strict: Raise if a faster way is not available here, see `Plan.fallback` of `explain`.
 
     Returns:
@@ -177,6 +177,7 @@ def linear_token_logps(
     The log-probs are those of float32 logits on every path. In bfloat16 each gradient of a logit is rounded to
     bfloat16 once (relative error up to 2^-8) where the device multiplies bfloat16, and half-precision logits are kept
     with an error of up to 2.5e-4 nats; all sums are float32. Inputs that need no gradient cost none.
+    Errors are those of `token_logps`, and a TypeError if dtypes differ.
 
     Args:
         hidden: Last hidden states, floating point, [..., H].
@@ -188,20 +189,13 @@ def linear_token_logps(
         softcap: Bounds the scaled logits, > 0; None for no bound.
         ignore_index: Target of the positions to leave out; their hidden states may be inf or NaN.
         impl: "naive", "chunked", "triton" or "auto", as in `token_logps`; "naive" computes the logits of all positions.
-        chunk_tokens: Size of a tile of logits, as the number of tokens whose logits fill it, >= 1; None chooses by
-            device.
+        chunk_tokens: Size of a tile of logits, as the number of tokens whose logits fill it, >= 1; None: by device.
         budget_bytes: Memory for what is kept between forward and backward and for tiles, without the gradients,
             >= 0; None for 1 GiB. One tile is used whatever the budget is.
         strict: Raise if a faster way is not available here, see `Plan.fallback` of `explain`.
 
     Returns:
         Log-probs, [...], nats, float32 (float64 for float64 inputs); 0 and no gradient at ignored targets.
-
-    Raises:
-        TypeError: If an argument has the wrong type, or dtypes differ.
-        ValueError: If shapes or devices do not match, or an option is out of range.
-        IndexError: If a target is neither in [0, V) nor `ignore_index`. Checked on CPU, outside torch.compile.
-        RuntimeError: If `strict` and the plan has a fallback, or `impl` is "triton" and it cannot run here.
 
     Example:
         >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -234,9 +228,6 @@ def linear_token_stats(
 
     `linear_token_logps` describes the other arguments and the errors. `stats_gradient`: whether logsumexp, entropy
     and log_sum_sq have a gradient, which with a frozen head costs a third matmul; the log-probs always do.
-
-    Returns:
-        The numbers, each [...].
 
     Example:
         >>> stats = linear_token_stats(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]))
@@ -346,9 +337,9 @@ def explain(
         >>> plan.scheme, plan.matmuls
         ('unscaled', 2)
     """
-    flags = {"trainable_head": trainable_head, "gradient": gradient, "stats_gradient": stats_gradient}
-    for name, value in flags.items():
-        flag(name, value)
+    flag("trainable_head", trainable_head)
+    flag("gradient", gradient)
+    flag("stats_gradient", stats_gradient)
     like = check_sizes(tokens, vocabulary, width, dtype, device)
     needs = "none" if not gradient else "head" if trainable_head else "hidden"
     options = Options(LogitTransform(), -100, impl, chunk_tokens, budget_bytes)
@@ -363,9 +354,9 @@ def _token_stats(
     flag("inplace_backward", inplace_backward)
     check_logits(logits, inplace_backward)
     options.check(logits.dtype)
-    transform, ignore_index = options.transform, options.ignore_index
-    targets = check_targets(targets, "logits", logits, logits.shape[-1], ignore_index)
-    request = Request(logits, logits.shape[-1], None, "none", False, options)
+    transform, ignore_index, vocabulary = options.transform, options.ignore_index, logits.shape[-1]
+    targets = check_targets(targets, "logits", logits, vocabulary, ignore_index)
+    request = Request(logits, vocabulary, None, "none", False, options)
     plan = report(make_plan(request, targets.numel()), options.strict)
     if plan.impl == "naive":
         return naive.token_stats(logits, targets, transform, ignore_index, outputs)
@@ -376,13 +367,12 @@ def _linear_token_stats(
     inputs: LinearInputs, options: Options, outputs: int, stats_gradient: bool = False
 ) -> Tensor:
     """[outputs, ...] statistics from hidden states and a head: select the targets that count, plan, run."""
-    hidden, weight, bias, targets, transform = inputs
-    vocabulary = check_linear(hidden, weight, bias)
+    hidden, weight, bias, targets, _ = inputs
+    vocabulary, ignore_index = check_linear(hidden, weight, bias), options.ignore_index
     options.check(hidden.dtype)
-    ignore_index = options.ignore_index
     targets = check_targets(targets, "hidden", hidden, vocabulary, ignore_index)
-    inputs = LinearInputs(hidden, weight, bias, targets, transform)
-    needs = _needs_gradient(inputs)
+    inputs = inputs._replace(targets=targets)
+    needs = _needs_gradient(hidden, weight, bias)
     request = Request(hidden, vocabulary, hidden.shape[-1], needs, stats_gradient, options)
     positions, selected = targets.numel(), None
     # a compiled graph selects the targets when it runs
@@ -395,11 +385,10 @@ def _linear_token_stats(
     return autograd.linear_token_stats(inputs, selected, ignore_index, plan, outputs)
 
 
-def _needs_gradient(inputs: LinearInputs) -> Literal["none", "hidden", "head"]:
-    hidden, weight, bias, *_ = inputs
+def _needs_gradient(hidden: Tensor, *head: Tensor | None) -> Literal["none", "hidden", "head"]:
     if not torch.is_grad_enabled():
         return "none"
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    if any(part is not None and part.requires_grad for part in head):
         return "head"
     return "hidden" if hidden.requires_grad else "none"
 

@@ -5,7 +5,6 @@ Targets are shifted, completions masked, tokens summed and counted here and nowh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -46,11 +45,12 @@ def completion_targets(input_ids: Tensor, completion_mask: Tensor, segments: Ten
     """
     arguments.check_ids("input_ids", input_ids)
     completion_mask = arguments.mask("completion_mask", completion_mask)
-    _check_beside("completion_mask", completion_mask, "input_ids", input_ids)
+    arguments.check_like("completion_mask", completion_mask, "input_ids", input_ids)
     scored = completion_mask[..., 1:]
     if segments is not None:
-        arguments.check_ids("segments", segments)
-        _check_beside("segments", segments, "input_ids", input_ids)
+        arguments.instance("segments", segments, Tensor, "an integer tensor [..., T]")
+        arguments.check_like("segments", segments, "input_ids", input_ids)
+        arguments.check_integer("segments", segments, "an integer tensor [..., T]")
         scored = scored & (segments[..., 1:] == segments[..., :-1])
     if arguments.readable(input_ids):
         ids = input_ids[..., 1:]
@@ -95,7 +95,7 @@ class PerToken:
         """Check the fields; values that do not depend on the policy carry no gradient."""
         for name, value in self._present().items():
             _check_row(f"per_token.{name}", value)
-            _check_beside(f"per_token.{name}", value, "per_token.policy", self.policy)
+            arguments.check_like(f"per_token.{name}", value, "per_token.policy", self.policy)
             if name in ("reference", "log_sum_sq", "reference_entropy", "weight"):
                 object.__setattr__(self, name, value.detach())
 
@@ -123,9 +123,8 @@ class PerToken:
         return {name: value for name, value in values.items() if value is not None}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PerToken:
-        return PerToken(
-            **{"reference": None, **{name: change(value) for name, value in self._present().items()}}
-        )
+        changed = {name: change(value) for name, value in self._present().items()}
+        return PerToken(**{"reference": None, **changed})
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,25 +162,23 @@ class LogRatios:
     def __post_init__(self) -> None:
         """Check and convert the fields."""
         policy = arguments.log_probs("policy", self.policy)
-        device = policy.device
-        reference = (
-            None
-            if self.reference is None
-            else arguments.log_probs("reference", self.reference, device).detach()
-        )
-        tokens = None if self.tokens is None else arguments.counts("tokens", self.tokens, device)
-        for name, value in (("reference", reference), ("tokens", tokens)):
-            if value is not None:
-                _check_beside(name, value, "policy", policy)
-        _check_rows_beside(self.per_token, policy)
+        reference, tokens = self.reference, self.tokens
+        if reference is not None:
+            reference = arguments.log_probs("reference", reference, policy.device).detach()
+            arguments.check_like("reference", reference, "policy", policy)
+        if self.per_token is not None:
+            _check_rows_beside(self.per_token, policy)
         _check_sign(policy, reference)
-        fewest = math.nan if tokens is None else arguments.least(tokens)
-        if fewest < 0:
-            raise ValueError(f"tokens: got {fewest}, expected token counts >= 0")
-        if tokens is not None and not fewest > 0:
-            present = tokens > 0
-            policy = torch.where(present, policy, 0.0)
-            reference = None if reference is None else torch.where(present, reference, 0.0)
+        if tokens is not None:
+            tokens = arguments.counts("tokens", tokens, policy.device)
+            arguments.check_like("tokens", tokens, "policy", policy)
+            fewest = arguments.least(tokens)
+            if fewest < 0:
+                raise ValueError(f"tokens: got {fewest}, expected token counts >= 0")
+            if not fewest > 0:
+                present = tokens > 0
+                policy = torch.where(present, policy, 0.0)
+                reference = None if reference is None else torch.where(present, reference, 0.0)
         object.__setattr__(self, "policy", policy)
         object.__setattr__(self, "reference", reference)
         object.__setattr__(self, "tokens", tokens)
@@ -235,20 +232,19 @@ class LogRatios:
             tensor([-3.])
         """
         policy, mask = arguments.log_probs("policy", policy), arguments.mask("mask", mask)
-        _check_beside("mask", mask, "policy", policy)
+        arguments.check_like("mask", mask, "policy", policy)
         if mask.ndim == 0:
             raise ValueError("mask: got shape [], expected [..., T]: the log-probs of tokens")
 
         def masked(name: str, value: Tensor) -> Tensor:
-            _check_beside(name, value, "mask", mask)
+            value = arguments.log_probs(name, value)
+            arguments.check_like(name, value, "mask", mask)
             if arguments.readable(value):
                 arguments.refuse(name, value, mask & (value > _ABOVE), "log-probs in nats, at most 0")
             return torch.where(mask, value, 0.0)
 
         policy = masked("policy", policy)
-        reference = (
-            None if reference is None else masked("reference", arguments.log_probs("reference", reference))
-        )
+        reference = None if reference is None else masked("reference", reference)
         return cls(
             policy=policy.sum(-1),
             reference=None if reference is None else reference.sum(-1),
@@ -268,12 +264,9 @@ class LogRatios:
             raise TypeError(f"parts: got {arguments.shown(parts)}, expected a list of LogRatios")
         if not parts:
             raise ValueError("parts: got no LogRatios, expected at least one")
-        fields: dict[str, Any] = {}
-        for name in ("policy", "reference", "tokens"):
-            values = [getattr(part, name) for part in parts]
-            fields[name] = _cat_or_none(name, values)
-        fields["per_token"] = _cat_per_token([part.per_token for part in parts])
-        return cls(**fields)
+        names = ("policy", "reference", "tokens")
+        joined: dict[str, Any] = {name: _cat(name, [getattr(part, name) for part in parts]) for name in names}
+        return cls(**joined, per_token=_cat_per_token([part.per_token for part in parts]))
 
     @property
     def h(self) -> Tensor:
@@ -323,14 +316,11 @@ class LogRatios:
 
     def flatten(self) -> LogRatios:
         """The same completions in one dimension, [n]; drops no field."""
-
-        def flat(value: Tensor | None) -> Any:
-            return None if value is None else value.reshape(-1)
-
+        values = (self.policy, self.reference, self.tokens)
         rows = self.per_token
         if rows is not None:
             rows = rows._map(lambda value: value.reshape(-1, value.shape[-1]))
-        return LogRatios(flat(self.policy), flat(self.reference), flat(self.tokens), rows)
+        return LogRatios(*(None if value is None else value.reshape(-1) for value in values), rows)  # type: ignore[arg-type]
 
     def detach(self) -> LogRatios:
         """The same values without gradient."""
@@ -339,16 +329,14 @@ class LogRatios:
 
     def _needed_reference(self) -> Tensor:
         if self.reference is None:
-            raise ValueError(
-                "reference: got None, expected reference log-probs [...] in nats: a log-ratio needs them"
-            )
+            expected = "reference log-probs [...] in nats: a log-ratio needs them"
+            raise ValueError(f"reference: got None, expected {expected}")
         return self.reference
 
     def _divisor(self) -> Tensor:
         if self.tokens is None:
-            raise ValueError(
-                "tokens: got None, expected completion token counts [...]: a per-token mean needs them"
-            )
+            expected = "completion token counts [...]: a per-token mean needs them"
+            raise ValueError(f"tokens: got None, expected {expected}")
         # An empty completion has sum 0, so its mean is 0 and not 0/0.
         return self.tokens.clamp(min=1)
 
@@ -365,18 +353,13 @@ def _check_sign(policy: Tensor, reference: Tensor | None) -> None:
 
 def _check_row(name: str, value: Any) -> None:
     arguments.instance(name, value, Tensor, "a tensor [..., T]")
-    if name == "per_token.mask":
-        if value.dtype != torch.bool:
-            raise TypeError(
-                f"{name}: got dtype {value.dtype}, expected torch.bool (True at completion tokens)"
-            )
-    elif not value.is_floating_point():
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected floating-point numbers")
+    is_mask = name == "per_token.mask"
+    expected = "torch.bool (True at completion tokens)" if is_mask else "floating-point numbers"
+    if not (value.dtype == torch.bool if is_mask else value.is_floating_point()):
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {expected}")
 
 
 def _check_rows_beside(rows: Any, policy: Tensor) -> None:
-    if rows is None:
-        return
     arguments.instance("per_token", rows, PerToken, "PerToken(policy=, reference=, mask=)")
     if rows.policy.shape[:-1] != policy.shape:
         raise ValueError(
@@ -385,38 +368,31 @@ def _check_rows_beside(rows: Any, policy: Tensor) -> None:
     arguments.check_device("per_token.policy", rows.policy, "policy", policy.device)
 
 
-def _check_beside(name: str, value: Tensor, other: str, like: Tensor) -> None:
-    arguments.check_shape(name, value, other, like.shape)
-    arguments.check_device(name, value, other, like.device)
+def _in_all(name: str, values: Sequence[Any]) -> bool:
+    """Whether all parts have a field; False if none has it, ValueError if some have."""
+    count = sum(value is not None for value in values)
+    if 0 < count < len(values):
+        raise ValueError(f"{name}: got it in {count} of {len(values)} parts, expected it in all or none")
+    return count > 0
 
 
-def _cat_or_none(name: str, values: list[Tensor | None]) -> Tensor | None:
-    present = [value for value in values if value is not None]
-    if not present:
+def _cat(name: str, values: Sequence[Any]) -> Tensor | None:
+    if not _in_all(name, values):
         return None
-    if len(present) != len(values):
-        raise ValueError(
-            f"{name}: got it in {len(present)} of {len(values)} parts, expected it in all or none"
-        )
     try:
-        return torch.cat(present)
+        return torch.cat(values)  # type: ignore[arg-type]
     except RuntimeError as error:
-        shapes = ", ".join(str(list(value.shape)) for value in present[:4])
+        shapes = ", ".join(str(list(value.shape)) for value in values[:4])
         raise ValueError(f"{name}: got shapes {shapes}, expected parts that fit ({error})") from error
 
 
-def _cat_per_token(rows: list[PerToken | None]) -> PerToken | None:
-    present = [row for row in rows if row is not None]
-    if not present:
+def _cat_per_token(rows: Sequence[Any]) -> PerToken | None:
+    if not _in_all("per_token", rows):
         return None
-    if len(present) != len(rows):
-        raise ValueError(
-            f"per_token: got it in {len(present)} of {len(rows)} parts, expected it in all or none"
-        )
-    width = max(row.mask.shape[-1] for row in present)
-    padded = [row._map(lambda value: F.pad(value, (0, width - value.shape[-1]))) for row in present]
+    width = max(row.mask.shape[-1] for row in rows)
+    padded = [row._map(lambda value: F.pad(value, (0, width - value.shape[-1]))) for row in rows]
     joined: dict[str, Any] = {
-        field.name: _cat_or_none(f"per_token.{field.name}", [getattr(row, field.name) for row in padded])
+        field.name: _cat(f"per_token.{field.name}", [getattr(row, field.name) for row in padded])
         for field in fields(PerToken)
     }
     return PerToken(**joined)

@@ -47,7 +47,7 @@ class Stat(NamedTuple):
 def implicit_rewards(ratios: LogRatios, beta: float) -> Tensor:
     """Reward that the policy implies for each completion, beta * h, [...], without gradient."""
     instance("ratios", ratios, LogRatios, "LogRatios")
-    return beta * ratios.h.detach()
+    return real("beta", beta) * ratios.h.detach()
 
 
 def metrics(feedback: Feedback, beta: float = 1.0) -> Mapping[str, Stat]:

@@ -1,6 +1,8 @@
 """AUDIT A3, A5, A7, A8, A9, A10: bad arguments of every public function are refused by name, in one form."""
 
 import decimal
+import fractions
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 import prefloss
 from prefloss import Labels, LogRatios, Pairs, PerToken, Rankings
 from prefloss.diagnosis import Diagnosis, Thresholds
-from prefloss.feedback import required
+from prefloss.feedback import convert, required
 from prefloss.hyperparameters import (
     Coerce,
     Cosine,
@@ -35,6 +37,7 @@ from prefloss.training import (
     PreferenceObjective,
     Reference,
     model_logps,
+    score_rows,
 )
 from tests import tiny
 
@@ -140,6 +143,10 @@ def objective(**options):
 
 def collate(*rows, **options):
     return PreferenceCollator(**options)(list(rows))
+
+
+def changed(layout="padded", **tensors):
+    return PreferenceBatch({**collate(IDS, layout=layout), **tensors})
 
 
 IDS = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
@@ -339,6 +346,8 @@ OTHERS = {
         lambda: metrics(Pairs(side(), side()), beta=float("nan")),
         lambda: FeedbackObjective("dpo", beta="x"),
         lambda: FourTensorLoss("dpo", beta=0),
+        lambda: implicit_rewards(side(), "x"),
+        lambda: implicit_rewards(side(), float("nan")),
     ],
     "gama": [lambda: get("dpo", gama=1.0), lambda: FeedbackObjective("dpo", gama=1.0)],
     "label_smoothing": [
@@ -369,6 +378,10 @@ OTHERS = {
         lambda: RewardShift().load_state_dict({"total": "a", "count": 0.0}),
         lambda: Recent().load_state_dict({"values": [None], "drawn": 0}),
         lambda: RewardShift().load_state_dict([1]),
+        lambda: RewardShift().load_state_dict({"total": float("nan"), "count": 1.0}),
+        lambda: Linear(0.5, 0.1, 3).load_state_dict({"done": -5}),
+        lambda: Linear(0.5, 0.1, 3).load_state_dict({"done": 1.5}),
+        lambda: Linear(0.5, 0.1, 3).load_state_dict({"done": float("nan")}),
     ],
     "ge": [lambda: Interval(ge="a")],
     "function": [lambda: Coerce(3, "a number"), lambda: register(3), lambda: spec_from(None)],
@@ -410,12 +423,15 @@ OTHERS = {
         lambda: get("dpo")(TWO),
         lambda: get("dpo")(None),
         lambda: get("kto")(Pairs(side(), side())),
+        lambda: get("dpo").mean(None),
+        lambda: get("dpo").evaluate("pairs"),
         lambda: metrics(TWO),
         lambda: FeedbackObjective("dpo").share(TWO, training=True),
         lambda: FeedbackObjective("dpo").share(None, training=True),
     ],
     "ratios": [lambda: implicit_rewards(TWO, 0.1)],
     "loss": [
+        lambda: FeedbackObjective("dpo").replace_loss("ipo"),
         lambda: FeedbackObjective(3),
         lambda: FeedbackObjective(None),
         lambda: PreferenceObjective(torch.nn.Linear(1, 1)),
@@ -503,7 +519,23 @@ OTHERS = {
         lambda: PreferenceBatch.of({"input_ids": 3, 1: 2}),
         lambda: objective()(tiny.model(), None),
         lambda: objective().count([{"input_ids": torch.ones(1, 1)}]),
+        lambda: PreferenceBatch.of(changed(input_ids=None)),
+        lambda: PreferenceBatch.of(changed(input_ids=[[1]])),
+        lambda: PreferenceBatch.of(changed(completion_mask=3)),
+        lambda: PreferenceBatch.of(changed(chosen_rows=[0])),
+        lambda: PreferenceBatch.of(changed(chosen_rows=None)),
+        lambda: PreferenceBatch.of(changed(chosen_rows=torch.tensor([0.0]))),
+        lambda: PreferenceBatch.of(changed(chosen_rows=torch.tensor([9]))),
+        lambda: PreferenceBatch.of(changed(rejected_rows=torch.tensor([-1]))),
+        lambda: PreferenceBatch.of(changed(layout="packed", position_ids=None)),
+        lambda: PreferenceBatch.of(changed(layout="packed", row_ids="x")),
     ],
+    "step_counts": [
+        lambda: FeedbackObjective("dpo").share(Pairs(side(), side()), training=True, step_counts="x"),
+        lambda: FeedbackObjective("dpo").share(Pairs(side(), side()), training=True, step_counts=TARGETS[:1]),
+    ],
+    "batch_size": [lambda: score_rows(None, [], batch_size=0), lambda: score_rows(None, [], batch_size=True)],
+    "kind": [lambda: convert(Pairs(side(), side()), "Labels"), lambda: Reference(["model"])],
     "batches": [lambda: objective().count([]), lambda: objective().count(None), lambda: objective().count(3)],
     "inputs": [
         lambda: model_logps(tiny.model(), None, TARGETS),
@@ -640,6 +672,27 @@ def test_what_is_good_is_taken():
     assert LogRatios.from_token_logps(TWO, torch.tensor([1.0, 0.0])).policy.item() == -2.0
     assert LogRatios.from_token_logps(TWO, [0, 1]).policy.item() == -3.0
     assert get("dpo(beta=linear(0.5, 0.1, steps=10))").params["beta"].steps == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("dpo", {"beta": np.float64(0.5)}),
+        ("dpo", {"beta": np.float32(0.5)}),
+        ("dpo", {"beta": np.int64(1)}),
+        ("dpo", {"beta": fractions.Fraction(1, 2)}),
+        ("dpo", {"beta": Linear(np.float64(0.5), np.float32(0.25), np.int64(3))}),
+        ("dpo", {"label_smoothing": np.float32(0.25)}),
+        ("bco", {"shift": np.float32(0.5)}),
+        ("beta_dpo", {"moments": Moments(np.float32(0.5)), "draws": np.int64(3)}),
+        ("gamma_po", {"queue": Recent(np.int64(8), np.int32(4), np.uint8(1))}),
+    ],
+)
+def test_numbers_of_other_types_become_pythons(name, parameters):
+    """So that a loss can be read back from its text and its configuration is JSON."""
+    loss = get(name, **parameters)
+    assert repr(get(repr(loss))) == repr(loss)
+    json.dumps(loss.config())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

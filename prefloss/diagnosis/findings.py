@@ -23,7 +23,7 @@ from prefloss.diagnosis.gradients import check_gradients, gradients, sizes_at_st
 from prefloss.feedback import Feedback, Labels, Pairs
 from prefloss.logratios import LogRatios
 from prefloss.metrics import Stat
-from prefloss.registry import Evaluation, Loss, LossSpec, get, specs
+from prefloss.registry import Evaluation, Loss, get, specs
 
 # A finding ends when its figure falls to this fraction of the threshold.
 _OVER = 0.8
@@ -73,15 +73,14 @@ class Thresholds:
             value, name = getattr(self, field.name), field.name
             if name == "non_finite":
                 flag(name, value)
-                continue
-            if (value is None or value is False) and name not in ("fall", "gone", "examples", "memory"):
+            elif (value is None or value is False) and name not in ("fall", "gone", "examples", "memory"):
                 object.__setattr__(self, name, None)
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name}: got {value!r}, expected a number")
-            low, high = _RANGES.get(name, (0.0, 1.0))
-            if not low <= value <= high or (value == 0 and name != "fall"):
-                raise ValueError(f"{name}: got {value!r}, expected a number in {_range(name, low, high)}")
+            elif isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name}: got {shown(value)}, expected a number")
+            else:
+                low, high = _RANGES.get(name, (0.0, 1.0))
+                if not low <= value <= high or (value == 0 and name != "fall"):
+                    raise ValueError(f"{name}: got {value!r}, expected a number in {_range(name, low, high)}")
 
 
 _RANGES = {
@@ -150,8 +149,6 @@ class Diagnosis:
         """
         if diagnose is None or diagnose is False:
             return None
-        if diagnose is True:
-            return cls(loss)
         if isinstance(diagnose, Mapping):
             # From a checkpoint.
             known = [field.name for field in fields(Thresholds)]
@@ -159,11 +156,10 @@ class Diagnosis:
             if unknown:
                 raise TypeError(f"diagnose: got {shown(unknown[0])}, expected some of {', '.join(known)}")
             return cls(loss, Thresholds(**diagnose))
-        if not isinstance(diagnose, Thresholds):
-            raise TypeError(
-                f"diagnose: got {shown(diagnose)}, expected prefloss.diagnosis.Thresholds(...), True or False"
-            )
-        return cls(loss, diagnose)
+        if diagnose is not True and not isinstance(diagnose, Thresholds):
+            expected = "prefloss.diagnosis.Thresholds(...), True or False"
+            raise TypeError(f"diagnose: got {shown(diagnose)}, expected {expected}")
+        return cls(loss, None if diagnose is True else diagnose)
 
     def figures(
         self,
@@ -187,9 +183,7 @@ class Diagnosis:
         stats = ratio_figures(feedback, self.thresholds.fall)
         if evaluation is not None:
             of_gradients = self._gradient_figures(feedback if seen is None else seen, evaluation)
-            stats |= {
-                name: Stat(stat.sum / copies, stat.count / copies) for name, stat in of_gradients.items()
-            }
+            stats |= {name: Stat(total / copies, n / copies) for name, (total, n) in of_gradients.items()}
         return stats
 
     def add(self, sums: Mapping[str, tuple[float, float]]) -> None:
@@ -287,7 +281,7 @@ class Diagnosis:
         again = "" if reported is None else " (worse than at the last warning)"
         message = f"{words(value)} Seen at every log since step {since}{again}."
         self.findings.append(Finding(name, value, since, message))
-        if _is_first_process():
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
             warnings.warn(f"step {step}: {message}", DiagnosisWarning, stacklevel=2)
 
     def _has_enough(self, name: str) -> bool:
@@ -384,12 +378,9 @@ def resisting(names: Iterable[str] | None = None) -> list[str]:
         names: Of losses; None for those of pairs that declare it and need log-ratios alone.
     """
     if names is None:
-        names = [name for name, spec in specs.items() if spec.holds_chosen and _needs_log_ratios_alone(spec)]
+        declared = [spec for spec in specs.values() if spec.holds_chosen and spec.feedback is Pairs]
+        names = [spec.name for spec in declared if spec.needs_reference and not spec.needs]
     return [name for name in names if resists_falling(get(name))]
-
-
-def _needs_log_ratios_alone(spec: LossSpec) -> bool:
-    return spec.feedback is Pairs and spec.needs_reference and not spec.needs
 
 
 def _merged(
@@ -400,10 +391,6 @@ def _merged(
         name: tuple(a + b for a, b in zip(faded.get(name, (0.0, 0.0)), sums, strict=True))
         for name, sums in new.items()
     }  # type: ignore[return-value]
-
-
-def _is_first_process() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _range(name: str, low: float, high: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefloss.arguments import instance
+from prefloss.arguments import check_integer, instance, readable, refuse
 from prefloss.feedback import SIDES, Feedback, Labels, Pairs, Rankings, optional_fields
 from prefloss.logratios import IGNORE_INDEX, LogRatios, completion_targets
 from prefloss.training import layouts
@@ -188,11 +188,15 @@ class PreferenceBatch(dict[str, Any]):
         return Rows(inputs, completion_targets(tensors["input_ids"], tensors["completion_mask"]))
 
     def _check_whole(self) -> None:
-        """Refuse a batch whose tensors were sliced or joined.
+        """Refuse a batch whose tensors are not those of a collator, or were sliced or joined.
 
         Raises:
-            ValueError: If the number of rows does not fit the examples.
+            TypeError: If one is absent or something else.
+            ValueError: If the number of rows does not fit the examples, or there is no such row.
         """
+        tokens = (*layouts.NAMES, "position_ids") if layouts.SOURCES in self else ("completion_mask",)
+        for name in ("input_ids", *SIDE_ROWS[self.kind], *tokens):
+            instance(f"batch: {name}", self.get(name), Tensor, "a tensor as PreferenceCollator writes it")
         if self.kind is Rankings:
             # The number of completions in each group is on the device; shapes are known without a wait.
             fits = self["group_rows"].shape == self["scores"].shape
@@ -204,6 +208,14 @@ class PreferenceBatch(dict[str, Any]):
                 "PreferenceCollator's batch belong together and cannot be sliced or joined; accelerate does so with "
                 "streamed data: set accelerator_config={'dispatch_batches': False}"
             )
+        count, lowest = len(self.rows.targets), -1 if self.kind is Rankings else 0
+        for name in SIDE_ROWS[self.kind]:
+            rows = self[name]
+            check_integer(f"batch: {name}", rows, "row numbers")
+            if readable(rows):
+                refuse(
+                    f"batch: {name}", rows, (rows < lowest) | (rows >= count), f"row numbers below {count}"
+                )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the tensors alone, not what was derived from them."""

@@ -81,17 +81,13 @@ class PreferenceCollator:
     ) -> None:
         if tokenizer is not None:
             function("tokenizer", tokenizer, "a tokenizer, or None for token ids")
-        if max_length is not None:
-            integer("max_length", max_length, 2)
         if pad_token_id is None:
             pad_token_id = getattr(tokenizer, "pad_token_id", None)
         self.tokenizer = tokenizer
         self.pad_token_id = 0 if pad_token_id is None else integer("pad_token_id", pad_token_id, 0)
-        choice("layout", layout, _LAYOUTS)
-        flag("mismatched", mismatched)
-        self.max_length = max_length
-        self.layout = layout
-        self.mismatched = mismatched
+        self.max_length = None if max_length is None else integer("max_length", max_length, 2)
+        self.layout = choice("layout", layout, _LAYOUTS)
+        self.mismatched = flag("mismatched", mismatched)
         self.seen: Counter[str] = Counter()
         self._warned: set[str] = set()
 

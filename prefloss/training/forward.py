@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from prefloss.arguments import instance
 from prefloss.kernels import vocab_parallel
 from prefloss.logprobs import linear_token_logps
 from prefloss.logratios import IGNORE_INDEX
 from prefloss.training import probe
-from prefloss.training.head import HeadSpec
-from prefloss.training.inputs import checked
+from prefloss.training.head import HeadSpec, text_config
 
 # The transform that a model's output showed, where its configuration suggests another one.
 _shown: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
@@ -39,7 +39,6 @@ class ModelLogps(NamedTuple):
     aux_loss: Tensor | None
 
 
-@checked
 def model_logps(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -69,6 +68,9 @@ def model_logps(
         ValueError: If targets and hidden states (or positions) differ in shape, labels are among the inputs, or a token
             id is beyond the model's vocabulary (on the CPU).
     """
+    instance("model", model, nn.Module, "a causal language model of transformers")
+    instance("inputs", inputs, Mapping, "keyword arguments of the model, such as input_ids")
+    instance("targets", targets, Tensor, "the token that each position predicts, [rows, T]")
     if "labels" in inputs:
         raise ValueError(
             "inputs: got labels, expected them as targets: the model would compute a loss without logits"
@@ -135,8 +137,13 @@ def _forward(
         widths.append(spec.rows)
         return probe.in_place_of_logits(spec, hidden, results[-1])
 
-    with _replaced_forward(spec.module, head):
-        outputs = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
+    try:
+        with _replaced_forward(spec.module, head):
+            outputs = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
+    except IndexError:
+        # Not before: some models take ids beyond their vocabulary, for images, say.
+        _check_within(model, inputs.get("input_ids"))
+        raise
     logits = getattr(outputs, "logits", None)
     if len(results) != 1 or logits is None:
         raise TypeError(
@@ -185,6 +192,27 @@ def _head_logps(spec: HeadSpec, hidden: Tensor, targets: Tensor, temperature: fl
         impl=impl,  # type: ignore[arg-type]
         **transform,
     )
+
+
+def _check_within(model: nn.Module, ids: Any) -> None:
+    """ValueError if a token id is beyond the vocabulary of a model, or a row beyond its positions."""
+    policy: Any = unwrapped(model)
+    name = type(policy).__name__
+    rows = getattr(policy.get_input_embeddings(), "num_embeddings", None)
+    if not isinstance(ids, Tensor) or not ids.numel() or rows is None:
+        return
+    worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
+    if not 0 <= worst < rows:
+        raise ValueError(
+            f"input_ids: got the token id {worst}, expected 0 to {rows - 1}, the vocabulary of {name}; the data was "
+            "made with another tokenizer, or tokens were added: model.resize_token_embeddings(len(tokenizer))"
+        )
+    longest = getattr(text_config(policy), "max_position_embeddings", None)
+    if longest is not None and ids.shape[-1] > longest:
+        raise ValueError(
+            f"input_ids: got rows of {ids.shape[-1]} tokens, expected at most the {longest} positions of {name}; cut "
+            "longer rows with PreferenceCollator(max_length=)"
+        )
 
 
 def _of_tokens(hidden: Tensor, inputs: Mapping[str, Any], name: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-# Configuration names of factors on the logits, of divisors (a factor in some models), and of softcaps.
+# Configuration names of factors on the logits, of divisors, and of softcaps.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling",)
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -42,7 +42,7 @@ class HeadSpec:
 
     @classmethod
     def readings(cls, model: nn.Module) -> list[HeadSpec]:
-        """All transforms that the configuration may mean, the likeliest first; a model may apply none that it names.
+        """All transforms that the configuration may mean, the likeliest first.
 
         Raises:
             TypeError: As `of`.
@@ -55,11 +55,11 @@ class HeadSpec:
         cls(module).weight_and_bias()  # Raises now for an unsupported head.
         config = text_config(model)
         vocabulary = getattr(config, "unpadded_vocab_size", None)
-        return [
-            cls(module, scale, softcap, vocabulary)
-            for softcap in _softcaps(config)
-            for scale in _scales(config)
-        ]
+        # A divisor is a factor in some models; a model may apply nothing that is named.
+        divisors = _numbers(config, _DIVISORS)
+        factors = [*_numbers(config, _MULTIPLIERS), *(1 / value for value in divisors), *divisors, 1.0]
+        softcaps = [*_numbers(config, _SOFTCAPS), None]
+        return [cls(module, scale, softcap, vocabulary) for softcap in softcaps for scale in factors]
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Weight [V, H] and bias [V] of the logits that count; call this inside the head's forward.
@@ -118,20 +118,13 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True) if has_both else config.get_text_config()
 
 
-def _scales(config: Any) -> list[float]:
-    """Factors on the logits that a configuration may mean; 1 among them."""
-    factors = [value for name in _MULTIPLIERS if (value := _number(config, name))]
-    divisors = [value for name in _DIVISORS if (value := _number(config, name))]
-    return list(dict.fromkeys([*factors, *(1 / value for value in divisors), *divisors, 1.0]))
-
-
-def _softcaps(config: Any) -> list[float | None]:
-    return list(dict.fromkeys([*(value for name in _SOFTCAPS if (value := _number(config, name))), None]))
-
-
-def _number(config: Any, name: str) -> float | None:
-    value = getattr(config, name, None)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _numbers(config: Any, names: tuple[str, ...]) -> list[float]:
+    values = (getattr(config, name, None) for name in names)
+    return [
+        float(value)
+        for value in values
+        if isinstance(value, int | float) and not isinstance(value, bool) and value
+    ]
 
 
 def _with_lora(module: Any) -> tuple[Tensor, Tensor | None]:

@@ -25,14 +25,14 @@ CHOICES = (
 )
 
 
-# Each kind, with the class of its value.
-_KINDS: Mapping[Any, tuple[type, str]] = {
-    "model": (nn.Module, "a causal language model of transformers"),
-    "adapter_off": (type(None), "None"),
-    "adapter": (str, "the name of an adapter"),
-    "cached": (type(None), "None"),
-    "table": (ReferenceTable, "a table as ReferenceTable.read(path) gives"),
-    "none": (type(None), "None"),
+# Each kind, with what its value is called, its class and what may be given.
+_KINDS: Mapping[Any, tuple[str, type, str]] = {
+    "model": ("model", nn.Module, "a causal language model of transformers"),
+    "adapter_off": ("value", type(None), "None"),
+    "adapter": ("name", str, "the name of an adapter"),
+    "cached": ("value", type(None), "None"),
+    "table": ("value", ReferenceTable, "a table as ReferenceTable.read(path) gives"),
+    "none": ("value", type(None), "None"),
 }
 
 
@@ -47,12 +47,11 @@ class Reference:
     """
 
     def __init__(self, kind: str, value: Any = None) -> None:
-        if kind not in _KINDS:
+        if not isinstance(kind, str) or kind not in _KINDS:
             raise ValueError(f"reference: got the kind {shown(kind)}, expected {CHOICES}")
-        kinds, expected = _KINDS[kind]
+        name, expected_class, expected = _KINDS[kind]
         self.kind = kind
-        instance("name" if kind == "adapter" else "value", value, kinds, expected)
-        self.value = value
+        self.value = instance(name, value, expected_class, expected)
 
     @classmethod
     def model(cls, model: nn.Module) -> Reference:
@@ -63,10 +62,6 @@ class Reference:
         Raises:
             TypeError: If it is not a module.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model: got {type(model).__name__}, expected a causal language model of transformers"
-            )
         return cls("model", model)
 
     @classmethod
@@ -118,12 +113,12 @@ class Reference:
             return cls.model(value)
         if value is None:
             return cls.none()
-        kind = value.get("kind") if isinstance(value, Mapping) else None
-        if isinstance(kind, str) and kind in ("adapter_off", "adapter", "cached", "none"):
-            return cls(kind, value.get("value"))
-        if isinstance(value, Mapping) and value.get("kind") == "table":
-            return cls.table(value.get("value"))  # type: ignore[arg-type]
-        if isinstance(value, Mapping) and value.get("kind") == "model":
+        kind, kept = (value.get("kind"), value.get("value")) if isinstance(value, Mapping) else (None, None)
+        if kind in ("adapter_off", "adapter", "cached", "none"):
+            return cls(str(kind), kept)
+        if kind == "table":
+            return cls.table(kept)  # type: ignore[arg-type]
+        if kind == "model":
             raise TypeError(
                 "reference: got none from the checkpoint, which holds no reference model; leave "
                 "restore_callback_states_from_checkpoint False: the loss's state is restored without it"

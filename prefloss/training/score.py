@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from prefloss.arguments import integer
 from prefloss.data.tokens import Encoded, pad
 from prefloss.logratios import completion_targets
 from prefloss.training import attention
@@ -114,6 +115,7 @@ def score_rows(
     Returns:
         One score per row, in their order.
     """
+    integer("batch_size", batch_size, 1)
     scores: dict[int, Score] = {}
     # Batches of similar lengths need little padding.
     order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))

@@ -15,14 +15,13 @@ from prefloss import metrics
 from prefloss.arguments import flag, instance, shown
 from prefloss.diagnosis import NAMES, Diagnosis, Thresholds
 from prefloss.diagnosis.finite import check_finite
-from prefloss.feedback import KINDS, Feedback, convert
+from prefloss.feedback import KINDS, RANKINGS_AS, Feedback, convert
 from prefloss.metrics import Stat, Totals
 from prefloss.registry import Evaluation, Loss, as_loss
 from prefloss.training import distributed
 
 _TERM = "loss/"
 _ROUTER = "aux_loss"
-_RANKINGS_AS = ("all", "adjacent", "best_worst")
 
 
 class Router(NamedTuple):
@@ -60,8 +59,8 @@ class FeedbackObjective:
         diagnose: Thresholds | Mapping[str, Any] | bool | None = True,
         **hyperparameters: Any,
     ) -> None:
-        if rankings_as is not None and rankings_as not in _RANKINGS_AS:
-            choices = ", ".join(map(repr, _RANKINGS_AS))
+        if rankings_as is not None and rankings_as not in RANKINGS_AS:
+            choices = ", ".join(map(repr, reversed(RANKINGS_AS)))
             raise ValueError(f"rankings_as: got {shown(rankings_as)}, expected one of {choices} or None")
         self.loss = as_loss(loss, hyperparameters)
         self.rankings_as = rankings_as
@@ -72,7 +71,7 @@ class FeedbackObjective:
 
     def replace_loss(self, loss: Loss) -> None:
         """Train with another loss, such as the same with hyperparameters from a trainer's configuration."""
-        self.loss = loss
+        self.loss = instance("loss", loss, Loss, "a Loss as prefloss.get(...) gives")
         if self.diagnosis is not None:
             self.diagnosis.loss = loss
 
@@ -105,6 +104,11 @@ class FeedbackObjective:
         """
         instance("feedback", feedback, KINDS, "Pairs, Labels or Rankings")
         flag("training", training)
+        terms = len(self.loss.terms)
+        if step_counts is not None and getattr(step_counts, "shape", None) != (terms + 1,):
+            raise ValueError(
+                f"step_counts: got {shown(step_counts)}, expected a tensor of shape [{terms + 1}] as counts() gives"
+            )
         batch = self._evaluate(feedback, training)
         if step_counts is None and whole_step:
             step_counts = distributed.all_sum(_with_batch(batch.counts))

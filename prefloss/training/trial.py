@@ -65,75 +65,54 @@ def judge(model: nn.Module, shares: bool, device: torch.device) -> Verdict:
     stages, longest = _stages(text_config(policy))
     problems = []
     for way in attention.ways(policy, shares):
-        found = (_attempt(model, way, _Rows(shares, *lengths), device) for lengths in stages)
-        problem = next((text for text in found if text is not None), None)
+        attempts = (_attempt(model, way, shares, lengths, device) for lengths in stages)
+        problem = next((text for text in attempts if text is not None), None)
         if problem is None:
             return Verdict(way, longest, f"it was not tried on sequences of more than {longest} tokens")
         problems.append(problem)
     return Verdict(None, None, problems[0])
 
 
-def _attempt(model: nn.Module, way: Way, rows: _Rows, device: torch.device) -> str | None:
-    """What is wrong with these rows packed, on any process; None if nothing is."""
+def _attempt(
+    model: nn.Module, way: Way, shares: bool, lengths: tuple[int, int], device: torch.device
+) -> str | None:
+    """What is wrong with packed rows of these lengths, on any process; None if nothing is."""
     try:
-        problem = _Yardstick.of(model, rows, device).problem(model, way)
+        made = (_packed(examples, shares, device) for examples in _examples(model, shares, *lengths))
+        problem = _problem(model, way, *made)
     except Exception as error:  # Whatever the code of a model raises.
         problem = f"its forward refuses ({type(error).__name__}: {error})"
     failed = distributed.all_sum(torch.tensor(int(problem is not None), device=device))
     return (problem or "it fails in another process") if failed else None
 
 
-class _Rows(NamedTuple):
-    """Rows to make: two completions of a short prompt, and one of another prompt (two if they share it), in tokens."""
-
-    shares: bool
-    short: int
-    long: int
-
-
-class _Yardstick(NamedTuple):
-    """Hidden states of rows alone, and how much they change with the prompt.
-
-    Attributes:
-        packed: The rows, packed.
-        states: Hidden states that predict the completions, [rows, C, H].
-        context: What another prompt changes in them, [rows].
-        half: Whether the model computes in half precision.
-    """
-
-    packed: Packed
-    states: Tensor
-    context: Tensor
-    half: bool
-
-    @classmethod
-    def of(cls, model: nn.Module, rows: _Rows, device: torch.device) -> _Yardstick:
-        packed, other = (_packed(examples, rows.shares, device) for examples in _examples(model, rows))
-        states, changed = (_alone(model, each) for each in (packed, other))
-        half = states.dtype.itemsize == 2 or torch.is_autocast_enabled(device.type)
-        return cls(packed, states.float(), _norm(changed.float() - states.float()), half)
-
-    def problem(self, model: nn.Module, way: Way) -> str | None:
-        """What is wrong with packed rows, or None."""
-        tokens = attention.arranged(unwrapped(model), self.packed, way, one_row=True)
-        states = _states(model, tokens).float()
-        apart, largest = _norm(states - self.states), _LARGEST[self.half]
-        rounding = torch.finfo(torch.bfloat16 if self.half else torch.float32).eps * _norm(self.states)
-        if not bool((self.context > 8 * rounding).all()):
-            return "another prompt changes too little in its log-probs to compare them"
-        if not bool((apart < largest * self.context).all()):
-            part = float((apart / self.context).max())
-            return f"its log-probs differ from those of padded rows by {part:.2g} times what another prompt changes"
-        if not self.packed.shares:
-            return None
-        # Every second row follows another completion of its prompt. Half its positions are within every table.
-        positions = tokens.inputs["position_ids"]
-        second = tokens.rows % 2 == 1
-        halved = tokens.inputs | {"position_ids": torch.where(second, positions // 2, positions)}
-        moved = _norm(_states(model, tokens._replace(inputs=halved)).float() - states)
-        if not bool((apart < _LARGEST_BY_POSITION[self.half] * moved)[1::2].all()):
-            return "its positions cannot be set, or change too little to be checked"
+def _problem(model: nn.Module, way: Way, packed: Packed, changed: Packed) -> str | None:
+    """What is wrong with packed rows, or None; `changed` holds the same completions after other prompts."""
+    alone = _alone(model, packed)
+    half = alone.dtype.itemsize == 2 or torch.is_autocast_enabled(alone.device.type)
+    alone = alone.float()
+    context = _norm(_alone(model, changed).float() - alone)
+    tokens = attention.arranged(unwrapped(model), packed, way, one_row=True)
+    states = _states(model, tokens).float()
+    apart = _norm(states - alone)
+    rounding = torch.finfo(torch.bfloat16 if half else torch.float32).eps * _norm(alone)
+    if not bool((context > 8 * rounding).all()):
+        return "another prompt changes too little in its log-probs to compare them"
+    if not bool((apart < _LARGEST[half] * context).all()):
+        part = float((apart / context).max())
+        return (
+            f"its log-probs differ from those of padded rows by {part:.2g} times what another prompt changes"
+        )
+    if not packed.shares:
         return None
+    # Every second row follows another completion of its prompt. Half its positions are within every table.
+    positions = tokens.inputs["position_ids"]
+    second = tokens.rows % 2 == 1
+    halved = tokens.inputs | {"position_ids": torch.where(second, positions // 2, positions)}
+    moved = _norm(_states(model, tokens._replace(inputs=halved)).float() - states)
+    if not bool((apart < _LARGEST_BY_POSITION[half] * moved)[1::2].all()):
+        return "its positions cannot be set, or change too little to be checked"
+    return None
 
 
 def _states(model: nn.Module, tokens: Arranged) -> Tensor:
@@ -160,29 +139,29 @@ def _packed(examples: list[list[Encoded]], shares: bool, device: torch.device) -
     return Packed.of({name: value.to(device) for name, value in batch.items()})
 
 
-def _examples(model: nn.Module, rows: _Rows) -> Iterator[list[list[Encoded]]]:
-    """A short prompt and a long one with their completions; then the same with other prompts.
+def _examples(model: nn.Module, shares: bool, short: int, long: int) -> Iterator[list[list[Encoded]]]:
+    """Two completions of a short prompt, and one of a long prompt (two if they share it); then after other prompts.
 
     The prompts keep their last token, which predicts the completions, so that only attention carries the change.
     """
-    draw = _Tokens(unwrapped(model))
-    completions = [[draw(rows.short) for _ in range(count)] for count in (2, 2 if rows.shares else 1)]
-    prompts = [draw(rows.short), draw(rows.long)]
+    tokens = torch.tensor(_ordinary_tokens(unwrapped(model)))
+    # The same on every process.
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        return tokens[torch.randint(len(tokens), (count,), generator=generator)].tolist()
+
+    completions = [[draw(short) for _ in range(count)] for count in (2, 2 if shares else 1)]
+    prompts = [draw(short), draw(long)]
     for changed in (prompts, [[*draw(len(prompt) - 1), prompt[-1]] for prompt in prompts]):
         yield [[(prompt, one) for one in both] for prompt, both in zip(changed, completions, strict=True)]
 
 
-class _Tokens:
-    """Random tokens of the vocabulary, the same on every process, without those of images, padding and the like."""
-
-    def __init__(self, policy: Any) -> None:
-        text = text_config(policy)
-        special = {*_special(policy.config), *_special(text)}
-        self.ids = torch.tensor([token for token in range(text.vocab_size) if token not in special])
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, count: int) -> list[int]:
-        return self.ids[torch.randint(len(self.ids), (count,), generator=self.generator)].tolist()
+def _ordinary_tokens(policy: Any) -> list[int]:
+    """The vocabulary without tokens of images, padding and the like."""
+    text = text_config(policy)
+    special = {*_special(policy.config), *_special(text)}
+    return [token for token in range(text.vocab_size) if token not in special]
 
 
 def _special(config: Any) -> Iterator[int]:

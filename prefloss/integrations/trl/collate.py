@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from prefloss.arguments import function, shown
-from prefloss.data.rows import number_of
+from prefloss.data.rows import optional_of
 from prefloss.feedback import Field, Labels, Pairs, optional_fields
 
 _FIELDS: Mapping[str, Field] = {
@@ -68,10 +67,8 @@ class FeedbackCollator:
                 raise ValueError(
                     f"{name}: got {shown(values)} for {len(examples)} examples, expected a number for each"
                 )
-            least, expected = (
-                (0.0, "a finite number >= 0") if name == "weight" else (-math.inf, "a finite number")
-            )
-            for i, value in enumerate(values):
-                number_of(f"{name}: example {i} of the batch", f"column {name!r}", value, expected, least)
-            batch[field.name] = torch.tensor(values, dtype=torch.float32)
+            numbers = [
+                optional_of(f"example {i} of the batch", name, value) for i, value in enumerate(values)
+            ]
+            batch[field.name] = torch.tensor(numbers, dtype=torch.float32)
         return batch

@@ -207,8 +207,8 @@ class Loss:
         The mean is the sum of the weighted values over the number of examples that count, so a weight means the same
         in every batch. A batch where none counts gives 0 with zero gradient. Raises as calling the loss does.
         """
-        _warn_if_empty(feedback)
         values = self(feedback)
+        _warn_if_empty(feedback)
         mean = values.sum() / self.counted(feedback).sum().clamp(min=1)
         return Evaluation(mean, {self.name: values}, {self.name: mean})
 

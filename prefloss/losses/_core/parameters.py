@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from operator import ge, gt, le, lt
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from prefloss.arguments import function, is_finite, real, shown
+from prefloss.arguments import flag, function, instance, integer, is_finite, real, shown
 from prefloss.losses._core.state import SCHEDULES, Schedule, from_config
 
 _TYPES = {float: "a number", int: "an integer", bool: "True or False", str: "a string"}
@@ -148,15 +148,14 @@ class Parameter:
             return value
         if get_origin(self.type) is Literal:
             # 1.0 == 1, so compare types too.
-            if not any(isinstance(value, type(one)) and value == one for one in get_args(self.type)):
+            equal = [one for one in get_args(self.type) if isinstance(value, type(one)) and value == one]
+            if not equal:
                 raise ValueError
-            return value
-        plain = plain_type(self.type)
-        if plain in _TYPES and not _is_a(value, plain):
-            raise TypeError
+            return equal[0]
+        # As Python's own type, which repr() writes so that `get` can read it.
+        take = _TAKERS.get(plain_type(self.type))
+        value = value if take is None else take(self.name, value)
         if isinstance(self.constraint, Interval) and value not in self.constraint:
-            raise ValueError
-        if plain is float and not is_finite(value):
             raise ValueError
         return value
 
@@ -198,7 +197,8 @@ def _hint(name: str, parameters: list[str], modifiers: list[str]) -> str:
     return f"{meant}; {takes}{admits}"
 
 
-def _is_a(value: Any, plain: type) -> bool:
-    if isinstance(value, bool):
-        return plain is bool
-    return isinstance(value, int | float) if plain is float else isinstance(value, plain)
+def _text(name: str, value: Any) -> str:
+    return str.__str__(instance(name, value, str, "a string"))
+
+
+_TAKERS: Mapping[type, Callable[[str, Any], Any]] = {float: real, int: integer, bool: flag, str: _text}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from prefloss.arguments import is_finite
+from prefloss.arguments import integer, is_finite, real
 from prefloss.feedback import Labels
 from prefloss.losses._core.parameters import Coerce
 from prefloss.losses._core.state import State, from_config
@@ -57,7 +58,7 @@ def stateful(
 
 def _number(value: Any) -> float:
     # `Parameter.checked` says what was got and expected.
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, Real | str):
         raise TypeError
     if isinstance(value, str) or not is_finite(value):
         raise ValueError
@@ -77,9 +78,11 @@ def _mean_and_std(value: Any) -> tuple[float, ...]:
     return numbers
 
 
-def _check_decay(decay: Any) -> None:
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-        raise ValueError(f"decay: got {decay!r}, expected a number >= 0 and < 1")
+def _decay(value: Any) -> float:
+    decay = real("decay", value)
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay: got {value!r}, expected a number >= 0 and < 1")
+    return decay
 
 
 class RewardShift(State):
@@ -125,8 +128,7 @@ class Moments(State):
 
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__()
-        _check_decay(decay)
-        self.decay = decay
+        self.decay = _decay(decay)
         self.mean = 0.0
         self.std = 0.0
 
@@ -147,11 +149,6 @@ def _stream(seed: int, call: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + call) % 2**63)
 
 
-def _check_seed(seed: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: got {seed!r}, expected an integer")
-
-
 class Draws(State):
     """Random numbers that a loss draws: reproducible from a seed, continued after a restart.
 
@@ -165,8 +162,7 @@ class Draws(State):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        _check_seed(seed)
-        self.seed = seed
+        self.seed = integer("seed", seed)
         self.drawn = 0
 
     def __call__(self) -> torch.Generator:
@@ -191,11 +187,8 @@ class Recent(State):
 
     def __init__(self, size: int = 2048, batch: int = 256, seed: int = 0) -> None:
         super().__init__()
-        for name, value in (("size", size), ("batch", batch)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: got {value!r}, expected a whole number >= 0")
-        _check_seed(seed)
-        self.size, self.batch, self.seed = size, batch, seed
+        self.size, self.batch = integer("size", size, 0), integer("batch", batch, 0)
+        self.seed = integer("seed", seed)
         self.values: list[float] = []
         self.drawn = 0
 
@@ -275,8 +268,7 @@ class RunningMean(State):
 
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__()
-        _check_decay(decay)
-        self.decay = decay
+        self.decay = _decay(decay)
         self.total = 0.0
         self.weight = 0.0
 

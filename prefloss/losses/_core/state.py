@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prefloss.arguments import instance, real, shown
+from prefloss.arguments import instance, integer, is_finite, real, shown
 
 
 class State:
@@ -95,7 +95,7 @@ class State:
 def _is_like(value: Any, current: Any) -> bool:
     """Whether a saved value may take the place of the one that a state holds."""
     if isinstance(current, int | float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
     if isinstance(current, list):
         return isinstance(value, list) and all(_is_like(item, 0.0) for item in value)
     return True
@@ -160,12 +160,16 @@ class Schedule(State):
 
     def __init__(self, start: float, end: float, steps: int) -> None:
         super().__init__()
-        for name, value in (("start", start), ("end", end), ("steps", steps)):
-            real(name, value)
-        if steps < 1 or steps != int(steps):
-            raise ValueError(f"steps: got {steps!r}, expected a whole number of optimizer steps >= 1")
-        self.start, self.end, self.steps = start, end, int(steps)
+        self.start, self.end, self.steps = real("start", start), real("end", end), int(real("steps", steps))
+        if steps < 1 or steps != self.steps:
+            raise ValueError(f"steps: got {shown(steps)}, expected a whole number of optimizer steps >= 1")
         self.done = 0
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; raises as `State.load_state_dict` does."""
+        if isinstance(state, Mapping) and "done" in state:
+            integer("state: done", state["done"], 0)
+        super().load_state_dict(state)
 
     @property
     def value(self) -> float:
