@@ -216,8 +216,10 @@ def test_two_processes_killed_and_one_that_goes_on(two):
     while len(list(parts.glob("[!.]*.parquet"))) < 2:
         assert all(each.is_alive() for each in processes)
         time.sleep(0.01)
+    # Both at once: the second would end by itself without the first.
     for each in processes:
         each.kill()
+    for each in processes:
         each.join()
         assert each.exitcode == -signal.SIGKILL
     assert not Path("t.parquet").exists()
