@@ -102,7 +102,7 @@ class Pairs:
 
     def margin(self, per_token: bool = False) -> Tensor:
         r"""Difference of log-ratios :math:`h_w - h_l`, [pairs], nats (nats per token if `per_token`)."""
-        if per_token:
+        if arguments.flag("per_token", per_token):
             return self.chosen.h_mean - self.rejected.h_mean
         return self.chosen.h - self.rejected.h
 

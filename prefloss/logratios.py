@@ -113,7 +113,7 @@ class PerToken:
 
     def log_ratios(self, mask: Tensor | None = None) -> LogRatios:
         """Sums of these rows, over the tokens of `mask` if it is given; keeps the rows."""
-        mask = self.mask if mask is None else mask
+        mask = self.mask if mask is None else arguments.mask("mask", mask)
         policy = torch.where(mask, self.policy, 0.0).sum(-1)
         reference = None if self.reference is None else torch.where(mask, self.reference, 0.0).sum(-1)
         return LogRatios(policy, reference, mask.sum(-1), replace(self, mask=mask))

@@ -201,6 +201,7 @@ OTHERS = {
     ],
     "per_token": [
         lambda: LogRatios(TWO, per_token=TWO),
+        lambda: Pairs(side(), side()).margin(per_token="no"),
         lambda: LogRatios(TWO, per_token=PerToken(torch.zeros(3, 4), None, torch.ones(3, 4).bool())),
     ],
     "per_token.mask": [
@@ -229,6 +230,8 @@ OTHERS = {
         lambda: completion_targets(torch.tensor([1, -5]), torch.tensor([1, 1])),
         lambda: scored([1, 43]),
         lambda: scored([1, 10**9]),
+        lambda: model_logps(tiny.model(), {"input_ids": [[1, 2]]}, TARGETS),
+        lambda: model_logps(tiny.model(), {"input_ids": LOGITS}, TARGETS),
     ],
     "completion_mask": [
         lambda: completion_targets(torch.tensor([1, 2]), torch.tensor([0.3, 0.9])),
@@ -375,6 +378,7 @@ OTHERS = {
     "state": [
         lambda: get("bco").load_state_dict({}),
         lambda: get("bco").load_state_dict(None),
+        lambda: get("bco").load_state_dict({1: 2, "shift": 3}),
         lambda: RewardShift().load_state_dict({"total": "a", "count": 0.0}),
         lambda: Recent().load_state_dict({"values": [None], "drawn": 0}),
         lambda: RewardShift().load_state_dict([1]),
@@ -399,6 +403,7 @@ OTHERS = {
     ],
     "terms": [
         lambda: WeightedSum([]),
+        lambda: WeightedSum(None),
         lambda: WeightedSum([("a", get("dpo"))]),
         lambda: WeightedSum([(0.0, get("dpo"))]),
         lambda: WeightedSum([(1.0, "dpo")]),
@@ -446,7 +451,10 @@ OTHERS = {
         lambda: FourTensorLoss(get("dpo"), beta=0.1),
         lambda: FeedbackObjective(get("dpo"), beta=1),
     ],
-    "training": [lambda: FeedbackObjective("dpo").share(Pairs(side(), side()), training="yes")],
+    "training": [
+        lambda: FeedbackObjective("dpo").metrics(training="x"),
+        lambda: FeedbackObjective("dpo").share(Pairs(side(), side()), training="yes"),
+    ],
     "rankings_as": [
         lambda: FeedbackObjective("dpo", rankings_as="best"),
         lambda: FeedbackObjective("dpo", rankings_as=["all"]),
@@ -470,6 +478,7 @@ OTHERS = {
         lambda: PreferenceCollator()({"prompt_ids": [[1]]}),
         lambda: PreferenceCollator()(3),
         lambda: objective().__call__(tiny.model(), collate({**IDS}), examples=-1),
+        lambda: objective().__call__(tiny.model(), collate({**IDS}), examples=2),
     ],
     "example 0": [
         lambda: collate("row"),
@@ -489,6 +498,7 @@ OTHERS = {
     "tokenizer": [lambda: PreferenceCollator("gpt2"), lambda: PreferenceCollator(3)],
     "pad_token_id": [
         lambda: PreferenceCollator(pad_token_id=-1),
+        lambda: PreferenceCollator(pad_token_id=2**70),
         lambda: PreferenceCollator(pad_token_id=1.5),
         lambda: PreferenceCollator(pad_token_id=True),
     ],
@@ -534,7 +544,19 @@ OTHERS = {
         lambda: FeedbackObjective("dpo").share(Pairs(side(), side()), training=True, step_counts="x"),
         lambda: FeedbackObjective("dpo").share(Pairs(side(), side()), training=True, step_counts=TARGETS[:1]),
     ],
-    "batch_size": [lambda: score_rows(None, [], batch_size=0), lambda: score_rows(None, [], batch_size=True)],
+    "batch_size": [
+        lambda: score_rows(nn.Identity(), [], batch_size=0),
+        lambda: score_rows(nn.Identity(), [], batch_size=True),
+    ],
+    "positions": [
+        lambda: model_logps(
+            tiny.model(), {"input_ids": TARGETS[None]}, TARGETS[None], positions=TARGETS[None] + 9
+        ),
+        lambda: model_logps(
+            tiny.model(), {"input_ids": TARGETS[None]}, TARGETS[None], positions=LOGITS[:1, :2]
+        ),
+    ],
+    "mode": [lambda: get("bco").train("no")],
     "kind": [lambda: convert(Pairs(side(), side()), "Labels"), lambda: Reference(["model"])],
     "batches": [lambda: objective().count([]), lambda: objective().count(None), lambda: objective().count(3)],
     "inputs": [

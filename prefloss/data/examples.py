@@ -113,7 +113,7 @@ def read_example(
         label=kind is Labels and label_of(place, row["label"]),
         scores=tuple(scores_of(place, row["scores"], len(rows))) if kind is Rankings else (),
         reference=_reference(place, kind, row, len(rows)),
-        unread=tuple(name for name in row if row[name] is not None and name not in _READ[kind]),
+        unread=tuple(str(name) for name in row if row[name] is not None and name not in _READ[kind]),
     )
 
 

@@ -86,6 +86,8 @@ class PreferenceCollator:
         self.tokenizer = tokenizer
         self.pad_token_id = 0 if pad_token_id is None else integer("pad_token_id", pad_token_id, 0)
         self.max_length = None if max_length is None else integer("max_length", max_length, 2)
+        if self.pad_token_id >= 2**31:
+            raise ValueError(f"pad_token_id: got {shown(pad_token_id)}, expected a token id below 2**31")
         self.layout = choice("layout", layout, _LAYOUTS)
         self.mismatched = flag("mismatched", mismatched)
         self.seen: Counter[str] = Counter()

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from prefloss.arguments import instance
+from prefloss.arguments import check_ids, check_integer, instance, readable, refuse
 from prefloss.kernels import vocab_parallel
 from prefloss.logprobs import linear_token_logps
 from prefloss.logratios import IGNORE_INDEX
@@ -71,6 +71,8 @@ def model_logps(
     instance("model", model, nn.Module, "a causal language model of transformers")
     instance("inputs", inputs, Mapping, "keyword arguments of the model, such as input_ids")
     instance("targets", targets, Tensor, "the token that each position predicts, [rows, T]")
+    if inputs.get("input_ids") is not None:
+        check_ids("input_ids", inputs["input_ids"])
     if "labels" in inputs:
         raise ValueError(
             "inputs: got labels, expected them as targets: the model would compute a loss without logits"
@@ -241,7 +243,11 @@ def _at_targets(hidden: Tensor, targets: Tensor, positions: Tensor | None) -> tu
         raise ValueError(
             f"positions: got shape {list(positions.shape)}, expected {list(targets.shape)} as targets have"
         )
+    check_integer("positions", positions, "indices of positions")
     scored = targets != IGNORE_INDEX
+    if readable(positions):
+        outside = (positions < 0) | (positions >= hidden.shape[:-1].numel())
+        refuse("positions", positions, scored & outside, f"indices of {hidden.shape[:-1].numel()} positions")
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions[scored]), targets[scored]
 
 

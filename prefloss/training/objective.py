@@ -118,8 +118,8 @@ class PreferenceObjective(FeedbackObjective):
         """
         self.bind(model)
         batch = PreferenceBatch.of(batch)
-        if examples is not None:
-            integer("examples", examples, 0)
+        if examples is not None and integer("examples", examples, 0) > batch.examples:
+            raise ValueError(f"examples: got {examples}, expected at most the batch's {batch.examples}")
         checks.check_batch(self.loss, batch, self.reference)
         mismatched = self._mismatched(model, batch)
         # The reference first: switching adapters must not come between the policy's forward and backward.

@@ -62,6 +62,9 @@ class Reference:
         Raises:
             TypeError: If it is not a module.
         """
+        if not isinstance(model, nn.Module):
+            name = type(model).__name__
+            raise TypeError(f"model: got {name}, expected a causal language model of transformers")
         return cls("model", model)
 
     @classmethod

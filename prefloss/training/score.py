@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from prefloss.arguments import integer
+from prefloss.arguments import instance, integer
 from prefloss.data.tokens import Encoded, pad
 from prefloss.logratios import completion_targets
 from prefloss.training import attention
@@ -115,6 +115,7 @@ def score_rows(
     Returns:
         One score per row, in their order.
     """
+    instance("model", model, nn.Module, "a causal language model of transformers")
     integer("batch_size", batch_size, 1)
     scores: dict[int, Score] = {}
     # Batches of similar lengths need little padding.

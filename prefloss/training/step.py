@@ -141,7 +141,7 @@ class FeedbackObjective:
         Returns:
             TRL's names where TRL has the metric (`rewards/accuracies`), others under `prefloss/`.
         """
-        sums = self._totals[training].take(distributed.all_sum)
+        sums = self._totals[flag("training", training)].take(distributed.all_sum)
         watched = {name: sums.pop(name) for name in [*sums] if name in NAMES}
         means = {name: total / count for name, (total, count) in sums.items() if count}
         loss = self._mean_loss(means)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefloss.arguments import instance, shown
+from prefloss.arguments import flag, instance, shown
 from prefloss.feedback import Feedback, Labels, Pairs, Rankings, convert, has, meaning_of
 from prefloss.losses._core import parameters
 from prefloss.losses._core.catalogue import spec_of
@@ -229,12 +229,15 @@ class Loss:
         """Restore what `state_dict` gave; ValueError if that loss keeps other things, TypeError if it is no mapping."""
         instance("state", state, Mapping, "what state_dict() gave")
         if state.keys() != self.state.keys():
-            raise ValueError(f"state: got {sorted(state)}, expected {sorted(self.state)} for {self!r}")
+            raise ValueError(
+                f"state: got {sorted(map(str, state))}, expected {sorted(self.state)} for {self!r}"
+            )
         for name, value in self.state.items():
             value.load_state_dict(state[name])
 
     def train(self, mode: bool = True) -> Loss:
         """Let the state move (training) or hold it still (evaluation)."""
+        flag("mode", mode)
         for value in self.state.values():
             value.train(mode)
         return self
@@ -319,6 +322,9 @@ class Loss:
 def _check_values(name: str, values: Any, feedback: Feedback) -> None:
     """Refuse what a loss returned unless it is one real number for each example."""
     shape, device = feedback.shape, feedback.parts[0].device
+    real_numbers = isinstance(values, Tensor) and values.is_floating_point()
+    if real_numbers and values.shape == shape and values.device == device:
+        return
     wanted = f"one loss for each example: a floating-point tensor of shape {list(shape)}"
     if isinstance(values, tuple | list):
         kinds = ", ".join(type(value).__name__ for value in values[:4])
@@ -326,16 +332,13 @@ def _check_values(name: str, values: Any, feedback: Feedback) -> None:
             f"{name}: returned a {type(values).__name__} ({kinds}), expected {wanted}; rewards and metrics are not "
             "part of a loss: prefloss.metrics computes them"
         )
-    if not isinstance(values, Tensor) or not values.is_floating_point():
+    if not real_numbers:
         raise TypeError(f"{name}: returned {shown(values)}, expected {wanted}")
     if values.shape != shape:
         raise ValueError(
             f"{name}: got values of shape {list(values.shape)}, expected {list(shape)}: one per example, not reduced"
         )
-    if values.device != device:
-        raise ValueError(
-            f"{name}: returned values on {values.device}, expected {device} as the log-probs have"
-        )
+    raise ValueError(f"{name}: returned values on {values.device}, expected {device} as the log-probs have")
 
 
 class _Warned:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Annotated, Any
 
 import torch
@@ -79,10 +79,9 @@ def _mean_and_std(value: Any) -> tuple[float, ...]:
 
 
 def _decay(value: Any) -> float:
-    decay = real("decay", value)
-    if not 0 <= decay < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
         raise ValueError(f"decay: got {value!r}, expected a number >= 0 and < 1")
-    return decay
+    return real("decay", value)
 
 
 class RewardShift(State):
@@ -187,8 +186,10 @@ class Recent(State):
 
     def __init__(self, size: int = 2048, batch: int = 256, seed: int = 0) -> None:
         super().__init__()
-        self.size, self.batch = integer("size", size, 0), integer("batch", batch, 0)
-        self.seed = integer("seed", seed)
+        for name, value in (("size", size), ("batch", batch)):
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number >= 0")
+        self.size, self.batch, self.seed = int(size), int(batch), integer("seed", seed)
         self.values: list[float] = []
         self.drawn = 0
 

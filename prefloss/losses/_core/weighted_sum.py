@@ -32,6 +32,7 @@ class WeightedSum(Loss):
     """
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]) -> None:
+        instance("terms", terms, Sequence, "a list of weights and losses")
         self._terms = tuple(_term(place, term) for place, term in enumerate(terms))
         if not self._terms:
             raise ValueError("terms: got none, expected a weight and a loss for each term")
