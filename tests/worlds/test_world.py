@@ -50,6 +50,6 @@ def test_refuses_a_reference_that_its_table_does_not_spell():
     world = spelled()
     with pytest.raises(ValueError, match="sums over tokens of the table"):
         replace(world, reference=torch.zeros_like(world.reference))
-    other = torch.log_softmax(torch.randn_like(world.table), -1)
+    other = torch.log_softmax(2 * world.table, -1)
     moved = replace(world, table=other, reference=world.sequences.log_probs(other).sum(-1))
     assert not torch.equal(moved.reference, world.reference)
