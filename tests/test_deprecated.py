@@ -6,11 +6,13 @@ import pytest
 
 import prefloss
 from prefloss.training import PreferenceObjective, Reference
+from prefloss.worlds import language
 
 MOVED = {
     "prefloss": {"explain": "prefloss.logprobs"},
     "prefloss.plan": {"explain": "prefloss.logprobs", "Plan": "prefloss.kernels.plan"},
     "prefloss.diagnostics": dict.fromkeys(("Stat", "implicit_rewards", "metrics"), "prefloss.metrics"),
+    "prefloss.demo.world": dict.fromkeys(("TOPICS", "true_reward"), "prefloss.worlds.language"),
     "prefloss.losses": {
         **dict.fromkeys(
             ("get", "register", "specs", "Loss", "LossSpec", "capabilities"), "prefloss.registry"
@@ -38,6 +40,11 @@ def test_names_that_changed():
     with pytest.warns(DeprecationWarning, match="rankings_as"):
         objective = PreferenceObjective("dpo", reference=Reference.cached(), pairs="all")
     assert objective.rankings_as == "all"
+
+
+def test_names_of_the_generated_world():
+    with pytest.warns(DeprecationWarning, match="prefloss.worlds.language.LanguageWorld"):
+        assert importlib.import_module("prefloss.demo.world").World is language.LanguageWorld
 
 
 def test_names_of_the_trl_integration():

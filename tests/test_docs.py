@@ -27,8 +27,8 @@ import typer
 import prefloss
 from prefloss.cli.app import app
 from prefloss.demo.model import tiny_llama, train_tokenizer
-from prefloss.demo.world import World
 from prefloss.integrations import trl
+from prefloss.worlds.language import LanguageWorld
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -63,7 +63,7 @@ def pages_with(*languages):
 @pytest.fixture
 def readers_folder(tmp_path, monkeypatch):
     """Where a page runs; afterwards the registry and TRL are as they were."""
-    world = World(seed=0)
+    world = LanguageWorld(seed=0)
     pairs, labels = ([draw() for _ in range(16)] for draw in (world.pair, world.labelled))
     for name, rows in (("pairs", pairs), ("labels", labels)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

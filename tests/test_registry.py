@@ -273,3 +273,19 @@ def test_a_copy_has_state_and_what_was_stated(copied):
     assert dict(other.stated) == {"beta": 0.3}
     assert other.params == loss.params
     assert other.state_dict() == loss.state_dict()
+
+
+def test_the_mean_runs_under_vmap():
+    """Token counts that differ between runs: the warning about empty completions cannot look at them."""
+    policy, tokens = torch.randn(3, 2, 4), torch.tensor([[[5, 2, 7, 1], [3, 3, 0, 2]]] * 3)
+    loss = prefloss.get("0.5*ln_dpo + 0.5*kto_zero")
+
+    def mean(policy, tokens):
+        chosen, rejected = (LogRatios(policy[i], torch.zeros(4), tokens[i]) for i in (0, 1))
+        return loss.mean(Pairs(chosen, rejected))
+
+    means = torch.func.vmap(mean)(policy, tokens)
+    with registry.quiet():
+        torch.testing.assert_close(
+            means, torch.stack([mean(*run) for run in zip(policy, tokens, strict=True)])
+        )

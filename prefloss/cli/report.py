@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prefloss.demo import world
 from prefloss.demo.measure import Measurement
 from prefloss.diagnosis import resisting
+from prefloss.worlds import language
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def table(result: Result) -> Table:
             "true reward",
             _with_error(before.reward, before.reward_error),
             _with_error(after.reward, after.reward_error),
-            f"the judge's own scale, {world.WORST_REWARD:g} to {world.BEST_REWARD:g}; mean ± standard error of "
+            f"the judge's own scale, {language.WORST_REWARD:g} to {language.BEST_REWARD:g}; mean ± standard error of "
             f"{count} samples",
         )
     if after.kl is not None and before.kl is not None:
@@ -259,7 +259,7 @@ def _first_panel(axis: Any, result: Result) -> None:
         axis.set(title="Training loss", ylabel="loss")
         return
     low = _banded(axis, result, "reward", _BLUE, "policy, ± 2 standard errors")
-    first, best = rewards[0], world.BEST_REWARD
+    first, best = rewards[0], language.BEST_REWARD
     axis.axhline(first, color=_GREY, linestyle="--", linewidth=1, label=f"before training, {first:+.2f}")
     axis.axhline(best, color=_GREEN, linestyle=":", linewidth=1.5, label=f"best possible, {best:g}")
     axis.set(title="True reward of sampled completions", ylabel="reward (judge's scale)")

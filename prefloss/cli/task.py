@@ -15,8 +15,8 @@ from prefloss.cli.console import CliError
 from prefloss.data.convert import labels_in_order
 from prefloss.data.row_file import Share, rows_in
 from prefloss.data.rows import KIND_WORDS, kind_text
-from prefloss.demo import world
 from prefloss.feedback import KINDS, Labels, Pairs, Rankings, columns_of, optional_fields
+from prefloss.worlds import language
 
 Row = dict[str, Any]
 
@@ -135,7 +135,7 @@ def _world_task(options: TrainOptions, loss: prefloss.Loss) -> Task:
     grades = {"score_chosen": "chosen", "score_rejected": "rejected"} if paired else {"score": "completion"}
     grades = grades if "scores" in loss.needs | loss.spec.reads else {}
     _check_needs(loss, grades, "the generated world")
-    drawn = world.World(seed=options.seed)
+    drawn = language.LanguageWorld(seed=options.seed)
     spoken: list[Row] = [drawn.spoken() for _ in range(SPOKEN)]
     # What every loss is measured on comes before what each learns from, so that it is the same for all.
     held_out = [drawn.pair() for _ in range(HELD_OUT)]
@@ -157,8 +157,8 @@ def _world_task(options: TrainOptions, loss: prefloss.Loss) -> Task:
         prompts=prompts,
         spoken=spoken,
         spoken_are="the world's own sentences",
-        reward=lambda i, text: world.true_reward(prompts[i], text),
-        ceiling=world.judge_ceiling(held_out),
+        reward=lambda i, text: language.true_reward(prompts[i], text),
+        ceiling=language.judge_ceiling(held_out),
         facts=(
             f"the generated world, seed {options.seed}: {len(rows)} {what} of {judge} whose true reward is known; "
             f"{HELD_OUT} further pairs held out",
@@ -168,7 +168,7 @@ def _world_task(options: TrainOptions, loss: prefloss.Loss) -> Task:
 
 def _graded(row: Row, grades: dict[str, str]) -> Row:
     """The row with the true reward of its completions; a judge that gives grades also orders the sides by them."""
-    rewards = {side: world.true_reward(row["prompt"], row[side]) for side in grades.values()}
+    rewards = {side: language.true_reward(row["prompt"], row[side]) for side in grades.values()}
     if "chosen" in rewards and rewards["chosen"] < rewards["rejected"]:
         row = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
         rewards = {"chosen": rewards["rejected"], "rejected": rewards["chosen"]}

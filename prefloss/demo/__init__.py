@@ -1,1 +1,1 @@
-"""A generated preference world whose true reward is known, a small model to train on it, and measurements."""
+"""A small model, its warm start, and what a training run did to it, measured in a world or on held-out data."""

@@ -9,12 +9,12 @@ import torch
 from prefloss.data.tokens import encode, encode_prompt
 from prefloss.demo.measure import Meter, accuracy, standard_error
 from prefloss.demo.model import tiny_llama, word_tokenizer
-from prefloss.demo.world import World, true_reward
+from prefloss.worlds.language import LanguageWorld, true_reward
 
 
 @pytest.fixture(scope="module")
 def start():
-    drawn = World(seed=0)
+    drawn = LanguageWorld(seed=0)
     pairs = [drawn.pair() for _ in range(30)]
     tokenizer = word_tokenizer(text for pair in pairs for text in pair.values())
     return tokenizer, tiny_llama(tokenizer, hidden=16, layers=1, heads=2), pairs

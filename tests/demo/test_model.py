@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from prefloss.demo.model import END, tiny_llama, train_tokenizer, word_tokenizer
-from prefloss.demo.world import World
+from prefloss.worlds.language import LanguageWorld
 
 
 def test_every_sentence_of_the_world_round_trips_word_by_word():
-    drawn = World(seed=0)
+    drawn = LanguageWorld(seed=0)
     rows = [drawn.spoken() for _ in range(1000)]
     tokenizer = word_tokenizer(text for row in rows for text in row.values())
     assert len(tokenizer) < 100

@@ -349,7 +349,11 @@ def _warn_if_empty(feedback: Feedback) -> None:
     """Warn, once per process, that some examples have a completion without tokens and are left out."""
     if torch.compiler.is_compiling() or _Warned.empty:
         return
-    empty = int((~feedback.valid).sum())
+    try:
+        empty = int((~feedback.valid).sum())
+    except RuntimeError:
+        # vmap refuses to turn a mapped tensor into a number.
+        return
     if empty:
         _Warned.empty = True
         warnings.warn(

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefloss.demo import world
-from prefloss.demo.world import World, judge_ceiling, topic_of, true_reward, win_probability
+from prefloss.worlds import language
+from prefloss.worlds.language import LanguageWorld, judge_ceiling, topic_of, true_reward, win_probability
 
 SEA = "Tell me about the sea:"
 
@@ -36,20 +36,20 @@ def test_true_reward_by_hand(completion, reward):
 
 @given(st.text())
 def test_true_reward_is_bounded_for_any_text(text):
-    assert world.WORST_REWARD <= true_reward(SEA, text) <= world.BEST_REWARD
+    assert language.WORST_REWARD <= true_reward(SEA, text) <= language.BEST_REWARD
 
 
 def test_the_best_reward_can_be_had():
     assert (
         true_reward(SEA, " Gladly, the wave meets the tide and the ship is near. Thanks!")
-        == world.BEST_REWARD
+        == language.BEST_REWARD
         == 5
     )
 
 
 def test_topics_share_no_words_with_each_other_or_with_manners():
-    nouns = [noun for nouns in world.TOPICS.values() for noun in nouns]
-    others = [*world.TOPICS, *world.POLITE, *world.RUDE, *world.ADJECTIVES, *world.VERBS]
+    nouns = [noun for nouns in language.TOPICS.values() for noun in nouns]
+    others = [*language.TOPICS, *language.POLITE, *language.RUDE, *language.ADJECTIVES, *language.VERBS]
     assert len({*nouns, *others}) == len(nouns) + len(others)
 
 
@@ -76,7 +76,7 @@ def test_one_of_the_two_wins(a, b):
 
 def test_the_same_seed_draws_the_same_world():
     def draws(seed):
-        drawn = World(seed=seed)
+        drawn = LanguageWorld(seed=seed)
         return [(drawn.pair(), drawn.labelled(), drawn.spoken()) for _ in range(20)]
 
     assert draws(3) == draws(3)
@@ -84,7 +84,7 @@ def test_the_same_seed_draws_the_same_world():
 
 
 def test_the_judge_follows_the_reward_as_often_as_bradley_terry_says():
-    drawn = World(seed=1)
+    drawn = LanguageWorld(seed=1)
     pairs = [drawn.pair() for _ in range(3000)]
     expected, found = [], []
     for pair in pairs:
@@ -97,14 +97,14 @@ def test_the_judge_follows_the_reward_as_often_as_bradley_terry_says():
 
 
 def test_a_cold_judge_never_errs():
-    drawn = World(seed=1, temperature=1e-3)
+    drawn = LanguageWorld(seed=1, temperature=1e-3)
     for _ in range(200):
         pair = drawn.pair()
         assert true_reward(pair["prompt"], pair["chosen"]) >= true_reward(pair["prompt"], pair["rejected"])
 
 
 def test_labels_follow_the_bar_and_are_balanced():
-    drawn = World(seed=2)
+    drawn = LanguageWorld(seed=2)
     rows = [drawn.labelled() for _ in range(3000)]
     likely = [win_probability(true_reward(r["prompt"], r["completion"]), drawn.bar) for r in rows]
     share = statistics.mean(row["label"] for row in rows)
@@ -114,7 +114,7 @@ def test_labels_follow_the_bar_and_are_balanced():
 
 
 def test_completions_are_of_mixed_quality():
-    drawn = World(seed=0)
+    drawn = LanguageWorld(seed=0)
     rewards = [true_reward(row["prompt"], row["completion"]) for row in (drawn.spoken() for _ in range(2000))]
     assert abs(statistics.mean(rewards)) < 0.5
     assert statistics.stdev(rewards) > 1.5
