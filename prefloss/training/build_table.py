@@ -31,6 +31,9 @@ from prefloss.training import distributed
 from prefloss.training.score import Score, score_rows
 from prefloss.training.table_lookup import header_of
 
+# Parts, without those that a kill left unfinished, whose names begin with a dot.
+_PARTS = "[!.]*.parquet"
+
 CHUNK = 256
 """Rows of the data in a part: a killed run loses at most this many in each process."""
 
@@ -261,7 +264,7 @@ def claimed(output: Path, *, anew: bool = False) -> Iterator[bool]:
         yield resumes
     finally:
         # Without a part, there is nothing to go on from.
-        if held and folder.exists() and not any(folder.glob("*.parquet")):
+        if held and folder.exists() and not any(folder.glob(_PARTS)):
             shutil.rmtree(folder, ignore_errors=True)
         for file in held:
             file.close()
@@ -281,10 +284,10 @@ def _claim(output: Path, anew: bool, held: list[IO[str]]) -> bool:
         lock.flush()
         begun_anew = folder / "anew"
         if anew and not begun_anew.exists():
-            for part in folder.glob("*.parquet"):
+            for part in folder.glob(_PARTS):
                 part.unlink()
             begun_anew.touch()
-        return any(folder.glob("*.parquet"))
+        return any(folder.glob(_PARTS))
     except OSError as error:
         raise TableError(f"{output}: cannot be written: {folder}: {error.strerror or error}") from error
 
