@@ -25,7 +25,7 @@ def render(folder: Path = RESULTS) -> str:
 def of_machine(path: Path) -> str:
     """The tables of one file, those that it has rows for."""
     rows = rows_of(path)
-    shown = [row for row in rows if row["bench"] in ("linear", "logits", "train_step", "layouts")]
+    shown = [row for row in rows if row.get("bench") in ("linear", "logits", "train_step", "layouts")]
     if not shown:
         return ""
     loads = sorted({float(row["load"]) for row in shown})

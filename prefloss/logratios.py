@@ -343,6 +343,8 @@ class LogRatios:
 
 def _check_sign(policy: Tensor, reference: Tensor | None) -> None:
     # Some losses work on log-ratios alone, so single numbers above 0 are taken; a sign that is wrong throughout is not.
+    if not arguments.readable(policy):
+        return
     lowest = arguments.least(policy)
     if lowest > _ABOVE and (reference is None or arguments.least(reference) > _ABOVE):
         raise ValueError(
