@@ -12,6 +12,7 @@ import collections
 import copy
 import csv
 import random
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -28,6 +29,8 @@ from prefloss.training import PreferenceCollator, batch_logps, model_logps
 RESULTS = Path(__file__).parent / "results" / "architectures.csv"
 LAYOUTS = ("padded", "packed", "shared_prefix")
 _TOLERANCE = 1e-3
+# For one class, s.
+_SECONDS = 60
 
 
 class Outcome(NamedTuple):
@@ -122,6 +125,8 @@ def surveyed(kind: Any) -> dict[str, Outcome]:
                 )
             else:
                 found[layout] = compared(fresh, grown, layout)
+        except TimeoutError:
+            raise
         except TypeError as error:
             named = str(error).startswith("model: ")
             found[layout] = Outcome("refused" if named else "ERROR", str(error))
@@ -132,6 +137,7 @@ def surveyed(kind: Any) -> dict[str, Outcome]:
 
 def main() -> None:
     """Survey all classes, or a part of them, and print the counts."""
+    signal.signal(signal.SIGALRM, _too_long)
     part, parts = map(int, (sys.argv[1] if len(sys.argv) > 1 else "1/1").split("/"))
     chosen = sys.argv[2:]
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -141,6 +147,7 @@ def main() -> None:
     for name, kind in (
         [item for item in everything if item[0] in chosen] if chosen else everything[part - 1 :: parts]
     ):
+        signal.alarm(_SECONDS)
         try:
             with torch.no_grad():
                 found = surveyed(kind)
@@ -157,6 +164,10 @@ def main() -> None:
     for column, layout in enumerate(LAYOUTS, start=1):
         print(f"{layout}: {dict(collections.Counter(row[column] for row in built))}")
     save(rows)
+
+
+def _too_long(*_: Any) -> None:
+    raise TimeoutError(f"took more than {_SECONDS} s")
 
 
 def save(rows: list[list[str]]) -> None:

@@ -99,7 +99,12 @@ def test_any_first_batch_shows_what_the_model_does(case, layout):
 def test_the_verdict_of_first_weights_and_short_rows_holds_for_grown_weights_and_long_rows(name, layout):
     """AUDIT H1, H3, H4, H5: RoFormer, GPT-Neo's window, Moshi's, which it does not apply, and XLM."""
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    config = CONFIGS[name]()
+    # Longer than the short rows.
+    for setting in ("window_size", "sliding_window"):
+        if hasattr(config, setting):
+            setattr(config, setting, 12)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
     logps(model, layout, SHORT)
     grow(model)
     check_equal(model, layout, LONG)
