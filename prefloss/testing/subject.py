@@ -122,8 +122,9 @@ class Subject:
 
     @property
     def modes(self) -> dict[str, Loss]:
-        """The loss in training and in evaluation."""
-        return {"training": self.fresh(), "evaluation": self.settled}
+        """The loss in training and in evaluation, which are the same where it keeps no state."""
+        training = {"training": self.fresh()} if self.loss.state else {}
+        return {**training, "evaluation": self.settled}
 
     def other_values(self, name: str) -> list[Any]:
         """Other values of a hyperparameter, within its range; none where only code or an object can say them."""
