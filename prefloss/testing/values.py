@@ -318,6 +318,6 @@ def check_device(subject: Subject) -> None:
             settled(fields.with_tensors(drawn, on_device))
     except Exception as error:
         # What depends on values, such as .item(), cannot be followed; `torch_compile` looks at that.
-        if "devices" in str(error):
+        if "devices" in str(error) or "returned values on" in str(error):
             got = str(error).splitlines()[0]
             raise subject.failed("a call on an accelerator", got, "no tensor on the CPU", drawn) from error

@@ -238,7 +238,7 @@ PAIRS = [
      lambda p, b: -L(b * p.margin() + torch.zeros(len(p.margin()), dtype=p.margin().dtype))),
     ("maximum_with_the_cpu", "device", ["two devices"],
      lambda p, b: torch.maximum(1 - b * p.margin(), torch.zeros(1, dtype=p.margin().dtype))),
-    ("moves_to_the_cpu", "device", ["two devices"], lambda p, b: -L(b * p.margin().cpu())),
+    ("moves_to_the_cpu", "device", ["returned values on cpu"], lambda p, b: -L(b * p.margin().cpu())),
     # Gradients.
     ("half_gradient", "gradients", ["backward()"], lambda p, b: HalfGradient.apply(b * p.margin())),
     ("clipped_by_a_hook", "gradients", ["slope of the values"], lambda p, b: hooked(b * p.margin())),
