@@ -1,4 +1,4 @@
-"""Files written whole: whoever opens the path sees the old file or the new one. And files held by one process."""
+"""Files that are replaced as a whole, and files that one process at a time holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ENDING = ".unfinished"
 def written_whole(path: Path) -> Iterator[Path]:
     """An empty file beside `path`, with its suffix, to write to; it takes the path's place at the end.
 
-    It is flushed to the disk before. After an error it is removed and `path` is as it was.
+    A reader of `path` sees the old file or the new one. After an error, `path` is as it was.
     """
     # In the same folder, because a file can be renamed only within its file system; by mkstemp, because a name
     # that can be guessed could be a link that somebody else put there.

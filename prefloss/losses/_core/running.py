@@ -79,7 +79,7 @@ def _mean_and_std(value: Any) -> tuple[float, ...]:
 
 
 def _decay(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
         raise ValueError(f"decay: got {value!r}, expected a number >= 0 and < 1")
     return real("decay", value)
 
