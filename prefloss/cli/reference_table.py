@@ -30,6 +30,7 @@ from prefloss.training import (
     header_of,
     score_rows,
 )
+from prefloss.training.head import text_config
 
 # Bytes of a completion in the table, and as much again in a part of it.
 _BYTES = 100
@@ -187,7 +188,7 @@ def _tokenizer(options: ReferenceOptions, messages: str | None) -> Any:
 
 def _check_rows(rows: list[Any], model: Any) -> None:
     """Refuse rows that are longer than the model's positions, or hold ids that it does not embed."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     longest = max(len(prompt) + len(completion) for prompt, completion in rows)
     if positions is not None and longest > positions:
         raise CliError(

@@ -28,6 +28,7 @@ from prefloss.data.tokens import encode_prompt
 from prefloss.demo.measure import Measurement, Meter
 from prefloss.diagnosis import resists_falling
 from prefloss.training import distributed
+from prefloss.training.head import text_config
 
 
 def run(
@@ -137,7 +138,7 @@ def _meter(run: Run, trainer: Any) -> Meter:
 
 def _within_positions(options: TrainOptions, model: Any, console: Console) -> TrainOptions:
     """The options with no sequence longer than the model has positions for."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = getattr(text_config(model), "max_position_embeddings", None)
     if most is None or options.max_length <= most:
         return options
     print_facts(
@@ -151,8 +152,12 @@ def _check_a_row_fits(run: Run) -> None:
     most = run.options.max_length
     prompts = (row["prompt"] for row in run.task.train)
     if not any(len(encode_prompt(run.start.tokenizer, prompt)) < most for prompt in prompts):
-        count = len(run.task.train)
-        raise CliError(f"--max-length: all {count} rows have a prompt that alone fills {most} tokens")
+        raise _no_row_fits(run)
+
+
+def _no_row_fits(run: Run) -> CliError:
+    count, most = len(run.task.train), run.options.max_length
+    return CliError(f"--max-length: all {count} rows have a prompt that alone fills {most} tokens")
 
 
 def _print_cut_rows(run: Run, kept: int) -> None:
@@ -160,7 +165,7 @@ def _print_cut_rows(run: Run, kept: int) -> None:
     task, tokenizer, console = run.task, run.start.tokenizer, run.screen.console
     count, max_length = len(task.train), run.options.max_length
     if kept == 0:
-        raise CliError(f"--max-length: all {count} rows have a prompt that alone fills {max_length} tokens")
+        raise _no_row_fits(run)
     if kept < count:
         left = f"{count - kept} of {count} rows left out"
         print_facts(console, "", (), (f"{left}: their prompt alone fills --max-length {max_length}",))

@@ -6,12 +6,12 @@ import os
 import signal
 import stat
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from prefloss.cli.console import CliError
 from prefloss.cli.run_folder import taken
+from tests.kills import killing_at, wrap_changes
 
 FORK = multiprocessing.get_context("fork")
 SETTINGS = {"--seed": 0}
@@ -48,19 +48,7 @@ def content(folder):
 
 def killed_at(moment, output, overwrite):
     """In a process of its own: be killed where the file system is about to change for the n-th time."""
-    left = [moment]
-
-    def then(function):
-        def wrapped(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
-        mock.patch(f"os.{name}", then(getattr(os, name))).start()
+    wrap_changes(killing_at(moment), ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"))
     a_run(output, "new", overwrite=overwrite)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from prefloss import Labels, Pairs, Rankings
 from prefloss.hyperparameters import Draws, Interval, NonNegative, Positive, RunningMean, State, stateful
-from tests.testing.mistakes import best, inside, of, plackett_luce, worst
+from tests.testing.mistakes import HalfGradient, best, inside, of, plackett_luce, worst
 
 L = F.logsigmoid
 COUPLED = {"separable": False}
@@ -45,17 +45,7 @@ def aligned(pairs, beta):
     return -L(beta * pairs.margin() - 0.01 * torch.where(pairs.valid, place, 0.0))
 
 
-class Logistic(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z):
-        return -L(z)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
+class Logistic(HalfGradient):
     @staticmethod
     def backward(ctx, grad):
         return -torch.sigmoid(-ctx.saved_tensors[0]) * grad

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from prefloss.data.table import Header, ReferenceTable, TableError
 from prefloss.training.build_table import ReferenceBuilder
 from prefloss.training.score import Score
+from tests.kills import killing_at, wrap_changes
 
 HEADER = Header("m", None, None, "w", "float32", None, None, None, None, "0.1")
 FORK = multiprocessing.get_context("fork")
@@ -46,21 +47,8 @@ def whole(folder):
 
 def killed_at(moment, path):
     """In a process of its own: build, and be killed where the file system is about to change for the n-th time."""
-    left = [moment]
-
-    def then(function):
-        def wrapped(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    names = ("fsync", "replace", "unlink", "rmdir", "mkdir")
-    patches = [mock.patch(f"os.{name}", then(getattr(os, name))) for name in names]
-    for patch in patches:
-        patch.start()
+    then = killing_at(moment)
+    wrap_changes(then, ("fsync", "replace", "unlink", "rmdir", "mkdir"))
     builder(path, score=then(score)).build(DATA)
 
 
