@@ -17,8 +17,8 @@ from prefloss.worlds import Judge, Runs, Tabular, bandit, draw, kl, optimum, pop
 
 WORLD = bandit(prompts=2, completions=12)
 FLIPS = (0.0, 0.1, 0.2, 0.4)
-BETA, FLIP, KL = 0.5, 0.2, 0.5
-BETAS = (0.2, 0.4, 0.8, 1.6, 3.2)
+BETA, FLIP, KL = 0.5, 0.2, 1.0
+BETAS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 8.0)
 NAMES = ("DPO", "cDPO", "robust DPO", "Dr. DPO")
 
 
@@ -51,7 +51,7 @@ def run(seeds: Sequence[int]) -> Finding:
     plain, helped = (reward(WORLD, exact[FLIP][row]).item() for row in (0, robust))
     figures = [
         over_seeds(
-            f"reward at a KL of {KL} nats, robust DPO minus DPO, 1,000 pairs, {FLIP:.0%} flips",
+            f"reward at a KL of {KL:g} nats, robust DPO minus DPO, 1,000 pairs, {FLIP:.0%} flips",
             at["robust DPO"] - at["DPO"],
         ),
         over_seeds("the same, cDPO minus DPO", at["cDPO"] - at["DPO"]),
@@ -68,7 +68,7 @@ def run(seeds: Sequence[int]) -> Finding:
         summary=(
             f"At beta {BETA} with {FLIP:.0%} flips in all pairs, robust DPO earns {helped:.2f} and DPO "
             f"{plain:.2f}: robust DPO ends where it would without flips (to {error:.0e}), DPO stays nearer "
-            f"the reference. At the same KL of {KL} nats, on 1,000 pairs, robust DPO minus DPO is "
+            f"the reference. At the same KL of {KL:g} nats, on 1,000 pairs, robust DPO minus DPO is "
             f"{figures[0].value:+.3f}, cDPO {figures[1].value:+.3f}, Dr. DPO {figures[2].value:+.3f}."
         ),
         figures=figures,
@@ -100,7 +100,7 @@ def draw_picture(figure: Any, exact: dict[float, Tensor], runs: dict[str, Runs])
     left.set(xlabel="share of flipped pairs", ylabel="true reward", title=f"All pairs, beta {BETA}")
     left.legend(frameon=False, fontsize=9, loc="lower left")
     draw_frontier(right, WORLD)
-    right.set(title=f"1,000 pairs, {FLIP:.0%} flipped, five betas", xlim=(0, 3.5))
+    right.set(title=f"1,000 pairs, {FLIP:.0%} flipped, seven betas", xlim=(0, 3.5))
     right.legend(frameon=False, fontsize=9, loc="lower right")
 
 

@@ -115,7 +115,7 @@ EXPERIMENT = Experiment(
     title="Rankings of K completions against pairs",
     claim="A loss on one preferred and several other completions (S-DPO) beats pairwise DPO, more so the "
     "more there are.",
-    source="Chen et al. 2024, arXiv:2406.09215, section 4.2, Fig. 3; Plackett-Luce: Rafailov et al. 2023, "
+    source="Chen et al. 2024, arXiv:2406.09215, abstract and section 4; Plackett-Luce: Rafailov et al. 2023, "
     "arXiv:2305.18290, appendix A.3",
     setup=f"4 prompts with 20 completions, normal rewards, free logits, a Bradley-Terry judge; {GROUPS} "
     f"groups of K = 2, 4 or 8 different completions. Beta in {BETAS}, Adam at 0.1, 150 steps.",

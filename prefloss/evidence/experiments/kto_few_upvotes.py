@@ -53,9 +53,10 @@ EXPERIMENT = Experiment(
     title="KTO with a tenth of the upvotes",
     claim="KTO still matches DPO with up to 90 % of the upvotes taken away, if the weight of an upvote rises "
     "so that the weights' sums stay in proportion.",
-    source="Ethayarajh et al. 2024, arXiv:2402.01306, sections 4.2 and 4.3 (lambda_D n_D / (lambda_U n_U) "
+    source="Ethayarajh et al. 2024, arXiv:2402.01306, section 4 (lambda_D n_D / (lambda_U n_U) "
     "from 1 to 4/3)",
     setup=f"As kto-unpaired: {N} pairs of each seed for DPO; for KTO {round(SHARE * N)} of their chosen sides "
     f"as upvotes and all rejected ones as downvotes, upvotes weighted {WEIGHTS}. Beta in {BETAS} for both.",
     run=run,
+    seeds=40,
 )

@@ -114,9 +114,10 @@ EXPERIMENT = Experiment(
     name="kto-unpaired",
     title="KTO on single votes against DPO on pairs",
     claim="KTO, which takes single up- and downvotes, matches DPO on the preference pairs that they come from.",
-    source="Ethayarajh et al. 2024, arXiv:2402.01306, section 4.2",
+    source="Ethayarajh et al. 2024, arXiv:2402.01306, abstract and section 4",
     setup=f"4 prompts with 12 completions, normal rewards, free logits, a Bradley-Terry judge; {N} pairs of "
     f"each seed for DPO, their {2 * N} sides as votes for KTO, whose baseline is the exact KL. Beta in "
     f"{BETAS} for both, Adam at 0.05, 300 steps.",
     run=run,
+    seeds=40,
 )

@@ -126,7 +126,7 @@ EXPERIMENT = Experiment(
     title="A judge that likes length, and the losses made for it",
     claim="DPO exploits the judge's liking for length; a term for the difference in length (R-DPO) removes "
     "it without loss of quality. SamPO, LD-DPO, LN-DPO and SimPO are made for the same.",
-    source="Park et al. 2024, arXiv:2403.19159, section 4; Lu et al. 2024, arXiv:2406.10957; Liu et al. 2024, "
+    source="Park et al. 2024, arXiv:2403.19159, abstract; Lu et al. 2024, arXiv:2406.10957; Liu et al. 2024, "
     "arXiv:2409.06411; Lambert et al. 2024, arXiv:2411.15124; Meng et al. 2024, arXiv:2405.14734",
     setup="All 63 sequences of at most 5 tokens over 2 words, 2 prompts, a free logit for each next token; a "
     f"Bradley-Terry judge that adds {BIAS} of reward for each token. All pairs at beta 1; 500 pairs over four "
