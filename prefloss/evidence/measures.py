@@ -45,6 +45,12 @@ def shortfall(world: World, log_probs: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(best)) - reward(world, log_probs)
 
 
+def numbers(values: Sequence[float]) -> str:
+    """As a set-up lists them: "0.1, 0.2 and 1"."""
+    *first, last = (f"{value:g}" for value in values)
+    return f"{', '.join(first)} and {last}"
+
+
 def at_kl(kls: Tensor, values: Tensor, target: float) -> Tensor:
     """Values of each seed at a KL, between its neighbours in a sweep: [strengths, seeds] -> [seeds].
 

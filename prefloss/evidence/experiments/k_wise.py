@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefloss.evidence.drawing import draw_frontier, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import at_kl, over_seeds, rows_of
+from prefloss.evidence.measures import at_kl, numbers, over_seeds, rows_of
 from prefloss.feedback import Rankings
 from prefloss.worlds import Data, Judge, Runs, Tabular, bandit, best_and_worst, draw, kl, reward, sweep, train
 
@@ -118,7 +118,7 @@ EXPERIMENT = Experiment(
     source="Chen et al. 2024, arXiv:2406.09215, abstract and section 4; Plackett-Luce: Rafailov et al. 2023, "
     "arXiv:2305.18290, appendix A.3",
     setup=f"4 prompts with 20 completions, normal rewards, free logits, a Bradley-Terry judge; {GROUPS} "
-    f"groups of K = 2, 4 or 8 different completions. Beta in {BETAS}, Adam at 0.1, 150 steps.",
+    f"groups of K = 2, 4 or 8 different completions. Beta in {numbers(BETAS)}, Adam at 0.1, 150 steps.",
     run=run,
     seeds=10,
 )
