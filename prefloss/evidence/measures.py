@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,12 @@ def at_kl(kls: Tensor, values: Tensor, target: float) -> Tensor:
     columns = zip(kls.T, values.T, strict=True)
     found = [np.interp(target, x, y, left=np.nan, right=np.nan) for x, y in columns]
     return torch.tensor(found, dtype=torch.float64)
+
+
+def runs_at_kl(runs: Runs, target: float, what: Callable[[World, Tensor], Tensor] = reward) -> Tensor:
+    """True reward, or another figure, of each seed at a KL: `at_kl` over the strengths of one loss, [seeds]."""
+    world, log_probs = runs.policy.world, runs.log_probs()
+    return at_kl(kl(world, log_probs), what(world, log_probs), target)
 
 
 def over_seeds(name: str, values: Tensor | Sequence[float], expected: float | None = None) -> Figure:

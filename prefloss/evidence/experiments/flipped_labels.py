@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prefloss.evidence.drawing import COLOURS, MARKERS, draw_frontier, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import at_kl, numbers, over_seeds, rows_of
+from prefloss.evidence.measures import numbers, over_seeds, rows_of, runs_at_kl
 from prefloss.feedback import Pairs
 from prefloss.worlds import Judge, Runs, Tabular, bandit, draw, kl, optimum, population, reward, sweep, train
 
@@ -47,7 +47,7 @@ def run(seeds: Sequence[int]) -> Finding:
     # Completions are drawn alike: of one that is seen twice, robust DPO's loss has no lower bound.
     data = draw(WORLD, Judge(flips=FLIP), Pairs, 1000, seeds=seeds, sampler=torch.zeros_like(WORLD.reference))
     runs = {name: train(Tabular(WORLD), data, sweep(loss, BETAS)) for name, loss in losses(FLIP).items()}
-    at = {name: at_kl(kl(WORLD, r.log_probs()), reward(WORLD, r.log_probs()), KL) for name, r in runs.items()}
+    at = {name: runs_at_kl(each, KL) for name, each in runs.items()}
     plain, helped = (reward(WORLD, exact[FLIP][row]).item() for row in (0, robust))
     figures = [
         over_seeds(
@@ -115,4 +115,5 @@ EXPERIMENT = Experiment(
     f"reversed with probability {numbers(FLIPS)}; each loss knows that share. All pairs at beta {BETA}; 1,000 pairs "
     f"with {FLIP:.0%} flips over beta in {numbers(BETAS)}, Adam at 0.05, 300 steps.",
     run=run,
+    seeds=10,
 )

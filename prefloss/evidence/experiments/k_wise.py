@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefloss.evidence.drawing import draw_frontier, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import at_kl, numbers, over_seeds, rows_of
+from prefloss.evidence.measures import numbers, over_seeds, rows_of, runs_at_kl
 from prefloss.feedback import Rankings
 from prefloss.worlds import Data, Judge, Runs, Tabular, bandit, best_and_worst, draw, kl, reward, sweep, train
 
@@ -38,7 +38,9 @@ def trained_on(data: Data, loss: str) -> Runs:
 def run(seeds: Sequence[int]) -> Finding:
     """Sweep beta for each loss and size."""
     runs = {size: trained(size, seeds) for size in SIZES}
-    at = {size: {name: rewards_at(each) for name, each in losses.items()} for size, losses in runs.items()}
+    at = {
+        size: {name: runs_at_kl(each, KL) for name, each in losses.items()} for size, losses in runs.items()
+    }
     few, many = SIZES[0], SIZES[-1]
     figures = [
         over_seeds(
@@ -76,12 +78,6 @@ def run(seeds: Sequence[int]) -> Finding:
         draw=lambda figure: draw_picture(figure, runs, at),
         change="More completions help, but DPO on the best and worst of each group gains as much from them.",
     )
-
-
-def rewards_at(runs: Runs) -> Tensor:
-    """True reward of each seed at the KL."""
-    log_probs = runs.log_probs()
-    return at_kl(kl(WORLD, log_probs), reward(WORLD, log_probs), KL)
 
 
 def verdict(more: Figure, against_ends: Figure) -> Verdict:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prefloss.evidence.drawing import draw_frontier, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import at_kl, numbers, over_seeds, rows_of
+from prefloss.evidence.measures import numbers, over_seeds, rows_of, runs_at_kl
 from prefloss.feedback import Labels, Pairs
 from prefloss.worlds import Data, Judge, Runs, Tabular, bandit, draw, kl, reward, sweep, train
 
@@ -44,21 +43,15 @@ def kto(upvote_weight: float = 1.0) -> str:
     return f"kto(desirable_weight={upvote_weight}, kl_baseline='column')"
 
 
-def rewards_at(runs: Runs, target: float) -> Tensor:
-    """True reward of each seed at a KL."""
-    log_probs = runs.log_probs()
-    return at_kl(kl(WORLD, log_probs), reward(WORLD, log_probs), target)
-
-
 def against_dpo(name: str, runs: Runs, dpo: Runs) -> list[Figure]:
     """Differences of true reward at each KL, and at the KL at which the smallest beta stops."""
     own = kl(WORLD, runs.log_probs())[0]
-    there = torch.cat([rewards_at(dpo, target)[i : i + 1] for i, target in enumerate(own.tolist())])
+    there = torch.cat([runs_at_kl(dpo, target)[i : i + 1] for i, target in enumerate(own.tolist())])
     return [
         *(
             over_seeds(
                 f"reward at a KL of {target} nats, {name} minus DPO",
-                rewards_at(runs, target) - rewards_at(dpo, target),
+                runs_at_kl(runs, target) - runs_at_kl(dpo, target),
             )
             for target in KLS
         ),
@@ -71,7 +64,7 @@ def against_dpo(name: str, runs: Runs, dpo: Runs) -> list[Figure]:
 
 def gain(dpo: Runs, target: float) -> float:
     """DPO's mean reward at a KL above that of the reference."""
-    return (rewards_at(dpo, target) - reward(WORLD, WORLD.reference)).mean().item()
+    return (runs_at_kl(dpo, target) - reward(WORLD, WORLD.reference)).mean().item()
 
 
 def run(seeds: Sequence[int]) -> Finding:
