@@ -14,6 +14,7 @@ from rich.text import Text
 
 import prefloss
 from prefloss.cli.command_options import ReferenceOptions, TrainOptions
+from prefloss.cli.compare_options import CompareOptions
 from prefloss.cli.console import Clock, errors_as_text, quiet
 from prefloss.cli.processes import joined, together
 from prefloss.cli.run_folder import taken
@@ -129,3 +130,14 @@ def reference(options: ReferenceOptions, console: Console) -> None:
     from prefloss.cli.reference_table import write_reference
 
     write_reference(options, console)
+
+
+@_command(CompareOptions)
+def compare(options: CompareOptions, console: Console) -> None:
+    """Compare losses with the uncertainty stated: in small worlds whose true reward is known, or on your own data.
+
+    Writes report.html and results.csv. After Ctrl-C or a kill, the same command goes on where it stopped.
+    """
+    from prefloss.cli.compare import compare_in_worlds
+
+    compare_in_worlds(options, console)

@@ -115,8 +115,7 @@ class Comparison:
     @property
     def ranked(self) -> list[str]:
         """The baseline and the others, the highest mean reward first."""
-        names = [loss for loss in (self.baseline, *self.others)]
-        return sorted(names, key=lambda loss: -self.over_worlds(loss).mean())
+        return sorted((self.baseline, *self.others), key=lambda loss: -self.over_worlds(loss).mean())
 
     def at_kl(self, loss: str, world: str, target: float) -> AtKL:
         """True reward of the loss at a KL, from each seed's whole sweep."""

@@ -105,7 +105,7 @@ def _bootstrap_error(gaps: NDArray[np.float64], random: np.random.Generator) -> 
     drawn_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), _RESAMPLES) / seeds
     drawn_prompts = random.multinomial(prompts, np.full(prompts, 1 / prompts), _RESAMPLES) / prompts
     means = ((drawn_seeds @ gaps) * drawn_prompts).sum(-1)
-    # Drawing rows and columns counts the noise of the single cells three times (Owen 2007, arXiv:0712.1111).
+    # Drawing rows and columns counts the noise of the single cells three times (Owen 2007, doi:10.1214/07-AOAS122).
     cells = gaps - gaps.mean(0) - gaps.mean(1, keepdims=True) + gaps.mean()
     noise = float((cells**2).sum()) / ((seeds - 1) * max(prompts - 1, 1)) / gaps.size
     variance = max(float(means.var()) - 2 * noise, float(gaps.mean(1).var()) / seeds)

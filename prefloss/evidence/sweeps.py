@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefloss.diagnosis import Diagnosis, Thresholds
-from prefloss.feedback import NEEDS, Labels
+from prefloss.feedback import NEEDS, Labels, Pairs
 from prefloss.registry import Loss, get
 from prefloss.worlds import (
     Data,
@@ -29,6 +30,7 @@ from prefloss.worlds import (
 )
 from prefloss.worlds.data import taken
 from prefloss.worlds.feeding import feedback_of, fixed_values, moving_values
+from prefloss.worlds.settings import shared_world
 
 # Multiples of a loss's own strength: its default in the middle, a factor of 4 from one to the next.
 FACTORS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
@@ -80,14 +82,23 @@ class Budget:
         return tuple(sorted({round(self.steps * share) for share in (0, 0.03, 0.1, 0.2, 0.4, 0.7, 1)}))
 
 
-def not_fed(losses: Sequence[Loss]) -> dict[str, list[str]]:
+def not_fed(losses: Iterable[str]) -> dict[str, list[str]]:
     """Losses that the shared world cannot feed, with the fields of the feedback that they lack there."""
-    lacking = fed(TokenTable(settings()["clean"].world))
+    lacking = fed(TokenTable(shared_world()))
     missing = {
-        repr(loss): sorted({need for _, term in loss.terms for need in lacking.get(term.name, ())})
-        for loss in losses
+        text: sorted({need for _, term in get(text).terms for need in lacking[term.name]}) for text in losses
     }
-    return {text: fields for text, fields in missing.items() if fields}
+    return {text: names for text, names in missing.items() if names}
+
+
+def data_hash(worlds: Iterable[str], seeds: int) -> str:
+    """Of all training pairs of these worlds and seeds, from which everything else is made."""
+    digest = hashlib.blake2b(digest_size=8)
+    for world in worlds:
+        pairs = settings()[world].feedback(Pairs, range(seeds))
+        for values in (pairs.prompt, pairs.completions):
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def run_sweep(text: str, world: str, budget: Budget) -> dict[str, Any]:
