@@ -138,6 +138,8 @@ def compare(options: CompareOptions, console: Console) -> None:
 
     Writes report.html and results.csv. After Ctrl-C or a kill, the same command goes on where it stopped.
     """
-    from prefloss.cli.compare import compare_in_worlds
-
-    compare_in_worlds(options, console)
+    if options.data is None:
+        from prefloss.cli.compare import compare_in_worlds as compare_losses
+    else:
+        from prefloss.cli.compare_data import compare_on_data as compare_losses
+    compare_losses(options, console)

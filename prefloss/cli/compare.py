@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import platform
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import numpy
-import scipy
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,14 +19,12 @@ from rich.text import Text
 
 import prefloss
 from prefloss.cli.compare_options import CompareOptions
+from prefloss.cli.comparison_folder import opened, versions
 from prefloss.cli.console import CliError, first_line
-from prefloss.cli.run_folder import RunFolder, taken, unwritable
-from prefloss.data.atomic import written_whole
 from prefloss.evidence import report
 from prefloss.evidence.comparison import compared
 from prefloss.evidence.sweeps import FACTORS, Budget, data_hash, not_fed, run_sweep
 
-RUNS, PAGE, TABLE = "runs.jsonl", "report.html", "results.csv"
 # Seconds between two lines of progress where there is no terminal.
 _QUIET = 10.0
 
@@ -41,75 +34,22 @@ Sweep = tuple[str, str]
 def compare_in_worlds(options: CompareOptions, console: Console) -> None:
     """Run what is missing, write the report and print the verdict."""
     losses, worlds, budget = options.bound_losses(), options.worlds, options.budget
-    plan = [(text, world) for text in losses for world in worlds]
-    with taken(options.output, "compare") as folder:
-        admit(
-            folder,
-            {
-                "losses": [repr(loss) for loss in losses.values()],
-                "--world": list(worlds),
-                "--seeds": budget.seeds,
-                "budget": json.loads(json.dumps(asdict(budget))),
-            },
-        )
-        found = finished(folder.path / RUNS)
-        missing = [sweep for sweep in plan if sweep not in {(one["loss"], one["world"]) for one in found}]
-        if found:
+    plan = [(text, world) for world in worlds for text in losses]
+    settings = {"losses": list(map(repr, losses.values())), "--world": worlds, **_as_options(budget)}
+    with opened(options.output, settings) as folder:
+        there = {(sweep["loss"], sweep["world"]) for sweep in folder.finished}
+        missing = [sweep for sweep in plan if sweep not in there]
+        if there:
             console.print(f"{len(plan) - len(missing)} of {len(plan)} sweeps are there already", style="dim")
-        try:
-            with (folder.path / RUNS).open("a", encoding="utf-8") as file:
-                for one in _shown(console, _each(missing, budget), len(missing), budget):
-                    found.append(one)
-                    file.write(json.dumps(one) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            comparison = compared(found, list(losses), worlds)
-            texts = {
-                TABLE: report.table(report.rows_of(comparison)),
-                PAGE: report.page(comparison, _origin(options)),
-            }
-            for name, text in texts.items():
-                with written_whole(folder.path / name) as path:
-                    path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise unwritable(folder.path, error) from error
-        console.print()
-        for sentence in comparison.verdict:
-            console.print(Text(sentence))
-        for name, content in ((PAGE, "the report"), (TABLE, "one row a run")):
-            console.print(
-                Text.assemble((str(folder.path / name), "bold"), (f"   {content}", "dim")), soft_wrap=True
-            )
+        for sweep in _shown(console, _each(missing, budget), len(missing), budget):
+            folder.add(sweep)
+        comparison = compared(folder.finished, list(losses), worlds)
+        page = report.page(comparison, _origin(options))
+        folder.publish(console, comparison.verdict, page, report.table(report.rows_of(comparison)))
 
 
-def admit(folder: RunFolder, settings: dict[str, Any]) -> None:
-    """Record the settings in a new folder; a `CliError` if the folder holds something else."""
-    settings = {"command": "prefloss compare", "prefloss": prefloss.__version__, **settings}
-    names = {path.name for path in folder.path.iterdir() if not path.name.startswith(".")}
-    if names and (folder.record is None or folder.record["settings"].get("command") != settings["command"]):
-        raise CliError(
-            f"--output: {folder.path} holds something else than a comparison; choose another folder"
-        )
-    folder.admit(settings, resume=True, overwrite=False)
-    folder.begin({})
-
-
-def finished(path: Path) -> list[dict[str, Any]]:
-    """The sweeps in a file of one JSON object a line; a last line that a kill cut short is removed."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    try:
-        found = [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise CliError(
-            f"--output: {path} cannot be read: {first_line(error)}; choose another folder"
-        ) from error
-    if len(whole) < len(lines):
-        with written_whole(path) as new:
-            new.write_text("".join(whole), encoding="utf-8")
-    return found
+def _as_options(budget: Budget) -> dict[str, Any]:
+    return {f"--{name.replace('_', '-')}": value for name, value in asdict(budget).items()}
 
 
 def _each(plan: Sequence[Sweep], budget: Budget) -> Iterator[dict[str, Any]]:
@@ -127,8 +67,12 @@ def _each(plan: Sequence[Sweep], budget: Budget) -> Iterator[dict[str, Any]]:
     try:
         for future in as_completed([pool.submit(_run, *sweep, budget) for sweep in plan]):
             yield future.result()
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _run(text: str, world: str, budget: Budget) -> dict[str, Any]:
@@ -195,14 +139,3 @@ def _origin(options: CompareOptions) -> report.Origin:
         ),
         left_out=not_fed(prefloss.specs) if options.every else {},
     )
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    return {
-        "prefloss": prefloss.__version__,
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "scipy": scipy.__version__,
-        "Python": platform.python_version(),
-    }

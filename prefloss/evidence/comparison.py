@@ -128,6 +128,10 @@ class Comparison:
             found += [] if value is None else [value]
         return AtKL(mean_interval(found) if len(found) > 1 else None, len(found), len(seeds))
 
+    def reached_kl(self, world: str) -> list[float]:
+        """The fixed KLs that at least two seeds of some loss reached."""
+        return [kl for kl in FIXED_KL if any(self.at_kl(loss, world, kl).interval for loss in self.ranked)]
+
     @property
     def verdict(self) -> list[str]:
         """What was found, in plain sentences; the first one answers."""
@@ -136,10 +140,9 @@ class Comparison:
         sentences = []
         if not self.others:
             sentences.append(f"There is nothing to compare {self.baseline} with.")
-        elif not groups[1] and not groups[-1]:
+        if self.others and not groups[1] and not groups[-1]:
             sentences.append(
-                f"No difference shown: {_listed(groups[0])} and {self.baseline} earn the same true reward {where}, as "
-                "far as these runs can tell."
+                f"No difference in true reward from {self.baseline} is shown {where}: not for {listed(groups[0], 'or')}."
             )
         else:
             for sign, word in ((1, "more"), (-1, "less")):
@@ -149,7 +152,7 @@ class Comparison:
                         f"{self._with_sizes(groups[sign])} {verb} {word} true reward than {self.baseline} {where}."
                     )
             if groups[0]:
-                sentences.append(f"No difference from {self.baseline} is shown for {_listed(groups[0])}.")
+                sentences.append(f"No difference from {self.baseline} is shown for {listed(groups[0])}.")
         if self.others:
             sentences.append(self._resolution())
         for loss, worlds in self.broken.items():
@@ -160,7 +163,7 @@ class Comparison:
 
     def _with_sizes(self, losses: Sequence[str]) -> str:
         ordered = sorted(losses, key=lambda loss: -abs(self.differences[loss].mean))
-        return _listed([f"{loss} ({self.differences[loss].mean:+.2f})" for loss in ordered], "{} losses: {}")
+        return listed([f"{loss} ({self.differences[loss].mean:+.2f})" for loss in ordered])
 
     def _resolution(self) -> str:
         seeds = len(self.prompts(self.baseline, self.worlds[0]))
@@ -189,8 +192,8 @@ def _holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(p_values, holm(list(p_values.values())), strict=True))
 
 
-def _listed(names: Sequence[str], many: str = "{} losses: {}") -> str:
-    """As "ipo and kto", or "7 losses: ipo, kto, ..."."""
+def listed(names: Sequence[str], joint: str = "and") -> str:
+    """As "ipo and kto", or "7 losses (ipo, kto, ...)"."""
     if len(names) > 6:
-        return many.format(len(names), ", ".join(names))
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+        return f"{len(names)} losses ({', '.join(names)})"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {joint} {names[-1]}"

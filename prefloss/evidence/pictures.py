@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from prefloss.evidence.comparison import Comparison
-from prefloss.evidence.statistics import mean_interval
+from prefloss.evidence.statistics import Difference, mean_interval
 from prefloss.worlds import frontier, settings
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black is the baseline.
@@ -98,20 +98,20 @@ def _mean_with_band(axis: Any, rows: Sequence[Any], colour: str, marker: str, la
         axis.fill_between(kl, low, high, color=colour, alpha=0.12, lw=0)
 
 
-def forest(comparison: Comparison) -> str:
-    """Each loss's difference to the baseline with its interval; filled where it is shown."""
-    losses = [loss for loss in comparison.ranked if loss != comparison.baseline]
+def forest(differences: Mapping[str, Difference], shown: Mapping[str, int], label: str) -> str:
+    """Each loss's difference to the baseline with its interval; filled where it is shown, 1 or -1."""
+    losses = sorted(differences, key=lambda loss: differences[loss].mean)
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
         axis.axvline(0, color=_GREY, lw=1)
-        for place, loss in enumerate(reversed(losses)):
-            found, shown = comparison.differences[loss], comparison.shown(loss)
-            colour = {1: "#009e73", -1: "#d55e00", 0: _GREY}[shown]
+        for place, loss in enumerate(losses):
+            found = differences[loss]
+            colour = {1: "#009e73", -1: "#d55e00", 0: _GREY}[shown[loss]]
             axis.plot([found.low, found.high], [place, place], color=colour, lw=1.6)
-            axis.plot(found.mean, place, "o", color=colour, ms=5, mfc=colour if shown else "white")
-        axis.set_yticks(range(len(losses)), [_short(loss) for loss in reversed(losses)])
-        axis.set(xlabel=f"true reward, difference to {comparison.baseline}", ylim=(-0.7, len(losses) - 0.3))
+            axis.plot(found.mean, place, "o", color=colour, ms=5, mfc=colour if shown[loss] else "white")
+        axis.set_yticks(range(len(losses)), [_short(loss) for loss in losses])
+        axis.set(xlabel=label, ylim=(-0.7, len(losses) - 0.3))
 
     return svg(draw, 4.2, 0.9 + 0.24 * len(losses), "Paired differences with 95 % intervals")
 
@@ -163,4 +163,4 @@ def legend(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _short(loss: str) -> str:
-    return loss if len(loss) <= 24 else loss[:23] + "…"
+    return loss if len(loss) <= 18 else loss[:17] + "…"

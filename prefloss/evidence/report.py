@@ -58,14 +58,20 @@ def rows_of(comparison: Comparison) -> list[Mapping[str, Any]]:
 def page(comparison: Comparison, origin: Origin) -> str:
     """The whole report as HTML."""
     known = settings()
-    return _template("report.html").render(
+    return template("report.html").render(
         comparison=comparison,
         origin=origin,
         facts={world: known[world].facts for world in comparison.worlds},
         legend=pictures.legend(comparison),
         drawn_all=len(comparison.others) + 1 <= pictures.MOST_DRAWN,
         frontiers=[pictures.frontier_of(comparison, world) for world in comparison.worlds],
-        forest=pictures.forest(comparison) if comparison.others else "",
+        forest=pictures.forest(
+            comparison.differences,
+            {loss: comparison.shown(loss) for loss in comparison.others},
+            f"true reward, difference to {comparison.baseline}",
+        )
+        if comparison.others
+        else "",
         matrix=pictures.matrix(comparison) if comparison.others else "",
         curves=[pictures.curve(comparison, name) for name in pictures.CURVES],
         fixed_kl=FIXED_KL,
@@ -78,7 +84,8 @@ def page(comparison: Comparison, origin: Origin) -> str:
     )
 
 
-def _template(name: str) -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page in templates/."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prefloss.evidence"),
         autoescape=True,
