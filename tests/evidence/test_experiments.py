@@ -73,7 +73,7 @@ def test_dpo_on_all_pairs_is_the_optimum():
 def test_ipo_on_the_closed_forms():
     ipo = module("ipo_deterministic")
     two, *three = ipo.SETS
-    fits = ipo.fitted([two], ipo.all_of([two]), 300, 0.1) | ipo.fitted(three, ipo.all_of(three), 300, 0.1)
+    fits = ipo.fitted([two], ipo.all_of([two]), 150, 0.3) | ipo.fitted(three, ipo.all_of(three), 150, 0.3)
     taus = torch.tensor(ipo.TAUS, dtype=torch.float64)
     for name, fit in fits.items():
         torch.testing.assert_close(fit["IPO"][:, 0], ipo.closed_form(name, taus), atol=1e-3, rtol=0.0)
