@@ -32,6 +32,14 @@ class Figure:
     interval: tuple[float, float] | None = None
     expected: float | None = None
 
+    def above(self, bound: float) -> bool:
+        """Whether the whole interval, or the exact value, is above a bound."""
+        return (self.value if self.interval is None else self.interval[0]) > bound
+
+    def below(self, bound: float) -> bool:
+        """Whether the whole interval, or the exact value, is below a bound."""
+        return (self.value if self.interval is None else self.interval[1]) < bound
+
 
 @dataclass(frozen=True)
 class Finding:

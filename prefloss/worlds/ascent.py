@@ -36,13 +36,15 @@ def climb(
         betas: Costs of a nat of KL, > 0, in units of the worth.
         samples: Completions drawn for each prompt at each step, at least 2, each one compared with the mean of the
             others (REINFORCE, leave one out); None sums over all completions.
-        seeds: Of the samples.
+        seeds: Of the samples; one for each of the seeds of the worth, if it has some.
         steps: Of Adam.
         learning_rate: Its step size.
 
     Raises:
-        ValueError: If there is a single sample, or a beta is not above 0.
+        ValueError: If there is a single sample, a beta is not above 0, or the worth is of other seeds.
     """
+    if worth.ndim == 3 and len(worth) != len(seeds):
+        raise ValueError(f"worth: got {len(worth)} seeds, expected {len(seeds)}, as seeds says")
     if samples is not None and samples < 2:
         raise ValueError(f"samples: got {samples}, expected at least 2, or None for all completions")
     if min(betas) <= 0:

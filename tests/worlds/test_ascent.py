@@ -45,8 +45,8 @@ def test_the_best_of_a_family_is_better_than_its_neighbours():
     assert objective(best) < objective(optimum(world, 0.3)) - 0.01
 
 
-@pytest.mark.parametrize("settings", [{"samples": 1}, {"betas": [0.5, 0.0]}])
+@pytest.mark.parametrize("settings", [{"samples": 1}, {"betas": [0.5, 0.0]}, {"seeds": [1, 2]}])
 def test_climb_refuses_settings_out_of_range(settings):
     world = bandit(completions=3)
-    with pytest.raises(ValueError, match=r"(samples: got 1|betas: got 0.0), expected"):
-        climb(Tabular(world), world.reward, **{"betas": [1.0], **settings})
+    with pytest.raises(ValueError, match=r"(samples: got 1|betas: got 0.0|worth: got 1 seeds), expected"):
+        climb(Tabular(world), world.reward[None], **{"betas": [1.0], **settings})
