@@ -1,4 +1,4 @@
-"""The command line: `prefloss train`, `prefloss reference`, `prefloss losses`.
+"""The command line: `prefloss train`, `prefloss reference`, `prefloss losses`, `prefloss reproduce`.
 
 Nothing outside this folder imports typer, rich or matplotlib.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import sys
 
-_EXTRA = {"click", "datasets", "matplotlib", "pyarrow", "pylatexenc", "rich", "transformers", "trl", "typer"}
+_EXTRA = {
+    *("click", "datasets", "matplotlib", "numpy", "pyarrow", "pylatexenc", "rich", "scipy", "transformers"),
+    *("trl", "typer"),
+}
 
 
 def main() -> None:

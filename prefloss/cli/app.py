@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 import prefloss
-from prefloss.cli.command_options import ReferenceOptions, TrainOptions
+from prefloss.cli.command_options import ReferenceOptions, ReproduceOptions, TrainOptions
 from prefloss.cli.console import Clock, errors_as_text, quiet
 from prefloss.cli.processes import joined, together
 from prefloss.cli.run_folder import taken
@@ -129,3 +129,15 @@ def reference(options: ReferenceOptions, console: Console) -> None:
     from prefloss.cli.reference_table import write_reference
 
     write_reference(options, console)
+
+
+@_command(ReproduceOptions)
+def reproduce(options: ReproduceOptions, console: Console) -> None:
+    """Try what papers claim in small worlds whose truth is known; without a name, list the experiments.
+
+    Each experiment prints the claim, what was measured with its 95 % interval over seeds, and a verdict, and writes
+    results.json, results.csv (one row a run) and picture.png.
+    """
+    from prefloss.cli.reproduce import run
+
+    run(options, console)

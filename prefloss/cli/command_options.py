@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 import prefloss
 from prefloss import registry
@@ -265,3 +265,29 @@ class ReferenceOptions:
             raise CliError(f"--output: {self.output} is a folder; expected a file, as table.parquet")
         if self.output.suffix != ".parquet":
             raise CliError(f"--output: got {self.output}, expected a name that ends in .parquet")
+
+
+@dataclass(frozen=True)
+class ReproduceOptions:
+    """The options of `prefloss reproduce`."""
+
+    name: Annotated[str | None, Argument(help="The experiment to run; without it, all are listed.")] = None
+    all: Annotated[bool, Option("--all", help="Run all of them, a process for each core.")] = False
+    seeds: Annotated[
+        int | None,
+        Option(min=2, max=10**4, help="Number of seeds. (default: as many as the experiment is made for)"),
+    ] = None
+    first_seed: Annotated[
+        int, Option(min=0, max=_MOST, help="The first of them; the others follow it one by one.")
+    ] = 0
+    output: Annotated[
+        Path | None,
+        Option(help="Folder; each experiment writes into one of its name. (default: prefloss-runs/evidence)"),
+    ] = None
+
+    def check(self) -> None:
+        """Raise a `CliError` if there is both a name and --all, or an option that nothing would use."""
+        if self.name is not None and self.all:
+            raise CliError(f"--all: got it beside the name {self.name!r}, expected one of them")
+        if self.name is None and not self.all and self != ReproduceOptions():
+            raise CliError("got options without an experiment, expected NAME or --all beside them")
