@@ -27,9 +27,11 @@ def panels_of(seeds: Sequence[int]) -> tuple[World, Tensor, Tensor]:
     drawn = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        drawn.append([torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)])
+        drawn.append(
+            [size * torch.randn(shape, generator=generator, dtype=torch.float64) for size in (1.5, 1.5, 0.5)]
+        )
     first, second, reference = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-    return World(reward=2 * first, reference=reference), 2 * first, 2 * second
+    return World(reward=first, reference=reference), first, second
 
 
 def borda(world: World, prefers: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def fitted(world: World, panel: Panel) -> Tensor:
     # Among thousands of prompts a rare pair's gradient is below Adam's usual eps.
     adam = partial(Adam, eps=1e-16)
     data = population(world, panel, Pairs)
-    runs = train(Tabular(world), data, "dpo(beta=1.0)", steps=400, learning_rate=0.05, optimizer=adam)
+    runs = train(Tabular(world), data, "dpo(beta=1.0)", steps=400, learning_rate=0.1, optimizer=adam)
     return runs.log_probs()[0, 0] - world.reference
 
 
@@ -129,7 +131,7 @@ EXPERIMENT = Experiment(
     claim="Where judges differ, DPO does not order completions by their mean reward but by their normalised Borda count: "
     "how often each one beats another of the data.",
     source="Shirali et al. 2025, arXiv:2502.16320",
-    setup=f"Three completions, two kinds of Bradley-Terry judges with normal tastes of deviation 2, {PANELS} panels a "
+    setup=f"Three completions, two kinds of Bradley-Terry judges with normal tastes of deviation 1.5, {PANELS} panels a "
     f"seed; the second kind judges a share of {SHARES} of all pairs. Population DPO (every pair, weighted by its "
     "probability) at beta 1 with free logits, 400 steps of Adam.",
     run=run,
