@@ -25,7 +25,7 @@ test quick proof mutants: export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick proof mutants lint format types docs wheel clean
+.PHONY: help demo test quick proof mutants lint format types evidence docs wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ format: $(INSTALLED) ## rewrite the code to what `make lint` wants
 
 types: $(INSTALLED) ## pyright over prefloss/
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+evidence: $(INSTALLED) ## run every experiment and renew the results in docs/evidence: under ten minutes
+	$(BIN)/prefloss reproduce --all --output docs/evidence/results
 
 docs: $(INSTALLED) ## HTML docs into docs/_build/html; a warning fails
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html

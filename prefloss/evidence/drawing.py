@@ -45,7 +45,7 @@ def draw_means(axis: Any, x: Tensor, y: Tensor, label: str, which: int, dots: bo
         which: Number of the colour and marker.
         dots: Draw each seed too.
     """
-    x = x.unsqueeze(-1).expand_as(y) if x.ndim == 1 else x
+    x = (x.unsqueeze(-1) if x.ndim == 1 else x).double().expand_as(y)
     colour, marker = COLOURS[which % len(COLOURS)], MARKERS[which % len(MARKERS)]
     if dots:
         axis.scatter(x, y, s=6, color=colour, alpha=0.25, linewidths=0)

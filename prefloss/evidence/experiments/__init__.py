@@ -7,7 +7,17 @@ from importlib import import_module
 from prefloss.evidence.experiment import Experiment
 
 # Modules of the papers' claims, then those of learners' questions.
-PAPERS: tuple[str, ...] = ("ipo_deterministic",)
+PAPERS: tuple[str, ...] = (
+    "displacement",
+    "length_bias",
+    "k_wise",
+    "dpo_frontier",
+    "ipo_deterministic",
+    "overoptimisation",
+    "flipped_labels",
+    "kto_unpaired",
+    "kto_few_upvotes",
+)
 QUESTIONS: tuple[str, ...] = ()
 
 

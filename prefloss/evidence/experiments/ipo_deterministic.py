@@ -109,8 +109,8 @@ def run(seeds: Sequence[int], steps: int = 2000) -> Finding:
         verdict=verdict(most, winner, lost, paper),
         rows=rows(drawn, seeds),
         draw=lambda figure: draw(figure, whole, drawn),
-        change="The paper's D3 = {ab, ba} never mentions the third action, so no loss moves it. With ac added, as D3', "
-        "the difference shows.",
+        change="The paper's D3 = {ab, ba} never mentions the third action, so no loss moves it. With ac "
+        "added, as D3', the difference shows.",
     )
 
 
@@ -168,7 +168,7 @@ def draw(figure: Any, whole: Fits, drawn: Fits) -> None:
 
 EXPERIMENT = Experiment(
     name="ipo-deterministic",
-    title="IPO keeps near the reference where preferences are certain; DPO does not",
+    title="IPO and DPO where preferences are certain",
     claim="Where one action always wins, DPO's optimum gives it all the probability, however strong the "
     "regularisation; IPO's optimum stays at a distance of the reference that tau sets.",
     source="Azar et al. 2023, arXiv:2310.12036, sections 5.3 and 5.4",
