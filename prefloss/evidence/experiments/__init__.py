@@ -17,8 +17,18 @@ PAPERS: tuple[str, ...] = (
     "flipped_labels",
     "kto_unpaired",
     "kto_few_upvotes",
+    "graded_scores",
+    "off_support",
+    "several_judges",
+    "chipo_coverage",
 )
-QUESTIONS: tuple[str, ...] = ()
+QUESTIONS: tuple[str, ...] = (
+    "dpo_or_rlhf",
+    "unjudged_prompts",
+    "starting_model",
+    "ten_values",
+    "how_far",
+)
 
 
 def experiments() -> dict[str, Experiment]:

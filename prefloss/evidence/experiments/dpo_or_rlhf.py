@@ -11,18 +11,20 @@ from torch import Tensor
 
 from prefloss.evidence.drawing import GREY, draw_frontier, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import at_kl, over_seeds
+from prefloss.evidence.measures import at_kl, over_seeds, rows_over
 from prefloss.evidence.reward_models import reward_model
 from prefloss.feedback import Pairs
 from prefloss.worlds import Data, Judge, LogLinear, Policy, Tabular, World
 from prefloss.worlds import bandit, climb, draw, kl, optimum, reward, train
 
 BETAS = (0.2, 0.3, 0.5, 0.8, 1.2, 1.6)
-MIDDLE = 2
+MIDDLE = 0.5
 FIXED_KL = 0.5
 PLAIN = "DPO, and RLHF that sees as much"
 RICHER = "RLHF, reward model sees the squares too"
 BOTH = "DPO or RLHF, all see the squares too"
+SAMPLED = "RLHF, sampled"
+DIFFERENCE = f"largest difference of a probability between DPO and RLHF at beta {BETAS[0]}"
 
 
 def wide_world(completions: int = 1000, dimensions: int = 4) -> World:
@@ -39,70 +41,72 @@ def with_squares(world: World) -> World:
     return replace(world, features=torch.cat([world.features, world.features**2], -1))
 
 
-def difference(policy: Policy, data: Data, scores: Tensor, beta: float) -> float:
-    """Largest difference of a probability between DPO and the closed-form optimum for a reward model's scores."""
+def difference(policy: Policy, data: Data) -> float:
+    """Largest difference of a probability between DPO and the closed-form optimum for a reward model, both alike."""
+    beta = BETAS[0]
     # DPO's log-ratios are the scores divided by beta; so is its step.
     direct = train(policy, data, f"dpo(beta={beta})", learning_rate=0.05 / beta).log_probs()[0]
-    return (direct.exp() - optimum(policy.world, beta, scores).exp()).abs().max().item()
+    return (direct.exp() - optimum(policy.world, beta, reward_model(policy, data)).exp()).abs().max().item()
+
+
+def arms(world: World, data: Data, seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Policies of each way at each beta, [betas, seeds, prompts, C]."""
+    narrow, wide = LogLinear(world), LogLinear(with_squares(world))
+    betas, squared = torch.tensor(BETAS)[:, None], reward_model(wide, data)
+    climbing = {"seeds": seeds, "steps": 200, "learning_rate": 0.1}
+    return {
+        PLAIN: optimum(world, betas, reward_model(narrow, data)),
+        RICHER: climb(narrow, squared, BETAS, **climbing),
+        BOTH: optimum(world, betas, squared),
+        SAMPLED: climb(narrow, squared, BETAS[:1], samples=8, **climbing),
+    }
 
 
 def run(seeds: Sequence[int]) -> Finding:
     """Compare the two in a table, with the same features, and with a reward model that sees more or less."""
-    beta, sweep = BETAS[0], torch.tensor(BETAS)[:, None]
     table = Tabular(bandit(completions=20))
     judged = draw(table.world, Judge(), Pairs, 500, seeds=seeds)
     world = wide_world()
     data = draw(world, Judge(), Pairs, 300, seeds=seeds)
-    narrow, wide = LogLinear(world), LogLinear(with_squares(world))
-    plain, squared = reward_model(narrow, data), reward_model(wide, data)
-    arms = {
-        PLAIN: optimum(world, sweep, plain),
-        RICHER: climb(narrow, squared, BETAS, seeds=seeds, steps=200, learning_rate=0.1),
-        BOTH: optimum(world, sweep, squared),
-    }
-    sampled = climb(narrow, squared, [beta], samples=8, seeds=seeds, steps=200, learning_rate=0.1)
-    rewards = {name: reward(world, policies) for name, policies in arms.items()}
-    kls = {name: kl(world, policies) for name, policies in arms.items()}
-    fixed = {name: at_kl(kls[name], rewards[name], FIXED_KL) for name in arms}
-    at_beta = {name: values[0] for name, values in rewards.items()}
-    ahead = rewards[RICHER][MIDDLE] - rewards[PLAIN][MIDDLE]
+    policies = arms(world, data, seeds)
+    rewards = {name: reward(world, policy) for name, policy in policies.items()}
+    kls = {name: kl(world, policy) for name, policy in policies.items()}
+    in_table = difference(table, judged)
+    alike = max(difference(policy, data) for policy in (LogLinear(world), LogLinear(with_squares(world))))
     figures = [
-        Figure(
-            f"largest difference of a probability between DPO and RLHF at beta {beta}, in a table",
-            difference(table, judged, reward_model(table, judged), beta),
-            expected=0.0,
-        ),
-        Figure(
-            f"largest difference of a probability between DPO and RLHF at beta {beta}, same features",
-            max(difference(narrow, data, plain, beta), difference(wide, data, squared, beta)),
-            expected=0.0,
-        ),
-        over_seeds(
-            f"true reward at beta {beta}, RLHF whose reward model sees more than the policy, minus DPO",
-            at_beta[RICHER] - at_beta[PLAIN],
-        ),
-        over_seeds(f"the same at beta {BETAS[MIDDLE]}", ahead),
-        over_seeds(f"the same at a KL of {FIXED_KL:g} nats", fixed[RICHER] - fixed[PLAIN]),
-        over_seeds(
-            f"true reward at beta {beta}, DPO whose policy sees more than the reward model, minus RLHF",
-            at_beta[BOTH] - at_beta[PLAIN],
-        ),
-        over_seeds(f"the same at a KL of {FIXED_KL:g} nats", fixed[BOTH] - fixed[PLAIN]),
-        over_seeds(
-            f"true reward at beta {beta}, policy gradient with 8 samples a step minus exact gradient",
-            reward(world, sampled)[0] - at_beta[RICHER],
-        ),
+        Figure(f"{DIFFERENCE}, in a table", in_table, expected=0.0),
+        Figure(f"{DIFFERENCE}, same features", alike, expected=0.0),
+        *_gaps(rewards, {name: at_kl(kls[name], rewards[name], FIXED_KL) for name in (PLAIN, RICHER, BOTH)}),
     ]
-    rows = [
-        {"arm": name, "beta": beta, "seed": seed, "reward": values[i, j].item(), "kl": kls[name][i, j].item()}
-        for name, values in rewards.items()
-        for i, beta in enumerate(BETAS)
-        for j, seed in enumerate(seeds)
-    ]
+    sampled = rewards.pop(SAMPLED)[0] - rewards[RICHER][0]
+    name = f"true reward at beta {BETAS[0]}, policy gradient with 8 samples a step minus exact gradient"
+    figures.append(over_seeds(name, sampled))
+    rows = []
+    for arm in rewards:
+        rows += rows_over("beta", BETAS, seeds, {"reward": rewards[arm], "kl": kls[arm]}, arm=arm)
     verdict, change = _verdict(figures)
     return Finding(
         _summary(figures), figures, verdict, rows, lambda figure: _draw(figure, world, rewards, kls), change
     )
+
+
+def _gaps(rewards: dict[str, Tensor], fixed: dict[str, Tensor]) -> list[Figure]:
+    """What a reward model that sees more, and a policy that sees more, are worth."""
+    more, less = (
+        "true reward, RLHF whose reward model sees more than the policy, minus DPO",
+        "true reward, DPO whose policy sees more than the reward model, minus RLHF",
+    )
+    first, middle = (
+        {name: values[BETAS.index(beta)] for name, values in rewards.items() if name != SAMPLED}
+        for beta in (BETAS[0], MIDDLE)
+    )
+    return [
+        over_seeds(f"{more}, beta {BETAS[0]}", first[RICHER] - first[PLAIN]),
+        over_seeds(f"{more}, beta {MIDDLE}", middle[RICHER] - middle[PLAIN]),
+        over_seeds(f"{more}, KL of {FIXED_KL:g} nats", fixed[RICHER] - fixed[PLAIN]),
+        over_seeds(f"{less}, beta {BETAS[0]}", first[BOTH] - first[PLAIN]),
+        over_seeds(f"{less}, KL of {FIXED_KL:g} nats", fixed[BOTH] - fixed[PLAIN]),
+    ]
 
 
 def _verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
@@ -114,7 +118,7 @@ def _verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
         return Verdict.HOLDS, ""
     change = (
         f"A reward model that sees more than the policy helps at beta {BETAS[0]}, where DPO goes too far; at beta "
-        f"{BETAS[MIDDLE]} the difference is {richer_middle.value:+.2f} and at equal KL {richer_fixed.value:+.2f}."
+        f"{MIDDLE} the difference is {richer_middle.value:+.2f} and at equal KL {richer_fixed.value:+.2f}."
     )
     return Verdict.HOLDS_WITH_A_CHANGE, change
 
@@ -125,7 +129,7 @@ def _summary(figures: Sequence[Figure]) -> str:
         "Take the one that is easier for you to run. From the same pairs both end at the same policy where policy and "
         f"reward model see the same: probabilities differ by {max(in_table, alike):.0e} at most. If the reward model "
         f"sees more than the policy, RLHF minus DPO is {richer:+.2f} of reward at beta {BETAS[0]}, where DPO goes too "
-        f"far and RLHF stops by itself, {middle:+.2f} at beta {BETAS[MIDDLE]}, and {fixed:+.2f} at a KL of "
+        f"far and RLHF stops by itself, {middle:+.2f} at beta {MIDDLE}, and {fixed:+.2f} at a KL of "
         f"{FIXED_KL:g} nats. If the reward model sees less, DPO is better by {poorer:.2f} (at that KL by "
         f"{poorer_fixed:.2f}). This cannot show which case your language model is in, nor what sampling costs at scale."
     )

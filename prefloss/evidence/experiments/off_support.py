@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prefloss.evidence.drawing import GREY, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import over_seeds
+from prefloss.evidence.measures import over_seeds, rows_over
 from prefloss.evidence.reward_models import reward_model
 from prefloss.feedback import Pairs
 from prefloss.worlds import Data, Judge, LogLinear, Policy, Runs, Tabular, World, draw, optimum, sweep, train
@@ -74,12 +74,10 @@ def run(seeds: Sequence[int]) -> Finding:
             expected=0.0,
         ),
     ]
-    rows = [
-        {"arm": name, "beta": beta, "seed": seed} | dict(zip(("y1", "y2", "y3"), policy, strict=True))
-        for name, policies in arms.items()
-        for beta, of_beta in zip(BETAS, policies.exp()[..., 0, :].tolist(), strict=True)
-        for seed, policy in zip(seeds, of_beta, strict=True)
-    ]
+    rows = []
+    for name, policies in arms.items():
+        values = dict(zip(("y1", "y2", "y3"), policies.exp()[..., 0, :].unbind(-1), strict=True))
+        rows += rows_over("beta", BETAS, seeds, values, arm=name)
     verdict, change = _verdict(figures)
     return Finding(_summary(figures), figures, verdict, rows, lambda figure: _draw(figure, unseen), change)
 

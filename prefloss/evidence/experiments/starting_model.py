@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adam
 
 from prefloss.evidence.drawing import GREY, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import over_seeds
+from prefloss.evidence.measures import over_seeds, rows_over
 from prefloss.feedback import Pairs
 from prefloss.worlds import Data, Judge, Tabular, World, draw, population, train
 
@@ -19,9 +21,10 @@ GOOD, OTHERS = 2, 18
 GAIN = 3.0
 # Probability that the starting model says something good.
 CHANCES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-SHOWN = 0.003
+SHOWN = 0.001
 PAIRS, DEMONSTRATIONS = 300, 30
 BETA = 1.0
+DPO_LOSS = f"dpo(beta={BETA})"
 DPO, SFT, BOTH = "DPO", "SFT", "SFT, then DPO"
 
 
@@ -64,44 +67,47 @@ def trained(
     prompt = torch.cat([part.prompt + i * world.prompts for i, part in enumerate(parts)], 1)
     data = Data(Pairs, prompt, torch.cat([part.completions for part in parts], 1))
     joint = World(reward=world.reward.repeat(len(parts), 1), reference=references.flatten(0, 1))
-    runs = train(Tabular(joint), data, loss, steps=steps, learning_rate=0.1)
+    # Adam's usual eps would let the number of seeds matter.
+    adam = partial(Adam, eps=1e-16)
+    runs = train(Tabular(joint), data, loss, steps=steps, learning_rate=0.1, optimizer=adam)
     return runs.log_probs()[0, 0].view(references.shape)
+
+
+def arms(seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Policies with DPO, with supervised training on demonstrations, and with both, [seeds, prompts, C] each."""
+    reference = base().reference
+    start = reference.expand(len(seeds), -1, -1)
+    # Demonstrations are good completions at equal odds.
+    expert = torch.tensor([[0.0] * GOOD + [-torch.inf] * OTHERS]).expand(reference.shape)
+    shown = trained(start, seeds, "nll(average='sum')", DEMONSTRATIONS, steps=30, sampler=expert)
+    return {
+        DPO: trained(start, seeds, DPO_LOSS, PAIRS, steps=200),
+        SFT: shown,
+        BOTH: trained(shown, seeds, DPO_LOSS, PAIRS, steps=200),
+    }
 
 
 def run(seeds: Sequence[int]) -> Finding:
     """Train from references that say the good thing more and more often, with and without demonstrations first."""
-    world, chances = base(), torch.tensor(CHANCES)
-    start = world.reference.expand(len(seeds), -1, -1)
-    # Demonstrations are good completions at equal odds.
-    expert = torch.tensor([[0.0] * GOOD + [-torch.inf] * OTHERS]).expand(world.reference.shape)
-    shown = trained(start, seeds, "nll(average='sum')", DEMONSTRATIONS, steps=30, sampler=expert)
-    dpo = f"dpo(beta={BETA})"
-    arms = {
-        DPO: trained(start, seeds, dpo, PAIRS, steps=200),
-        SFT: shown,
-        BOTH: trained(shown, seeds, dpo, PAIRS, steps=200),
-    }
-    chance = {name: good(policies).T for name, policies in arms.items()}  # chances, seeds
-    endless = train(Tabular(world), population(world, Judge(), Pairs), dpo, steps=400).log_probs()[0, 0]
-    best, rare, common = ceiling(chances), CHANCES.index(SHOWN), CHANCES.index(0.1)
+    chance = {name: good(policies).T for name, policies in arms(seeds).items()}  # chances, seeds
+    world, best = base(), ceiling(torch.tensor(CHANCES))
+    endless = train(Tabular(world), population(world, Judge(), Pairs), DPO_LOSS, steps=400).log_probs()[0, 0]
+    rare, common = CHANCES.index(SHOWN), CHANCES.index(0.1)
+    mended, frequent = (chance[BOTH][at] - chance[DPO][at] for at in (rare, -1))
+    what = "probability of a good completion"
     figures = [
-        over_seeds(f"probability of a good completion from {SHOWN}, {BOTH}, minus {DPO}", chance[BOTH][rare] - chance[DPO][rare]),
-        over_seeds(f"probability of a good completion from {SHOWN}, {DPO}", chance[DPO][rare], best[rare].item()),
-        over_seeds(f"probability of a good completion from 0.1, {DPO}", chance[DPO][common], best[common].item()),
-        over_seeds(f"probability of a good completion from {SHOWN}, {SFT} alone", chance[SFT][rare]),
-        over_seeds(f"probability of a good completion from 0.3, {BOTH}, minus {DPO}", chance[BOTH][-1] - chance[DPO][-1]),
+        over_seeds(f"{what} from {SHOWN}, {BOTH}, minus {DPO}", mended),
+        over_seeds(f"{what} from {SHOWN}, {DPO}", chance[DPO][rare], best[rare].item()),
+        over_seeds(f"{what} from 0.1, {DPO}", chance[DPO][common], best[common].item()),
+        over_seeds(f"{what} from {SHOWN}, {SFT} alone", chance[SFT][rare]),
+        over_seeds(f"{what} from {CHANCES[-1]}, {BOTH}, minus {DPO}", frequent),
         Figure(
             "largest distance of DPO with endless pairs from the closed form",
             (good(endless) - best).abs().max().item(),
             expected=0.0,
         ),
     ]
-    rows = [
-        {"arm": name, "chance": CHANCES[i], "seed": seed, "good": values[i, j].item()}
-        for name, values in chance.items()
-        for i in range(len(CHANCES))
-        for j, seed in enumerate(seeds)
-    ]
+    rows = [row for arm in chance for row in rows_over("chance", CHANCES, seeds, {"good": chance[arm]}, arm=arm)]
     return Finding(_summary(figures), figures, _verdict(figures), rows, lambda figure: _draw(figure, chance))
 
 

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from prefloss.evidence.drawing import GREY, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import at_kl, over_seeds
+from prefloss.evidence.measures import at_kl, over_seeds, rows_over
 from prefloss.evidence.reward_models import reward_model
 from prefloss.feedback import Pairs
 from prefloss.worlds import Data, Judge, LogLinear, Tabular, World, draw, featured, kl, optimum, reward, sweep, train
 
 COUNTS = (30, 100, 300)
 SHOWN = 100
-UNJUDGED = 4000
-BETAS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+UNJUDGED = 1000
+BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 FIXED_KL = 0.5
 DIRECT = "DPO on the judged pairs"
 RLHF = "RLHF: reward model, exact optimum"
@@ -66,12 +66,7 @@ def run(seeds: Sequence[int]) -> Finding:
         for name, policies in arms(world, n, seeds).items():
             rewards, kls = reward(world, policies), kl(world, policies)
             fixed.setdefault(name, []).append(at_kl(kls, rewards, FIXED_KL))
-            rows += [
-                {"arm": name, "count": n, "beta": beta, "seed": seed}
-                | {"reward": rewards[i, j].item(), "kl": kls[i, j].item()}
-                for i, beta in enumerate(BETAS)
-                for j, seed in enumerate(seeds)
-            ]
+            rows += rows_over("beta", BETAS, seeds, {"reward": rewards, "kl": kls}, arm=name, count=n)
     at = {name: torch.stack(values) for name, values in fixed.items()}  # counts, seeds
     shown = {name: values[COUNTS.index(SHOWN)] for name, values in at.items()}
     where = f"true reward at a KL of {FIXED_KL} nats, {SHOWN} judged pairs"
@@ -129,7 +124,7 @@ EXPERIMENT = Experiment(
     source="asked by learners",
     setup=f"20 prompts with 20 completions of 8 features. {COUNTS} judged Bradley-Terry pairs; the reward model sees the "
     f"features, the policy has a free logit for each completion, so it learns nothing of one from another. The reward "
-    f"model labels {UNJUDGED} more pairs, by its own Bradley-Terry noise or with its scores. 7 betas from 0.125 to 8, "
+    f"model labels {UNJUDGED} more pairs, by its own Bradley-Terry noise or with its scores. 5 betas from 0.25 to 4, "
     "200 steps of Adam at 0.1.",
     run=run,
     seeds=10,
