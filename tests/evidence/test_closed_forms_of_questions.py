@@ -7,9 +7,29 @@ import torch
 from scipy.optimize import minimize
 
 from prefloss import Pairs
-from prefloss.evidence.experiments import chipo_coverage, how_far, off_support, several_judges, starting_model, ten_values
+from prefloss.evidence.experiments import (
+    chipo_coverage,
+    how_far,
+    off_support,
+    several_judges,
+    starting_model,
+    ten_values,
+)
 from prefloss.evidence.reward_models import reward_model
-from prefloss.worlds import Judge, LogLinear, Panel, World, draw, featured, kl, optimum, population, sweep, train, win_rate
+from prefloss.worlds import (
+    Judge,
+    LogLinear,
+    Panel,
+    World,
+    draw,
+    featured,
+    kl,
+    optimum,
+    population,
+    sweep,
+    train,
+    win_rate,
+)
 
 
 def test_a_reward_model_is_the_bradley_terry_fit_of_scipy():
@@ -17,7 +37,9 @@ def test_a_reward_model_is_the_bradley_terry_fit_of_scipy():
     pairs = draw(world, Judge(), Pairs, 200, seeds=[4])
     prompt, (chosen, rejected) = pairs.prompt[0], pairs.completions[0, :, :2].T
     difference = (world.features[prompt, chosen] - world.features[prompt, rejected]).numpy()
-    fit = minimize(lambda w: torch.nn.functional.softplus(-torch.tensor(difference @ w)).mean().item(), [0.0] * 3)
+    fit = minimize(
+        lambda w: torch.nn.functional.softplus(-torch.tensor(difference @ w)).mean().item(), [0.0] * 3
+    )
     scores, by_hand = reward_model(LogLinear(world), pairs)[0], world.features @ torch.tensor(fit.x)
     torch.testing.assert_close(scores.diff(dim=-1), by_hand.diff(dim=-1), atol=1e-3, rtol=0.0)
 
@@ -95,5 +117,7 @@ def test_policies_are_put_at_a_distance():
 
 
 def test_coverage_is_what_the_worlds_differ_in():
-    shares = [chipo_coverage.covered(mass).reference.exp()[0, chipo_coverage.COMMON :].sum() for mass in (0.1, 0.8)]
+    shares = [
+        chipo_coverage.covered(mass).reference.exp()[0, chipo_coverage.COMMON :].sum() for mass in (0.1, 0.8)
+    ]
     torch.testing.assert_close(torch.stack(shares), torch.tensor([0.1, 0.8]).double(), atol=1e-6, rtol=0.0)

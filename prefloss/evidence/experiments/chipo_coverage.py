@@ -27,7 +27,9 @@ def covered(mass: float) -> World:
     """10 completions of rewards around 0.5 and 40 of reward -0.5, which the reference says with this probability."""
     shares = [(1 - mass) / COMMON] * COMMON + [mass / RARE] * RARE
     around = 0.5 + 0.3 * torch.randn(COMMON, generator=torch.Generator().manual_seed(0))
-    return World(reward=torch.cat([around, torch.full((RARE,), -0.5)])[None], reference=torch.tensor([shares]).log())
+    return World(
+        reward=torch.cat([around, torch.full((RARE,), -0.5)])[None], reference=torch.tensor([shares]).log()
+    )
 
 
 def run(seeds: Sequence[int]) -> Finding:
@@ -42,7 +44,10 @@ def run(seeds: Sequence[int]) -> Finding:
         runs = train(Tabular(world), data, losses, steps=300, learning_rate=0.1)
         rows += rows_of(runs, data=name)
         shape = (len(STRENGTHS), -1, len(seeds))
-        kls[name], rewards[name] = kl(world, runs.log_probs()).view(shape), reward(world, runs.log_probs()).view(shape)
+        kls[name], rewards[name] = (
+            kl(world, runs.log_probs()).view(shape),
+            reward(world, runs.log_probs()).view(shape),
+        )
     fixed = {
         name: torch.stack([at_kl(x, y, FIXED_KL) for x, y in zip(kls[name], rewards[name], strict=True)])
         for name in MASS
@@ -50,10 +55,21 @@ def run(seeds: Sequence[int]) -> Finding:
     poor, even = MASS
     start = reward(covered(MASS[poor]), covered(MASS[poor]).reference).item()
     figures = [
-        over_seeds(f"true reward at a KL of {FIXED_KL} nats, chi-PO minus DPO, {poor}", fixed[poor][1] - fixed[poor][0]),
-        over_seeds(f"true reward at a KL of {FIXED_KL} nats, chi-PO minus DPO, {even}", fixed[even][1] - fixed[even][0]),
-        over_seeds(f"true reward, DPO at its smallest beta minus the reference, {poor}", rewards[poor][0, 0] - start),
-        over_seeds(f"true reward, chi-PO at its smallest beta minus the reference, {poor}", rewards[poor][1, 0] - start),
+        over_seeds(
+            f"true reward at a KL of {FIXED_KL} nats, chi-PO minus DPO, {poor}",
+            fixed[poor][1] - fixed[poor][0],
+        ),
+        over_seeds(
+            f"true reward at a KL of {FIXED_KL} nats, chi-PO minus DPO, {even}",
+            fixed[even][1] - fixed[even][0],
+        ),
+        over_seeds(
+            f"true reward, DPO at its smallest beta minus the reference, {poor}", rewards[poor][0, 0] - start
+        ),
+        over_seeds(
+            f"true reward, chi-PO at its smallest beta minus the reference, {poor}",
+            rewards[poor][1, 0] - start,
+        ),
     ]
     verdict, change = _verdict(figures)
     return Finding(
@@ -74,11 +90,12 @@ def _verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
 def _summary(figures: Sequence[Figure]) -> str:
     poor, even, dpo, chipo = (figure.value for figure in figures)
     return (
-        f"Yes, in a world made for it. Where 40 of 50 completions share a tenth of the reference's probability, {PAIRS} "
-        f"pairs judge each of them once or twice, and DPO believes their lucky wins: at a KL of {FIXED_KL} nats chi-PO "
-        f"earns {poor:+.2f} more. Where all are covered alike the difference is {even:+.2f}. At the smallest beta, poorly "
-        f"covered, DPO ends {dpo:+.2f} from the reference and chi-PO {chipo:+.2f}. The rare completions are all bad "
-        "here; it cannot say how it goes where the best one is rare, nor where features tie them together."
+        f"Yes, in a world made for it. Where 40 of 50 completions share a tenth of the reference's probability, "
+        f"{PAIRS} pairs judge each of them two or three times, and DPO believes their lucky wins: at a KL of "
+        f"{FIXED_KL} nats chi-PO earns {poor:+.2f} more. Where all are covered alike the difference is {even:+.2f}. At "
+        f"the smallest beta, poorly covered, DPO ends {dpo:+.2f} from the reference and chi-PO {chipo:+.2f}. The rare "
+        "completions are all bad here; it cannot say how it goes where the best one is rare, nor where features tie "
+        "them together."
     )
 
 
@@ -97,8 +114,8 @@ EXPERIMENT = Experiment(
     claim="KL regularisation does not stop DPO from believing completions that the data hardly cover; chi-PO, a change "
     "of one line, does.",
     source="Huang et al. 2024, arXiv:2407.13399",
-    setup=f"A table of {COMMON} common completions (rewards around 0.5) and {RARE} rare ones (reward -0.5) that share a "
-    f"tenth of the reference, or all alike; {PAIRS} Bradley-Terry pairs; 6 strengths of each loss, 300 steps of Adam at "
-    "0.1. chi-PO's bound of the reward is 1.",
+    setup=f"A table of {COMMON} common completions (rewards around 0.5) and {RARE} rare ones (reward -0.5) that share "
+    f"a tenth of the reference, or all alike; {PAIRS} Bradley-Terry pairs; 6 strengths of each loss, 300 steps of Adam "
+    "at 0.1. chi-PO's bound of the reward is 1.",
     run=run,
 )

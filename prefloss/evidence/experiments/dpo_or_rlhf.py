@@ -14,8 +14,21 @@ from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
 from prefloss.evidence.measures import at_kl, over_seeds, rows_over
 from prefloss.evidence.reward_models import reward_model
 from prefloss.feedback import Pairs
-from prefloss.worlds import Data, Judge, LogLinear, Policy, Tabular, World
-from prefloss.worlds import bandit, climb, draw, kl, optimum, reward, train
+from prefloss.worlds import (
+    Data,
+    Judge,
+    LogLinear,
+    Policy,
+    Tabular,
+    World,
+    bandit,
+    climb,
+    draw,
+    kl,
+    optimum,
+    reward,
+    train,
+)
 
 BETAS = (0.2, 0.3, 0.5, 0.8, 1.2, 1.6)
 MIDDLE = 0.5

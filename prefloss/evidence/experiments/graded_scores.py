@@ -40,7 +40,10 @@ def run(seeds: Sequence[int]) -> Finding:
     at_fixed, at_beta = torch.stack(fixed, 1), torch.stack(free, 1)  # losses, counts, seeds
     gains = at_fixed - at_fixed[:1]
     figures = [
-        over_seeds(f"true reward at a KL of {FIXED_KL} nats, {name} minus DPO, {n} pairs", gains[which, COUNTS.index(n)])
+        over_seeds(
+            f"true reward at a KL of {FIXED_KL} nats, {name} minus DPO, {n} pairs",
+            gains[which, COUNTS.index(n)],
+        )
         for n in (FEW, COUNTS[-1])
         for which, name in enumerate(LOSSES)
         if which
@@ -81,7 +84,9 @@ def _draw(figure: Any, gains: Tensor, at_beta: Tensor) -> None:
     for which, name in enumerate(LOSSES):
         if which:
             # Side by side, not on one another.
-            draw_means(left, torch.tensor(COUNTS) * 1.06 ** (which - 2), gains[which], name, which, dots=False)
+            draw_means(
+                left, torch.tensor(COUNTS) * 1.06 ** (which - 2), gains[which], name, which, dots=False
+            )
         draw_means(right, torch.tensor(COUNTS) * 1.0, at_beta[which], name, which, dots=False)
     left.axhline(0, color=GREY, linestyle="--", label="DPO")
     left.set(title=f"at a KL of {FIXED_KL} nats", ylabel="true reward minus DPO's")
@@ -96,11 +101,12 @@ def _draw(figure: Any, gains: Tensor, at_beta: Tensor) -> None:
 EXPERIMENT = Experiment(
     name="graded-scores",
     title="Scores in the loss against few pairs",
-    claim="A loss that reads how much better the chosen completion is aligns better than DPO, above all where pairs are "
-    "few.",
+    claim="A loss that reads how much better the chosen completion is aligns better than DPO, above all where pairs "
+    "are few.",
     source="ODPO: Amini et al. 2024, arXiv:2402.10571; RPO: Adler et al. 2024, arXiv:2406.11704; REBEL: Gao et al. "
     "2024, arXiv:2404.16767",
     setup="2 prompts, 50 completions with 8 features, a log-linear policy; one judge of temperature 0.5 scores both "
-    "sides, and the scores give the order. 10 to 300 pairs, 6 betas from 0.5 to 64 (REBEL: eta = 1 / beta), 200 steps of Adam.",
+    "sides, and the scores give the order. 10 to 300 pairs, 6 betas from 0.5 to 64 (REBEL: eta = 1 / beta), "
+    "200 steps of Adam.",
     run=run,
 )

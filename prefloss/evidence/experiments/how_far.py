@@ -15,7 +15,7 @@ from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
 from prefloss.evidence.measures import over_seeds, rows_over
 from prefloss.evidence.reward_models import reward_model
 from prefloss.feedback import Pairs
-from prefloss.worlds import Judge, LogLinear, World, draw, kl, optimum, reward, win_rate
+from prefloss.worlds import Judge, LogLinear, World, draw, kl, reward, win_rate
 from prefloss.worlds.language import LanguageWorld, true_reward, words
 
 PROMPT = "Tell me about the sea:"
@@ -25,7 +25,6 @@ KLS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0)
 SHOWN = (1.0, 3.0, 10.0)
 TRUE, WINS = "true reward", "win rate against the reference"
 OVERLAP, COUNT = "overlap with the reference", "different sentences, effectively"
-LOST = "nats that the reference's own samples lose"
 
 
 def written(count: int = SENTENCES) -> tuple[World, list[str]]:
@@ -34,8 +33,12 @@ def written(count: int = SENTENCES) -> tuple[World, list[str]]:
     drawn = Counter(source.completion(PROMPT) for _ in range(count))
     texts = list(drawn)
     vocabulary = {word: i for i, word in enumerate(sorted({word for text in texts for word in words(text)}))}
-    found = torch.tensor([(row, vocabulary[word]) for row, text in enumerate(texts) for word in words(text)]).T
-    features = torch.zeros(len(texts), len(vocabulary)).index_put_(tuple(found), torch.ones(()), accumulate=True)
+    found = torch.tensor(
+        [(row, vocabulary[word]) for row, text in enumerate(texts) for word in words(text)]
+    ).T
+    features = torch.zeros(len(texts), len(vocabulary)).index_put_(
+        tuple(found), torch.ones(()), accumulate=True
+    )
     rewards = torch.tensor([[true_reward(PROMPT, text) for text in texts]])
     counts = torch.tensor([[float(drawn[text]) for text in texts]])
     return World(reward=rewards, reference=counts.log(), features=features[None]), texts
@@ -84,10 +87,8 @@ def run(seeds: Sequence[int]) -> Finding:
         TRUE: reward(world, policies),
         WINS: win_rate(world, policies),
         OVERLAP: torch.minimum(policies.exp(), start).sum(-1).mean(-1),
-        COUNT: -(policies.exp() * policies).sum(-1).mean(-1),
-        LOST: (start * (world.reference - policies)).sum(-1).mean(-1),
+        COUNT: (-(policies.exp() * policies).sum(-1)).mean(-1).exp(),
     }
-    measured[COUNT] = measured[COUNT].exp()
     figures = [
         over_seeds(f"{name}, KL {distance:g}", values[KLS.index(distance)])
         for name, values in measured.items()
@@ -117,12 +118,12 @@ def _summary(figures: Sequence[Figure], whole: float, start: float) -> str:
     rewards, wins, overlap, count = value[:3], value[3:6], value[6:9], value[9:12]
     return (
         f"1 nat is another tone: {overlap[0]:.0%} of the samples could still be the reference's, and they win "
-        f"{wins[0]:.0%} of the time against it. 3 nats are another model ({overlap[1]:.0%} and {wins[1]:.0%}). 10 nats are "
-        f"a parrot: of {whole:,.0f} sentences it says about {count[2]:.0f}. The true reward goes from {start:.1f} to "
-        f"{rewards[0]:.1f}, {rewards[1]:.1f} and {rewards[2]:.1f}. In general the best of n samples lies at "
+        f"{wins[0]:.0%} of the time against it. 3 nats are another model ({overlap[1]:.0%} and {wins[1]:.0%}). 10 nats "
+        f"are a parrot: of {whole:,.0f} sentences it says about {count[2]:.0f}. The true reward goes from {start:.1f} "
+        f"to {rewards[0]:.1f}, {rewards[1]:.1f} and {rewards[2]:.1f}. In general the best of n samples lies at "
         f"log n - (n - 1)/n nats: 1 nat is the best of {samples_for(1):.0f}, 3 of {samples_for(3):.0f}, 10 of "
-        f"{samples_for(10):,.0f}. These are sentences of ten words; a KL over a long text is spread over its tokens, and "
-        "the same nats mean less for each."
+        f"{samples_for(10):,.0f}. These are sentences of ten words; a KL over a long text is spread over its tokens, "
+        "and the same nats mean less for each."
     )
 
 
@@ -141,12 +142,12 @@ def _draw(figure: Any, rewards: Tensor, samples: dict[float, list[str]]) -> None
 EXPERIMENT = Experiment(
     name="how-far",
     title="How far is far: a KL of 1, 3 and 10 nats",
-    claim="A KL of 1 nat changes the tone of samples, 3 nats change most of them, and at 10 nats a handful of sentences "
-    "is left.",
+    claim="A KL of 1 nat changes the tone of samples, 3 nats change most of them, and at 10 nats a handful of "
+    "sentences is left.",
     source="asked by learners",
     setup=f"{SENTENCES:,} sentences of the language world for one prompt, as often as its grammar says them. DPO fits "
-    f"{PAIRS} Bradley-Terry pairs with the counts of the words as features (100 steps of Adam); beta is then set so that "
-    "the KL is the one named. Overlap: the probability that both share; sentences: e to the entropy.",
+    f"{PAIRS} Bradley-Terry pairs with the counts of the words as features (100 steps of Adam); beta is then set so "
+    "that the KL is the one named. Overlap: the probability that both share; sentences: e to the entropy.",
     run=run,
     seeds=5,
 )

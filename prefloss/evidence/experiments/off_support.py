@@ -89,7 +89,9 @@ def _verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
         return Verdict.DOES_NOT_APPEAR, ""
     if tied_model.below(10 * REFERENCE):
         return Verdict.HOLDS, ""
-    change = "RLHF does the same where its reward model sees the shared feature: the feature carries the mass."
+    change = (
+        "RLHF does the same where its reward model sees the shared feature: the feature carries the mass."
+    )
     return Verdict.HOLDS_WITH_A_CHANGE, change
 
 
@@ -111,7 +113,9 @@ def _draw(figure: Any, unseen: dict[str, Tensor]) -> None:
         nudged = torch.tensor(BETAS) * (1.04 if which % 2 else 1.0)
         draw_means(axis, nudged, values, name, which, dots=False)
     axis.axhline(REFERENCE, color=GREY, linestyle=":", label="reference")
-    axis.set(xlabel="beta (small: far from the reference)", ylabel="probability of y3, which no pair mentions")
+    axis.set(
+        xlabel="beta (small: far from the reference)", ylabel="probability of y3, which no pair mentions"
+    )
     axis.set(xscale="log", yscale="log", ylim=(5e-5, 1.5))
     axis.set_xticks(BETAS, [str(beta) for beta in BETAS])
     axis.minorticks_off()
@@ -121,8 +125,8 @@ def _draw(figure: Any, unseen: dict[str, Tensor]) -> None:
 EXPERIMENT = Experiment(
     name="off-support",
     title="Probability on completions that no pair mentions",
-    claim="DPO's loss is minimal also for policies that give mass to completions outside the preference data, which the "
-    "objective of RLHF rules out; so DPO can favour completions that nobody judged.",
+    claim="DPO's loss is minimal also for policies that give mass to completions outside the preference data, which "
+    "the objective of RLHF rules out; so DPO can favour completions that nobody judged.",
     source="Xu et al. 2024, arXiv:2404.10719, section 4 (Theorem 4.1)",
     setup="Three completions: y1 (reward 1) and y2 (reward 0) at 0.495 each, and a bad y3 (reward -3) at 0.01. 200 "
     "pairs of y1 and y2 judged by Bradley-Terry. DPO with free logits and with one feature (y1 has 1, y2 has 0, y3 has "

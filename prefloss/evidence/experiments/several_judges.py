@@ -65,7 +65,13 @@ def run(seeds: Sequence[int]) -> Finding:
         for found, values in ((followed, same.double()), (reversed_, (loss > 0).double()), (cost, loss)):
             found.append(values.view(len(seeds), PANELS).mean(-1))
         rows += [
-            {"share": share, "seed": seed, "order_of_borda": a.item(), "not_the_best": b.item(), "cost": c.item()}
+            {
+                "share": share,
+                "seed": seed,
+                "order_of_borda": a.item(),
+                "not_the_best": b.item(),
+                "cost": c.item(),
+            }
             for seed, a, b, c in zip(seeds, followed[-1], reversed_[-1], cost[-1], strict=True)
         ]
         if share == SHOWN:
@@ -76,10 +82,17 @@ def run(seeds: Sequence[int]) -> Finding:
     at = SHARES.index(SHOWN)
     figures = [
         over_seeds(f"share of panels that DPO orders by Borda count, minority {SHOWN}", followed[at], 1.0),
-        over_seeds(f"share of panels whose best mean reward is not DPO's favourite, minority {SHOWN}", reversed_[at]),
+        over_seeds(
+            f"share of panels whose best mean reward is not DPO's favourite, minority {SHOWN}", reversed_[at]
+        ),
         over_seeds("the same with judges of one mind", reversed_[0], 0.0),
-        over_seeds(f"mean reward of the best minus that of DPO's favourite, all panels, minority {SHOWN}", cost[at]),
-        Figure("the same in the panel where it is largest", (example["mean reward"].max() - _favourite(example)).item()),
+        over_seeds(
+            f"mean reward of the best minus that of DPO's favourite, all panels, minority {SHOWN}", cost[at]
+        ),
+        Figure(
+            "the same in the panel where it is largest",
+            (example["mean reward"].max() - _favourite(example)).item(),
+        ),
         Figure("largest distance of a Borda count from the one that DPO implies", distance, expected=0.0),
     ]
     return Finding(
@@ -108,8 +121,8 @@ def _summary(figures: Sequence[Figure]) -> str:
     return (
         f"It learns who wins most often, not who is liked most on average. With a {SHOWN:.0%} minority DPO orders "
         f"{order:.1%} of {PANELS} random panels a seed by Borda count, and in {reversed_:.1%} its favourite is not the "
-        f"completion of the highest mean reward (judges of one mind: {alone:.1%}). That costs {cost:.2f} of mean reward "
-        f"over all panels, and {worst:.1f} in the worst. How often real judges differ so much it cannot say."
+        f"completion of the highest mean reward (judges of one mind: {alone:.1%}). That costs {cost:.2f} of mean "
+        f"reward over all panels, and {worst:.1f} in the worst. How often real judges differ so much it cannot say."
     )
 
 
@@ -122,17 +135,21 @@ def _draw(figure: Any, example: dict[str, Tensor], reversed_: Tensor) -> None:
     left.set(title=f"where it costs most (minority {SHOWN:.0%})", ylabel="reward, less the mean of the three")
     left.legend(fontsize=8)
     draw_means(right, torch.tensor(SHARES), 100 * reversed_, "", 0)
-    right.set(xlabel="share of the second judge", ylabel="panels whose best is not DPO's favourite, %", ylim=(0, None))
+    right.set(
+        xlabel="share of the second judge",
+        ylabel="panels whose best is not DPO's favourite, %",
+        ylim=(0, None),
+    )
 
 
 EXPERIMENT = Experiment(
     name="several-judges",
     title="DPO on judges of several minds",
-    claim="Where judges differ, DPO does not order completions by their mean reward but by their normalised Borda count: "
-    "how often each one beats another of the data.",
+    claim="Where judges differ, DPO does not order completions by their mean reward but by their normalised Borda "
+    "count: how often each one beats another of the data.",
     source="Shirali et al. 2025, arXiv:2502.16320",
-    setup=f"Three completions, two kinds of Bradley-Terry judges with normal tastes of deviation 1.5, {PANELS} panels a "
-    f"seed; the second kind judges a share of {SHARES} of all pairs. Population DPO (every pair, weighted by its "
+    setup=f"Three completions, two kinds of Bradley-Terry judges with normal tastes of deviation 1.5, {PANELS} panels "
+    f"a seed; the second kind judges a share of {SHARES} of all pairs. Population DPO (every pair, weighted by its "
     "probability) at beta 1 with free logits, 400 steps of Adam.",
     run=run,
 )

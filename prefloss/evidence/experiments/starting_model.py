@@ -107,7 +107,9 @@ def run(seeds: Sequence[int]) -> Finding:
             expected=0.0,
         ),
     ]
-    rows = [row for arm in chance for row in rows_over("chance", CHANCES, seeds, {"good": chance[arm]}, arm=arm)]
+    rows = [
+        row for arm in chance for row in rows_over("chance", CHANCES, seeds, {"good": chance[arm]}, arm=arm)
+    ]
     return Finding(_summary(figures), figures, _verdict(figures), rows, lambda figure: _draw(figure, chance))
 
 
@@ -121,11 +123,11 @@ def _verdict(figures: Sequence[Figure]) -> Verdict:
 def _summary(figures: Sequence[Figure]) -> str:
     mended, rare, common, sft, frequent, _ = figures
     return (
-        f"Very much. DPO multiplies the odds of the good thing; it does not invent it. From a chance of {SHOWN}, {PAIRS} "
-        f"pairs of the model's own completions give {rare.value:.3f} (endless pairs: {rare.expected:.3f}); from 0.1 they "
-        f"give {common.value:.2f} (endless: {common.expected:.2f}). {DEMONSTRATIONS} demonstrations first give "
-        f"{sft.value:.2f} from {SHOWN}, and DPO after them {mended.value:+.2f} over DPO alone; from 0.3 the same is worth "
-        f"{frequent.value:+.2f}. All demonstrations are good here; it cannot say what mediocre ones do."
+        f"Very much. DPO multiplies the odds of the good thing; it does not invent it. From a chance of {SHOWN}, "
+        f"{PAIRS} pairs of the model's own completions give {rare.value:.3f} (endless pairs: {rare.expected:.3f}); "
+        f"from 0.1 they give {common.value:.2f} (endless: {common.expected:.2f}). {DEMONSTRATIONS} demonstrations "
+        f"first give {sft.value:.2f} from {SHOWN}, and DPO after them {mended.value:+.2f} over DPO alone; from 0.3 the "
+        f"same is worth {frequent.value:+.2f}. All demonstrations are good here; it cannot say what mediocre ones do."
     )
 
 
@@ -137,7 +139,11 @@ def _draw(figure: Any, chance: dict[str, Tensor]) -> None:
     grid = torch.logspace(-3, -0.5, 100)
     axis.plot(grid, ceiling(grid), "--", color=GREY, label="DPO with endless pairs (closed form)")
     axis.plot(grid, grid, ":", color=GREY, label="starting model")
-    axis.set(xlabel="probability of a good completion before", ylabel="probability of a good completion after", xscale="log")
+    axis.set(
+        xlabel="probability of a good completion before",
+        ylabel="probability of a good completion after",
+        xscale="log",
+    )
     axis.set_xticks(CHANCES, [str(value) for value in CHANCES])
     axis.minorticks_off()
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -146,12 +152,12 @@ def _draw(figure: Any, chance: dict[str, Tensor]) -> None:
 EXPERIMENT = Experiment(
     name="starting-model",
     title="How much the starting model matters",
-    claim="Preference training strengthens what the starting model says now and then; what it hardly ever says has to be "
-    "shown to it first.",
+    claim="Preference training strengthens what the starting model says now and then; what it hardly ever says has to "
+    "be shown to it first.",
     source="asked by learners",
-    setup=f"{GOOD} good completions (reward 3) and {OTHERS} others (reward 0), free logits. The reference says a good one with a "
-    f"chance of {CHANCES[0]} to {CHANCES[-1]}. {PAIRS} Bradley-Terry pairs of the model's own completions, DPO at beta "
-    f"{BETA}, 200 steps of Adam at 0.1; or first {DEMONSTRATIONS} good demonstrations, 30 steps of nll, and then the "
-    "same DPO from there.",
+    setup=f"{GOOD} good completions (reward 3) and {OTHERS} others (reward 0), free logits. The reference says a good "
+    f"one with a chance of {CHANCES[0]} to {CHANCES[-1]}. {PAIRS} Bradley-Terry pairs of the model's own completions, "
+    f"DPO at beta {BETA}, 200 steps of Adam at 0.1; or first {DEMONSTRATIONS} good demonstrations, 30 steps of nll, "
+    "and then the same DPO from there.",
     run=run,
 )

@@ -20,7 +20,11 @@ BETAS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 FIXED_KL = 0.5
 LEVELS = (2, 3, 5, 10)
 DROPPED, HALVED = "better or worse, ties dropped", "better, tie, worse"
-LABELS = {"dpo": "DPO", "rpo_sq": "RPO (squared), reads ratings", "soft_label_dpo": "soft-label DPO, tie = half"}
+LABELS = {
+    "dpo": "DPO",
+    "rpo_sq": "RPO (squared), reads ratings",
+    "soft_label_dpo": "soft-label DPO, tie = half",
+}
 # Sure enough: sigmoid(6) is 0.998.
 SURE = 6.0
 
@@ -73,12 +77,25 @@ def run(seeds: Sequence[int]) -> Finding:
     where = f"true reward at a KL of {FIXED_KL} nats"
     order = at["order of each pair", "dpo"]
     figures = [
-        over_seeds(f"{where}, RPO (squared): 10 values minus 2", at["10 values", "rpo_sq"] - at["2 values", "rpo_sq"]),
+        over_seeds(
+            f"{where}, RPO (squared): 10 values minus 2", at["10 values", "rpo_sq"] - at["2 values", "rpo_sq"]
+        ),
         over_seeds(f"{where}, DPO: 10 values minus 2", at["10 values", "dpo"] - at["2 values", "dpo"]),
-        over_seeds(f"{where}: 10 values (RPO) minus the order of each pair (DPO)", at["10 values", "rpo_sq"] - order),
-        over_seeds(f"{where}: exact scores minus 10 values (RPO)", at["exact scores", "rpo_sq"] - at["10 values", "rpo_sq"]),
-        over_seeds(f"{where}: ties as half and half minus ties dropped", at[HALVED, "soft_label_dpo"] - at[DROPPED, "dpo"]),
-        over_seeds(f"{where}: ties as half and half minus the order of each pair", at[HALVED, "soft_label_dpo"] - order),
+        over_seeds(
+            f"{where}: 10 values (RPO) minus the order of each pair (DPO)", at["10 values", "rpo_sq"] - order
+        ),
+        over_seeds(
+            f"{where}: exact scores minus 10 values (RPO)",
+            at["exact scores", "rpo_sq"] - at["10 values", "rpo_sq"],
+        ),
+        over_seeds(
+            f"{where}: ties as half and half minus ties dropped",
+            at[HALVED, "soft_label_dpo"] - at[DROPPED, "dpo"],
+        ),
+        over_seeds(
+            f"{where}: ties as half and half minus the order of each pair",
+            at[HALVED, "soft_label_dpo"] - order,
+        ),
     ]
     return Finding(_summary(figures), figures, _verdict(figures), rows, lambda figure: _draw(figure, at))
 
@@ -95,11 +112,11 @@ def _summary(figures: Sequence[Figure]) -> str:
         if figure.interval
     )
     return (
-        f"Ten values are worth it if each completion is rated by itself: with {PAIRS} pairs and a KL of {FIXED_KL} nats "
-        f"they earn {graded} over thumbs up or down where the loss reads the ratings, and {plain} with DPO, which loses "
-        f"fewer pairs to equal ratings. Over just asking which of the two is better they earn {order}; exact scores add "
-        f"{exact}. Better, tie or worse: to count a tie as half and half earns {ties} over dropping it, and {three} over "
-        "forcing a choice. The rater here uses its scale evenly; it cannot say what careless raters do."
+        f"Ten values are worth it if each completion is rated by itself: with {PAIRS} pairs and a KL of {FIXED_KL} "
+        f"nats they earn {graded} over thumbs up or down where the loss reads the ratings, and {plain} with DPO, which "
+        f"loses fewer pairs to equal ratings. Over just asking which of the two is better they earn {order}; exact "
+        f"scores add {exact}. Better, tie or worse: to count a tie as half and half earns {ties} over dropping it, and "
+        f"{three} over forcing a choice. The rater here uses its scale evenly; it cannot say what careless raters do."
     )
 
 

@@ -13,7 +13,20 @@ from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
 from prefloss.evidence.measures import at_kl, over_seeds, rows_over
 from prefloss.evidence.reward_models import reward_model
 from prefloss.feedback import Pairs
-from prefloss.worlds import Data, Judge, LogLinear, Tabular, World, draw, featured, kl, optimum, reward, sweep, train
+from prefloss.worlds import (
+    Data,
+    Judge,
+    LogLinear,
+    Tabular,
+    World,
+    draw,
+    featured,
+    kl,
+    optimum,
+    reward,
+    sweep,
+    train,
+)
 
 COUNTS = (30, 100, 300)
 SHOWN = 100
@@ -34,8 +47,13 @@ def labelled(world: World, scores: Tensor, n: int, seeds: Sequence[int]) -> Data
         draw(world, Judge(taste=taste), Pairs, n, seeds=[10**6 + seed])
         for taste, seed in zip(scores, seeds, strict=True)
     ]
-    prompt, completions = torch.cat([each.prompt for each in sets]), torch.cat([each.completions for each in sets])
-    given = torch.stack([taste[at].gather(-1, of[:, :2]) for taste, at, of in zip(scores, prompt, completions, strict=True)])
+    prompt, completions = (
+        torch.cat([each.prompt for each in sets]),
+        torch.cat([each.completions for each in sets]),
+    )
+    given = torch.stack(
+        [taste[at].gather(-1, of[:, :2]) for taste, at, of in zip(scores, prompt, completions, strict=True)]
+    )
     fields = {"score_chosen": given[..., 0], "score_rejected": given[..., 1]}
     return Data(Pairs, prompt, completions, fields, tuple(seeds))
 
@@ -96,11 +114,11 @@ def _summary(figures: Sequence[Figure]) -> str:
     rlhf, labels, scores, sharing, direct = (figure.value for figure in figures)
     return (
         "Fit a reward model and use it, if it generalises better than your policy. With "
-        f"{SHOWN} judged pairs and a KL of {FIXED_KL} nats, RLHF earns {rlhf:.2f} more true reward than DPO on the judged "
-        f"pairs ({direct:.2f}), DPO on pairs that the reward model labels {labels:.2f} more, and the reward model's "
-        f"scores inside the loss {rlhf + scores:.2f} more. But a policy that sees the same features as the reward model "
-        f"needs none of it: DPO on the judged pairs alone is then {sharing:+.2f} from RLHF. It cannot say how well your "
-        "model generalises by itself."
+        f"{SHOWN} judged pairs and a KL of {FIXED_KL} nats, RLHF earns {rlhf:.2f} more true reward than DPO on the "
+        f"judged pairs ({direct:.2f}), DPO on pairs that the reward model labels {labels:.2f} more, and the reward "
+        f"model's scores inside the loss {rlhf + scores:.2f} more. But a policy that sees the same features as the "
+        f"reward model needs none of it: DPO on the judged pairs alone is then {sharing:+.2f} from RLHF. It cannot say "
+        "how well your model generalises by itself."
     )
 
 
@@ -119,13 +137,13 @@ def _draw(figure: Any, world: World, at: dict[str, Tensor]) -> None:
 EXPERIMENT = Experiment(
     name="unjudged-prompts",
     title="Few judged pairs, many unjudged prompts",
-    claim="A reward model fitted to few judged pairs makes feedback out of unjudged prompts: by RLHF, by labelling pairs "
-    "for DPO, or by its scores inside the loss.",
+    claim="A reward model fitted to few judged pairs makes feedback out of unjudged prompts: by RLHF, by labelling "
+    "pairs for DPO, or by its scores inside the loss.",
     source="asked by learners",
-    setup=f"20 prompts with 20 completions of 8 features. {COUNTS} judged Bradley-Terry pairs; the reward model sees the "
-    f"features, the policy has a free logit for each completion, so it learns nothing of one from another. The reward "
-    f"model labels {UNJUDGED} more pairs, by its own Bradley-Terry noise or with its scores. 5 betas from 0.25 to 4, "
-    "200 steps of Adam at 0.1.",
+    setup=f"20 prompts with 20 completions of 8 features. {COUNTS} judged Bradley-Terry pairs; the reward model sees "
+    f"the features, the policy has a free logit for each completion, so it learns nothing of one from another. The "
+    f"reward model labels {UNJUDGED} more pairs, by its own Bradley-Terry noise or with its scores. 5 betas from 0.25 "
+    "to 4, 200 steps of Adam at 0.1.",
     run=run,
     seeds=10,
 )
