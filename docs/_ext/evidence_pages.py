@@ -18,6 +18,12 @@ from prefloss.evidence.experiments import experiments
 FOLDER = "evidence"
 # Written by hand, from all results; it stands first where it is there.
 ANSWER = "dpo-or-the-others"
+INTRODUCTION = (
+    "Claims of papers, and questions that learners ask, tried in worlds small enough to enumerate: every completion, "
+    "the true reward and the best policy are known, so reward and KL are sums, not estimates. A rule in the "
+    "experiment's code turns the figures into the verdict, and negative results stay as they came out. What holds in "
+    "such a world need not hold for a language model."
+)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -97,12 +103,8 @@ def index(known: dict[str, Experiment], results: dict[str, dict[str, Any]], answ
     table = "\n".join([*head, *rows])
     answer = f"What they say together stands in [DPO or the others?]({ANSWER}.md).\n\n" if answered else ""
     return (
-        "# Evidence\n\nClaims of papers, and questions that learners ask, tried in worlds small enough to enumerate: every "
-        "completion, the true reward and the best policy are known, so reward and KL are sums, not "
-        "estimates. A verdict is computed from the figures by a rule in the experiment's code, and negative "
-        "results stand as they came out. What "
-        "holds in such a world need not hold for a language model; what fails in it is at least no law.\n\n"
-        f"{answer}{table}\n\nAll of them, in under ten minutes on two cores:\n\n```bash\nprefloss reproduce --all\n```\n\n"
+        f"# Evidence\n\n{INTRODUCTION}\n\n{answer}{table}\n\nAll of them, in under ten minutes on two cores:\n\n"
+        "```bash\nprefloss reproduce --all\n```\n\n"
         f"```{{toctree}}\n:hidden:\n\n{names}\n```\n"
     )
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 import prefloss
 from prefloss.cli.command_options import ReferenceOptions, ReproduceOptions, TrainOptions
+from prefloss.cli.compare_options import CompareOptions
 from prefloss.cli.console import Clock, errors_as_text, quiet
 from prefloss.cli.processes import joined, together
 from prefloss.cli.run_folder import taken
@@ -141,3 +142,16 @@ def reproduce(options: ReproduceOptions, console: Console) -> None:
     from prefloss.cli.reproduce import run
 
     run(options, console)
+
+
+@_command(CompareOptions)
+def compare(options: CompareOptions, console: Console) -> None:
+    """Compare losses with the uncertainty stated: in small worlds whose true reward is known, or on your own data.
+
+    Writes report.html and results.csv. After Ctrl-C or a kill, the same command goes on where it stopped.
+    """
+    if options.data is None:
+        from prefloss.cli.compare import compare_in_worlds as compare_losses
+    else:
+        from prefloss.cli.compare_data import compare_on_data as compare_losses
+    compare_losses(options, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -31,6 +32,11 @@ class Figure:
     value: float
     interval: tuple[float, float] | None = None
     expected: float | None = None
+
+    @property
+    def signed(self) -> str:
+        """The value with its sign, as summaries give a difference; a KL that no run reached has none."""
+        return "not reached" if math.isnan(self.value) else f"{self.value:+.3f}"
 
     def above(self, bound: float) -> bool:
         """Whether the whole interval, or the exact value, is above a bound."""

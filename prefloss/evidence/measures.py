@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,12 @@ def shortfall(world: World, log_probs: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(best)) - reward(world, log_probs)
 
 
+def numbers(values: Sequence[float]) -> str:
+    """As a set-up lists them: "0.1, 0.2 and 1"."""
+    *first, last = (f"{value:g}" for value in values)
+    return f"{', '.join(first)} and {last}"
+
+
 def at_kl(kls: Tensor, values: Tensor, target: float) -> Tensor:
     """Values of each seed at a KL, between its neighbours in a sweep: [strengths, seeds] -> [seeds].
 
@@ -74,6 +80,12 @@ def at_kl(kls: Tensor, values: Tensor, target: float) -> Tensor:
     columns = zip(kls.T, values.T, strict=True)
     found = [np.interp(target, x, y, left=np.nan, right=np.nan) for x, y in columns]
     return torch.tensor(found, dtype=torch.float64)
+
+
+def runs_at_kl(runs: Runs, target: float, what: Callable[[World, Tensor], Tensor] = reward) -> Tensor:
+    """True reward, or another figure, of each seed at a KL: `at_kl` over the strengths of one loss, [seeds]."""
+    world, log_probs = runs.policy.world, runs.log_probs()
+    return at_kl(kl(world, log_probs), what(world, log_probs), target)
 
 
 def over_seeds(name: str, values: Tensor | Sequence[float], expected: float | None = None) -> Figure:

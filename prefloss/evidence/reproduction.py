@@ -95,7 +95,7 @@ def _write_picture(finding: Finding, target: Path) -> None:
     FigureCanvasAgg(figure)
     finding.draw(figure)
     with written_whole(target) as path:
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=110)
 
 
 def _write_rows(finding: Finding, target: Path) -> None:

@@ -186,7 +186,7 @@ def beta_dpo(
     location, scale = resolve("moments", moments, margin, counted)
     fixed_margin = margin.detach()
     kept = _drawn(
-        -0.5 * ((fixed_margin - location) / (scale or torch.inf)) ** 2,
+        -0.5 * maths.standardised(fixed_margin, location, scale) ** 2,
         counted,
         keep,
         running.generator(draws),
@@ -237,7 +237,7 @@ def alpha_dpo(
     counted = pairs.valid
     gap = pairs.margin(per_token=True).detach()
     location, scale = resolve("moments", moments, gap, counted)
-    margin = gamma + alpha * beta * (gap - location) / (scale or torch.inf)
+    margin = gamma + alpha * beta * maths.standardised(gap, location, scale)
     return -F.logsigmoid(beta * (pairs.chosen.policy_mean - pairs.rejected.policy_mean) - margin)
 
 

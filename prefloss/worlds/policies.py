@@ -104,7 +104,7 @@ class TokenTable(Policy):
 
     def log_probs(self, theta: Tensor) -> Tensor:
         """Log-probs of all completions, [..., prompts, C], nats: sums over their tokens."""
-        return self._sequences.log_probs(self.table(theta)).sum(-1)
+        return self._sequences.totals(self.table(theta))
 
     def per_token(self, theta: Tensor) -> dict[str, Tensor]:
         """Log-prob of each token, and the sums over the vocabulary that some losses read, [..., prompts, C, T]."""

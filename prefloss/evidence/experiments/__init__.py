@@ -8,15 +8,15 @@ from prefloss.evidence.experiment import Experiment
 
 # Modules of the papers' claims, then those of learners' questions.
 PAPERS: tuple[str, ...] = (
-    "displacement",
-    "length_bias",
-    "k_wise",
     "dpo_frontier",
     "ipo_deterministic",
     "overoptimisation",
     "flipped_labels",
     "kto_unpaired",
     "kto_few_upvotes",
+    "displacement",
+    "length_bias",
+    "k_wise",
     "graded_scores",
     "off_support",
     "several_judges",

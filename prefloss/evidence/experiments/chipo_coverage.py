@@ -71,13 +71,13 @@ def run(seeds: Sequence[int]) -> Finding:
             rewards[poor][1, 0] - start,
         ),
     ]
-    verdict, change = _verdict(figures)
+    found, change = verdict(figures)
     return Finding(
-        _summary(figures), figures, verdict, rows, lambda figure: _draw(figure, kls, rewards), change
+        _summary(figures), figures, found, rows, lambda figure: _draw(figure, kls, rewards), change
     )
 
 
-def _verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
+def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
     """Holds if chi-PO is ahead at equal KL where coverage is poor, by more than where it is even."""
     poor, even, *_ = figures
     if not poor.above(0):

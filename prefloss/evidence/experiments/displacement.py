@@ -120,7 +120,8 @@ def run(seeds: Sequence[int]) -> Finding:
             f"Trained to prefer No to Never, DPO takes No from 0.49 to {end['DPO'][0]:.2g} and Yes to "
             f"{end['DPO'][2]:.2f}; No ends at {end['DPOP'][0]:.2f} with DPOP and {end['DPO + NLL'][0]:.2f} "
             f"with an NLL term. Over random words the preferred one changes by {held['DPO'].value:+.2f} nats "
-            f"where the two are alike and by {figures[3].value:+.2f} where they are not."
+            f"where the two are alike and by {figures[3].value:+.2f} where they are not. Of alike words "
+            f"these losses hold it up: {', '.join(name for name in LOSSES if not held[name].below(0))}."
         ),
         figures=figures,
         verdict=verdict(end["DPO"], *figures[:3]),

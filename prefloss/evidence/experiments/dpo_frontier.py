@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefloss.evidence.drawing import draw_frontier, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import over_seeds, rows_of, shortfall
+from prefloss.evidence.measures import numbers, over_seeds, rows_of, shortfall
 from prefloss.feedback import Pairs
 from prefloss.worlds import (
     Judge,
@@ -114,8 +114,9 @@ EXPERIMENT = Experiment(
     claim="The optimum of the KL-regularised reward is the reference times exp(r / beta), and DPO reaches it "
     "from pairs alone; its frontier of reward over KL dominates those of the methods it was compared with.",
     source="Rafailov et al. 2023, arXiv:2305.18290, Eq. 4 and section 6.1, Fig. 2",
-    setup=f"2 prompts with 12 completions, normal rewards, free logits, a Bradley-Terry judge; beta in {BETAS}. All "
-    f"pairs weighted by their probability, and {PAIRS} drawn pairs; Adam at 0.1. The frontier is computed, so other "
-    "methods are not needed to draw it.",
+    setup="2 prompts with 12 completions, normal rewards, free logits, a Bradley-Terry judge; beta in "
+    f"{numbers(BETAS)}. All pairs weighted by their probability, and {numbers(PAIRS)} drawn pairs; Adam at "
+    "0.1. The frontier is computed, so other methods are not needed to draw it.",
     run=run,
+    seeds=10,
 )

@@ -97,9 +97,9 @@ def run(seeds: Sequence[int]) -> Finding:
     rows = []
     for arm in rewards:
         rows += rows_over("beta", BETAS, seeds, {"reward": rewards[arm], "kl": kls[arm]}, arm=arm)
-    verdict, change = _verdict(figures)
+    found, change = verdict(figures)
     return Finding(
-        _summary(figures), figures, verdict, rows, lambda figure: _draw(figure, world, rewards, kls), change
+        _summary(figures), figures, found, rows, lambda figure: _draw(figure, world, rewards, kls), change
     )
 
 
@@ -122,7 +122,7 @@ def _gaps(rewards: dict[str, Tensor], fixed: dict[str, Tensor]) -> list[Figure]:
     ]
 
 
-def _verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
+def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
     """Holds if they are equal to 0.001 where they see the same and apart, both ways round, where they do not."""
     in_table, alike, richer, richer_middle, richer_fixed, poorer, _, _ = figures
     if max(in_table.value, alike.value) > 1e-3 or not (richer.above(0) and poorer.above(0)):

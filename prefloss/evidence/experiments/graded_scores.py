@@ -50,13 +50,13 @@ def run(seeds: Sequence[int]) -> Finding:
     ]
     worth = at_fixed[0, COUNTS.index(100)] - at_fixed[0, COUNTS.index(FEW)]
     figures.append(over_seeds(f"true reward at that KL, DPO with 100 pairs minus DPO with {FEW}", worth))
-    verdict, change = _verdict(figures)
+    found, change = verdict(figures)
     return Finding(
-        _summary(figures), figures, verdict, rows, lambda figure: _draw(figure, gains, at_beta), change
+        _summary(figures), figures, found, rows, lambda figure: _draw(figure, gains, at_beta), change
     )
 
 
-def _verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
+def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
     """Holds if ODPO gains with few pairs and less with many; with a change if another loss of scores does."""
     for name, few, many in zip(("ODPO", "RPO", "REBEL"), figures[:3], figures[3:6], strict=True):
         if few.above(0) and few.value > many.value:
@@ -109,4 +109,5 @@ EXPERIMENT = Experiment(
     "sides, and the scores give the order. 10 to 300 pairs, 6 betas from 0.5 to 64 (REBEL: eta = 1 / beta), "
     "200 steps of Adam.",
     run=run,
+    seeds=15,
 )

@@ -100,13 +100,13 @@ def run(seeds: Sequence[int]) -> Finding:
     return Finding(
         summary=_summary(figures, whole, measured[TRUE][0, 0].item()),
         figures=figures,
-        verdict=_verdict(figures, whole),
+        verdict=verdict(figures, whole),
         rows=rows,
         draw=lambda figure: _draw(figure, measured[TRUE], samples),
     )
 
 
-def _verdict(figures: Sequence[Figure], whole: float) -> Verdict:
+def verdict(figures: Sequence[Figure], whole: float) -> Verdict:
     """Holds if half of the samples is left at 1 nat, a third at most at 3, and 1 % of the sentences at most at 10."""
     overlap, count = figures[6:9], figures[9:12]
     found = overlap[0].above(1 / 3) and overlap[1].below(1 / 3) and count[2].below(whole / 100)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefloss.evidence.drawing import draw_frontier, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import at_kl, over_seeds, rows_of
+from prefloss.evidence.measures import numbers, over_seeds, rows_of, runs_at_kl
 from prefloss.feedback import Rankings
 from prefloss.worlds import Data, Judge, Runs, Tabular, bandit, best_and_worst, draw, kl, reward, sweep, train
 
@@ -38,7 +38,9 @@ def trained_on(data: Data, loss: str) -> Runs:
 def run(seeds: Sequence[int]) -> Finding:
     """Sweep beta for each loss and size."""
     runs = {size: trained(size, seeds) for size in SIZES}
-    at = {size: {name: rewards_at(each) for name, each in losses.items()} for size, losses in runs.items()}
+    at = {
+        size: {name: runs_at_kl(each, KL) for name, each in losses.items()} for size, losses in runs.items()
+    }
     few, many = SIZES[0], SIZES[-1]
     figures = [
         over_seeds(
@@ -78,12 +80,6 @@ def run(seeds: Sequence[int]) -> Finding:
     )
 
 
-def rewards_at(runs: Runs) -> Tensor:
-    """True reward of each seed at the KL."""
-    log_probs = runs.log_probs()
-    return at_kl(kl(WORLD, log_probs), reward(WORLD, log_probs), KL)
-
-
 def verdict(more: Figure, against_ends: Figure) -> Verdict:
     """S-DPO gains from more completions, and more than pairs made of the same groups do."""
     if not more.above(0):
@@ -115,10 +111,10 @@ EXPERIMENT = Experiment(
     title="Rankings of K completions against pairs",
     claim="A loss on one preferred and several other completions (S-DPO) beats pairwise DPO, more so the "
     "more there are.",
-    source="Chen et al. 2024, arXiv:2406.09215, section 4.2, Fig. 3; Plackett-Luce: Rafailov et al. 2023, "
+    source="Chen et al. 2024, arXiv:2406.09215, abstract and section 4; Plackett-Luce: Rafailov et al. 2023, "
     "arXiv:2305.18290, appendix A.3",
     setup=f"4 prompts with 20 completions, normal rewards, free logits, a Bradley-Terry judge; {GROUPS} "
-    f"groups of K = 2, 4 or 8 different completions. Beta in {BETAS}, Adam at 0.1, 150 steps.",
+    f"groups of K = 2, 4 or 8 different completions. Beta in {numbers(BETAS)}, Adam at 0.1, 150 steps.",
     run=run,
     seeds=10,
 )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from prefloss.evidence.drawing import draw_frontier, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import at_kl, over_seeds, rows_of
+from prefloss.evidence.measures import over_seeds, rows_of, runs_at_kl
 from prefloss.feedback import Pairs
 from prefloss.worlds import (
     Judge,
     Runs,
     Tabular,
     TokenTable,
+    World,
     draw,
     kl,
     length,
@@ -38,6 +41,9 @@ ARMS: dict[str, tuple[str, tuple[float, ...]]] = {
 }
 
 
+OTHERS = [name for name in ARMS if name != "DPO"]
+
+
 def recovered() -> tuple[float, float]:
     """On all pairs at beta 1: distance of R-DPO and of DPO from the optimum of the true reward, in probabilities."""
     pairs = population(WORLD, Judge(length_bias=BIAS), Pairs)
@@ -55,49 +61,46 @@ def run(seeds: Sequence[int]) -> Finding:
         name: train(TokenTable(WORLD), data, sweep(*arm), steps=200, learning_rate=0.1)
         for name, arm in ARMS.items()
     }
-    distance = {name: kl(WORLD, each.log_probs()) for name, each in runs.items()}
-    rewards = {
-        name: at_kl(distance[name], reward(WORLD, each.log_probs()), KL) for name, each in runs.items()
-    }
-    lengths = {
-        name: at_kl(distance[name], length(WORLD, each.log_probs()), KL) for name, each in runs.items()
-    }
-    _, regularised, *_ = ARMS
-    others = [name for name in ARMS if name != "DPO"]
     figures = [
-        *(
-            over_seeds(f"reward at a KL of {KL} nats, {name} minus DPO", rewards[name] - rewards["DPO"])
-            for name in others
-        ),
-        *(
-            over_seeds(
-                f"expected tokens at a KL of {KL} nats, {name} minus DPO", lengths[name] - lengths["DPO"]
-            )
-            for name in others
-        ),
+        *figures_of(runs),
         Figure(
-            f"R-DPO with alpha {BIAS}, all pairs: distance of a probability from the optimum of the true reward",
+            "R-DPO, all pairs: distance of a probability from the optimum of the true reward",
             error,
             None,
             0.0,
         ),
-        Figure("DPO, the same", biased),
+        Figure("DPO, all pairs: the same", biased),
     ]
-    start = length(WORLD, WORLD.reference).item()
-    words = ", ".join(f"{name} {figures[i].value:+.2f}" for i, name in enumerate(others))
+    plain, regularised, start = (
+        *(runs_at_kl(runs[name], KL, length).mean() for name in list(ARMS)[:2]),
+        length(WORLD, WORLD.reference),
+    )
+    words = ", ".join(f"{name} {figure.signed}" for name, figure in zip(OTHERS, figures, strict=False))
     return Finding(
         summary=(
             "With alpha equal to the judge's bias, R-DPO on all pairs is the optimum of the true reward to "
-            f"{error:.0e}. On 500 pairs at a KL of {KL} nats, against DPO: {words} of true reward. DPO's "
-            f"answers have {lengths['DPO'].mean():.2f} tokens there, R-DPO's "
-            f"{lengths[regularised].mean():.2f}, the reference's {start:.2f}."
+            f"{error:.0e}. On 500 pairs at a KL of {KL} nats, against DPO's true reward: {words}. DPO's "
+            f"answers have {plain:.2f} tokens there, R-DPO's {regularised:.2f}, the reference's {start:.2f}."
         ),
         figures=figures,
-        verdict=verdict(error, figures[0], figures[len(others)]),
+        verdict=verdict(error, figures[0], figures[len(OTHERS)]),
         rows=[row for name, each in runs.items() for row in rows_of(each, arm=name)],
         draw=lambda figure: draw_picture(figure, runs),
         change="Exactly on all pairs; on few pairs the gain over DPO at the same KL is not clear of 0.",
     )
+
+
+def figures_of(runs: dict[str, Runs]) -> list[Figure]:
+    """Differences to DPO at the same KL: of the reward, then of the length."""
+    quantities: dict[str, Callable[[World, Tensor], Tensor]] = {"reward": reward, "expected tokens": length}
+    return [
+        over_seeds(
+            f"{quantity} at a KL of {KL} nats, {name} minus DPO",
+            runs_at_kl(runs[name], KL, what) - runs_at_kl(runs["DPO"], KL, what),
+        )
+        for quantity, what in quantities.items()
+        for name in OTHERS
+    ]
 
 
 def verdict(error: float, reward_gain: Figure, length_gain: Figure) -> Verdict:
@@ -126,7 +129,7 @@ EXPERIMENT = Experiment(
     title="A judge that likes length, and the losses made for it",
     claim="DPO exploits the judge's liking for length; a term for the difference in length (R-DPO) removes "
     "it without loss of quality. SamPO, LD-DPO, LN-DPO and SimPO are made for the same.",
-    source="Park et al. 2024, arXiv:2403.19159, section 4; Lu et al. 2024, arXiv:2406.10957; Liu et al. 2024, "
+    source="Park et al. 2024, arXiv:2403.19159, abstract; Lu et al. 2024, arXiv:2406.10957; Liu et al. 2024, "
     "arXiv:2409.06411; Lambert et al. 2024, arXiv:2411.15124; Meng et al. 2024, arXiv:2405.14734",
     setup="All 63 sequences of at most 5 tokens over 2 words, 2 prompts, a free logit for each next token; a "
     f"Bradley-Terry judge that adds {BIAS} of reward for each token. All pairs at beta 1; 500 pairs over four "

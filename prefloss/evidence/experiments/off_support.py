@@ -78,11 +78,11 @@ def run(seeds: Sequence[int]) -> Finding:
     for name, policies in arms.items():
         values = dict(zip(("y1", "y2", "y3"), policies.exp()[..., 0, :].unbind(-1), strict=True))
         rows += rows_over("beta", BETAS, seeds, values, arm=name)
-    verdict, change = _verdict(figures)
-    return Finding(_summary(figures), figures, verdict, rows, lambda figure: _draw(figure, unseen), change)
+    found, change = verdict(figures)
+    return Finding(_summary(figures), figures, found, rows, lambda figure: _draw(figure, unseen), change)
 
 
-def _verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
+def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
     """Holds if DPO's loss is blind to y3 and DPO carries mass there; unchanged if no reward model does the same."""
     tied, tied_model, _, _, began_there, blind = figures
     if blind.value > 1e-3 or began_there.value < 0.5 or not tied.above(10 * REFERENCE):

@@ -9,7 +9,7 @@ import torch
 
 from prefloss.evidence.drawing import draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import over_seeds, rows_of
+from prefloss.evidence.measures import numbers, over_seeds, rows_of
 from prefloss.feedback import Pairs
 from prefloss.worlds import Judge, LogLinear, Runs, Tabular, World, accuracy, draw, kl, reward, sweep, train
 
@@ -94,10 +94,10 @@ EXPERIMENT = Experiment(
     title="Over-optimisation: true reward and accuracy far from the reference",
     claim="Direct alignment over-optimises as RLHF does: over KL the true reward rises, peaks and falls, and "
     "the implicit reward's accuracy does not predict it.",
-    source="Rafailov et al. 2024, arXiv:2406.02900, section 3, Fig. 1 and section 3.3",
+    source="Rafailov et al. 2024, arXiv:2406.02900, abstract and section 3",
     setup="1,500 completions with 4 normal features; the reward is the first feature minus 0.225 times the "
     "sum of squares, the reference mostly says those near 0. 300 pairs from it, a Bradley-Terry judge; DPO, "
-    f"beta in {BETAS}, Adam at 0.1, 300 steps. Policies: a weight for each feature, or a free logit for each "
+    f"beta in {numbers(BETAS)}, Adam at 0.1, 300 steps. Policies: a weight for each feature, or a free logit for each "
     "completion.",
     run=run,
 )

@@ -12,7 +12,7 @@ from torch.optim import Adam
 
 from prefloss.evidence.drawing import COLOURS, GREY, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import over_seeds
+from prefloss.evidence.measures import numbers, over_seeds
 from prefloss.feedback import Pairs
 from prefloss.worlds import Judge, Panel, Tabular, World, population, train
 
@@ -98,7 +98,7 @@ def run(seeds: Sequence[int]) -> Finding:
     return Finding(
         summary=_summary(figures),
         figures=figures,
-        verdict=_verdict(figures),
+        verdict=verdict(figures),
         rows=rows,
         draw=lambda figure: _draw(figure, example, torch.stack(reversed_)),
     )
@@ -109,7 +109,7 @@ def _favourite(example: dict[str, Tensor]) -> Tensor:
     return example["mean reward"][example["DPO's implicit reward"].argmax()]
 
 
-def _verdict(figures: Sequence[Figure]) -> Verdict:
+def verdict(figures: Sequence[Figure]) -> Verdict:
     """Holds if DPO's counts and order are Borda's, and that makes another favourite than the mean reward's."""
     order, reversed_, alone, *_, distance = figures
     found = order.value > 0.99 and distance.value < 1e-3 and reversed_.above(0.01) and alone.value < 0.01
@@ -149,7 +149,7 @@ EXPERIMENT = Experiment(
     "count: how often each one beats another of the data.",
     source="Shirali et al. 2025, arXiv:2502.16320",
     setup=f"Three completions, two kinds of Bradley-Terry judges with normal tastes of deviation 1.5, {PANELS} panels "
-    f"a seed; the second kind judges a share of {SHARES} of all pairs. Population DPO (every pair, weighted by its "
+    f"a seed; the second kind judges a share of {numbers(SHARES)} of all pairs. Population DPO (every pair, weighted by its "
     "probability) at beta 1 with free logits, 400 steps of Adam.",
     run=run,
 )

@@ -110,10 +110,10 @@ def run(seeds: Sequence[int]) -> Finding:
     rows = [
         row for arm in chance for row in rows_over("chance", CHANCES, seeds, {"good": chance[arm]}, arm=arm)
     ]
-    return Finding(_summary(figures), figures, _verdict(figures), rows, lambda figure: _draw(figure, chance))
+    return Finding(_summary(figures), figures, verdict(figures), rows, lambda figure: _draw(figure, chance))
 
 
-def _verdict(figures: Sequence[Figure]) -> Verdict:
+def verdict(figures: Sequence[Figure]) -> Verdict:
     """Holds if endless pairs end on the closed form, DPO seldom says what it began with rarely, and SFT mends that."""
     mended, rare, *_, distance = figures
     found = distance.value < 1e-3 and rare.below(0.25) and mended.above(0.25)

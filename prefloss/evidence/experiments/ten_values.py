@@ -97,10 +97,10 @@ def run(seeds: Sequence[int]) -> Finding:
             at[HALVED, "soft_label_dpo"] - order,
         ),
     ]
-    return Finding(_summary(figures), figures, _verdict(figures), rows, lambda figure: _draw(figure, at))
+    return Finding(_summary(figures), figures, verdict(figures), rows, lambda figure: _draw(figure, at))
 
 
-def _verdict(figures: Sequence[Figure]) -> Verdict:
+def verdict(figures: Sequence[Figure]) -> Verdict:
     """Holds if ten values are better than two for both losses."""
     return Verdict.HOLDS if figures[0].above(0) and figures[1].above(0) else Verdict.DOES_NOT_APPEAR
 
@@ -144,4 +144,5 @@ EXPERIMENT = Experiment(
     "(each worth the mean score of its level), and better, tie or worse with a third of ties. DPO drops ties; RPO "
     "(squared) reads ratings; soft-label DPO counts a tie as half and half. 7 betas, 200 steps of Adam.",
     run=run,
+    seeds=15,
 )

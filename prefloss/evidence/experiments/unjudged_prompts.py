@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefloss.evidence.drawing import GREY, draw_means, panels
 from prefloss.evidence.experiment import Experiment, Figure, Finding, Verdict
-from prefloss.evidence.measures import at_kl, over_seeds, rows_over
+from prefloss.evidence.measures import at_kl, numbers, over_seeds, rows_over
 from prefloss.evidence.reward_models import reward_model
 from prefloss.feedback import Pairs
 from prefloss.worlds import (
@@ -30,7 +30,7 @@ from prefloss.worlds import (
 
 COUNTS = (30, 100, 300)
 SHOWN = 100
-UNJUDGED = 1000
+UNJUDGED = 500
 BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
 FIXED_KL = 0.5
 DIRECT = "DPO on the judged pairs"
@@ -95,11 +95,11 @@ def run(seeds: Sequence[int]) -> Finding:
         over_seeds(f"{where}, {SHARING}, minus {RLHF}", shown[SHARING] - shown[RLHF], 0.0),
         over_seeds(f"{where}, {DIRECT}", shown[DIRECT]),
     ]
-    verdict, change = _verdict(figures)
-    return Finding(_summary(figures), figures, verdict, rows, lambda figure: _draw(figure, world, at), change)
+    found, change = verdict(figures)
+    return Finding(_summary(figures), figures, found, rows, lambda figure: _draw(figure, world, at), change)
 
 
-def _verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
+def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
     """Holds if all three uses of unjudged prompts gain; unchanged if they do so over a policy with features too."""
     rlhf, labels, scores, sharing, _ = figures
     if not (rlhf.above(0) and labels.above(0) and rlhf.value + scores.value > 0):
@@ -140,7 +140,7 @@ EXPERIMENT = Experiment(
     claim="A reward model fitted to few judged pairs makes feedback out of unjudged prompts: by RLHF, by labelling "
     "pairs for DPO, or by its scores inside the loss.",
     source="asked by learners",
-    setup=f"20 prompts with 20 completions of 8 features. {COUNTS} judged Bradley-Terry pairs; the reward model sees "
+    setup=f"20 prompts with 20 completions of 8 features. {numbers(COUNTS)} judged Bradley-Terry pairs; the reward model sees "
     f"the features, the policy has a free logit for each completion, so it learns nothing of one from another. The "
     f"reward model labels {UNJUDGED} more pairs, by its own Bradley-Terry noise or with its scores. 5 betas from 0.25 "
     "to 4, 200 steps of Adam at 0.1.",
