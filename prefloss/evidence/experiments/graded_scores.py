@@ -67,9 +67,7 @@ def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
 
 
 def _summary(figures: Sequence[Figure]) -> str:
-    odpo, rpo, rebel, *_, data = (
-        f"{figure.value:+.3f} ({figure.interval[0]:+.3f} to {figure.interval[1]:+.3f})" for figure in figures
-    )
+    odpo, rpo, rebel, *_, data = figures
     return (
         f"Little, at equal KL. With {FEW} pairs and a KL of {FIXED_KL} nats, the true reward differs from DPO's by "
         f"{odpo} for ODPO, {rpo} for RPO and {rebel} for REBEL; 100 pairs in place of {FEW} are worth {data}. At equal "

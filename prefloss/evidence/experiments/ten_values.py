@@ -106,11 +106,7 @@ def verdict(figures: Sequence[Figure]) -> Verdict:
 
 
 def _summary(figures: Sequence[Figure]) -> str:
-    graded, plain, order, exact, ties, three = (
-        f"{figure.value:+.3f} ({figure.interval[0]:+.3f} to {figure.interval[1]:+.3f})"
-        for figure in figures
-        if figure.interval
-    )
+    graded, plain, order, exact, ties, three = figures
     return (
         f"Ten values are worth it if each completion is rated by itself: with {PAIRS} pairs and a KL of {FIXED_KL} "
         f"nats they earn {graded} over thumbs up or down where the loss reads the ratings, and {plain} with DPO, which "
