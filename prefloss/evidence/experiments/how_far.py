@@ -74,7 +74,7 @@ def said(policy: Tensor, texts: Sequence[str], count: int = 3) -> list[str]:
     """Samples of a policy, [1, C], log-probs."""
     drawn = torch.rand(count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     index = torch.searchsorted(policy[0].exp().cumsum(-1), drawn).clamp_max(len(texts) - 1)
-    return [texts[i].strip() for i in index.tolist()]
+    return [texts[int(i)].strip() for i in index]
 
 
 def run(seeds: Sequence[int]) -> Finding:

@@ -76,7 +76,7 @@ def run(seeds: Sequence[int]) -> Finding:
     ]
     rows = []
     for name, policies in arms.items():
-        values = dict(zip(("y1", "y2", "y3"), policies.exp()[..., 0, :].unbind(-1), strict=True))
+        values = {f"y{i + 1}": policies.exp()[..., 0, i] for i in range(3)}
         rows += rows_over("beta", BETAS, seeds, values, arm=name)
     found, change = verdict(figures)
     return Finding(_summary(figures), figures, found, rows, lambda figure: _draw(figure, unseen), change)

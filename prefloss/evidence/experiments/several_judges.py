@@ -149,7 +149,7 @@ EXPERIMENT = Experiment(
     "count: how often each one beats another of the data.",
     source="Shirali et al. 2025, arXiv:2502.16320",
     setup=f"Three completions, two kinds of Bradley-Terry judges with normal tastes of deviation 1.5, {PANELS} panels "
-    f"a seed; the second kind judges a share of {numbers(SHARES)} of all pairs. Population DPO (every pair, weighted by its "
-    "probability) at beta 1 with free logits, 400 steps of Adam.",
+    f"a seed; the second kind judges a share of {numbers(SHARES)} of all pairs. Population DPO (every pair, weighted "
+    "by its probability) at beta 1 with free logits, 400 steps of Adam.",
     run=run,
 )

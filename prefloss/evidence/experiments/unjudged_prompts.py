@@ -140,10 +140,10 @@ EXPERIMENT = Experiment(
     claim="A reward model fitted to few judged pairs makes feedback out of unjudged prompts: by RLHF, by labelling "
     "pairs for DPO, or by its scores inside the loss.",
     source="asked by learners",
-    setup=f"20 prompts with 20 completions of 8 features. {numbers(COUNTS)} judged Bradley-Terry pairs; the reward model sees "
-    f"the features, the policy has a free logit for each completion, so it learns nothing of one from another. The "
-    f"reward model labels {UNJUDGED} more pairs, by its own Bradley-Terry noise or with its scores. 5 betas from 0.25 "
-    "to 4, 200 steps of Adam at 0.1.",
+    setup=f"20 prompts with 20 completions of 8 features. {numbers(COUNTS)} judged Bradley-Terry pairs; the reward "
+    f"model sees the features, the policy has a free logit for each completion, so it learns nothing of one from "
+    f"another. The reward model labels {UNJUDGED} more pairs, by its own Bradley-Terry noise or with its scores. 5 "
+    "betas from 0.25 to 4, 200 steps of Adam at 0.1.",
     run=run,
     seeds=10,
 )
