@@ -76,8 +76,7 @@ def at_kl(kls: Tensor, values: Tensor, target: float) -> Tensor:
     NaN where a seed's sweep does not reach so far.
     """
     order = kls.argsort(0)
-    kls, values = kls.gather(0, order).numpy(), values.gather(0, order).numpy()
-    columns = zip(kls.T, values.T, strict=True)
+    columns = zip(kls.gather(0, order).T.numpy(), values.gather(0, order).T.numpy(), strict=True)
     found = [np.interp(target, x, y, left=np.nan, right=np.nan) for x, y in columns]
     return torch.tensor(found, dtype=torch.float64)
 

@@ -37,7 +37,9 @@ def closed_form(data: str, taus: Tensor) -> Tensor:
     return torch.softmax(torch.tensor(gaps[data.split()[0]]).double() / (2 * taus[:, None]), -1)
 
 
-def fitted(names: Sequence[str], data: Data, steps: int, learning_rate: float, **batches: int) -> Fits:
+def fitted(
+    names: Sequence[str], data: Data, steps: int, learning_rate: float, batch_size: int | None = None
+) -> Fits:
     """Probabilities of the actions after training, [taus, seeds, actions], for each set and loss.
 
     The sets are of as many actions each, and stand one after the other where data has its seeds.
@@ -45,7 +47,7 @@ def fitted(names: Sequence[str], data: Data, steps: int, learning_rate: float, *
     actions = SETS[names[0]][0]
     policy = Tabular(World(reward=torch.zeros(1, actions), reference=torch.zeros(1, actions)))
     losses = [loss for name in LOSSES.values() for loss in sweep(name, TAUS)]
-    runs = train(policy, data, losses, steps=steps, learning_rate=learning_rate, **batches)
+    runs = train(policy, data, losses, steps=steps, learning_rate=learning_rate, batch_size=batch_size)
     probs = runs.log_probs()[:, :, 0].exp().unflatten(1, (len(names), -1)).unflatten(0, (len(LOSSES), -1))
     return {
         name: {loss: probs[row, :, at] for row, loss in enumerate(LOSSES)} for at, name in enumerate(names)
@@ -143,7 +145,8 @@ def draw(figure: Any, whole: Fits, drawn: Fits) -> None:
     """Probability of one action over tau, a panel for each set."""
     figure.set_size_inches(11, 3.4)
     grid = torch.linspace(0.08, 1.05, 200, dtype=torch.float64)
-    for axis, name in zip(panels(figure, len(SETS), sharey=True), SETS, strict=True):
+    axes = panels(figure, len(SETS), sharey=True)
+    for axis, name in zip(axes, SETS, strict=True):
         action = 2 if name.startswith("D3") else 0
         axis.plot(
             grid, closed_form(name, grid)[:, action], color=GREY, linestyle="--", label="IPO, closed form"
@@ -163,7 +166,7 @@ def draw(figure: Any, whole: Fits, drawn: Fits) -> None:
         axis.set(title=name, xlabel="tau, 1/nats", ylim=(-0.03, 1.05))
         axis.set_ylabel(f"probability of {'c' if action == 2 else 'a'}")
         axis.yaxis.set_tick_params(labelleft=True)
-    axis.legend(frameon=False, loc="upper right", fontsize=9)
+    axes[-1].legend(frameon=False, loc="upper right", fontsize=9)
 
 
 EXPERIMENT = Experiment(
