@@ -129,7 +129,8 @@ def _summary(figures: Sequence[Figure]) -> str:
 def _draw(figure: Any, example: dict[str, Tensor], reversed_: Tensor) -> None:
     left, right = panels(figure, 2)
     for which, (name, values) in enumerate(example.items()):
-        left.bar(torch.arange(3) + 0.2 * (which - 1.5), values, 0.19, color=COLOURS[3 - which], label=name)
+        places = [place + 0.2 * (which - 1.5) for place in range(3)]
+        left.bar(places, values.tolist(), 0.19, color=COLOURS[3 - which], label=name)
     left.axhline(0, color=GREY, linewidth=0.8)
     left.set_xticks(range(3), ["y1", "y2", "y3"])
     left.set(title=f"where it costs most (minority {SHOWN:.0%})", ylabel="reward, less the mean of the three")
