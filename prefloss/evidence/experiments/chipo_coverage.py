@@ -89,8 +89,9 @@ def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
 
 def _summary(figures: Sequence[Figure]) -> str:
     poor, even, dpo, chipo = (figure.value for figure in figures)
+    answer = "No" if verdict(figures)[0] is Verdict.DOES_NOT_APPEAR else "Yes, in a world made for it"
     return (
-        f"Yes, in a world made for it. Where 40 of 50 completions share a tenth of the reference's probability, "
+        f"{answer}. Where 40 of 50 completions share a tenth of the reference's probability, "
         f"{PAIRS} pairs judge each of them two or three times, and DPO believes their lucky wins: at a KL of "
         f"{FIXED_KL} nats chi-PO earns {poor:+.2f} more. Where all are covered alike the difference is {even:+.2f}. At "
         f"the smallest beta, poorly covered, DPO ends {dpo:+.2f} from the reference and chi-PO {chipo:+.2f}. The rare "

@@ -68,8 +68,9 @@ def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
 
 def _summary(figures: Sequence[Figure]) -> str:
     odpo, rpo, rebel, *_, data = figures
+    answer = "No gain is shown at equal KL" if verdict(figures)[0] is Verdict.DOES_NOT_APPEAR else "Yes, at equal KL"
     return (
-        f"Little, at equal KL. With {FEW} pairs and a KL of {FIXED_KL} nats, the true reward differs from DPO's by "
+        f"{answer}. With {FEW} pairs and a KL of {FIXED_KL} nats, the true reward differs from DPO's by "
         f"{odpo} for ODPO, {rpo} for RPO and {rebel} for REBEL; 100 pairs in place of {FEW} are worth {data}. At equal "
         "beta the losses differ much more, because a beta means another distance from the reference in each. It cannot "
         "say what scores are worth that are more reliable than the order of the pair: here both come from one noisy "

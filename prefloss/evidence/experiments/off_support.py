@@ -97,8 +97,9 @@ def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
 
 def _summary(figures: Sequence[Figure]) -> str:
     tied, tied_model, free, free_model, began_there, blind = (figure.value for figure in figures)
+    answer = "does not" if verdict(figures)[0] is Verdict.DOES_NOT_APPEAR else "can"
     return (
-        f"Yes, DPO can say what no pair mentions. At beta {SHOWN} y3 rises from {REFERENCE} to {tied:.2f} where it "
+        f"DPO {answer} say what no pair mentions. At beta {SHOWN} y3 rises from {REFERENCE} to {tied:.2f} where it "
         f"shares a feature with the winner. RLHF gives it {tied_model:.2f} if its reward model sees that feature, and "
         f"{free_model:.4f} if each completion has a score of its own; DPO with free logits gives it {free:.4f}. DPO's "
         f"loss does not see y3 at all: begun at y3, DPO stays there with {began_there:.2f} at beta 1, and its loss "

@@ -122,8 +122,9 @@ def verdict(figures: Sequence[Figure]) -> Verdict:
 
 def _summary(figures: Sequence[Figure]) -> str:
     mended, rare, common, sft, frequent, _ = figures
+    answer = "Very much" if verdict(figures) is Verdict.HOLDS else "Less than expected"
     return (
-        f"Very much. DPO multiplies the odds of the good thing; it does not invent it. From a chance of {SHOWN}, "
+        f"{answer}. DPO multiplies the odds of the good thing; it does not invent it. From a chance of {SHOWN}, "
         f"{PAIRS} pairs of the model's own completions give {rare.value:.3f} (endless pairs: {rare.expected:.3f}); "
         f"from 0.1 they give {common.value:.2f} (endless: {common.expected:.2f}). {DEMONSTRATIONS} demonstrations "
         f"first give {sft.value:.2f} from {SHOWN}, and DPO after them {mended.value:+.2f} over DPO alone; from 0.3 the "

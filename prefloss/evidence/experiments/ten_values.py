@@ -107,10 +107,11 @@ def verdict(figures: Sequence[Figure]) -> Verdict:
 
 def _summary(figures: Sequence[Figure]) -> str:
     graded, plain, order, exact, ties, three = figures
+    shown = "Yes" if verdict(figures) is Verdict.HOLDS else "Not for both losses"
     return (
-        f"Ten values are worth it if each completion is rated by itself: with {PAIRS} pairs and a KL of {FIXED_KL} "
-        f"nats they earn {graded} over thumbs up or down where the loss reads the ratings, and {plain} with DPO, which "
-        f"loses fewer pairs to equal ratings. Over just asking which of the two is better they earn {order}; exact "
+        f"{shown}: with {PAIRS} pairs, each completion rated by itself, and a KL of {FIXED_KL} nats, ten values earn "
+        f"{graded} over thumbs up or down where the loss reads the ratings, and {plain} with DPO, which then loses "
+        f"fewer pairs to equal ratings. Over just asking which of the two is better they earn {order}; exact "
         f"scores add {exact}. Better, tie or worse: to count a tie as half and half earns {ties} over dropping it, and "
         f"{three} over forcing a choice. The rater here uses its scale evenly; it cannot say what careless raters do."
     )
