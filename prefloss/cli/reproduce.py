@@ -7,10 +7,9 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich import box
@@ -134,7 +133,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _listing(found: Any) -> Table:
+def _listing(found: Iterable[Experiment]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
@@ -180,7 +179,7 @@ def _verdict(results: Results) -> Text:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g}"
+    return "not reached" if value is None else f"{value:.3g}"
 
 
 def _interval(ends: Sequence[float | None] | None) -> str:

@@ -10,7 +10,7 @@ def drawn(figure):
 
 def found(seeds):
     rows = [{"loss": "dpo", "seed": seed, "reward": seed / 3} for seed in seeds]
-    figures = [over_seeds("mean seed", list(seeds)), Figure("a limit", float("inf"), None, 1.0)]
+    figures = [over_seeds("mean seed", list(seeds)), Figure("a KL too far", float("nan"), None, 1.0)]
     return Finding("The mean was found.", figures, Verdict.HOLDS_WITH_A_CHANGE, rows, drawn, "Other seeds.")
 
 

@@ -34,7 +34,7 @@ def test_without_a_name_all_are_listed():
 def test_one_experiment_prints_and_writes_what_it_found(tmp_path):
     result = invoked("good", "--seeds", 3, "--first-seed", 5, "--output", tmp_path / "there")
     assert result.exit_code == 0, result.output
-    for text in ("Claim.", "Source 2023.", "Set-up.", "The mean was found.", "3.52 to 8.48", "not finite"):
+    for text in ("Claim.", "Source 2023.", "Set-up.", "The mean was found.", "3.52 to 8.48", "not reached"):
         assert text in result.output
     assert "holds with a change" in result.output
     assert "Other seeds." in result.output

@@ -92,7 +92,7 @@ def draw_picture(figure: Any, exact: Tensor, drawn: dict[int, Runs], gaps: dict[
         draw_means(left, kl(WORLD, log_probs), reward(WORLD, log_probs), f"{n} pairs", which)
     left.plot(kl(WORLD, exact), reward(WORLD, exact), "k*", markersize=9, label="all pairs")
     left.set(title="DPO, five betas each", xlim=(0, 3.5))
-    left.legend(frameon=False, fontsize=9)
+    left.legend(frameon=False, fontsize=9, loc="lower right")
     for which, beta in enumerate(BETAS):
         over_n = torch.stack([gaps[n][which] for n in PAIRS])
         draw_means(right, torch.tensor(PAIRS), over_n, f"beta {beta:g}", which, dots=False)

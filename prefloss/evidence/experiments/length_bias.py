@@ -35,9 +35,9 @@ ARMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "DPO": ("dpo", (0.25, 0.5, 1.0, 2.0)),
     f"R-DPO, alpha {BIAS}": (f"r_dpo(alpha={BIAS})", (0.25, 0.5, 1.0, 2.0)),
     "SamPO": ("sampo", (0.25, 0.5, 1.0, 2.0)),
-    "LD-DPO, alpha 0.5": ("ld_dpo(alpha=0.5)", (0.25, 0.5, 1.0, 2.0)),
-    "LN-DPO": ("ln_dpo", (0.5, 1.0, 2.0, 4.0)),
-    "SimPO": ("simpo(gamma=0.5)", (0.5, 1.0, 2.0, 4.0)),
+    "LD-DPO, alpha 0.5": ("ld_dpo(alpha=0.5)", (0.5, 1.0, 2.0, 4.0, 8.0)),
+    "LN-DPO": ("ln_dpo", (1.0, 2.0, 4.0, 8.0, 16.0)),
+    "SimPO": ("simpo(gamma=0.5)", (1.0, 4.0, 10.0, 25.0)),
 }
 
 
