@@ -38,6 +38,12 @@ class Figure:
         """The value with its sign, as summaries give a difference; a KL that no run reached has none."""
         return "not reached" if math.isnan(self.value) else f"{self.value:+.3f}"
 
+    def __str__(self) -> str:
+        """A difference as a sentence says it: "+0.031 (+0.010 to +0.052)"."""
+        if self.interval is None:
+            return f"{self.value:+.3f}"
+        return f"{self.value:+.3f} ({self.interval[0]:+.3f} to {self.interval[1]:+.3f})"
+
     def above(self, bound: float) -> bool:
         """Whether the whole interval, or the exact value, is above a bound."""
         return (self.value if self.interval is None else self.interval[0]) > bound

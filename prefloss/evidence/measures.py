@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,25 @@ def rows_of(runs: Runs, pairs: Data | None = None, **setting: Any) -> list[dict[
         }
         for row, loss in enumerate(runs.losses)
         for column, seed in enumerate(runs.seeds)
+    ]
+
+
+def rows_over(
+    name: str, points: Sequence[float], seeds: Sequence[int], values: Mapping[str, Tensor], **setting: Any
+) -> list[dict[str, Any]]:
+    """A row for each point of a sweep and each seed: the setting, the point, the seed, and the values.
+
+    Args:
+        name: What is swept.
+        points: Its values.
+        seeds: Of the runs.
+        values: What was measured, [points, seeds] each.
+        **setting: What all rows have in common.
+    """
+    return [
+        {**setting, name: point, "seed": seed, **{key: value[i, j].item() for key, value in values.items()}}
+        for i, point in enumerate(points)
+        for j, seed in enumerate(seeds)
     ]
 
 

@@ -8,6 +8,7 @@ Example:
     torch.Size([2, 3])
 """
 
+from prefloss.worlds.ascent import climb as climb
 from prefloss.worlds.data import Data as Data
 from prefloss.worlds.data import best_and_worst as best_and_worst
 from prefloss.worlds.data import draw as draw

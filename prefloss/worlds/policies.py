@@ -67,7 +67,8 @@ class LogLinear(Policy):
 
     def log_probs(self, theta: Tensor) -> Tensor:
         """Log-probs of all completions, [..., prompts, C], nats."""
-        shift = (self._features @ theta[..., None, :, None]).squeeze(-1)
+        # A matrix product; with @ the features would be copied for each run.
+        shift = torch.einsum("...d,pcd->...pc", theta, self._features)
         return torch.log_softmax(self.world.reference + shift, -1)
 
 

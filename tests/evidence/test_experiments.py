@@ -49,6 +49,7 @@ def short_training(monkeypatch):
     for name in (*PAPERS, *QUESTIONS):
         monkeypatch.setattr(module(name), "train", short, raising=False)
     monkeypatch.setattr(module("displacement"), "STEPS", (0, 1, 2, 3))
+    monkeypatch.setattr("prefloss.evidence.reward_models.train", short)
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -17,8 +17,18 @@ PAPERS: tuple[str, ...] = (
     "displacement",
     "length_bias",
     "k_wise",
+    "graded_scores",
+    "off_support",
+    "several_judges",
+    "chipo_coverage",
 )
-QUESTIONS: tuple[str, ...] = ()
+QUESTIONS: tuple[str, ...] = (
+    "dpo_or_rlhf",
+    "unjudged_prompts",
+    "starting_model",
+    "ten_values",
+    "how_far",
+)
 
 
 def experiments() -> dict[str, Experiment]:
