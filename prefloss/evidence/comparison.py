@@ -51,7 +51,9 @@ class Comparison:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """All losses whose runs are finite, but for the baseline."""
+        """All losses whose runs are finite, but for the baseline; none if its own are not."""
+        if self.baseline in self.broken:
+            return ()
         return tuple(loss for loss in self.losses if loss != self.baseline and loss not in self.broken)
 
     @cached_property
@@ -142,7 +144,7 @@ class Comparison:
             sentences.append(f"There is nothing to compare {self.baseline} with.")
         if self.others and not groups[1] and not groups[-1]:
             sentences.append(
-                f"No difference in true reward from {self.baseline} is shown {where}: not for {listed(groups[0], 'or')}."
+                f"No difference in true reward from {self.baseline} is shown {where} for {listed(groups[0], 'or')}."
             )
         else:
             for sign, word in ((1, "more"), (-1, "less")):
