@@ -44,8 +44,12 @@ def compare_in_worlds(options: CompareOptions, console: Console) -> None:
         for sweep in _shown(console, _each(missing, budget), len(missing), budget):
             folder.add(sweep)
         comparison = compared(folder.finished, list(losses), worlds)
-        page = report.page(comparison, _origin(options))
-        folder.publish(console, comparison.verdict, page, report.table(report.rows_of(comparison)))
+        texts = {
+            "report.html": report.page(comparison, _origin(options)),
+            "results.csv": report.table(report.rows_of(comparison)),
+            "losses.csv": report.table(report.summary(comparison)),
+        }
+        folder.publish(console, comparison.verdict, texts)
 
 
 def _as_options(budget: Budget) -> dict[str, Any]:

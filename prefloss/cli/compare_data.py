@@ -52,8 +52,8 @@ def compare_on_data(options: CompareOptions, console: Console) -> None:
             budget=f"{seeds} seeds of each loss: rows held out, order, samples. All other options are the same.",
             left_out={},
         )
-        page = data_report.page(comparison, origin)
-        folder.publish(console, comparison.verdict, page, table(comparison.rows))
+        texts = {"report.html": data_report.page(comparison, origin), "results.csv": table(comparison.rows)}
+        folder.publish(console, comparison.verdict, texts)
 
 
 def _at_strength(options: CompareOptions) -> dict[str, prefloss.Loss]:

@@ -50,6 +50,11 @@ class Comparison:
     sweeps: Mapping[tuple[str, str], Mapping[str, Any]]
 
     @property
+    def seeds(self) -> int:
+        """Runs of each loss at each strength."""
+        return len(self.sweeps[self.baseline, self.worlds[0]]["prompts"])
+
+    @property
     def others(self) -> tuple[str, ...]:
         """All losses whose runs are finite, but for the baseline; none if its own are not."""
         if self.baseline in self.broken:
@@ -168,12 +173,11 @@ class Comparison:
         return listed([f"{loss} ({self.differences[loss].mean:+.2f})" for loss in ordered])
 
     def _resolution(self) -> str:
-        seeds = len(self.prompts(self.baseline, self.worlds[0]))
         smallest = sorted(found.smallest for found in self.differences.values())
         middle = smallest[len(smallest) // 2]
         many = f", after the correction for {len(self.others)} losses" if len(self.others) > 1 else ""
         return (
-            f"{seeds} seeds would have shown a difference of about {middle:.2f} in true reward in 4 of 5 such "
+            f"{self.seeds} seeds would have shown a difference of about {middle:.2f} in true reward in 4 of 5 such "
             f"comparisons{many}; smaller ones may be there."
         )
 
