@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloss.evidence.statistics import Difference, at_kl, holm, mean_interval, paired_difference
-from prefloss.registry import get
+from prefloss.evidence.sweeps import is_baseline
 
 # Nats.
 FIXED_KL = (1.0, 3.0, 10.0)
@@ -187,11 +187,6 @@ def compared(sweeps: Sequence[Mapping[str, Any]], losses: Sequence[str], worlds:
     baseline = next(loss for loss in losses if is_baseline(loss))
     by_key = {(sweep["loss"], sweep["world"]): sweep for sweep in sweeps}
     return Comparison(tuple(losses), tuple(worlds), baseline, by_key)
-
-
-def is_baseline(loss: str) -> bool:
-    """Whether a loss, as written, is DPO, with whatever strength."""
-    return get(loss).name == "dpo"
 
 
 def _holm(p_values: Mapping[str, float]) -> dict[str, float]:

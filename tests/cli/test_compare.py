@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from prefloss.cli import compare as command
 from prefloss.cli.app import app
+from prefloss.demo.model import tiny_llama, word_tokenizer
 
 TINY = ["--world", "sparse", "--steps", "3", "--seeds", "2", "--betas", "0.1,1"]
 PAIRS = [
@@ -125,11 +126,33 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
     assert not os.path.exists("out")
 
 
-def test_own_data_are_compared_without_a_ranking_of_quality(tmp_path):
+@pytest.fixture
+def saved_model(tmp_path):
+    tokenizer = word_tokenizer([" ".join(row.values()) for row in PAIRS])
+    model = tiny_llama(tokenizer, hidden=16, max_length=64, seed=0)
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_own_data_are_compared_without_a_ranking_of_quality(tmp_path, saved_model):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in PAIRS * 3))
     folder = tmp_path / "out"
-    arguments = ["dpo", "hinge", "--data", data, "--steps", "2", "--seeds", "2", "--output", folder]
+    arguments = [
+        "dpo",
+        "hinge",
+        "--data",
+        data,
+        "--model",
+        saved_model,
+        "--steps",
+        2,
+        "--seeds",
+        2,
+        "--output",
+        folder,
+    ]
     done = run(*arguments)
     assert done.exit_code == 0, done.output
     assert "This report ranks no quality" in done.output
