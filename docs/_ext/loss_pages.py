@@ -89,8 +89,11 @@ def measured(name: str) -> str:
 
 @cache
 def _measured() -> dict[str, dict[str, str]]:
-    """The rows of losses.csv of `prefloss compare --all`, as they were committed."""
-    with (Path(__file__).parents[1] / "evidence" / "measured.csv").open(newline="") as file:
+    """The rows of losses.csv of `prefloss compare --all`; none where no such table was committed."""
+    path = Path(__file__).parents[1] / "evidence" / "measured.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
         return {row["loss"]: row for row in csv.DictReader(file)}
 
 

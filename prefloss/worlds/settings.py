@@ -14,7 +14,7 @@ from prefloss.worlds.data import Data, draw
 from prefloss.worlds.judges import Judge, Panel
 from prefloss.worlds.world import World, spelled
 
-# Added to a seed, each gives another stream than the training data's. Torch's CPU generator reads the low 32 bits alone.
+# Added to a seed, each gives another stream than that of the training data. Torch reads 32 bits of a CPU seed, no more.
 _HELD_OUT, _MORE_VOTES, _ORDER = 1 << 28, 2 << 28, 3 << 28
 
 
