@@ -115,7 +115,12 @@ def _shown(
     console: Console, sweeps: Iterable[dict[str, Any]], total: int, budget: Budget
 ) -> Iterator[dict[str, Any]]:
     """Pass the sweeps on and show how far it is: a bar on a terminal, a line now and then elsewhere."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("sweeps,"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("sweeps,"),
+    )
     left = (TimeRemainingColumn(), TextColumn("left"))
     began = spoken = time.monotonic()
     with Progress(*columns, *left, console=console, disable=not console.is_terminal) as progress:
