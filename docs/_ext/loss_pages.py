@@ -5,6 +5,8 @@ All facts come from the losses' docstrings and traits.
 
 from __future__ import annotations
 
+import csv
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,48 @@ def page(spec: LossSpec) -> str:
         f"## Values\n\n{spec.returns}",
         f"## Where papers and trainers differ\n\n{spec.note}" if spec.note else "",
         "## What it takes\n\n" + what_it_takes(spec),
+        f"## Measured in our worlds\n\n{measured(spec.name)}" if measured(spec.name) else "",
         f"## Other names\n\n{other_names(spec)}" if spec.aliases else "",
         f"## Source\n\n{source(spec)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def measured(name: str) -> str:
+    """What `prefloss compare --all` found for a loss; empty if it was not compared."""
+    rows = _measured()
+    if name not in rows:
+        return ""
+    row = rows[name]
+    worlds = " and ".join(f"`{world}`" for world in row["worlds"].split())
+    earned = f"true reward {float(row['reward']):.2f} in the mean over {worlds}, {row['seeds']} seeds"
+    if row["difference"]:
+        low, mean, high, p_value = (
+            float(row[column]) for column in ("low", "difference", "high", "p_corrected")
+        )
+        word = "more than" if mean > 0 else "less than"
+        shown = (
+            f"{word} `{row['baseline']}`"
+            if p_value < 0.05
+            else f"no difference from `{row['baseline']}` is shown"
+        )
+        interval = f"{mean:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
+        earned += f"; {shown} ({interval}, p {p_value:.2g} after correction for {len(rows) - 1} losses)"
+    return (
+        f"{earned[0].upper()}{earned[1:]}. Held-out pairs chose the strength; every loss had the same budget. "
+        "This is a world of short sequences, where a loss shows how it treats noisy judgements. It does not say which "
+        "loss is best for your model and data: see [Comparing losses](../compare.md)."
+    )
+
+
+@cache
+def _measured() -> dict[str, dict[str, str]]:
+    """The rows of losses.csv of `prefloss compare --all`; none where no such table was committed."""
+    path = Path(__file__).parents[1] / "evidence" / "measured.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {row["loss"]: row for row in csv.DictReader(file)}
 
 
 def parameters(spec: LossSpec) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `prefloss train`, `prefloss reference`, `prefloss losses`, `prefloss reproduce`.
+"""The command line: `prefloss train`, `reference`, `score`, `losses`, `probe`, `reproduce`, `compare`.
 
 Nothing outside this folder imports typer, rich or matplotlib.
 """
@@ -8,7 +8,18 @@ from __future__ import annotations
 import sys
 
 _EXTRA = {
-    *("click", "datasets", "matplotlib", "numpy", "pyarrow", "pylatexenc", "rich", "scipy", "transformers"),
+    *(
+        "click",
+        "datasets",
+        "jinja2",
+        "matplotlib",
+        "numpy",
+        "pyarrow",
+        "pylatexenc",
+        "rich",
+        "scipy",
+        "transformers",
+    ),
     *("trl", "typer"),
 }
 

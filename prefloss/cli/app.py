@@ -15,7 +15,7 @@ from rich.text import Text
 import prefloss
 from prefloss.cli.command_options import ReferenceOptions, ReproduceOptions, TrainOptions
 from prefloss.cli.compare_options import CompareOptions
-from prefloss.cli.console import Clock, errors_as_text, quiet
+from prefloss.cli.console import CliError, Clock, errors_as_text, quiet
 from prefloss.cli.processes import joined, together
 from prefloss.cli.run_folder import taken
 from prefloss.cli.task import task_of
@@ -150,6 +150,8 @@ def compare(options: CompareOptions, console: Console) -> None:
 
     Writes report.html and results.csv. After Ctrl-C or a kill, the same command goes on where it stopped.
     """
+    if distributed.size() > 1:
+        raise CliError("compare runs as one process and uses all cores itself; start it without torchrun")
     if options.data is None:
         from prefloss.cli.compare import compare_in_worlds as compare_losses
     else:

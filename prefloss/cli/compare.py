@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from typing import Any
 
@@ -41,18 +43,24 @@ def compare_in_worlds(options: CompareOptions, console: Console) -> None:
         missing = [sweep for sweep in plan if sweep not in there]
         if there:
             console.print(f"{len(plan) - len(missing)} of {len(plan)} sweeps are there already", style="dim")
-        for sweep in _shown(console, _each(missing, budget), len(missing), budget):
-            folder.add(sweep)
+        # Closed at once after an error: the other processes end with it.
+        with contextlib.closing(_each(missing, budget)) as sweeps:
+            for sweep in _shown(console, sweeps, len(missing), budget):
+                folder.add(sweep)
         comparison = compared(folder.finished, list(losses), worlds)
-        page = report.page(comparison, _origin(options))
-        folder.publish(console, comparison.verdict, page, report.table(report.rows_of(comparison)))
+        texts = {
+            "report.html": report.page(comparison, _origin(options)),
+            "results.csv": report.table(report.rows_of(comparison)),
+            "losses.csv": report.table(report.summary(comparison)),
+        }
+        folder.publish(console, comparison.verdict, texts)
 
 
 def _as_options(budget: Budget) -> dict[str, Any]:
     return {f"--{name.replace('_', '-')}": value for name, value in asdict(budget).items()}
 
 
-def _each(plan: Sequence[Sweep], budget: Budget) -> Iterator[dict[str, Any]]:
+def _each(plan: Sequence[Sweep], budget: Budget) -> Generator[dict[str, Any], None, None]:
     """Run the sweeps, one process a core, and give each as it finishes."""
     cores = min(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plan)
@@ -67,6 +75,10 @@ def _each(plan: Sequence[Sweep], budget: Budget) -> Iterator[dict[str, Any]]:
     try:
         for future in as_completed([pool.submit(_run, *sweep, budget) for sweep in plan]):
             yield future.result()
+    except BrokenProcessPool as error:
+        raise CliError(
+            "a process was ended from outside; the same command goes on with what is there"
+        ) from error
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()
@@ -100,10 +112,15 @@ def _begin_process() -> None:
 
 
 def _shown(
-    console: Console, sweeps: Iterator[dict[str, Any]], total: int, budget: Budget
+    console: Console, sweeps: Iterable[dict[str, Any]], total: int, budget: Budget
 ) -> Iterator[dict[str, Any]]:
     """Pass the sweeps on and show how far it is: a bar on a terminal, a line now and then elsewhere."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("sweeps,"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("sweeps,"),
+    )
     left = (TimeRemainingColumn(), TextColumn("left"))
     began = spoken = time.monotonic()
     with Progress(*columns, *left, console=console, disable=not console.is_terminal) as progress:

@@ -14,7 +14,7 @@ import prefloss
 from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.compare_options import CompareOptions
 from prefloss.cli.comparison_folder import opened, versions
-from prefloss.cli.console import Clock, quiet
+from prefloss.cli.console import Clock, Stopped, quiet
 from prefloss.cli.run_folder import taken
 from prefloss.cli.task import task_of
 from prefloss.evidence import data_report
@@ -34,6 +34,9 @@ def compare_on_data(options: CompareOptions, console: Console) -> None:
         "--seeds": seeds,
         **same,
     }
+    for loss in losses.values():
+        # What a loss cannot learn from is said before the first training.
+        task_of(_train_options(options, loss, 0, options.output), loss)
     plan = [(text, seed) for seed in range(seeds) for text in losses]
     with opened(options.output, settings) as folder:
         there = {(run["loss"], run["seed"]) for run in folder.finished}
@@ -52,8 +55,8 @@ def compare_on_data(options: CompareOptions, console: Console) -> None:
             budget=f"{seeds} seeds of each loss: rows held out, order, samples. All other options are the same.",
             left_out={},
         )
-        page = data_report.page(comparison, origin)
-        folder.publish(console, comparison.verdict, page, table(comparison.rows))
+        texts = {"report.html": data_report.page(comparison, origin), "results.csv": table(comparison.rows)}
+        folder.publish(console, comparison.verdict, texts)
 
 
 def _at_strength(options: CompareOptions) -> dict[str, prefloss.Loss]:
@@ -85,8 +88,13 @@ def _trained(options: TrainOptions, loss: prefloss.Loss, console: Console) -> di
         task = task_of(options, loss)
         from prefloss.cli.training_run import run
 
-        with quiet(console):
-            result = run(options, loss, task, folder, console, clock)
+        try:
+            with quiet(console):
+                result = run(options, loss, task, folder, console, clock)
+        except Stopped as stop:
+            raise Stopped(
+                "what is finished is kept; the same command goes on", stop.exit_code - 128
+            ) from stop
     after = result.after
     return {
         "beta": loss.beta,

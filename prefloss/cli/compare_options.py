@@ -12,8 +12,7 @@ from typer import Argument, Option
 
 import prefloss
 from prefloss.cli.console import CliError
-from prefloss.evidence.comparison import is_baseline
-from prefloss.evidence.sweeps import Budget, not_fed
+from prefloss.evidence.sweeps import Budget, is_baseline, not_fed
 from prefloss.worlds import settings
 
 _MOST = 10**6

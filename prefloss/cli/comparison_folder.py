@@ -27,7 +27,12 @@ from prefloss.cli.console import CliError, first_line
 from prefloss.cli.run_folder import RunFolder, taken, unwritable
 from prefloss.data.atomic import written_whole
 
-_RUNS, _PAGE, _TABLE = "runs.jsonl", "report.html", "results.csv"
+_RUNS = "runs.jsonl"
+_CONTENT = {
+    "report.html": "the report",
+    "results.csv": "one row a run",
+    "losses.csv": "one row a loss",
+}
 _COMMAND = "prefloss compare"
 
 
@@ -50,18 +55,17 @@ class ComparisonFolder:
             os.fsync(file.fileno())
         self.finished.append(run)
 
-    def publish(self, console: Console, verdict: Sequence[str], page: str, table: str) -> None:
-        """Write the report and the table, and print what was found."""
-        for name, text in ((_TABLE, table), (_PAGE, page)):
+    def publish(self, console: Console, verdict: Sequence[str], texts: Mapping[str, str]) -> None:
+        """Write the files by their names, and print what was found."""
+        for name, text in texts.items():
             with written_whole(self.path / name) as path:
                 path.write_text(text, encoding="utf-8", newline="\n")
         console.print()
         for sentence in verdict:
             console.print(Text(sentence))
-        for name, content in ((_PAGE, "the report"), (_TABLE, "one row a run")):
-            console.print(
-                Text.assemble((str(self.path / name), "bold"), (f"   {content}", "dim")), soft_wrap=True
-            )
+        for name in texts:
+            line = Text.assemble((str(self.path / name), "bold"), (f"   {_CONTENT[name]}", "dim"))
+            console.print(line, soft_wrap=True)
 
 
 @contextmanager

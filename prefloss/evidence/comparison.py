@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloss.evidence.statistics import Difference, at_kl, holm, mean_interval, paired_difference
-from prefloss.registry import get
+from prefloss.evidence.sweeps import is_baseline
 
 # Nats.
 FIXED_KL = (1.0, 3.0, 10.0)
@@ -50,8 +50,15 @@ class Comparison:
     sweeps: Mapping[tuple[str, str], Mapping[str, Any]]
 
     @property
+    def seeds(self) -> int:
+        """Runs of each loss at each strength."""
+        return len(self.sweeps[self.baseline, self.worlds[0]]["prompts"])
+
+    @property
     def others(self) -> tuple[str, ...]:
-        """All losses whose runs are finite, but for the baseline."""
+        """All losses whose runs are finite, but for the baseline; none if its own are not."""
+        if self.baseline in self.broken:
+            return ()
         return tuple(loss for loss in self.losses if loss != self.baseline and loss not in self.broken)
 
     @cached_property
@@ -142,7 +149,7 @@ class Comparison:
             sentences.append(f"There is nothing to compare {self.baseline} with.")
         if self.others and not groups[1] and not groups[-1]:
             sentences.append(
-                f"No difference in true reward from {self.baseline} is shown {where}: not for {listed(groups[0], 'or')}."
+                f"No difference in true reward from {self.baseline} is shown {where} for {listed(groups[0], 'or')}."
             )
         else:
             for sign, word in ((1, "more"), (-1, "less")):
@@ -166,12 +173,11 @@ class Comparison:
         return listed([f"{loss} ({self.differences[loss].mean:+.2f})" for loss in ordered])
 
     def _resolution(self) -> str:
-        seeds = len(self.prompts(self.baseline, self.worlds[0]))
         smallest = sorted(found.smallest for found in self.differences.values())
         middle = smallest[len(smallest) // 2]
         many = f", after the correction for {len(self.others)} losses" if len(self.others) > 1 else ""
         return (
-            f"{seeds} seeds would have shown a difference of about {middle:.2f} in true reward in 4 of 5 such "
+            f"{self.seeds} seeds would have shown a difference of about {middle:.2f} in true reward in 4 of 5 such "
             f"comparisons{many}; smaller ones may be there."
         )
 
@@ -181,11 +187,6 @@ def compared(sweeps: Sequence[Mapping[str, Any]], losses: Sequence[str], worlds:
     baseline = next(loss for loss in losses if is_baseline(loss))
     by_key = {(sweep["loss"], sweep["world"]): sweep for sweep in sweeps}
     return Comparison(tuple(losses), tuple(worlds), baseline, by_key)
-
-
-def is_baseline(loss: str) -> bool:
-    """Whether a loss, as written, is DPO, with whatever strength."""
-    return get(loss).name == "dpo"
 
 
 def _holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from prefloss.evidence import pictures
-from prefloss.evidence.comparison import LEVEL, is_baseline, listed
+from prefloss.evidence.comparison import LEVEL, listed
 from prefloss.evidence.report import Origin, template
 from prefloss.evidence.statistics import Difference, holm, mean_interval, paired_difference
+from prefloss.evidence.sweeps import is_baseline
 
 # Figures of a run -> what they are called.
 FIGURES = {

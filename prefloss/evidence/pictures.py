@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,10 +42,11 @@ def svg(draw: Callable[[Any], None], width: float, height: float, title: str) ->
         FigureCanvasSVG(figure)
         draw(figure)
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Title": title})
+        # No metadata: they name addresses, and the page needs none.
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     element = text.getvalue()
     element = element[element.index("<svg") :]
-    return element.replace("<svg ", '<svg role="img" ', 1)
+    return element.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
 
 
 def focus(comparison: Comparison) -> list[str]:

@@ -55,6 +55,27 @@ def rows_of(comparison: Comparison) -> list[Mapping[str, Any]]:
     ]
 
 
+def summary(comparison: Comparison) -> list[dict[str, Any]]:
+    """One row a loss: its true reward in the mean over the worlds, and the difference to the baseline."""
+    rows = []
+    for loss in comparison.ranked:
+        found = comparison.differences.get(loss)
+        row = {"loss": loss, "worlds": " ".join(comparison.worlds), "seeds": comparison.seeds}
+        row |= {
+            "baseline": comparison.baseline,
+            "reward": round(float(comparison.over_worlds(loss).mean()), 4),
+        }
+        figures = (
+            [None] * 4 if found is None else [found.mean, found.low, found.high, comparison.corrected[loss]]
+        )
+        names = ("difference", "low", "high", "p_corrected")
+        rows.append(
+            row
+            | {name: None if one is None else round(one, 4) for name, one in zip(names, figures, strict=True)}
+        )
+    return rows
+
+
 def page(comparison: Comparison, origin: Origin) -> str:
     """The whole report as HTML."""
     known = settings()

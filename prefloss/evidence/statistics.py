@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-# Resamples of a bootstrap; the standard error that they give is right to one part in a hundred.
-_RESAMPLES = 5000
+# Resamples of a bootstrap; the standard error that they give is right to two parts in a hundred.
+_RESAMPLES = 2000
 # Share of repetitions that must find a difference which "could have been shown".
 _POWER = 0.8
 

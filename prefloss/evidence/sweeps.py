@@ -82,6 +82,11 @@ class Budget:
         return tuple(sorted({round(self.steps * share) for share in (0, 0.03, 0.1, 0.2, 0.4, 0.7, 1)}))
 
 
+def is_baseline(loss: str) -> bool:
+    """Whether a loss, as written, is DPO, with whatever strength."""
+    return get(loss).name == "dpo"
+
+
 def not_fed(losses: Iterable[str]) -> dict[str, list[str]]:
     """Losses that the shared world cannot feed, with the fields of the feedback that they lack there."""
     lacking = fed(TokenTable(shared_world()))

@@ -104,7 +104,8 @@ class TokenTable(Policy):
 
     def log_probs(self, theta: Tensor) -> Tensor:
         """Log-probs of all completions, [..., prompts, C], nats: sums over their tokens."""
-        return self._sequences.totals(self.table(theta))
+        # Of changes, not of log-probs: where nothing changed, the sum is 0, however the product rounds.
+        return self.world.reference + self._sequences.totals(self.table(theta) - self._reference)
 
     def per_token(self, theta: Tensor) -> dict[str, Tensor]:
         """Log-prob of each token, and the sums over the vocabulary that some losses read, [..., prompts, C, T]."""

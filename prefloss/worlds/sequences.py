@@ -39,9 +39,9 @@ class Sequences:
         return torch.where(self.mask, table[..., self.prefix, self.tokens], 0.0)
 
     def totals(self, table: Tensor) -> Tensor:
-        """Log-prob of each sequence: next-token log-probs [..., prefixes, V] -> [..., C].
+        """Sum over the tokens of each sequence: one number for each next token [..., prefixes, V] -> [..., C].
 
-        These are the sums of `log_probs`, as one matrix product; a log-prob of -inf makes NaN of others.
+        For log-probs these are the sums of `log_probs`, as one matrix product; an infinite number makes NaN of others.
         """
         vocabulary = table.shape[-1]
         rows = torch.arange(len(self.tokens)).unsqueeze(-1).expand_as(self.tokens)[self.mask]

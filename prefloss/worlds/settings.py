@@ -14,8 +14,8 @@ from prefloss.worlds.data import Data, draw
 from prefloss.worlds.judges import Judge, Panel
 from prefloss.worlds.world import World, spelled
 
-# Held-out data come from other streams than training data, whatever the seed.
-_HELD_OUT = 2**32
+# Added to a seed, each gives another stream than that of the training data. Torch reads 32 bits of a CPU seed, no more.
+_HELD_OUT, _MORE_VOTES, _ORDER = 1 << 28, 2 << 28, 3 << 28
 
 
 @lru_cache(maxsize=1)
@@ -75,7 +75,7 @@ class Setting:
 
     def _worse(self, count: int, seeds: Sequence[int]) -> Data:
         """The rejected sides of further pairs."""
-        return draw(self.world, self.judge, Pairs, count, seeds=[seed + 2 * _HELD_OUT for seed in seeds])
+        return draw(self.world, self.judge, Pairs, count, seeds=[seed + _MORE_VOTES for seed in seeds])
 
 
 def settings() -> dict[str, Setting]:
@@ -135,5 +135,5 @@ def _as_votes(pairs: Data, worse: Data | None, world: World, judge: Judge | Pane
 
 
 def _orders(seeds: Sequence[int], count: int) -> Tensor:
-    generators = [torch.Generator().manual_seed(seed + 3 * _HELD_OUT) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed + _ORDER) for seed in seeds]
     return torch.stack([torch.randperm(count, generator=generator) for generator in generators])
