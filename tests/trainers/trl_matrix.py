@@ -1,4 +1,4 @@
-"""Proof for one release of TRL, in an environment with it and prefloss: `python tests/trainers/trl_matrix.py [PART...]`.
+"""Proof for one release of TRL; run in an environment with it: `python tests/trainers/trl_matrix.py [PART...]`.
 
 A PART is a piece of a check's name, such as "dpo own ipo"; without one, all checks run. Prints one JSON line a check:
 {framework, version, trainer, check, verdict, detail}. The exit status is 1 if one failed.
