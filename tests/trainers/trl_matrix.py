@@ -57,6 +57,13 @@ HAND = {
     "dpo": ("simpo(beta=2.0)", "cpo(beta=0.3)", "0.7*ipo(tau=0.2) + 0.3*nll(average='batch')"),
     "kto": ("kto_logsigmoid(kl_baseline='zero')", "0.5*kto_zero + 0.5*simnpo"),
 }
+# Options of DPOConfig, and a loss that does not read them.
+REFUSED = (
+    ("label_smoothing", 0.1, "bco_pair"),
+    ("use_weighting", True, "aot"),
+    ("rpo_alpha", 1.0, "dpo"),
+    ("reference_free", True, "dpo"),
+)
 Outcome = tuple[bool, str]
 
 
@@ -119,7 +126,9 @@ def build(kind: str, folder: str, callbacks: list[Any] | None = None, **options:
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-2,
+        # Adam would turn the rounding of gradients near 0 into steps of the learning rate.
+        "optim": "sgd",
+        "learning_rate": 0.05,
         "max_length": 32,
         "seed": 1,
         "logging_strategy": "no",
@@ -189,12 +198,20 @@ def own(kind: str, name: str, **settings: Any) -> Outcome:
     options = {**OPTIONS.get(name, {}), **settings}
     theirs = train(kind, loss_type=name, **options)
     ours = train(kind, [PreferenceLossCallback(_ours(name), diagnose=False)], loss_type=name, **options)
-    losses = max(abs(a - b) for a, b in zip(ours[0], theirs[0], strict=True))
-    evaluated = abs(ours[1] - theirs[1])
-    weights = (ours[2] - theirs[2]).abs().max().item()
-    worst = max(losses, evaluated, weights)
-    detail = f"losses {losses:.1e}, evaluation {evaluated:.1e}, weights {weights:.1e}"
-    return worst <= BOUND, detail
+    figures = {
+        "losses": max(_apart(a, b) for a, b in zip(ours[0], theirs[0], strict=True)),
+        "evaluation": _apart(ours[1], theirs[1]),
+        "weights": (ours[2] - theirs[2]).abs().max().item(),
+    }
+    if name == "bco_pair" and hasattr(trl.DPOTrainer, "dpo_loss"):
+        # This TRL moves its reward shift in evaluations too.
+        del figures["evaluation"]
+    return max(figures.values()) <= BOUND, ", ".join(f"{key} {value:.1e}" for key, value in figures.items())
+
+
+def _apart(found: float, wanted: float) -> float:
+    """The difference, relative to values above 1."""
+    return abs(found - wanted) / max(1.0, abs(wanted))
 
 
 def _ours(name: str) -> str:
@@ -239,7 +256,7 @@ def hand(kind: str, loss: str) -> Outcome:
     callback = PreferenceLossCallback(loss, diagnose=False)
     found = train(kind, [callback], max_steps=1, per_device_train_batch_size=16)[0][0]
     wanted = by_hand(kind, loss)
-    return abs(found - wanted) <= BOUND * max(1.0, abs(wanted)), f"trained {found:.6f}, by hand {wanted:.6f}"
+    return _apart(found, wanted) <= BOUND, f"trained {found:.6f}, by hand {wanted:.6f}"
 
 
 def enabled(kind: str, loss: str) -> Outcome:
@@ -251,15 +268,14 @@ def enabled(kind: str, loss: str) -> Outcome:
     finally:
         disable()
     wanted = by_hand(kind, loss)
-    return abs(found - wanted) <= BOUND * max(1.0, abs(wanted)), f"trained {found:.6f}, by hand {wanted:.6f}"
+    return _apart(found, wanted) <= BOUND, f"trained {found:.6f}, by hand {wanted:.6f}"
 
 
-def refused(kind: str, option: str, value: Any) -> Outcome:
+def refused(kind: str, option: str, value: Any, loss: str) -> Outcome:
     from prefloss.integrations.trl import PreferenceLossCallback
 
     if option not in classes(kind)[1].__dataclass_fields__:
         return True, "this version has no such option"
-    loss = {"dpo": "nca_pair", "kto": "kto"}[kind]
     try:
         with tempfile.TemporaryDirectory() as folder:
             build(kind, folder, [PreferenceLossCallback(loss)], **{option: value})
@@ -295,13 +311,8 @@ def checks() -> Iterator[tuple[str, str, Callable[[], Outcome]]]:
             yield kind, f"hand {loss}", lambda kind=kind, loss=loss: hand(kind, loss)
         name = HAND[kind][0]
         yield kind, f"enable {name}", lambda kind=kind, name=name: enabled(kind, name)
-    for option, value in (
-        ("label_smoothing", 0.1),
-        ("use_weighting", True),
-        ("rpo_alpha", 1.0),
-        ("reference_free", True),
-    ):
-        yield "dpo", f"refused {option}", lambda option=option, value=value: refused("dpo", option, value)
+    for given in REFUSED:
+        yield "dpo", f"refused {given[0]}", lambda given=given: refused("dpo", *given)
 
 
 def main(parts: list[str]) -> int:
