@@ -12,6 +12,7 @@ A PART is a piece of a check's name, such as "dpo own ipo"; without one, all che
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -31,6 +32,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
 )
@@ -53,6 +56,13 @@ OURS = {
     "apo_zero_unpaired": "kto_zero",
 }
 OPTIONS = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "truncated": {"max_length": 7},
+    "experts": {"policy": "experts"},
+    "adapters": {"policy": "adapters"},
+}
 HAND = {
     "dpo": ("simpo(beta=2.0)", "cpo(beta=0.3)", "0.7*ipo(tau=0.2) + 0.3*nll(average='batch')"),
     "kto": ("kto_logsigmoid(kl_baseline='zero')", "0.5*kto_zero + 0.5*simnpo"),
@@ -98,6 +108,33 @@ def model(seed: int = 0) -> LlamaForCausalLM:
     return made
 
 
+def experts(seed: int = 0) -> MixtralForCausalLM:
+    """A mixture of experts whose router loss TRL adds to its own, where that TRL does."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        router_aux_loss_coef=0.5,
+        output_router_logits=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    return MixtralForCausalLM(config).float()
+
+
+def adapters() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
 def rows(kind: str, count: int = 16, seed: int = 0) -> Dataset:
     rng = random.Random(seed)
 
@@ -120,8 +157,13 @@ def classes(kind: str) -> tuple[type, type]:
     return (trl.DPOTrainer, trl.DPOConfig) if kind == "dpo" else (trl.KTOTrainer, trl.KTOConfig)
 
 
-def build(kind: str, folder: str, callbacks: list[Any] | None = None, **options: Any) -> Any:
+def build(
+    kind: str, folder: str, callbacks: list[Any] | None = None, *, policy: str = "model", **options: Any
+) -> Any:
     trainer_class, config_class = classes(kind)
+    make = experts if policy == "experts" else model
+    adapted = policy == "adapters"
+    torch.manual_seed(2)
     settings = {
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -149,8 +191,9 @@ def build(kind: str, folder: str, callbacks: list[Any] | None = None, **options:
     )
     data = rows(kind)
     trainer = trainer_class(
-        model=model(),
-        ref_model=model(seed=1),
+        model=make(),
+        ref_model=None if adapted else make(seed=1),
+        **({"peft_config": adapters()} if adapted else {}),
         args=config,
         train_dataset=data,
         eval_dataset=rows(kind, 8, seed=1),
@@ -299,14 +342,13 @@ def checks() -> Iterator[tuple[str, str, Callable[[], Outcome]]]:
         for name in sorted(options._OWN_LOSS_TYPES[config]):
             yield kind, f"own {name}", lambda kind=kind, name=name: own(kind, name)
         first = "ipo" if kind == "dpo" else "kto"
-        more = {"accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}}
-        more["precomputed"] = {"precompute_ref_log_probs": True}
-        for setting, given in more.items():
-            yield (
-                kind,
-                f"own {first}, {setting}",
-                lambda kind=kind, given=given, first=first: own(kind, first, **given),
-            )
+        for setting, given in SETTINGS.items():
+            if setting != "adapters" or importlib.util.find_spec("peft"):
+                yield (
+                    kind,
+                    f"own {first}, {setting}",
+                    lambda kind=kind, given=given, first=first: own(kind, first, **given),
+                )
         for loss in HAND[kind]:
             yield kind, f"hand {loss}", lambda kind=kind, loss=loss: hand(kind, loss)
         name = HAND[kind][0]
