@@ -114,11 +114,11 @@ class PreferenceLossCallback(LossCallback):
                 "precision; policy and reference would differ by its rounding. Give the callback to the trainer's "
                 "constructor, or use kernel='trl'"
             )
+        older = hasattr(trainer, "get_batch_loss_metrics")
+        if not (older and getattr(trainer.args, "precompute_ref_log_probs", False)):
+            return
         named = trainer.args.loss_type
-        averaged = hasattr(trainer, "get_batch_loss_metrics") and "ipo" in (
-            [named] if isinstance(named, str) else named
-        )
-        if averaged and trainer.args.precompute_ref_log_probs:
+        if "ipo" in ([named] if isinstance(named, str) else named):
             raise ValueError(
                 f"{type(trainer.args).__name__}.loss_type: got {named!r}, for which this TRL computed "
                 "means of the reference log-probs beforehand, expected sums; give the callback to the trainer's "
