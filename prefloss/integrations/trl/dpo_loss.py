@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,7 +83,11 @@ class _Sums(Passes):
             # Another forward pass than TRL's, or rows without padding.
             return {"completions": LogRatios(policy, reference)}
         found = [item for item in passes if item is not None]
-        return {"completions": log_ratios(found[0], found[1] if len(found) == 2 else reference)}
+        ratios = log_ratios(found[0], found[1] if len(found) == 2 else reference)
+        if getattr(self._trainer.args, "ld_alpha", None) is None:
+            # Where `keep_end` cut the whole prompt, TRL's sums leave the first token out, though it counts it.
+            ratios = replace(ratios, policy=policy, reference=reference)
+        return {"completions": ratios}
 
     def aux_loss(self) -> Tensor | None:
         """Router loss of the policy's pass, a scalar, if the model has one."""

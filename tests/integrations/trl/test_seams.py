@@ -37,6 +37,7 @@ class Trainer:
         self.model, self.ref_model = Model(1.0), Model(0.5)
         self.accelerator = SimpleNamespace(unwrap_model=lambda model, keep_torch_compile: model)
         self.precompute_ref_logps = False
+        self.args = SimpleNamespace(ld_alpha=None)
         self.use_weighting = use_weighting
 
 
