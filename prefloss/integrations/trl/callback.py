@@ -257,7 +257,7 @@ def _predicting(method: Any) -> Any:
 
     def prediction_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         callback = attached(self)
-        if callback is None:
+        if callback is None or callback._inside:
             return method(self, model, inputs, *args, **kwargs)
         rest: list[Any] = [None, None]
 

@@ -30,7 +30,7 @@ KTOConfig: Any = _moved(trl.KTOConfig)
 
 def before(version: str) -> bool:
     """Whether this TRL is older than a version."""
-    return VERSION < Version(version)
+    return Version(version) > VERSION
 
 
 def untested() -> bool:
