@@ -10,7 +10,8 @@ from typing import Any
 from prefloss.feedback import Labels, Pairs
 from prefloss.registry import Loss, LossSpec, WeightedSum, admitted
 
-# A loss and an option with its value -> the loss's parameter and its value; no parameter: it does not read the option.
+# (loss, option, value) -> the hyperparameter that the option sets and its value; None if the loss does not read the
+# option, "" if it reads it and nothing is to be set.
 Meaning = Callable[[LossSpec, str, Any], tuple[str | None, Any]]
 
 
@@ -93,13 +94,22 @@ def changed_options(args: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def inherit(loss: Loss, options: Mapping[str, Any], meaning: Meaning) -> Loss:
+def inherit(
+    loss: Loss,
+    options: Mapping[str, Any],
+    meaning: Meaning,
+    *,
+    owner: str = "",
+    hints: Mapping[str, str] | None = None,
+) -> Loss:
     """The loss with the values of a trainer's options.
 
     Args:
         loss: The loss that the user asked for.
         options: The options that are set, name -> value.
         meaning: Which hyperparameter of a loss an option sets.
+        owner: Goes before the names of options in messages, such as "DPOConfig.".
+        hints: Option -> what to do if no loss reads it.
 
     Raises:
         ValueError: If no term of the loss reads an option, or one contradicts a stated hyperparameter.
@@ -108,22 +118,23 @@ def inherit(loss: Loss, options: Mapping[str, Any], meaning: Meaning) -> Loss:
     terms = []
     for weight, term in loss.terms:
         changes = {}
-        for option, value in options.items():
-            parameter, value = meaning(term.spec, option, value)
-            if parameter is None:
+        for option, given in options.items():
+            parameter, value = meaning(term.spec, option, given)
+            if parameter is not None:
+                read.add(option)
+            if not parameter:
                 continue
             if term.stated.get(parameter, value) != value:
                 raise ValueError(
-                    f"{option}: got {value!r}, but {term.name} was given {parameter}={term.stated[parameter]!r}; "
-                    "set it in one place"
+                    f"{owner}{option}: got {given!r}, but {term.name} was given "
+                    f"{parameter}={term.stated[parameter]!r}; set it in one place"
                 )
-            read.add(option)
             changes[parameter] = value
         terms.append((weight, term.replaced(**changes) if changes else term))
     for option in sorted(options.keys() - read):
+        hint = (hints or {}).get(option, " or choose a loss that does")
         raise ValueError(
-            f"{option}: got {options[option]!r}, but {loss.name} does not read it; leave it at its default or choose a "
-            "loss that does"
+            f"{owner}{option}: got {options[option]!r}, but {loss.name} does not read it; leave it at its default{hint}"
         )
     # A plain loss is its own only term.
     return terms[0][1] if loss.terms[0].loss is loss else WeightedSum(terms)

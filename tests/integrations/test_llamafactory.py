@@ -1,5 +1,6 @@
 """The command on stand-ins of LLaMA-Factory's modules; `make trainers` runs it in LLaMA-Factory itself."""
 
+import importlib
 import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -173,3 +174,9 @@ def test_other_commands_are_llamafactorys(factory, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prog", "export", "config.yaml"])
     factory.main()
     assert [run.command for run in factory.built] == ["export"]
+
+
+def test_without_llamafactory_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llamafactory", None)
+    with pytest.raises(ModuleNotFoundError, match="needs LLaMA-Factory: pip install llamafactory"):
+        importlib.import_module("prefloss.integrations.llamafactory")

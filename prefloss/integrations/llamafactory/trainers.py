@@ -10,6 +10,7 @@ from llamafactory.extras.constants import IGNORE_INDEX
 from llamafactory.train.dpo import trainer as dpo
 from llamafactory.train.kto import trainer as kto
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prefloss.feedback import Labels, Pairs
 from prefloss.integrations.binding import replaced
@@ -55,9 +56,10 @@ class _Recording(LossSlot):
         def get_batch_logps(
             logits: Tensor, labels: Tensor, label_pad_token_id: int = IGNORE_INDEX, ld_alpha: Any = None
         ) -> tuple[Tensor, Tensor]:
-            targets = labels[:, 1:]
+            # As long as the labels: a slice of the logits would be copied.
+            targets = pad(labels[:, 1:], (0, 1), value=label_pad_token_id)
             mask = targets != label_pad_token_id
-            log_probs = token_logps(logits[:, :-1], targets, ignore_index=label_pad_token_id)
+            log_probs = token_logps(logits, targets, ignore_index=label_pad_token_id)
             self.passes.append(Pass(log_probs, mask))
             return log_probs.sum(-1), mask.sum(-1)
 

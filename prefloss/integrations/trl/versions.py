@@ -48,6 +48,6 @@ def check_in_place() -> None:
         found = _moved(getattr(trl, name))
         if found is not known:
             raise RuntimeError(
-                f"trl.{name}: got {found.__module__}.{found.__name__}, which took the place of TRL's after prefloss was "
-                "imported; import unsloth before prefloss.integrations.trl"
+                f"trl.{name}: got {found.__module__}.{found.__name__}, which took the place of TRL's after prefloss "
+                "was imported; import unsloth before prefloss.integrations.trl"
             )
