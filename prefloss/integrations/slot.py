@@ -80,11 +80,12 @@ class LossSlot:
     """Mixin before a trainer whose `get_batch_loss_metrics` scores a batch and calls a loss method.
 
     A subclass answers that method with `pair_losses` or `label_losses`, adds each forward pass of the batch to
-    `passes`, and names them in `pass_names`.
+    `passes`, and names them in `pass_names`. `batch` is the batch that is scored.
     """
 
     model: Any
     passes: list[Pass]
+    batch: Any
 
     def recording(self) -> AbstractContextManager[None]:
         """A context for a batch, in which forward passes are recorded."""
@@ -101,11 +102,12 @@ class LossSlot:
 
     def get_batch_loss_metrics(self, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own."""
-        self.passes = []
-        with self.recording():
-            result = super().get_batch_loss_metrics(model, batch, *args, **kwargs)  # type: ignore[misc]
-        self.passes = []
-        return result
+        self.passes, self.batch = [], batch
+        try:
+            with self.recording():
+                return super().get_batch_loss_metrics(model, batch, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.passes, self.batch = [], None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own, with our metrics."""

@@ -90,11 +90,6 @@ class KTOTrainer(_Recording, kto.CustomKTOTrainer):
         """LLaMA-Factory scores mismatched completions for every loss."""
         return ("policy", "kl_policy", "reference", "kl_reference")
 
-    def get_batch_loss_metrics(self, model: Any, batch: Any) -> Any:
-        """LLaMA-Factory's own."""
-        self._desirable = batch["kto_tags"]
-        return super().get_batch_loss_metrics(model, batch)
-
     def kto_loss(self, *logps: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Losses, rewards of both kinds, and the KL estimate."""
-        return self.label_losses(self._desirable)
+        return self.label_losses(self.batch["kto_tags"])

@@ -165,11 +165,6 @@ class KTOTrainer(_Recording, kto.KTOTrainer):
         names = ("kl_policy", "policy", "kl_reference", "reference")
         return names if self.calculate_KL else names[1::2]
 
-    def get_batch_loss_metrics(self, model: Any, batch: Any) -> Any:
-        """ms-swift's own."""
-        self._desirable = torch.as_tensor(batch["label"], dtype=torch.bool)
-        return super().get_batch_loss_metrics(model, batch)
-
     def kto_loss(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Losses, rewards of both kinds, and the KL estimate."""
-        return self.label_losses(self._desirable)
+        return self.label_losses(torch.as_tensor(self.batch["label"], dtype=torch.bool))
