@@ -165,7 +165,7 @@ def build(
     adapted = policy == "adapters"
     torch.manual_seed(2)
     settings = {
-        "max_steps": 4,
+        "max_steps": 3,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         # Adam would turn the rounding of gradients near 0 into steps of the learning rate.

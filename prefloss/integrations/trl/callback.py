@@ -94,12 +94,8 @@ class PreferenceLossCallback(LossCallback):
             self._used = True
             loss, returned = self._compute_own(trainer, batch)
             return (loss, returned) if outputs else loss
-        if self._kernel == "prefloss" and not self._scored_references and kernels.mixes_kernels(trainer):
-            raise ValueError(
-                "kernel: got 'prefloss', but the reference log-probs were computed beforehand by TRL's kernel in half "
-                "precision; policy and reference would differ by its rounding. Give the callback to the trainer's "
-                "constructor, or use kernel='trl'"
-            )
+        if not self._scored_references:
+            self._check_references(trainer)
         self._used = self._inside = True
         try:
             with kernels.scoring(self._kernel):
@@ -110,6 +106,25 @@ class PreferenceLossCallback(LossCallback):
         training = trainer.model.training
         loss = self.objective.share(captured.feedback, training=training, router=captured.router)
         return (loss, captured.returned[1]) if outputs else loss
+
+    def _check_references(self, trainer: Any) -> None:
+        """Refuse references that the trainer computed before it had the callback, and that do not fit."""
+        if self._kernel == "prefloss" and kernels.mixes_kernels(trainer):
+            raise ValueError(
+                "kernel: got 'prefloss', but the reference log-probs were computed beforehand by TRL's kernel in half "
+                "precision; policy and reference would differ by its rounding. Give the callback to the trainer's "
+                "constructor, or use kernel='trl'"
+            )
+        older = hasattr(trainer, "get_batch_loss_metrics")
+        if not (older and getattr(trainer.args, "precompute_ref_log_probs", False)):
+            return
+        named = trainer.args.loss_type
+        if "ipo" in ([named] if isinstance(named, str) else named):
+            raise ValueError(
+                f"{type(trainer.args).__name__}.loss_type: got {named!r}, for which this TRL computed "
+                "means of the reference log-probs beforehand, expected sums; give the callback to the trainer's "
+                "constructor"
+            )
 
     def _compute_own(self, trainer: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """The loss of a batch of `PreferenceCollator`, and outputs whose `logits` are its log-probs, [pairs, 2].
@@ -301,9 +316,11 @@ def _scoring_references(method: Any) -> Any:
         if PreferenceBatch.recognizes(inputs):
             # Up to TRL 1.8 the model is not among the arguments.
             return _reference_sums(self, args[0] if len(args) == 2 else self.ref_model or self.model, inputs)
+        if not hasattr(self, "get_batch_loss_metrics"):
+            return method(self, *args)
         # Up to TRL 0.28, DPOTrainer divides these by the length for "ipo", as it does the policy's.
-        older = hasattr(self, "get_batch_loss_metrics")
-        with replaced(self, loss_settings(self, callback.loss) if older else {}):
+        callback._scored_references = True
+        with replaced(self, loss_settings(self, callback.loss)):
             return method(self, *args)
 
     return compute_ref_log_probs
