@@ -78,6 +78,8 @@ def factory(monkeypatch):
             setattr(modules[parent], child, module)
         monkeypatch.setitem(sys.modules, f"llamafactory{name}", module)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    # The command adds the working directory.
+    monkeypatch.setattr(sys, "path", [*sys.path])
     with standins.imported("prefloss.integrations.llamafactory") as ours:
         yield SimpleNamespace(
             run_exp=ours.run_exp, main=ours.main, built=built, tuner=tuner, launcher=launcher
