@@ -72,11 +72,6 @@ def factory(monkeypatch):
         launch,
         "its own",
     )
-    for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        if name:
-            setattr(modules[parent], child, module)
-        monkeypatch.setitem(sys.modules, f"llamafactory{name}", module)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     # The command adds the working directory.
     monkeypatch.setattr(sys, "path", [*sys.path])
