@@ -30,7 +30,7 @@ from prefloss.integrations.trl import kernel as kernels
 from prefloss.integrations.trl import options
 from prefloss.integrations.trl.capture import capture, loss_settings
 from prefloss.integrations.trl.seams import recorder_of
-from prefloss.integrations.trl.versions import DPOTrainer, KTOTrainer
+from prefloss.integrations.trl.versions import DPOTrainer, KTOTrainer, check_in_place
 from prefloss.registry import Loss
 from prefloss.training import FeedbackObjective, PreferenceBatch, PreferenceObjective, Reference, batch_logps
 
@@ -83,6 +83,7 @@ class PreferenceLossCallback(LossCallback):
         return options.resolve(args, self.loss)
 
     def _check_args(self, args: Any) -> None:
+        check_in_place()
         self.objective.replace_loss(self.resolve(args))
         logger.info(f"prefloss trains this model with {self.loss!r}")
 

@@ -7,6 +7,7 @@ import inspect
 import types
 from typing import Any
 
+from prefloss.integrations.inherited import expression
 from prefloss.integrations.trl import kernel as kernels
 from prefloss.integrations.trl import options
 from prefloss.integrations.trl.callback import attach, attached
@@ -96,4 +97,4 @@ def _loss_named_in(config: Any) -> Loss | None:
     names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
     if all(options.known_to_trl(config, name) for name in names):
         return None
-    return options.resolve(config, get(options.expression(names, getattr(config, "loss_weights", None))))
+    return options.resolve(config, get(expression(names, getattr(config, "loss_weights", None))))

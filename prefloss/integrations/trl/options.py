@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefloss.feedback import Labels, Pairs
+from prefloss.integrations.inherited import expression, inherit
 from prefloss.integrations.trl.versions import VERSION, DPOConfig, KTOConfig, before
-from prefloss.registry import Loss, LossSpec, WeightedSum, admitted, get, parse, spec_of
+from prefloss.registry import Loss, LossSpec, admitted, get, parse, spec_of
 
 # Options of TRL's configurations that change its loss, in any version.
 _LOSS_OPTIONS = {
@@ -98,20 +99,7 @@ def resolve(args: Any, loss: Loss) -> Loss:
     kind = config_class(args)
     _check_feedback(kind, loss.spec)
     options = _set_options(args, kind)
-    used: set[str] = set()
-    terms = []
-    for weight, term in loss.terms:
-        changes, read = _inherited(kind, term, options)
-        used |= read
-        terms.append((weight, term.replaced(**changes) if changes else term))
-    unread = sorted(options.keys() - used)
-    if unread:
-        raise ValueError(
-            f"{kind.__name__}.{unread[0]}: got {options[unread[0]]!r}, but {loss.name} does not read it; leave it at "
-            f"its default{_HINTS.get(unread[0], ' or choose a loss that does')}"
-        )
-    # A plain loss is its own only term.
-    loss = terms[0][1] if loss.terms[0].loss is loss else WeightedSum(terms)
+    loss = inherit(loss, options, _parameter, owner=f"{kind.__name__}.", hints=_HINTS)
     _check_loss_type(args, kind, loss)
     _check_supplied(args, kind, loss)
     _check_baseline(args, kind, loss)
@@ -133,7 +121,13 @@ def _set_options(args: Any, kind: type) -> dict[str, Any]:
         field.name: field.default for field in dataclasses.fields(kind) if field.name in _LOSS_OPTIONS[kind]
     }
     set_to = {name: (_plain(getattr(args, name)), _plain(default)) for name, default in fields.items()}
-    changed = {name: value for name, (value, default) in set_to.items() if value != default}
+    # TRL 0.28 turns an unset `reference_free` from None into False.
+    same = {
+        name
+        for name, (value, default) in set_to.items()
+        if value == default or (value is False and not default)
+    }
+    changed = {name: value for name, (value, _) in set_to.items() if name not in same}
     if args.use_liger_kernel and _LIGER_COMPUTES_THE_LOSS:
         changed["use_liger_kernel"] = True
     alpha = getattr(args, "f_alpha_divergence_coef", None)
@@ -148,24 +142,6 @@ def _set_options(args: Any, kind: type) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """The text of an enumeration's member, in which older versions state a divergence."""
     return getattr(value, "value", value)
-
-
-def _inherited(kind: type, loss: Loss, options: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """Hyperparameters that a loss takes over from TRL's options, and the options that it reads."""
-    changes, read = {}, set()
-    for option, value in options.items():
-        parameter, meaning = _parameter(loss.spec, option, value)
-        if parameter is None:
-            continue
-        read.add(option)
-        if parameter and loss.stated.get(parameter, meaning) != meaning:
-            raise ValueError(
-                f"{kind.__name__}.{option}: got {value!r}, but {loss.name} was given "
-                f"{parameter}={loss.stated[parameter]!r}; set it in one place"
-            )
-        if parameter:
-            changes[parameter] = meaning
-    return changes, read
 
 
 def _parameter(spec: LossSpec, option: str, value: Any) -> tuple[str | None, Any]:
@@ -230,15 +206,6 @@ def _check_loss_type(args: Any, kind: type, loss: Loss) -> None:
         raise ValueError(
             f"{kind.__name__}.loss_type: got {args.loss_type!r}, but the loss to train is {loss!r}"
         )
-
-
-def expression(names: list[str], weights: list[float] | None) -> str:
-    """TRL's list of loss types and weights as one expression."""
-    if len(names) == 1 and weights in (None, [1.0]):
-        return names[0]
-    return " + ".join(
-        f"{weight!r}*{name}" for name, weight in zip(names, weights or [1.0] * len(names), strict=True)
-    )
 
 
 def _check_baseline(args: Any, kind: type, loss: Loss) -> None:

@@ -36,3 +36,18 @@ def before(version: str) -> bool:
 def untested() -> bool:
     """Whether this TRL is newer than the newest that prefloss was tested with."""
     return VERSION.release[:2] > NEWEST.release[:2]
+
+
+def check_in_place() -> None:
+    """Refuse to train if TRL's trainers were replaced after prefloss was imported, as Unsloth does.
+
+    Raises:
+        RuntimeError: If they were.
+    """
+    for name, known in (("DPOTrainer", DPOTrainer), ("KTOTrainer", KTOTrainer)):
+        found = _moved(getattr(trl, name))
+        if found is not known:
+            raise RuntimeError(
+                f"trl.{name}: got {found.__module__}.{found.__name__}, which took the place of TRL's after prefloss "
+                "was imported; import unsloth before prefloss.integrations.trl"
+            )
