@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import typer
@@ -78,8 +79,18 @@ def _trained(prober: Prober, name: str, asked: Loss) -> tuple[str, str]:
     found = compare(step, asked, tolerance=_FLOAT32)
     if found and found.factor == 1:
         return _words(asked), "same"
-    found = identify(step, tolerance=_FLOAT32)
+    # Most often it is another of the trainer's own.
+    own = {prober.asked(other).name for other in _known(prober)}
+    found = identify(step, among=own, tolerance=_FLOAT32) or identify(step, tolerance=_FLOAT32)
     return _of(found), "differs"
+
+
+def _known(prober: Prober) -> Iterator[str]:
+    """The trainer's loss names that the registry has."""
+    for name in prober.names():
+        with suppress(ValueError):
+            prober.asked(name)
+            yield name
 
 
 def _of(found: Identity) -> str:

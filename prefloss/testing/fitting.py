@@ -223,6 +223,6 @@ def _rounded(family: Family, loss: Loss, goal: Goal) -> Loss:
 def _round(parameter: Parameter, value: float, digits: int) -> float:
     low, high = _range(parameter)
     for edge in (low, high, 0.0):
-        if abs(value - edge) < 1e-3:
-            return edge
+        if abs(value - edge) < 0.03:
+            return float(edge)
     return float(f"{value:.{digits}g}")

@@ -199,8 +199,11 @@ def _tokens(part: LogRatios) -> Tensor:
 def _given(function: Callable[..., Any]) -> list[str]:
     """Names of the parameters that a call gives: those without a default, token counts, and reference log-probs."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters
+    if [p.kind for p in parameters.values()] == [inspect.Parameter.VAR_POSITIONAL]:
+        return ["chosen", "rejected", "reference_chosen", "reference_rejected"]
     return [
         p.name
-        for p in inspect.signature(function).parameters.values()
+        for p in parameters.values()
         if p.name in _COUNTS or (p.kind in positional and (p.default is p.empty or p.name.startswith("ref")))
     ]
