@@ -1,7 +1,7 @@
 """NeMo-RL's DPO training with any registered loss of pairs, chosen in its configuration.
 
-`python -m prefloss.integrations.nemo_rl examples/run_dpo.py --config dpo.yaml`, with `prefloss: "simpo(beta=2.0)"` under
-`dpo:`. Without that entry NeMo-RL trains its own loss.
+`python -m prefloss.integrations.nemo_rl examples/run_dpo.py --config dpo.yaml`, with `prefloss: "simpo(beta=2.0)"`
+under `dpo:`. Without that entry NeMo-RL trains its own loss.
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ class PreferenceLoss:
         known = {name: getattr(options, name, default) for name, default in vars(_Options()).items()}
         self.loss = _HOST.resolve(asked, _Options(**known))
         if self.loss.spec.feedback is not Pairs:
-            raise TypeError(
-                f"loss: got {self.loss.name!r}, which takes {self.loss.spec.feedback.__name__}, expected Pairs"
-            )
+            kind = self.loss.spec.feedback.__name__
+            raise TypeError(f"loss: got {self.loss.name!r}, which takes {kind}, expected a loss of pairs")
         if self.loss.couples_batch or self.loss.state:
             raise ValueError(
                 f"loss: got {self.loss!r}, expected one that takes each pair alone and keeps no state or schedule: "
@@ -122,7 +121,7 @@ class PreferenceLoss:
 
 
 def loss_of(own: Any) -> Any:
-    """NeMo-RL's class `DPOLossFn` -> a function that builds ours if the configuration has `prefloss`, else NeMo-RL's."""
+    """NeMo-RL's class `DPOLossFn` -> a function that builds ours if the configuration names it, else NeMo-RL's."""
 
     def build(config: Any, use_fused_linear_logprobs: bool = False) -> Any:
         asked = getattr(config, "prefloss", None)

@@ -1,7 +1,7 @@
 """OpenRLHF's DPO training with any registered loss of pairs.
 
-`python -m prefloss.integrations.openrlhf --prefloss "simpo(beta=2.0)" ...` runs `openrlhf.cli.train_dpo` with all of its
-options, and with a subclass of its `DPOTrainer` whose loss is ours.
+`python -m prefloss.integrations.openrlhf --prefloss "simpo(beta=2.0)" ...` runs `openrlhf.cli.train_dpo` with all
+of its options, and with a subclass of its `DPOTrainer` whose loss is ours.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def trainer_with(loss: str | Loss, base: Any) -> type:
 def _check_sums(per_token: Tensor, mask: Tensor, sums: Tensor) -> None:
     if per_token.shape != mask.shape or not torch.allclose((per_token * mask).sum(-1), sums):
         raise RuntimeError(
-            "OpenRLHF: got other sums of log-probs than those of the completion tokens; this version scores completions "
-            "in a way that prefloss does not know. Please report this with the versions of both"
+            "OpenRLHF: got other sums of log-probs than those of the completion tokens; this version scores "
+            "completions in a way that prefloss does not know. Please report this with the versions of both"
         )
 
 

@@ -1,7 +1,7 @@
 """Proof for one release of OpenRLHF: `python -m tests.trainers.openrlhf_matrix` where its package is installed.
 
-Its real `DPOTrainer` and `DPOLoss` run, on a tiny model on CPU. What needs a GPU is replaced: the strategy (DeepSpeed) by
-plain backward and SGD steps, the model's wrapper by one that returns the log-probs which the trainer asks for.
+Its real `DPOTrainer` and `DPOLoss` run, on a tiny model on CPU. What needs a GPU is replaced: the strategy (DeepSpeed)
+by plain backward and SGD steps, the model's wrapper by one that returns the log-probs which the trainer asks for.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -36,6 +37,8 @@ def load() -> Any:
         module = types.ModuleType(f"openrlhf.{name}")
         module.__path__ = [str(root / name)]
         sys.modules[f"openrlhf.{name}"] = module
+    # Imported by a neighbour of the loss, which reads nothing of it.
+    sys.modules.setdefault("deepspeed", mock.MagicMock())
     sys.modules["openrlhf.models"].DPOLoss = importlib.import_module("openrlhf.models.loss").DPOLoss
     return importlib.import_module("openrlhf.trainer.dpo_trainer")
 
@@ -120,8 +123,9 @@ def batch(seed: int) -> tuple[Any, ...]:
 def trained(trainer_class: Any, beta: float = 0.1, **model: Any) -> tuple[list[float], Any]:
     """Losses of four steps, and the trained model."""
     policy, losses = Actor(0), []
+    optimizer, tokenizer = torch.optim.SGD(policy.parameters(), 0.05), SimpleNamespace(pad_token_id=0)
     trainer = trainer_class(
-        policy, Actor(1), Strategy(**model), SimpleNamespace(pad_token_id=0), torch.optim.SGD(policy.parameters(), 0.05),
+        policy, Actor(1), Strategy(**model), tokenizer, optimizer,
         [batch(step) for step in range(4)], None, SimpleNamespace(get_last_lr=lambda: [0.05]), beta=beta, max_epochs=1,
     )  # fmt: skip
     inner = trainer.loss_fn
