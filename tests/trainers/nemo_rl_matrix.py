@@ -1,7 +1,7 @@
 """Proof for a checkout of NeMo-RL, which is not on the package index: `python -m tests.trainers.nemo_rl_matrix PATH`.
 
-Its real loss and protocol modules run, on tensors on CPU. The modules beside them, which need Ray and a GPU, are replaced
-by empty ones; `masked_mean` is read from its own file. NeMo-RL's `dpo_train` was not run.
+Its real loss and protocol modules run, on tensors on CPU. The modules beside them, which need Ray and a GPU, are empty;
+`masked_mean` is read from its own file. NeMo-RL's `dpo_train` was not run.
 """
 
 from __future__ import annotations
