@@ -1,7 +1,7 @@
 """verl's SFT trainer with any registered loss of pairs: a loss function for its `set_loss_fn`.
 
-`torchrun -m prefloss.integrations.verl --prefloss "dpo(beta=0.1)" data.custom_cls...` runs `verl.trainer.sft_trainer`
-with its own options. A row of the data is a pair, so that no shuffling and no micro-batch can part it: prompt and chosen
+`torchrun -m prefloss.integrations.verl --prefloss "dpo(beta=0.1)" data...` runs `verl.trainer.sft_trainer` with its own
+options. A row of the data is a pair, so that no shuffling and no micro-batch can part it: prompt and chosen
 completion, then prompt and rejected completion, with `position_ids` that start again at 0.
 """
 
@@ -38,10 +38,14 @@ class PreferenceLoss:
         self.loss = get(loss) if isinstance(loss, str) else loss
         kind = self.loss.spec.feedback
         if kind is not Pairs:
-            raise TypeError(f"loss: got {self.loss.name!r}, which takes {kind.__name__}, expected a loss of pairs")
+            raise TypeError(
+                f"loss: got {self.loss.name!r}, which takes {kind.__name__}, expected a loss of pairs"
+            )
         missing = sorted(self.loss.needs - {"tokens"})
         if missing:
-            raise ValueError(f"loss: got {self.loss!r}, which needs {missing[0]}; verl's rows give sums and token counts")
+            raise ValueError(
+                f"loss: got {self.loss!r}, which needs {missing[0]}; verl gives sums and token counts"
+            )
         if self.loss.couples_batch or self.loss.state:
             raise ValueError(
                 f"loss: got {self.loss!r}, expected one that takes each pair alone and keeps no state or schedule: verl "
@@ -49,7 +53,11 @@ class PreferenceLoss:
             )
 
     def __call__(
-        self, model_output: Mapping[str, Any], data: Mapping[str, Any], dp_group: Any = None, config: Any = None
+        self,
+        model_output: Mapping[str, Any],
+        data: Mapping[str, Any],
+        dp_group: Any = None,
+        config: Any = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """This micro-batch's part of the mean over the step's pairs, times the data-parallel size; and no metrics.
 

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from torch.nn.functional import logsigmoid
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefloss.integrations.openrlhf import trainer_with
@@ -126,7 +127,7 @@ def trained(trainer_class: Any, beta: float = 0.1, **model: Any) -> tuple[list[f
     optimizer, tokenizer = torch.optim.SGD(policy.parameters(), 0.05), SimpleNamespace(pad_token_id=0)
     trainer = trainer_class(
         policy, Actor(1), Strategy(**model), tokenizer, optimizer,
-        [batch(step) for step in range(4)], None, SimpleNamespace(get_last_lr=lambda: [0.05]), beta=beta, max_epochs=1,
+        DataLoader([batch(step) for step in range(4)], batch_size=None), None, SimpleNamespace(get_last_lr=lambda: [0.05]), beta=beta, max_epochs=1,
     )  # fmt: skip
     inner = trainer.loss_fn
     trainer.loss_fn = lambda *logps: losses.append(inner(*logps)) or losses[-1]
