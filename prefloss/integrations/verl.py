@@ -48,8 +48,8 @@ class PreferenceLoss:
             )
         if self.loss.couples_batch or self.loss.state:
             raise ValueError(
-                f"loss: got {self.loss!r}, expected one that takes each pair alone and keeps no state or schedule: verl "
-                "calls it for each micro-batch"
+                f"loss: got {self.loss!r}, expected one that takes each pair alone and keeps no state or schedule: "
+                "verl calls it for each micro-batch"
             )
 
     def __call__(
@@ -63,8 +63,8 @@ class PreferenceLoss:
 
         Args:
             model_output: `log_probs`, nested [pairs, tokens]: of the next token at each place, nats.
-            data: `loss_mask`, `position_ids`, nested [pairs, tokens]; `reference_logps`, nested or dense [pairs, 2], sums
-                of the chosen and of the rejected completion under the reference; `global_batch_size`, `dp_size`.
+            data: `loss_mask`, `position_ids`, nested [pairs, tokens]; `reference_logps`, nested or dense [pairs, 2],
+                sums of both completions under the reference, nats; `global_batch_size`, `dp_size`.
             dp_group: Not read.
             config: Not read.
 
@@ -81,8 +81,9 @@ class PreferenceLoss:
         offsets = log_probs.offsets()[:-1]
         if int(starts.sum()) != 2 * count or not bool((starts[offsets] == 1).all()):
             raise ValueError(
-                f"position_ids: got {int(starts.sum())} sequences in {count} rows, expected two in each: prompt and chosen, "
-                "prompt and rejected, each from position 0; set model.use_remove_padding=True and data.pad_mode=no_padding"
+                f"position_ids: got {int(starts.sum())} sequences in {count} rows, expected two in each: prompt and "
+                "chosen, prompt and rejected, each from position 0; set model.use_remove_padding=True and "
+                "data.pad_mode=no_padding"
             )
         # A place predicts the next token; the last place of a sequence predicts the start of another.
         counted = torch.roll(data["loss_mask"].values(), -1, dims=0) * (1 - torch.roll(starts, -1, dims=0))
@@ -99,14 +100,15 @@ class PreferenceLoss:
         return Pairs(chosen=sides[0], rejected=sides[1])
 
     def _reference(self, data: Mapping[str, Any]) -> Tensor | None:
-        if "reference_logps" not in data.keys():
+        # A TensorDict refuses `in`.
+        given = data.get("reference_logps", None)
+        if given is None:
             if self.loss.spec.needs_reference:
                 raise ValueError(
                     f"{self.loss.name}: reference_logps: got none in the batch, expected the sums of both completions "
                     "under the reference in each row"
                 )
             return None
-        given = data["reference_logps"]
         return (given.values() if given.is_nested else given).reshape(-1, 2)
 
 
