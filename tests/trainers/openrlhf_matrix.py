@@ -125,10 +125,10 @@ def trained(trainer_class: Any, beta: float = 0.1, **model: Any) -> tuple[list[f
     """Losses of four steps, and the trained model."""
     policy, losses = Actor(0), []
     optimizer, tokenizer = torch.optim.SGD(policy.parameters(), 0.05), SimpleNamespace(pad_token_id=0)
-    trainer = trainer_class(
-        policy, Actor(1), Strategy(**model), tokenizer, optimizer,
-        DataLoader([batch(step) for step in range(4)], batch_size=None), None, SimpleNamespace(get_last_lr=lambda: [0.05]), beta=beta, max_epochs=1,
-    )  # fmt: skip
+    batches = DataLoader([batch(step) for step in range(4)], batch_size=None)
+    scheduler = SimpleNamespace(get_last_lr=lambda: [0.05])
+    model_and_data = (policy, Actor(1), Strategy(**model), tokenizer, optimizer, batches, None, scheduler)
+    trainer = trainer_class(*model_and_data, beta=beta, max_epochs=1)
     inner = trainer.loss_fn
     trainer.loss_fn = lambda *logps: losses.append(inner(*logps)) or losses[-1]
     trainer.fit(trainer.args)
