@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -94,7 +95,9 @@ class Probed:
         checked_function("function", function, "a function of log-probs, or of feedback")
         if kind is not None and kind not in KINDS:
             raise TypeError(f"feedback: got {shown(kind)}, expected Pairs, Labels or Rankings")
-        self._function, names = function, _given(function)
+        # A loss with a state keeps it as it is.
+        held = copy.deepcopy(function).eval() if isinstance(function, Loss) else function
+        self._function, names = held, _given(function)
         self.tokens = [name for name in _COUNTS if name in names]
         tensors = len(names) - len(self.tokens)
         self.takes_feedback = tensors == 1 or kind is not None or isinstance(function, Loss)
