@@ -110,8 +110,12 @@ def test_the_launcher_replaces_the_trainer_while_it_runs(monkeypatch, tmp_path, 
         folder.mkdir()
         (folder / "__init__.py").touch()
     (package / "trainer" / "dpo_trainer.py").write_text("class DPOTrainer:\n    _get_batch_logps = print\n")
-    script = "import sys\nfrom openrlhf.trainer.dpo_trainer import DPOTrainer\nprint(DPOTrainer.__name__, sys.argv[1:])\n"
-    (package / "cli" / "train_dpo.py").write_text(script)
+    lines = (
+        "import sys",
+        "from openrlhf.trainer.dpo_trainer import DPOTrainer",
+        "print(DPOTrainer.__name__, sys.argv[1:])",
+    )
+    (package / "cli" / "train_dpo.py").write_text("\n".join(lines))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     main(["--prefloss", "simpo(beta=2.0)", "--model.beta", "0.1"])
     assert capsys.readouterr().out == "PreferenceTrainer ['--model.beta', '0.1']\n"

@@ -138,7 +138,7 @@ def trained(trainer_class: Any, beta: float = 0.1, **model: Any) -> tuple[list[f
 def farthest(theirs: Any, ours: Any) -> float:
     losses = max(abs(a - b) for a, b in zip(theirs[0], ours[0], strict=True))
     pairs = zip(theirs[1].parameters(), ours[1].parameters(), strict=True)
-    return max(losses, *(float((a - b).abs().max()) for a, b in pairs))
+    return max(losses, *(float((a - b).detach().abs().max()) for a, b in pairs))
 
 
 def by_hand(value: Callable[..., Any]) -> Callable[..., Any]:
