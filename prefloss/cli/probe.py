@@ -76,8 +76,7 @@ def _rows(prober: Prober, names: list[str]) -> Iterator[Row]:
 
 def _trained(prober: Prober, name: str, asked: Loss) -> tuple[str, str]:
     step = prober.step(name)
-    found = compare(step, asked, tolerance=_FLOAT32)
-    if found and found.factor == 1:
+    if compare(step, asked, tolerance=_FLOAT32):
         return _words(asked), "same"
     # Most often it is another of the trainer's own.
     own = {prober.asked(other).name for other in _known(prober)}
