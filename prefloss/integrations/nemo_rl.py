@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prefloss.feedback import Pairs
@@ -95,16 +94,15 @@ class PreferenceLoss:
             global_valid_seqs: Valid rows of the whole step.
             global_valid_toks: Not read.
         """
-        mask = data["token_mask"][:, 1:].bool()
+        # A row that fills the batch up may hold anything; without tokens, neither its values nor its gradient count.
+        counted = data["sample_mask"].bool()
+        mask = data["token_mask"][:, 1:].bool() & counted.unsqueeze(-1)
         reference = data["reference_policy_logprobs"][:, :-1]
         rows = LogRatios.from_token_logps(next_token_logprobs, mask, reference, keep_per_token=True)
         pairs = Pairs(chosen=rows[::2], rejected=rows[1::2])
-        counted = data["sample_mask"][::2].bool()
-        step = global_valid_seqs / 2
 
         def share(values: Tensor) -> Tensor:
-            # where: a row that pads the batch may hold anything.
-            return torch.where(counted, values, 0.0).sum() / step
+            return values.sum() / (global_valid_seqs / 2)
 
         loss = share(self.loss(pairs))
         beta = self.loss.beta or 1.0
@@ -116,7 +114,7 @@ class PreferenceLoss:
             "accuracy": share((chosen > rejected).float()).item(),
             "rewards_chosen_mean": share(chosen).item(),
             "rewards_rejected_mean": share(rejected).item(),
-            "num_valid_samples": counted.sum().item(),
+            "num_valid_samples": counted[::2].sum().item(),
         }
 
 

@@ -69,7 +69,7 @@ def trainer_with(loss: str | Loss, base: Any) -> type:
             model = self.args.model
             options = _Options(self.beta, model.label_smoothing, model.ipo_enable)
             asked = get(loss) if isinstance(loss, str) else copy.deepcopy(loss)
-            self.preference = FeedbackObjective(_HOST.resolve(asked, options))
+            self.preference = FeedbackObjective(_HOST.resolve(asked, options), diagnose=False)
             self.loss_fn, self._passes, self._trained = self._preference_loss, [], 0
 
         def _get_batch_logps(
@@ -120,7 +120,6 @@ def main(words: Sequence[str] | None = None) -> None:
         "--import", dest="modules", action="append", default=[], help="a module that registers losses"
     )
     given, rest = parser.parse_known_args(words)
-    sys.path.insert(0, "")
     for module in given.modules:
         importlib.import_module(module)
     try:
