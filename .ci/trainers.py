@@ -90,6 +90,11 @@ _AXOLOTL = Release("axolotl", "axolotl==0.19.0", left_out=("xformers", "torchvis
 _UNSLOTH = Release(
     "unsloth", "unsloth==2026.10.9", instead=("certifi>=2026.10.18",), left_out=("xformers", "torchvision")
 )
+_OPENRLHF = Release(
+    "openrlhf",
+    "openrlhf==0.11.2",
+    left_out=("bitsandbytes", "deepspeed", "flash-attn", "optimum", "pynvml", "ray", "tensorboard", "wandb"),
+)
 RELEASES = (
     *(
         replace(_TRL, package=f"trl=={version}", instead=(f"transformers=={transformers}",))
@@ -112,6 +117,8 @@ RELEASES = (
     _AXOLOTL,
     replace(_UNSLOTH, package="unsloth==2026.10.7"),
     _UNSLOTH,
+    replace(_OPENRLHF, package="openrlhf==0.11.1"),
+    _OPENRLHF,
 )
 
 

@@ -154,6 +154,13 @@ def test_shell_lines_name_what_exists(page):
             assert words[0] in targets
 
 
+@pytest.mark.parametrize(
+    "name", re.findall(r"\| `([^|]+)` \|$", PAGES["docs/integrations/migration.md"].read_text(), re.MULTILINE)
+)
+def test_names_of_the_migration_table_are_losses(name):
+    assert prefloss.get(name).terms
+
+
 def test_links_of_the_readme_lead_somewhere():
     # Those of docs/ are checked by Sphinx, which also makes some of the pages.
     text = _FENCE.sub("", PAGES["README.md"].read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ def generate(app: Sphinx) -> None:
     folder = Path(app.srcdir) / FOLDER
     folder.mkdir(exist_ok=True)
     pages = {f"{spec.name}.md": page(spec) for spec in prefloss.specs.values()}
-    pages |= {"index.md": index(), "capabilities.md": capability_table()}
+    pages |= {"index.md": index(), "capabilities.md": capability_table(), "names.md": names_elsewhere()}
     for old in folder.glob("*.md"):
         if old.name not in pages:
             old.unlink()
@@ -130,6 +130,20 @@ def source(spec: LossSpec) -> str:
     )
 
 
+def names_elsewhere() -> str:
+    """Table of every alias: the name, the trainers that use it, and the loss with what the name sets."""
+    rows = []
+    for spec in prefloss.specs.values():
+        for alias, entry in spec.aliases.items():
+            preset = ", ".join(f"{key}={value!r}" for key, value in entry.parameters.items())
+            rows.append(f"| `{alias}` | {entry.peers} | [{spec.name}]({spec.name}.md) | {preset} |")
+    table = "\n".join(["| name | used by | loss | sets |", "| --- | --- | --- | --- |", *sorted(rows)])
+    return (
+        "# Names in other trainers\n\nAliases: `prefloss.get` takes these names too. A name with a colon is a "
+        f"trainer's own form of a loss.\n\n{table}\n"
+    )
+
+
 def index() -> str:
     """Table of all losses and the toctree of their pages."""
     specs = sorted(
@@ -148,7 +162,7 @@ def index() -> str:
         f"# Losses\n\n{len(prefloss.specs)} losses, each by its name: `prefloss.get(name)`. This page and those of the "
         "losses are generated from the registry; `prefloss losses` shows the same in a terminal. What can be combined "
         f"stands in the [capability table](capabilities.md).\n\n{table}\n\n"
-        f"```{{toctree}}\n:hidden:\n\ncapabilities\n{names}\n```\n"
+        f"```{{toctree}}\n:hidden:\n\ncapabilities\nnames\n{names}\n```\n"
     )
 
 

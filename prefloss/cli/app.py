@@ -83,6 +83,24 @@ def losses(
         show_losses(name)
 
 
+@app.command()
+def probe(
+    trainer: Annotated[str, typer.Argument(help="Of which package: trl, llamafactory, swift ...")],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Loss names; all that it accepts by default.")
+    ] = None,
+) -> None:
+    """Check that the installed trainer trains the loss that its configuration names.
+
+    For each loss name, the trainer takes one step on known log-probs. The table says which loss that step computed, in
+    value and gradient. The exit code is 1 if it is another one than the name means.
+    """
+    from prefloss.cli.probe import probe_trainer
+
+    with errors_as_text():
+        probe_trainer(trainer, names)
+
+
 @_command(TrainOptions)
 def train(options: TrainOptions, console: Console) -> None:
     """Train a language model with a preference loss; with no options, a complete small example.
