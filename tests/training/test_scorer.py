@@ -242,7 +242,9 @@ def test_without_a_prompt_the_first_token_is_not_scored(policy, reference):
 
 @pytest.mark.parametrize("row", [([5], "67"), [5, 6], ([5], [6.0]), ([5], [True]), None, ([5], [6], [7])])
 def test_rows_are_pairs_of_token_ids(policy, reference, row):
-    with pytest.raises(TypeError, match=r"rows\[1\]: got .*, expected two lists of token ids: prompt and completion"):
+    with pytest.raises(
+        TypeError, match=r"rows\[1\]: got .*, expected two lists of token ids: prompt and completion"
+    ):
         prefloss.Scorer(policy, None, reference).encoded([([5], [6]), row])
 
 
