@@ -1,0 +1,215 @@
+"""The rows of a file to score, of every kind: what they hold, checked one by one, and in chunks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefloss.data import DataError
+from prefloss.data.errors import shown
+from prefloss.data.files import rows_of
+from prefloss.data.row_file import Share
+from prefloss.data.rows import clean, kind_of
+from prefloss.data.tokens import Text
+from prefloss.feedback import SIDES, Labels, Pairs, Rankings
+
+# Columns that RewardBench's data sets and outputs have, and `messages`, which stands for a whole conversation.
+_ALSO = frozenset(("id", "subset", "num_correct", "messages", "text_chosen", "text_rejected"))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all rows of a file are.
+
+    Attributes:
+        feedback: `Pairs`, `Labels` or `Rankings`.
+        judged: Whether people's judgement is there: a label, or the scores of a ranking.
+        conversational: Whether texts are messages.
+    """
+
+    feedback: type
+    judged: bool
+    conversational: bool
+
+    @property
+    def words(self) -> str:
+        """What messages call such rows."""
+        names = {Pairs: "pairs", Labels: "votes", Rankings: "rankings"}
+        unjudged = {Labels: "completions without a label", Rankings: "rankings without scores"}
+        name = names[self.feedback] if self.judged else unjudged[self.feedback]
+        return f"{name}, {'messages' if self.conversational else 'plain text'}"
+
+    def sides(self, count: int) -> tuple[str, ...]:
+        """Names of a row's completions."""
+        return tuple(map(str, range(count))) if self.feedback is Rankings else SIDES[self.feedback]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        place: Where it is, for messages.
+        kind: What it is.
+        prompt: Text or messages.
+        completions: Of a pair chosen and rejected, of a ranking all, else one.
+        scores: What people said about each of them, higher is better; None if they said nothing.
+        other: Its other columns.
+    """
+
+    place: str
+    kind: Kind
+    prompt: Text
+    completions: list[Text]
+    scores: list[float] | None
+    other: Mapping[str, Any]
+
+    @property
+    def subset(self) -> str | None:
+        """The part of a benchmark that it belongs to."""
+        name = self.other.get("subset")
+        return name if isinstance(name, str) else None
+
+    @classmethod
+    def of(cls, place: str, columns: dict[str, Any]) -> Row:
+        """Check the columns of a row.
+
+        Raises:
+            DataError: If a column is missing or holds something else than it should.
+        """
+        row, judged = _filled(_renamed(place, columns))
+        feedback = kind_of(place, row)
+        cleaned = clean(place, row, feedback)
+        values = cleaned.row
+        completions = values["completions"] if feedback is Rankings else [values[n] for n in SIDES[feedback]]
+        if not completions:
+            raise DataError(f"{place}: column 'completions': got an empty list, expected at least one")
+        scores = {Pairs: [1.0, 0.0], Labels: [float(values.get("label", 0))]}.get(
+            feedback, values.get("scores")
+        )
+        return cls(
+            place,
+            Kind(feedback, judged, cleaned.conversational),
+            values["prompt"],
+            completions,
+            scores if judged else None,
+            {name: columns[name] for name in columns if name not in {*values, "messages"}},
+        )
+
+    def as_chat(self) -> Row:
+        """Plain text as messages: the prompt as the user's, each completion as the assistant's."""
+        if self.kind.conversational:
+            return self
+        prompt: Text = [{"role": "user", "content": str(self.prompt)}]
+        completions: list[Text] = [[{"role": "assistant", "content": str(text)}] for text in self.completions]
+        kind = Kind(self.kind.feedback, self.kind.judged, conversational=True)
+        return Row(self.place, kind, prompt, completions, self.scores, self.other)
+
+
+def _renamed(place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the columns that the names of RewardBench and of chat data stand for."""
+    if row.get("prompt_ids") is not None:
+        raise DataError(f"{place}: got token ids, expected text or messages")
+    if row.get("messages") is not None and row.get("completion") is None:
+        # A conversation; its last answer is the completion.
+        return {"completion": row["messages"], "label": row.get("label")}
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if _is_texts(chosen) and _is_texts(rejected):
+        return {**row, **_best_of(place, row, chosen, rejected), "chosen": None, "rejected": None}
+    texts, prompt = (row.get("text_chosen"), row.get("text_rejected")), row.get("prompt")
+    if isinstance(prompt, str) and all(isinstance(text, str) and text.startswith(prompt) for text in texts):
+        sides = zip(("chosen", "rejected"), texts, strict=True)
+        return row | {side: str(text)[len(prompt) :] for side, text in sides}
+    return row
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _best_of(place: str, row: dict[str, Any], chosen: list[str], rejected: list[str]) -> dict[str, Any]:
+    """A row of RewardBench 2: all right completions, then all wrong ones."""
+    right = row.get("num_correct")
+    if right is not None and right != len(chosen):
+        raise DataError(
+            f"{place}: column 'num_correct': got {shown(right)}, expected {len(chosen)}, as 'chosen' has"
+        )
+    return {"completions": [*chosen, *rejected], "scores": [1.0] * len(chosen) + [0.0] * len(rejected)}
+
+
+def _filled(row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The row with a judgement, and whether that is people's."""
+    if row.get("completions") is not None and row.get("scores") is None:
+        count = len(row["completions"]) if isinstance(row["completions"], list) else 0
+        return {**row, "scores": [0.0] * count}, False
+    if row.get("completion") is not None and row.get("label") is None:
+        return {**row, "label": False}, False
+    return row, True
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a file, checked.
+
+    Attributes:
+        path: File or folder.
+        kind: What its rows are, as they are scored.
+        count: Number of rows.
+        chat: Whether plain text is scored as messages.
+    """
+
+    path: Path
+    kind: Kind
+    count: int
+    chat: bool
+
+    def __iter__(self) -> Iterator[Row]:
+        for place, columns in rows_of(self.path, also=_ALSO):
+            yield self._row(place, columns)
+
+    def chunks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Row]]]:
+        """Chunks of so many rows, by number; those that are not wanted are passed over."""
+        rows = rows_of(self.path, also=_ALSO)
+        for number in itertools.count():
+            chunk = list(itertools.islice(rows, size))
+            if not chunk:
+                return
+            if wanted(number):
+                yield number, [self._row(place, columns) for place, columns in chunk]
+
+    def _row(self, place: str, columns: dict[str, Any]) -> Row:
+        row = Row.of(place, columns)
+        return row.as_chat() if self.chat else row
+
+
+def check_rows(path: Path, share: Share, *, chat: bool = False) -> Rows:
+    """Check every row of a file, before anything is scored.
+
+    Args:
+        path: File or folder, as `prefloss.data.read` takes.
+        share: Of several processes that check it together.
+        chat: Score plain text as messages.
+
+    Raises:
+        DataError: If there are no rows, one is malformed, or not of the first one's kind.
+    """
+
+    def check() -> tuple[Kind, int]:
+        first = next(rows_of(path, also=_ALSO), None)
+        if first is None:
+            raise DataError(f"{path}: no rows")
+        kind, count = Row.of(*first).kind, 0
+        for place, columns in rows_of(path, share.rank, share.size, also=_ALSO):
+            got = Row.of(place, columns).kind
+            if got != kind:
+                raise DataError(f"{place}: got {got.words}, expected {kind.words}, as in the first row")
+            count += 1
+        return kind, count
+
+    outcomes = share.together(check)
+    kind = outcomes[0][0]
+    kind = Kind(kind.feedback, kind.judged, kind.conversational or chat)
+    return Rows(path, kind, sum(count for _, count in outcomes), chat)
