@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._authoring import NonNegative, Positive, Share, maths, register, resolve, running
+from prefloss.losses._authoring import (
+    NonNegative,
+    Positive,
+    Share,
+    maths,
+    register,
+    resolve,
+    rewards,
+    running,
+)
 from prefloss.losses.pairwise import dpo
 
 
@@ -196,7 +205,7 @@ def beta_dpo(
     return torch.where(kept, values, 0.0)
 
 
-@register(separable=False, stateful=True, needs=("tokens",))
+@register(separable=False, stateful=True, needs=("tokens",), reward=rewards.MEAN_LOG_PROB)
 def alpha_dpo(
     pairs: Pairs,
     *,

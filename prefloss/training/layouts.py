@@ -138,6 +138,11 @@ class Packed:
         )
         return cls(ids, positions, sequences, rows, batch[SOURCES], bool(batch[SHARED]))
 
+    def to(self, device: torch.device) -> Packed:
+        """The same tokens on a device."""
+        tensors = (self.ids, self.positions, self.sequences, self.rows, self.sources)
+        return Packed(*(value.to(device) for value in tensors), self.shares)
+
     def arranged(self, one_row: bool) -> Arranged:
         """All sequences in one row, or in as few rows as possible of the longest sequence's length.
 
