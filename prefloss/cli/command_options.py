@@ -324,7 +324,7 @@ class ScoreOptions:
         bool,
         Option("--allow-truncation", help="Cut longer rows and count them; without it they are an error."),
     ] = False
-    batch_tokens: Annotated[int, Option(min=1, max=_MOST, help="Tokens per forward pass, about.")] = 8192
+    batch_tokens: Annotated[int, Option(min=1, max=_MOST, help="Tokens of a forward pass, at most.")] = 4096
     overwrite: Annotated[
         bool, Option("--overwrite", help="Start anew, though --output or parts of it are there.")
     ] = False
@@ -361,8 +361,6 @@ class ScoreOptions:
             raise CliError(f"--html: no such folder: {self.html.parent}")
         if self.html is not None and os.path.realpath(self.html) == os.path.realpath(self.output):
             raise CliError(f"--html: got {self.html}, which is --output; expected another file")
-        if self.allow_truncation and self.max_length is None:
-            raise CliError("--allow-truncation: got no --max-length to cut at, expected one")
 
     def settings(self) -> dict[str, Any]:
         """What changes the output, for its record; model, reference and loss are recorded when they are loaded."""

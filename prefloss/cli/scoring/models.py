@@ -40,6 +40,11 @@ class Setup:
     reference_name: str
     warnings: tuple[str, ...] = ()
 
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        return str(dtype_of(self.model)).removeprefix("torch.")
+
     def settings(self) -> dict[str, Any]:
         """What the rewards depend on, for the output's record."""
         reference: Any = self.reference
@@ -50,7 +55,7 @@ class Setup:
         return {
             "--loss": repr(self.loss),
             "weights of --model": weights_fingerprint(self.model),
-            "--dtype": str(dtype_of(self.model)).removeprefix("torch."),
+            "--dtype": self.dtype,
             "--reference": reference,
             "tokenizer of --model": tokenizer_fingerprint(self.tokenizer),
             "chat template of --model": template_hash(self.tokenizer),
@@ -76,7 +81,7 @@ def loss_of(options: ScoreOptions, record: Record) -> tuple[prefloss.Loss, tuple
     return loss, (f"the training in {record.folder} had the loss {record.loss}",)
 
 
-def setup(options: ScoreOptions, record: Record, loss: prefloss.Loss, kind: Kind) -> Setup:
+def setup_of(options: ScoreOptions, record: Record, loss: prefloss.Loss, kind: Kind) -> Setup:
     """Load all; a `CliError` if something cannot be loaded, or they do not go together."""
     tokenizer = _tokenizer(options, record, kind)
     model = _model(options, options.model, "--model", options.revision)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 import pyarrow as pa
 
-from prefloss.cli.scoring.rows import Row
+from prefloss.cli.scoring.rows import Row, Rows
 from prefloss.data.tokens import Text
 from prefloss.feedback import Pairs, Rankings
 
@@ -59,30 +59,28 @@ class Shown:
     hidden: int
 
 
-def write_page(
-    path: Path, rows: Iterable[Row], scores: pa.Table, tokenizer: Any, facts: Mapping[str, Any]
-) -> None:
+def write_page(path: Path, rows: Rows, scores: pa.Table, tokenizer: Any, facts: Mapping[str, Any]) -> None:
     """Write the page.
 
     Args:
         path: The page.
-        rows: The rows, from the first on.
+        rows: The rows.
         scores: Their scores, with the rewards of their tokens.
         tokenizer: Turns token ids to text.
-        facts: `title`, `lines` of text above, and the `count` of all rows.
+        facts: `title`, `lines` of text above, and the `unit` of a token's reward.
     """
-    groups = itertools.groupby(scores.slice(0).to_pylist(), key=lambda score: score["row"])
+    groups = itertools.groupby(scores.to_pylist(), key=lambda score: score["row"])
     pairs = itertools.islice(zip(rows, groups, strict=False), MOST_ROWS)
-    found = [(row, number, list(group)) for row, (number, group) in pairs]
-    values = [value for _, _, group in found for score in group for value in score["token_rewards"]]
+    found = [(row, list(group)) for row, (_, group) in pairs]
+    values = [value for _, group in found for score in group for value in score["token_rewards"]]
     # A few tokens are far from the others; they get the last colour.
     scale = float(np.quantile(np.abs(values), 0.98)) if values else 0.0
     scale = scale or 1.0
     shown, left = [], _MOST_IN_ALL
-    for row, number, group in found:
+    for row, group in found:
         if left <= 0:
             break
-        shown.append(_shown(row, number, group, tokenizer, scale))
+        shown.append(_shown(row, group, tokenizer, scale))
         left -= sum(len(side.pieces) for side in shown[-1].sides)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -90,7 +88,7 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    compared = found[0][0].kind.feedback in (Pairs, Rankings)
+    compared = rows.kind.feedback in (Pairs, Rankings)
     page = environment.get_template("page.html").stream(
         rows=shown, scale=scale, steps=_STEPS, value="margin" if compared else "reward", **facts
     )
@@ -98,7 +96,7 @@ def write_page(
         page.dump(file)
 
 
-def _shown(row: Row, number: int, group: list[dict[str, Any]], tokenizer: Any, scale: float) -> Shown:
+def _shown(row: Row, group: list[dict[str, Any]], tokenizer: Any, scale: float) -> Shown:
     sides = []
     for score, given in zip(group[:_MOST_SIDES], row.scores or [None] * len(group), strict=False):
         pieces = list(_pieces(tokenizer, score["token_ids"], score["token_rewards"], scale))
@@ -113,7 +111,7 @@ def _shown(row: Row, number: int, group: list[dict[str, Any]], tokenizer: Any, s
                 max(0, len(score["token_ids"]) - _MOST_TOKENS),
             )
         )
-    return Shown(number, list(_messages(row.prompt)), _value(row, group), sides, len(group) - len(sides))
+    return Shown(row.number, list(_messages(row.prompt)), _value(row, group), sides, len(group) - len(sides))
 
 
 def _value(row: Row, group: list[dict[str, Any]]) -> float:

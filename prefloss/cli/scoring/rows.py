@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from prefloss.data import DataError
 from prefloss.data.errors import shown
 from prefloss.data.files import rows_of
 from prefloss.data.row_file import Share
-from prefloss.data.rows import clean, kind_of
+from prefloss.data.rows import clean, is_blank, kind_of
 from prefloss.data.tokens import Text
 from prefloss.feedback import SIDES, Labels, Pairs, Rankings
 
@@ -52,6 +52,7 @@ class Row:
     """One row.
 
     Attributes:
+        number: In the file, from 0.
         place: Where it is, for messages.
         kind: What it is.
         prompt: Text or messages.
@@ -60,6 +61,7 @@ class Row:
         other: Its other columns.
     """
 
+    number: int
     place: str
     kind: Kind
     prompt: Text
@@ -73,8 +75,13 @@ class Row:
         name = self.other.get("subset")
         return name if isinstance(name, str) else None
 
+    @property
+    def empty(self) -> bool:
+        """Whether a completion has no text, and so no token that says anything."""
+        return any(map(is_blank, self.completions))
+
     @classmethod
-    def of(cls, place: str, columns: dict[str, Any]) -> Row:
+    def of(cls, number: int, place: str, columns: dict[str, Any]) -> Row:
         """Check the columns of a row.
 
         Raises:
@@ -91,6 +98,7 @@ class Row:
             feedback, values.get("scores")
         )
         return cls(
+            number,
             place,
             Kind(feedback, judged, cleaned.conversational),
             values["prompt"],
@@ -106,7 +114,7 @@ class Row:
         prompt: Text = [{"role": "user", "content": str(self.prompt)}]
         completions: list[Text] = [[{"role": "assistant", "content": str(text)}] for text in self.completions]
         kind = Kind(self.kind.feedback, self.kind.judged, conversational=True)
-        return Row(self.place, kind, prompt, completions, self.scores, self.other)
+        return replace(self, kind=kind, prompt=prompt, completions=completions)
 
 
 def _renamed(place: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -152,37 +160,38 @@ def _filled(row: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file, checked.
+    """The rows of a file, checked; those with an empty completion are left out.
 
     Attributes:
         path: File or folder.
         kind: What its rows are, as they are scored.
-        count: Number of rows.
+        count: Number of all rows.
         chat: Whether plain text is scored as messages.
+        notes: What was left out, one sentence.
     """
 
     path: Path
     kind: Kind
     count: int
     chat: bool
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
-        for place, columns in rows_of(self.path, also=_ALSO):
-            yield self._row(place, columns)
+        return self._checked(enumerate(rows_of(self.path, also=_ALSO)))
 
     def chunks(self, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Row]]]:
-        """Chunks of so many rows, by number; those that are not wanted are passed over."""
-        rows = rows_of(self.path, also=_ALSO)
-        for number in itertools.count():
+        """Chunks of so many rows of the file, by number; those that are not wanted are passed over."""
+        rows = enumerate(rows_of(self.path, also=_ALSO))
+        for number in range(-(-self.count // size)):
             chunk = list(itertools.islice(rows, size))
-            if not chunk:
-                return
             if wanted(number):
-                yield number, [self._row(place, columns) for place, columns in chunk]
+                yield number, list(self._checked(chunk))
 
-    def _row(self, place: str, columns: dict[str, Any]) -> Row:
-        row = Row.of(place, columns)
-        return row.as_chat() if self.chat else row
+    def _checked(self, rows: Iterable[tuple[int, tuple[str, dict[str, Any]]]]) -> Iterator[Row]:
+        for number, (place, columns) in rows:
+            row = Row.of(number, place, columns)
+            if not row.empty:
+                yield row.as_chat() if self.chat else row
 
 
 def check_rows(path: Path, share: Share, *, chat: bool = False) -> Rows:
@@ -194,22 +203,31 @@ def check_rows(path: Path, share: Share, *, chat: bool = False) -> Rows:
         chat: Score plain text as messages.
 
     Raises:
-        DataError: If there are no rows, one is malformed, or not of the first one's kind.
+        DataError: If there is no row to score, one is malformed, or not of the first one's kind.
     """
 
-    def check() -> tuple[Kind, int]:
+    def check() -> tuple[Kind, int, int, str]:
         first = next(rows_of(path, also=_ALSO), None)
         if first is None:
             raise DataError(f"{path}: no rows")
-        kind, count = Row.of(*first).kind, 0
+        kind, count, empty, where = Row.of(0, *first).kind, 0, 0, ""
         for place, columns in rows_of(path, share.rank, share.size, also=_ALSO):
-            got = Row.of(place, columns).kind
-            if got != kind:
-                raise DataError(f"{place}: got {got.words}, expected {kind.words}, as in the first row")
+            row = Row.of(0, place, columns)
+            if row.kind != kind:
+                raise DataError(f"{place}: got {row.kind.words}, expected {kind.words}, as in the first row")
             count += 1
-        return kind, count
+            empty += row.empty
+            where = where or (place if row.empty else "")
+        return kind, count, empty, where
 
     outcomes = share.together(check)
-    kind = outcomes[0][0]
-    kind = Kind(kind.feedback, kind.judged, kind.conversational or chat)
-    return Rows(path, kind, sum(count for _, count in outcomes), chat)
+    kind, count, empty = outcomes[0][0], *(sum(outcome[i] for outcome in outcomes) for i in (1, 2))
+    where = next((outcome[3] for outcome in outcomes if outcome[3]), "")
+    if empty == count:
+        raise DataError(f"{path}: no row is left to score: each of {count} has an empty completion")
+    notes = (
+        (f"{empty:,} rows left out, for they have an empty completion (the first is {where})",)
+        if empty
+        else ()
+    )
+    return Rows(path, Kind(kind.feedback, kind.judged, kind.conversational or chat), count, chat, notes)

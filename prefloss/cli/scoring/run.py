@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+import prefloss
 from prefloss.cli.command_options import ScoreOptions
 from prefloss.cli.console import CliError
 from prefloss.cli.run_folder import unwritable
-from prefloss.cli.scoring.chunk import Scorer, score_chunk
-from prefloss.cli.scoring.models import Setup
+from prefloss.cli.scoring.chunk import score_chunk
 from prefloss.cli.scoring.output import write_lines, write_parquet, write_rewardbench, write_table
 from prefloss.cli.scoring.page import MOST_ROWS, write_page
 from prefloss.cli.scoring.parts import Parts, beside
@@ -22,6 +22,9 @@ from prefloss.cli.scoring.rows import Rows
 from prefloss.cli.scoring.summary import Summary
 from prefloss.data.atomic import remove_unfinished, written_whole
 from prefloss.training import distributed
+
+if TYPE_CHECKING:
+    from prefloss.cli.scoring.models import Setup
 
 CHUNK = 256
 """Rows of a part: a killed run loses at most this many in each process."""
@@ -37,7 +40,7 @@ class Run:
         scorer: Made of it.
     """
 
-    def __init__(self, options: ScoreOptions, rows: Rows, setup: Setup, scorer: Scorer) -> None:
+    def __init__(self, options: ScoreOptions, rows: Rows, setup: Setup, scorer: prefloss.Scorer) -> None:
         self.options, self.rows, self.setup, self.scorer = options, rows, setup, scorer
         self.settings = {**options.settings(), **setup.settings()}
         self.parts = Parts(options.output)
@@ -69,7 +72,7 @@ class Run:
                 # The page shows the first rows.
                 shown = self.options.html is not None and number * CHUNK < MOST_ROWS
                 per_token = shown or self.options.per_token
-                self.parts.write(number, score_chunk(self.scorer, rows, number * CHUNK, per_token=per_token))
+                self.parts.write(number, score_chunk(self.scorer, rows, per_token=per_token))
                 on_chunk(min((number + size) * CHUNK, self.rows.count))
         # Waits for the slowest process, so that all parts exist.
         distributed.barrier()
@@ -135,8 +138,7 @@ class Run:
         facts = {
             "title": f"Rewards of {options.data.name}",
             "lines": lines,
-            "count": self.rows.count,
-            "unit": "nats",
+            "unit": f"as the loss counts it: {setup.loss.reward!r}, log-probs in nats",
         }
         write_page(path, self.rows, next(self.parts.read(1)), setup.tokenizer, facts)
 
