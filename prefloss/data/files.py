@@ -62,8 +62,10 @@ def rows_of(path: Path, rank: int = 0, size: int = 1, also: Collection[str] = ()
 def _reading(reader: _Reader, also: Collection[str]) -> _Reader:
     """The reader, of these columns too."""
     count, read = reader
-    is_table = read in (table_rows.parquet, table_rows.saved)
-    return (count, functools.partial(read, also=also)) if is_table else reader
+    for of_table in (table_rows.parquet, table_rows.saved):
+        if read is of_table:
+            return count, functools.partial(of_table, also=also)
+    return reader
 
 
 def _named(path: Path, rows: Iterator[Any]) -> Iterator[Any]:

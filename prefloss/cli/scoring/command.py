@@ -79,7 +79,8 @@ def _scorer(options: ScoreOptions, setup: Setup) -> prefloss.Scorer:
             batch_tokens=options.batch_tokens,
         )
     except (ValueError, TypeError) as error:
-        raise CliError(str(error)) from error
+        # It names its arguments, loss and reference, as the options are called.
+        raise CliError(f"--{error}") from error
 
 
 def _scored(run: Run, console: Console) -> dict[str, Any]:

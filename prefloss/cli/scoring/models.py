@@ -83,6 +83,7 @@ def loss_of(options: ScoreOptions, record: Record) -> tuple[prefloss.Loss, tuple
 
 def setup_of(options: ScoreOptions, record: Record, loss: prefloss.Loss, kind: Kind) -> Setup:
     """Load all; a `CliError` if something cannot be loaded, or they do not go together."""
+    check_model_folder(_adapter(options.model, "--model")[1], "")
     tokenizer = _tokenizer(options, record, kind)
     model = _model(options, options.model, "--model", options.revision)
     _check_vocabulary(tokenizer, model, "--model")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
+import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from prefloss.cli.scoring.parts import COLUMNS, PER_TOKEN, SCHEMA
@@ -36,7 +36,7 @@ def write_parquet(path: Path, parts: Tables, per_token: bool, settings: Mapping[
 def write_table(path: Path, parts: Tables, per_token: bool) -> None:
     """The columns as comma-separated values, a line for each completion."""
     schema = pa.schema([SCHEMA.field(name) for name in columns(per_token)])
-    with pa.csv.CSVWriter(path, schema) as writer:
+    with pcsv.CSVWriter(path, schema) as writer:
         for part in parts:
             writer.write_table(part.select(schema.names))
 

@@ -20,10 +20,11 @@ from prefloss.feedback import Pairs, Rankings
 MOST_ROWS = 100
 """Rows that a page shows, the first of the file."""
 
-# Completions of a row, tokens of a completion and of the page, characters of a prompt, and steps of the colour scale.
-_MOST_SIDES, _MOST_TOKENS, _MOST_IN_ALL, _MOST_PROMPT, _STEPS = 8, 500, 60_000, 2000, 10
-# Tokens that together may spell one character.
-_LONGEST_CHARACTER = 8
+MOST_SIDES, MOST_TOKENS, MOST_IN_ALL, MOST_PROMPT = 8, 500, 60_000, 2000
+"""Completions of a row, tokens of a completion and of the page, and characters of a message that it shows."""
+
+# Steps of the colour scale on each side of 0, and tokens that together may spell one character.
+_STEPS, _LONGEST_CHARACTER = 10, 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def write_page(path: Path, rows: Rows, scores: pa.Table, tokenizer: Any, facts: 
     # A few tokens are far from the others; they get the last colour.
     scale = float(np.quantile(np.abs(values), 0.98)) if values else 0.0
     scale = scale or 1.0
-    shown, left = [], _MOST_IN_ALL
+    shown, left = [], MOST_IN_ALL
     for row, group in found:
         if left <= 0:
             break
@@ -89,17 +90,23 @@ def write_page(path: Path, rows: Rows, scores: pa.Table, tokenizer: Any, facts: 
         lstrip_blocks=True,
     )
     compared = rows.kind.feedback in (Pairs, Rankings)
-    page = environment.get_template("page.html").stream(
-        rows=shown, scale=scale, steps=_STEPS, value="margin" if compared else "reward", **facts
+    template = environment.get_template("page.html")
+    pieces = template.generate(
+        rows=shown,
+        count=rows.count,
+        scale=scale,
+        steps=_STEPS,
+        value="margin" if compared else "reward",
+        **facts,
     )
     with path.open("w", encoding="utf-8") as file:
-        page.dump(file)
+        file.writelines(pieces)
 
 
 def _shown(row: Row, group: list[dict[str, Any]], tokenizer: Any, scale: float) -> Shown:
     sides = []
-    for score, given in zip(group[:_MOST_SIDES], row.scores or [None] * len(group), strict=False):
-        pieces = list(_pieces(tokenizer, score["token_ids"], score["token_rewards"], scale))
+    for score, given in zip(group[:MOST_SIDES], row.scores or [None] * len(group), strict=False):
+        pieces = list(pieces_of(tokenizer, score["token_ids"], score["token_rewards"], scale))
         sides.append(
             Side(
                 score["side"],
@@ -108,7 +115,7 @@ def _shown(row: Row, group: list[dict[str, Any]], tokenizer: Any, scale: float) 
                 score["truncated"],
                 given if row.kind.feedback is not Pairs else None,
                 pieces,
-                max(0, len(score["token_ids"]) - _MOST_TOKENS),
+                max(0, len(score["token_ids"]) - MOST_TOKENS),
             )
         )
     return Shown(row.number, list(_messages(row.prompt)), _value(row, group), sides, len(group) - len(sides))
@@ -129,23 +136,23 @@ def _messages(prompt: Text) -> Iterator[tuple[str, str]]:
     """Role and text of each message, without the middle of a long prompt."""
     for message in [{"role": "", "content": prompt}] if isinstance(prompt, str) else prompt:
         text = message["content"]
-        if len(text) > _MOST_PROMPT:
-            left_out = f"{len(text) - _MOST_PROMPT} characters left out"
-            text = f"{text[: _MOST_PROMPT // 2]} [... {left_out} ...] {text[-_MOST_PROMPT // 2 :]}"
+        if len(text) > MOST_PROMPT:
+            left_out = f"{len(text) - MOST_PROMPT} characters left out"
+            text = f"{text[: MOST_PROMPT // 2]} [... {left_out} ...] {text[-MOST_PROMPT // 2 :]}"
         yield message["role"], _visible(text)
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int], rewards: Sequence[float], scale: float) -> Iterator[Piece]:
+def pieces_of(tokenizer: Any, ids: Sequence[int], rewards: Sequence[float], scale: float) -> Iterator[Piece]:
     """Text and reward of tokens; those that spell one character together are one piece."""
     before: list[int] = []
     waiting: list[int] = []
     reward = 0.0
-    for at, (token, value) in enumerate(zip(ids[:_MOST_TOKENS], rewards, strict=False), start=1):
+    for at, (token, value) in enumerate(zip(ids[:MOST_TOKENS], rewards, strict=False), start=1):
         waiting, reward = [*waiting, token], reward + value
         # With the token before it: alone, a tokenizer may leave out the space at its start.
         start = tokenizer.decode(before)
         text = tokenizer.decode([*before, *waiting])[len(start) :]
-        if text.endswith("�") and len(waiting) < _LONGEST_CHARACTER and at < min(len(ids), _MOST_TOKENS):
+        if text.endswith("�") and len(waiting) < _LONGEST_CHARACTER and at < min(len(ids), MOST_TOKENS):
             continue
         step = round(max(-1.0, min(1.0, reward / scale)) * _STEPS)
         yield Piece(_visible(text), reward, step)

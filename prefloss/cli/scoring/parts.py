@@ -77,7 +77,8 @@ class Parts:
                     path.unlink()
         elif (done := _read(self.summary)) is not None and self.output.exists():
             self._check_same(done.get("settings"), settings)
-            if begun == settings:
+            # A kill may have come while they were removed.
+            if begun in (None, settings):
                 shutil.rmtree(self.folder)
             return done
         elif begun is not None:

@@ -122,11 +122,9 @@ def _renamed(place: str, row: dict[str, Any]) -> dict[str, Any]:
     if row.get("prompt_ids") is not None:
         raise DataError(f"{place}: got token ids, expected text or messages")
     if row.get("messages") is not None and row.get("completion") is None:
-        # A conversation; its last answer is the completion.
-        return {"completion": row["messages"], "label": row.get("label")}
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if _is_texts(chosen) and _is_texts(rejected):
-        return {**row, **_best_of(place, row, chosen, rejected), "chosen": None, "rejected": None}
+        return {"completion": _conversation(place, row["messages"]), "label": row.get("label")}
+    if _is_texts(row.get("chosen")) and _is_texts(row.get("rejected")):
+        return {**row, **_best_of(place, row), "chosen": None, "rejected": None}
     texts, prompt = (row.get("text_chosen"), row.get("text_rejected")), row.get("prompt")
     if isinstance(prompt, str) and all(isinstance(text, str) and text.startswith(prompt) for text in texts):
         sides = zip(("chosen", "rejected"), texts, strict=True)
@@ -134,12 +132,27 @@ def _renamed(place: str, row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def _conversation(place: str, messages: Any) -> list[Any]:
+    """Messages whose last answer is to be scored."""
+    roles = (
+        [m.get("role") if isinstance(m, dict) else None for m in messages]
+        if isinstance(messages, list)
+        else []
+    )
+    if len(roles) < 2 or roles[0] == "assistant" or roles[-1] != "assistant":
+        raise DataError(
+            f"{place}: column 'messages': got {shown(messages)}, expected messages of which the last is the assistant's"
+        )
+    return messages
+
+
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def _best_of(place: str, row: dict[str, Any], chosen: list[str], rejected: list[str]) -> dict[str, Any]:
+def _best_of(place: str, row: dict[str, Any]) -> dict[str, Any]:
     """A row of RewardBench 2: all right completions, then all wrong ones."""
+    chosen, rejected = row["chosen"], row["rejected"]
     right = row.get("num_correct")
     if right is not None and right != len(chosen):
         raise DataError(
@@ -216,18 +229,16 @@ def check_rows(path: Path, share: Share, *, chat: bool = False) -> Rows:
             if row.kind != kind:
                 raise DataError(f"{place}: got {row.kind.words}, expected {kind.words}, as in the first row")
             count += 1
-            empty += row.empty
-            where = where or (place if row.empty else "")
+            if row.empty:
+                empty, where = empty + 1, where or place
         return kind, count, empty, where
 
     outcomes = share.together(check)
-    kind, count, empty = outcomes[0][0], *(sum(outcome[i] for outcome in outcomes) for i in (1, 2))
-    where = next((outcome[3] for outcome in outcomes if outcome[3]), "")
+    kind = outcomes[0][0]
+    count, empty = sum(found[1] for found in outcomes), sum(found[2] for found in outcomes)
+    where = next((found[3] for found in outcomes if found[3]), "")
     if empty == count:
         raise DataError(f"{path}: no row is left to score: each of {count} has an empty completion")
-    notes = (
-        (f"{empty:,} rows left out, for they have an empty completion (the first is {where})",)
-        if empty
-        else ()
-    )
-    return Rows(path, Kind(kind.feedback, kind.judged, kind.conversational or chat), count, chat, notes)
+    notes = (f"{empty:,} rows left out, for they have an empty completion (the first is {where})",)
+    kind = Kind(kind.feedback, kind.judged, kind.conversational or chat)
+    return Rows(path, kind, count, chat, notes if empty else ())
