@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -13,12 +14,13 @@ from prefloss.cli.scoring.rows import Row
 from prefloss.data.examples import read_example
 
 
-def score_chunk(scorer: prefloss.Scorer, rows: Sequence[Row], *, per_token: bool) -> pa.Table:
+def score_chunk(scorer: prefloss.Scorer, rows: Sequence[Row], *, embedded: int, per_token: bool) -> pa.Table:
     """Score rows.
 
     Args:
         scorer: Gives the rewards.
         rows: The rows.
+        embedded: Number of token ids that the models know.
         per_token: Whether each token's reward is wanted.
 
     Raises:
@@ -35,6 +37,12 @@ def score_chunk(scorer: prefloss.Scorer, rows: Sequence[Row], *, per_token: bool
             "scores": [0.0] * len(row.completions),
         }
         encoded += read_example(row.number, columns, scorer.tokenizer, place=row.place).rows
+    for name, (prompt, completion) in zip(names, encoded, strict=True):
+        if max(prompt + completion, default=0) >= embedded:
+            raise CliError(
+                f"{name}: holds the token id {max(prompt + completion)}, expected ids below {embedded}, as many as the "
+                "models embed; is the tokenizer that of both?"
+            )
     try:
         scores = scorer.encoded(encoded, names=names, per_token=per_token)
     except (ValueError, TypeError, FloatingPointError) as error:
@@ -44,6 +52,9 @@ def score_chunk(scorer: prefloss.Scorer, rows: Sequence[Row], *, per_token: bool
             .replace("max_length=", "--max-length")
         )
         raise CliError(words) from error
+    for name, reward in zip(names, scores.reward.tolist(), strict=True):
+        if not math.isfinite(reward):
+            raise CliError(f"{name}: its reward is {reward}, expected a finite number; use another --loss or --dtype")
     none = [None] * len(owners)
     columns = {
         "row": [row.number for row in owners],

@@ -45,6 +45,12 @@ class Setup:
         """Of the weights."""
         return str(dtype_of(self.model)).removeprefix("torch.")
 
+    @property
+    def embedded(self) -> int:
+        """Token ids that both models know: those below it."""
+        models = [self.model, *([self.reference] if hasattr(self.reference, "get_input_embeddings") else [])]
+        return min(model.get_input_embeddings().num_embeddings for model in models)
+
     def settings(self) -> dict[str, Any]:
         """What the rewards depend on, for the output's record."""
         reference: Any = self.reference
@@ -76,7 +82,7 @@ def loss_of(options: ScoreOptions, record: Record) -> tuple[prefloss.Loss, tuple
         _ = loss.reward
     except (TypeError, ValueError) as error:
         raise CliError(f"--loss: {error}") from error
-    if record.loss is None or repr(prefloss.get(record.loss)) == repr(loss):
+    if record.loss in (None, name, repr(loss)):
         return loss, ()
     return loss, (f"the training in {record.folder} had the loss {record.loss}",)
 
@@ -86,7 +92,6 @@ def setup_of(options: ScoreOptions, record: Record, loss: prefloss.Loss, kind: K
     check_model_folder(_adapter(options.model, "--model")[1], "")
     tokenizer = _tokenizer(options, record, kind)
     model = _model(options, options.model, "--model", options.revision)
-    _check_vocabulary(tokenizer, model, "--model")
     name = options.reference or record.reference or "none"
     needs = "reference" in loss.reward.needs
     if needs and name == "none":
@@ -108,7 +113,6 @@ def setup_of(options: ScoreOptions, record: Record, loss: prefloss.Loss, kind: K
     if name.endswith(".parquet"):
         return Setup(model, tokenizer, loss, _table(options, name, tokenizer), f"the table {name}")
     reference = _model(options, name, "--reference")
-    _check_vocabulary(tokenizer, reference, "--reference")
     _check_same_tokens(tokenizer, name)
     return Setup(model, tokenizer, loss, reference, name, _warnings(record, model, reference))
 
@@ -153,15 +157,6 @@ def _tokenizer(options: ScoreOptions, record: Record, kind: Kind) -> Any:
             "training, with its template (--tokenizer)"
         )
     return tokenizer
-
-
-def _check_vocabulary(tokenizer: Any, model: Any, option: str) -> None:
-    largest, embedded = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-    if largest >= embedded:
-        raise CliError(
-            f"{option}: got a {type(model).__name__} of {embedded} tokens, expected at least {largest + 1}, as the "
-            "tokenizer has"
-        )
 
 
 def _check_same_tokens(tokenizer: Any, name: str) -> None:

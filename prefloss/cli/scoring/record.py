@@ -60,9 +60,10 @@ def record_of(model: str) -> Record:
     # A checkpoint lies in the folder of its run.
     for folder in (path, path.resolve().parent) if path.name.startswith("checkpoint-") else (path,):
         run, metrics = _read(folder / RECORD), _read(folder / _METRICS)
-        settings = run.get("settings", {})
+        settings = run.get("settings")
+        settings = settings if isinstance(settings, dict) else {}
         loss = settings.get("--loss", metrics.get("loss"))
-        if isinstance(settings, dict) and isinstance(loss, str):
+        if isinstance(loss, str):
             return Record(folder, loss, _reference(folder, settings, metrics), settings)
     return Record()
 

@@ -72,7 +72,8 @@ class Run:
                 # The page shows the first rows.
                 shown = self.options.html is not None and number * CHUNK < MOST_ROWS
                 per_token = shown or self.options.per_token
-                self.parts.write(number, score_chunk(self.scorer, rows, per_token=per_token))
+                scores = score_chunk(self.scorer, rows, embedded=self.setup.embedded, per_token=per_token)
+                self.parts.write(number, scores)
                 on_chunk(min((number + size) * CHUNK, self.rows.count))
         # Waits for the slowest process, so that all parts exist.
         distributed.barrier()

@@ -183,9 +183,9 @@ class Summary:
         if not self.kind.judged:
             return
         subset, name = part["subset"][start].as_py(), part["id"][start].as_py()
-        if (subset or "").lower() == "ties":
-            right, wrong = reward[given > 0.5].tolist(), reward[given <= 0.5].tolist()
-            self.tied[prompt_of(f"row {part['row'][start]}", name or "")] = Group(right, wrong)
+        prompt = prompt_of(name) if (subset or "").lower() == "ties" else None
+        if prompt is not None:
+            self.tied[prompt] = Group(reward[given > 0.5].tolist(), reward[given <= 0.5].tolist())
         # Equal rewards share the pick, as in RewardBench 2.
         best = given == given.max()
         picked = best[top].mean()
@@ -241,7 +241,8 @@ class Summary:
             name: {"rows": int(n), "share": total / n} for name, (n, total) in (self.subsets or {}).items()
         }
         for name in shares:
-            if name.lower() == "ties" and self.tied:
+            # Another benchmark may have a subset of this name.
+            if name.lower() == "ties" and len(self.tied) == shares[name]["rows"]:
                 shares[name]["share"] = ties_score(self.tied)
         mean = float(np.mean([subset["share"] for subset in shares.values()]))
         return {"mean": mean, "of": dict(sorted(shares.items()))}

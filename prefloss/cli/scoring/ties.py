@@ -7,9 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prefloss.data import DataError
-from prefloss.data.errors import shown
-
 
 class Group(NamedTuple):
     """One prompt: the rewards of its right completions, and of its wrong ones."""
@@ -28,18 +25,10 @@ class Group(NamedTuple):
         return max(self.right) - min(self.right) if len(self.right) > 1 and self.wrong else None
 
 
-def prompt_of(place: str, name: str) -> tuple[str, int]:
-    """Kind and number of a prompt from its id: "ref:3" has one right completion, "tied:3" several.
-
-    Raises:
-        DataError: If it is no such id.
-    """
-    kind, _, number = name.partition(":")
-    if kind not in ("ref", "tied") or not number.isdecimal():
-        raise DataError(
-            f"{place}: column 'id': got {shown(name)}, expected 'ref:N' or 'tied:N' in the subset Ties"
-        )
-    return kind, int(number)
+def prompt_of(name: str | None) -> tuple[str, int] | None:
+    """Kind and number of a prompt from its id: "ref:3" has one right completion, "tied:3" several; None of others."""
+    kind, _, number = (name or "").partition(":")
+    return (kind, int(number)) if kind in ("ref", "tied") and number.isdecimal() else None
 
 
 def ties_score(groups: Mapping[tuple[str, int], Group]) -> float:

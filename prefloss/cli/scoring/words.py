@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prefloss.cli.scoring.summary import BINS
+
 # Subsets of a benchmark that are printed; all are in the file.
 _MOST_SUBSETS = 40
 
@@ -55,23 +57,22 @@ def _lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _accuracy(accuracy: Mapping[str, Any]) -> str:
     low, high = accuracy["interval"]
-    share = f"{accuracy['share']:.1%}, 95% interval {low:.1%} to {high:.1%}; a coin gets 50%"
     what = {
-        "pairs": "pairs whose chosen completion has the higher reward",
-        "rankings": "comparisons within a ranking ordered as its scores, mean over rankings",
-        "votes": "an upvoted completion above a downvoted one, over all such, of any prompt",
+        "pairs": "of the chosen completions have the higher reward",
+        "rankings": "of the comparisons in a ranking are ordered as its scores, mean over rankings",
+        "votes": "of upvoted completions are above a downvoted one, over all such, of any prompts",
     }
-    return f"{share}: {what[accuracy['of']]}"
+    interval = f"95% interval {low:.1%} to {high:.1%}; a coin gets 50%"
+    return f"{accuracy['share']:.1%} {what[accuracy['of']]} ({interval})"
 
 
 def _best_of(best: Mapping[str, Any], rows: int) -> str:
-    size = f"K {best['mean_size']:.3g} in the mean of {rows:,} rankings"
-    higher = f"the highest reward is {best['reward_above_mean']:+.4g} above the mean"
+    over = f"over {rows:,} rankings of {best['mean_size']:.3g} completions in the mean"
     if "picks_the_best" not in best:
-        return f"{size}; {higher}"
+        return f"the highest reward is {best['reward_above_mean']:.4g} above its ranking's mean, {over}"
     return (
-        f"picks a completion of the highest score in {best['picks_the_best']:.1%}, by chance {best['by_chance']:.1%}; "
-        f"its score is {best['score_above_mean']:+.4g} above the mean of its ranking; {size}"
+        f"the highest reward picks one of the highest score in {best['picks_the_best']:.1%} (chance: "
+        f"{best['by_chance']:.1%}); its score is {best['score_above_mean']:+.4g} above its ranking's mean, {over}"
     )
 
 
@@ -91,7 +92,7 @@ def _compared(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     else:
         yield "ties", f"none in {count:,} comparisons"
     ece = found["calibration"]["ece"]
-    yield "calibration", f"ECE {ece:.3f}: sigmoid(margin) is off by so much in the mean, over 10 bins"
+    yield "calibration", f"ECE {ece:.3f}: mean gap between sigmoid(|margin|) and the share in order, {BINS} bins"
 
 
 def _length(found: Mapping[str, Any]) -> str:

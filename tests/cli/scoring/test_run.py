@@ -51,6 +51,7 @@ def setup(loss="dpo(beta=0.1)"):
         tokenizer=Scorer.tokenizer,
         loss=SimpleNamespace(name="dpo", reward="β h"),
         reference_name="ref",
+        embedded=43,
         settings=lambda: {"--loss": loss},
     )
 
@@ -58,7 +59,7 @@ def setup(loss="dpo(beta=0.1)"):
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(module, "CHUNK", 5)
     # Drawing takes long.
     monkeypatch.setattr(
         module, "write_reliability", lambda path, summary, title: path.write_text(str(summary))
@@ -121,8 +122,9 @@ def test_killed_at_any_moment_it_goes_on(folder, options):
         assert sorted(item.name for item in path.parent.iterdir()) == [
             *("d.jsonl", "s.html", "s.jsonl", "s.jsonl.reliability.png", "s.jsonl.summary.json")
         ]
-        moment += 1
-    assert moment > 30
+        # Each takes some time; most moments of the two are the same.
+        moment += 3 if options else 1
+    assert moment > 25
 
 
 def joined(rank, path):
@@ -175,8 +177,8 @@ def test_other_settings_are_refused_while_it_is_unfinished(folder):
         score(path, loss="ipo")
     calls.append(1)
     score(path, scorer=scorer)
-    # One of three chunks was kept.
-    assert len(calls) == 2 + 2
+    # One of two chunks was kept.
+    assert len(calls) == 2 + 1
 
 
 def test_a_file_of_something_else_is_not_overwritten(folder):
@@ -224,7 +226,7 @@ def test_formats(folder):
     table = pq.read_table(folder / "p.parquet")
     assert table.select(list(lines[0])).to_pylist() == lines
     assert table["token_rewards"][0].as_py() == pytest.approx(
-        [i + 6 / 100 for i in table["token_ids"][0].as_py()]
+        [i + 8 / 100 for i in table["token_ids"][0].as_py()]
     )
     assert json.loads(table.schema.metadata[b"prefloss.score"])["--loss"] == "dpo(beta=0.1)"
     text = score(folder / "c.csv")[".csv"].decode().splitlines()
