@@ -71,7 +71,7 @@ def parameters(spec: LossSpec) -> str:
 
 def what_it_takes(spec: LossSpec) -> str:
     """Feedback, needs and modifiers."""
-    row = capabilities(spec)
+    row = {column: cell.replace("|", "\\|") for column, cell in capabilities(spec).items()}
     return "\n".join(["| | |", "| --- | --- |", *(f"| {column} | {cell} |" for column, cell in row.items())])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -140,8 +140,8 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same tokens on a device."""
-        tensors = (self.ids, self.positions, self.sequences, self.rows, self.sources)
-        return Packed(*(value.to(device) for value in tensors), self.shares)
+        names = ("ids", "positions", "sequences", "rows", "sources")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def arranged(self, one_row: bool) -> Arranged:
         """All sequences in one row, or in as few rows as possible of the longest sequence's length.

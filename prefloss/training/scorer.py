@@ -375,5 +375,5 @@ def _padded(values: list[Tensor] | None, mask: Tensor) -> Any:
     if values is None:
         return None
     return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(
-        mask, torch.cat(values or [torch.zeros(0)])
+        mask, torch.cat(values or [torch.zeros(0).double()])
     )

@@ -135,21 +135,22 @@ class Loss:
             >>> prefloss.get("simpo(beta=2.0)").reward(completion)
             tensor([-4.])
         """
-        declared = self.spec.reward
-        applied = [(name, MODIFIERS[name].reward) for name in self.modifiers]
-        for name, reason in [(self.name, declared), *applied]:
-            if isinstance(reason, str):
-                raise ValueError(f"loss: got {name}, which implies no reward of a completion: {reason}")
-        changes = tuple(
-            Change(name, _now(self.params[name]), change) for name, change in applied if callable(change)
-        )
+        declared, changes = self.spec.reward, list[Change]()
+        if isinstance(declared, str):
+            raise ValueError(f"loss: got {self.name}, which implies no reward of a completion: {declared}")
+        for name in self.modifiers:
+            change = MODIFIERS[name].reward
+            if isinstance(change, str):
+                raise ValueError(f"loss: got {name}, which implies no reward of a completion: {change}")
+            if change is not None:
+                changes.append(Change(name, _now(self.params[name]), change))
         values = {
             name: self.beta if name == "beta" else _now(self.params[name])
             for name in declared.hyperparameters
         }
         needs = declared.needs.union(*(MODIFIERS[change.name].needs for change in changes))
         additive = declared.additive and all(MODIFIERS[change.name].additive for change in changes)
-        return ImplicitReward(declared, values, changes, self.beta or 1.0, additive, needs)
+        return ImplicitReward(declared, values, tuple(changes), self.beta or 1.0, additive, needs)
 
     @property
     def modifiers(self) -> list[str]:

@@ -78,6 +78,7 @@ def capabilities(spec: LossSpec) -> Mapping[str, str]:
         if extras
         else "yes",
         "state": "yes" if spec.stateful else "no",
+        "reward": f"no: {spec.reward}" if isinstance(spec.reward, str) else spec.reward.formula,
     }
 
 
