@@ -92,7 +92,10 @@ def _compared(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     else:
         yield "ties", f"none in {count:,} comparisons"
     ece = found["calibration"]["ece"]
-    yield "calibration", f"ECE {ece:.3f}: mean gap between sigmoid(|margin|) and the share in order, {BINS} bins"
+    yield (
+        "calibration",
+        f"ECE {ece:.3f}: mean gap between sigmoid(|margin|) and the share in order, {BINS} bins",
+    )
 
 
 def _length(found: Mapping[str, Any]) -> str:

@@ -264,3 +264,12 @@ def test_a_loss_without_a_reference():
     assert first["ref_logp"] is None
     assert first["reward"] == pytest.approx(2 * first["logp"] / first["tokens"])
     assert "--reference ref is left out" in run("--loss", "simpo(beta=2.0)", "--output", "t.jsonl")
+
+
+def test_equal_completions_tie():
+    rows = [{**row, "rejected": row["chosen"]} if i % 2 else row for i, row in enumerate(tiny.pairs(12))]
+    write("pairs.jsonl", [*rows, rows[0]])
+    assert "6 of 13 comparisons have equal rewards" in run("--batch-tokens", "30")
+    found = [row["reward"] for row in lines()]
+    assert found[2:4] == [found[2]] * 2
+    assert found[-2:] == found[:2]
