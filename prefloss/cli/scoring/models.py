@@ -89,32 +89,40 @@ def loss_of(options: ScoreOptions, record: Record) -> tuple[prefloss.Loss, tuple
 
 def setup_of(options: ScoreOptions, record: Record, loss: prefloss.Loss, kind: Kind) -> Setup:
     """Load all; a `CliError` if something cannot be loaded, or they do not go together."""
+    name, warnings = _reference_name(options, record, loss)
     check_model_folder(_adapter(options.model, "--model")[1], "")
     tokenizer = _tokenizer(options, record, kind)
     model = _model(options, options.model, "--model", options.revision)
-    name = options.reference or record.reference or "none"
-    needs = "reference" in loss.reward.needs
-    if needs and name == "none":
-        raise CliError(
-            f"--reference: got none, and the reward of {loss.name} is measured against one; expected the model "
-            "that the training began with, 'adapter' to switch adapters off, or a table of prefloss reference"
-        )
-    if not needs:
-        unread = (f"the reward of {loss.name} reads no reference: --reference {name} is left out",)
-        return Setup(
-            model, tokenizer, loss, None, "none", unread if options.reference not in (None, "none") else ()
-        )
+    if name == "none":
+        return Setup(model, tokenizer, loss, None, name, warnings)
     if name == "adapter":
         if not hasattr(model, "disable_adapter"):
             raise CliError(
                 f"--reference: got 'adapter', and {options.model} has none; expected another reference"
             )
-        return Setup(model, tokenizer, loss, "adapter", "the model with its adapters off")
+        return Setup(model, tokenizer, loss, name, "the model with its adapters off")
     if name.endswith(".parquet"):
         return Setup(model, tokenizer, loss, _table(options, name, tokenizer), f"the table {name}")
     reference = _model(options, name, "--reference")
     _check_same_tokens(tokenizer, name)
     return Setup(model, tokenizer, loss, reference, name, _warnings(record, model, reference))
+
+
+def _reference_name(
+    options: ScoreOptions, record: Record, loss: prefloss.Loss
+) -> tuple[str, tuple[str, ...]]:
+    """The reference as the option names it, or as the training had it; and a warning if the loss reads none."""
+    name = options.reference or record.reference or "none"
+    if "reference" not in loss.reward.needs:
+        unread = options.reference not in (None, "none")
+        warning = f"the reward of {loss.name} reads no reference: --reference {name} is left out"
+        return "none", (warning,) if unread else ()
+    if name == "none":
+        raise CliError(
+            f"--reference: got none, and the reward of {loss.name} is measured against one; expected the model that "
+            "the training began with, 'adapter' to switch adapters off, or a table of prefloss reference"
+        )
+    return name, ()
 
 
 def _model(options: ScoreOptions, name: str, option: str, revision: str | None = None) -> Any:
