@@ -90,6 +90,6 @@ class Score(NamedTuple):
 
 SCORE = {
     "tiny": Score(7, 2, 6, 8, 1, 64, 301),
-    "pairs": Score(12, 2, 60, 120, 4, 256, 32_000),
-    "rankings": Score(6, 4, 60, 120, 4, 256, 32_000),
+    "pairs": Score(6, 2, 60, 120, 4, 256, 32_000),
+    "rankings": Score(3, 4, 60, 120, 4, 256, 32_000),
 }

@@ -25,6 +25,7 @@ from prefloss.training.reference import Reference as Reference
 from prefloss.training.score import Score as Score
 from prefloss.training.score import batch_logps as batch_logps
 from prefloss.training.score import score_rows as score_rows
+from prefloss.training.scorer import Best as Best
 from prefloss.training.scorer import Scorer as Scorer
 from prefloss.training.scorer import Scores as Scores
 from prefloss.training.step import FeedbackObjective as FeedbackObjective

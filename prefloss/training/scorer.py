@@ -17,7 +17,7 @@ from prefloss.logratios import LogRatios, PerToken
 from prefloss.registry import Loss, as_loss
 from prefloss.training.batch import Rows
 from prefloss.training.forward import evaluating, unwrapped
-from prefloss.training.head import text_config
+from prefloss.training.head import HeadSpec, text_config
 from prefloss.training.reference import Reference
 from prefloss.training.score import batch_logps
 from prefloss.training.sharing import token_logps
@@ -105,6 +105,7 @@ class Scorer:
         batch_tokens: int = 4096,
     ) -> None:
         self.model = instance("model", model, nn.Module, "a causal language model of transformers")
+        HeadSpec.of(unwrapped(model))  # Raises for a model without a head that can be read.
         self.tokenizer = tokenizer
         if tokenizer is not None:
             function("tokenizer", tokenizer, "a tokenizer, or None for token ids")
@@ -156,6 +157,7 @@ class Scorer:
 
         Raises:
             ValueError: If a row is too long, or none of its tokens is left to score.
+            TypeError: If a row is something else.
             FloatingPointError: If a log-prob is not finite.
         """
         flag("per_token", per_token)
@@ -166,6 +168,8 @@ class Scorer:
                 "tokens"
             )
         names = [f"rows[{i}]" for i in range(len(rows))] if names is None else names
+        for name, row in zip(names, rows, strict=True):
+            _check_ids(name, row)
         scored, truncated = self._cut(rows, names)
         policy, reference = self._logps(scored, names)
         ratios = _ratios(scored, policy, reference, keep)
@@ -191,6 +195,7 @@ class Scorer:
         instance("name", name, str, "a name to log under")
 
         def reward(prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+            _check_beside(prompts, completions)
             return self._of_samples(prompts, [[completion] for completion in completions]).tolist()
 
         reward.__name__ = name
@@ -233,7 +238,7 @@ class Scorer:
     def _of_samples(self, prompts: Sequence[Text], samples: Sequence[list[Text]]) -> Tensor:
         """Rewards of samples, [N]; one without text has its end token."""
         names, rows = [], list[Encoded]()
-        for i, (prompt, texts) in enumerate(zip(_listed("prompts", prompts), samples, strict=True)):
+        for i, (prompt, texts) in enumerate(zip(prompts, samples, strict=True)):
             rows += [
                 row if row[1] else encode(self.tokenizer, prompt, text)
                 for text, row in zip(
@@ -315,15 +320,22 @@ def _reference(value: Any, loss: Loss, policy: nn.Module) -> Reference:
 
 def _paired(prompts: Any, completions: Any) -> Iterator[tuple[int, Text, list[Text] | None]]:
     """Each prompt with its completions; None for a single one."""
-    _listed("prompts", prompts)
-    _listed("completions", completions)
-    if len(prompts) != len(completions):
-        raise ValueError(
-            f"completions: got {len(completions)}, expected one for each of {len(prompts)} prompts"
-        )
+    _check_beside(prompts, completions)
     for i, (prompt, side) in enumerate(zip(prompts, completions, strict=True)):
         several = isinstance(side, list | tuple) and not (side and isinstance(side[0], dict))
         yield i, prompt, list(side) if several else None
+
+
+def _check_beside(prompts: Any, completions: Any) -> None:
+    count, expected = len(_listed("completions", completions)), len(_listed("prompts", prompts))
+    if count != expected:
+        raise ValueError(f"completions: got {count}, expected one for each of {expected} prompts")
+
+
+def _check_ids(name: str, row: Any) -> None:
+    lists = row if isinstance(row, tuple | list) and len(row) == 2 else (None,)
+    if not all(isinstance(ids, list) and set(map(type, ids)) <= {int} for ids in lists):
+        raise TypeError(f"{name}: got {shown(row)}, expected two lists of token ids: prompt and completion")
 
 
 def _listed(name: str, value: Any) -> Any:

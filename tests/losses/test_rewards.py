@@ -110,7 +110,7 @@ VALUES = {
     "ln_dpo(beta=2.0, humanline=(-0.75, 1.0))": 0.125,
     "dpo(beta=0.3, label_smoothing=0.1, score_margin=1.0)": 0.6,
     "dpo(beta=0.3) + 0.5*hinge(beta=0.3) + 1.0*nll": 0.6,
-    "1.0*nll + 1.0*orpo": math.log(MEAN / (1 - MEAN)),
+    "1.0*nll + 1.0*orpo + 0.5*asft(beta=0.3)": math.log(MEAN / (1 - MEAN)),
 }
 
 

@@ -240,6 +240,14 @@ def test_without_a_prompt_the_first_token_is_not_scored(policy, reference):
     close(scores.reward[0], scores.reward[1])
 
 
+@pytest.mark.parametrize("row", [([5], "67"), [5, 6], ([5], [6.0]), ([5], [True]), None, ([5], [6], [7])])
+def test_rows_are_pairs_of_token_ids(policy, reference, row):
+    with pytest.raises(
+        TypeError, match=r"rows\[1\]: got .*, expected two lists of token ids: prompt and completion"
+    ):
+        prefloss.Scorer(policy, None, reference).encoded([([5], [6]), row])
+
+
 def test_nothing_to_score(words, policy, reference):
     scores = prefloss.Scorer(policy, words, reference)([], [], per_token=True)
     assert len(scores) == 0
@@ -288,14 +296,16 @@ def test_wrong_texts_are_named(words, policy, reference, prompts, completions, m
         ({"loss": "cpo", "batch_tokens": 0}, "batch_tokens: got 0"),
         ({"loss": "cpo", "allow_truncation": 1}, "allow_truncation: got 1"),
         ({"loss": "cpo", "tokenizer": 3}, "tokenizer: got 3"),
+        ({"loss": "cpo", "model": None}, "model: got None"),
+        ({"loss": "cpo", "model": torch.nn.Linear(2, 2)}, "model: got Linear without output embeddings"),
     ],
 )
 def test_wrong_settings_are_named(words, policy, options, message):
-    options = {"tokenizer": words, **options}
+    options = {"model": policy, "tokenizer": words, **options}
     if options.get("reference") == "itself":
         options["reference"] = policy
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
-        prefloss.Scorer(policy, **options)
+        prefloss.Scorer(**options)
 
 
 def test_text_needs_a_tokenizer(policy, reference):
@@ -329,6 +339,8 @@ def test_the_reward_function_of_trl(words, policy, reference):
     messages = [[{"role": "user", "content": "w1"}]]
     answers = [[{"role": "assistant", "content": "w2"}]]
     assert reward(prompts=messages, completions=answers) == scorer(messages, answers).reward.tolist()
+    with pytest.raises(ValueError, match="completions: got 1, expected one for each of 2 prompts"):
+        reward(prompts=["w1", "w1"], completions=["w2"])
 
 
 def test_an_empty_sample_counts_with_its_end_token(words, policy, reference):

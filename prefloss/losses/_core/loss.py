@@ -143,14 +143,14 @@ class Loss:
             if isinstance(change, str):
                 raise ValueError(f"loss: got {name}, which implies no reward of a completion: {change}")
             if change is not None:
-                changes.append(Change(name, _now(self.params[name]), change))
+                changes.append(Change(name, _now(self.params[name]), self.beta or 1.0, change))
         values = {
             name: self.beta if name == "beta" else _now(self.params[name])
             for name in declared.hyperparameters
         }
         needs = declared.needs.union(*(MODIFIERS[change.name].needs for change in changes))
         additive = declared.additive and all(MODIFIERS[change.name].additive for change in changes)
-        return ImplicitReward(declared, values, tuple(changes), self.beta or 1.0, additive, needs)
+        return ImplicitReward(declared, values, tuple(changes), additive, needs)
 
     @property
     def modifiers(self) -> list[str]:

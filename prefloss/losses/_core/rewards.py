@@ -47,11 +47,13 @@ class Change:
     Attributes:
         name: The modifier.
         value: Its value.
+        beta: KL strength of the loss.
         apply: (log-ratios, value, KL strength) -> log-ratios.
     """
 
     name: str
     value: Any
+    beta: float
     apply: Callable[[LogRatios, Any, float], LogRatios]
 
 
@@ -63,7 +65,6 @@ class ImplicitReward:
         declared: As the loss declares it.
         values: The hyperparameters that it reads.
         changes: What the loss's modifiers do to the log-ratios first.
-        beta: The loss's KL strength, for the modifiers.
         additive: The reward is a sum over the completion's tokens.
         needs: As in `Reward`, with what the modifiers need.
 
@@ -78,14 +79,13 @@ class ImplicitReward:
     declared: Reward
     values: Mapping[str, Any]
     changes: tuple[Change, ...]
-    beta: float
     additive: bool
     needs: frozenset[str]
 
     def __call__(self, ratios: LogRatios) -> Tensor:
         """Rewards of completions, [...]; ValueError if the log-ratios lack something that the reward needs."""
         for change in self.changes:
-            ratios = change.apply(ratios, change.value, self.beta)
+            ratios = change.apply(ratios, change.value, change.beta)
         return self.declared.function(ratios, **self.values)
 
     def of_tokens(self, ratios: LogRatios) -> Tensor:
