@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 import prefloss
-from prefloss.cli.command_options import ReferenceOptions, ReproduceOptions, TrainOptions
+from prefloss.cli.command_options import ReferenceOptions, ReproduceOptions, ScoreOptions, TrainOptions
 from prefloss.cli.compare_options import CompareOptions
 from prefloss.cli.console import CliError, Clock, errors_as_text, quiet
 from prefloss.cli.processes import joined, together
@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 
 
-# At the end of `prefloss reference`, processes wait for the slowest.
+# At the end of `prefloss reference` and `prefloss score`, processes wait for the slowest.
 _SCORING = timedelta(days=30)
 
 
@@ -148,6 +148,18 @@ def reference(options: ReferenceOptions, console: Console) -> None:
     from prefloss.cli.reference_table import write_reference
 
     write_reference(options, console)
+
+
+@_command(ScoreOptions, _SCORING)
+def score(options: ScoreOptions, console: Console) -> None:
+    """Give every completion of a file the reward that its training implies: the model as a reward model.
+
+    After Ctrl-C or a kill, the same command goes on where it stopped. Under `torchrun` the processes share the work.
+    It ends with what the rewards are worth: accuracy, margins, calibration, and how much they follow length.
+    """
+    from prefloss.cli.scoring.command import write_scores
+
+    write_scores(options, console)
 
 
 @_command(ReproduceOptions)
