@@ -39,7 +39,10 @@ print(detail)
 def in_order(kind: str, imports: str, word: str) -> str:
     """A training in a process of its own, which imports as said."""
     done = subprocess.run(
-        [sys.executable, "-c", imports + _TRAIN.format(kind=kind)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", imports + _TRAIN.format(kind=kind)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     last = (done.stderr.strip().splitlines() or [""])[-1]
     if word:

@@ -68,7 +68,11 @@ def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
 
 def _summary(figures: Sequence[Figure]) -> str:
     odpo, rpo, rebel, *_, data = figures
-    answer = "No gain is shown at equal KL" if verdict(figures)[0] is Verdict.DOES_NOT_APPEAR else "Yes, at equal KL"
+    answer = (
+        "No gain is shown at equal KL"
+        if verdict(figures)[0] is Verdict.DOES_NOT_APPEAR
+        else "Yes, at equal KL"
+    )
     return (
         f"{answer}. With {FEW} pairs and a KL of {FIXED_KL} nats, the true reward differs from DPO's by "
         f"{odpo} for ODPO, {rpo} for RPO and {rebel} for REBEL; 100 pairs in place of {FEW} are worth {data}. At equal "

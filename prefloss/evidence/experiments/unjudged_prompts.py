@@ -114,7 +114,8 @@ def _summary(figures: Sequence[Figure]) -> str:
     rlhf, labels, scores, sharing, direct = (figure.value for figure in figures)
     gained = verdict(figures)[0] is not Verdict.DOES_NOT_APPEAR
     return (
-        ("Fit a reward model, if it generalises better than your policy" if gained else "No gain is shown") + ". With "
+        ("Fit a reward model, if it generalises better than your policy" if gained else "No gain is shown")
+        + ". With "
         f"{SHOWN} judged pairs and a KL of {FIXED_KL} nats, RLHF earns {rlhf:.2f} more true reward than DPO on the "
         f"judged pairs ({direct:.2f}), DPO on pairs that the reward model labels {labels:.2f} more, and the reward "
         f"model's scores inside the loss {rlhf + scores:.2f} more. But a policy that sees the same features as the "

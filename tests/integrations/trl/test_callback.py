@@ -140,5 +140,7 @@ def test_attached_finds_the_callback(trained):
 def test_trainers_that_took_the_place_of_trls_are_refused(name, monkeypatch, tmp_path):
     callback = PreferenceLossCallback("ipo")
     monkeypatch.setattr(trl, name, type(f"Unsloth{name}", (Trainer,), {}))
-    with pytest.raises(RuntimeError, match=f"trl.{name}: got .*Unsloth{name}.*import unsloth before prefloss"):
+    with pytest.raises(
+        RuntimeError, match=f"trl.{name}: got .*Unsloth{name}.*import unsloth before prefloss"
+    ):
         tiny.build("dpo", tmp_path, [callback])
