@@ -36,7 +36,12 @@ CURVES = {
 
 def svg(draw: Callable[[Any], None], width: float, height: float, title: str) -> str:
     """What `draw` does to an empty figure as an <svg> element; sizes in inches, the title for screen readers."""
-    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10, "font.family": "sans-serif"}
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.size": 10,
+        "font.family": "sans-serif",
+    }
     with mpl.rc_context({**style, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)

@@ -129,9 +129,7 @@ def run_sweep(text: str, world: str, budget: Budget) -> dict[str, Any]:
     seconds = time.process_time() - began
     figures = {step: measure(setting.world, runs.log_probs(step), held_out) for step in budget.kept}
     final = figures[budget.steps]
-    default = (
-        0 if loss.beta is None else min(range(len(losses)), key=lambda row: abs(losses[row].beta - loss.beta))
-    )
+    default = min(range(len(losses)), key=lambda row: abs((losses[row].beta or 0.0) - (loss.beta or 0.0)))
     for step in budget.kept:
         figures[step]["validation"] = validated_win_rate(setting.world, runs.log_probs(step), held_out)
     chosen = choose(final["validation"], default)
