@@ -133,7 +133,13 @@ def _set_options(args: Any, kind: type) -> dict[str, Any]:
         field.name: field.default for field in dataclasses.fields(kind) if field.name in _LOSS_OPTIONS[kind]
     }
     set_to = {name: (_plain(getattr(args, name)), _plain(default)) for name, default in fields.items()}
-    changed = {name: value for name, (value, default) in set_to.items() if value != default}
+    # TRL 0.28 turns an unset `reference_free` from None into False.
+    same = {
+        name
+        for name, (value, default) in set_to.items()
+        if value == default or (value is False and not default)
+    }
+    changed = {name: value for name, (value, _) in set_to.items() if name not in same}
     if args.use_liger_kernel and _LIGER_COMPUTES_THE_LOSS:
         changed["use_liger_kernel"] = True
     alpha = getattr(args, "f_alpha_divergence_coef", None)
