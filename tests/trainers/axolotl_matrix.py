@@ -67,6 +67,7 @@ def configuration(folder: Path, rl: str, **options: Any) -> dict[str, Any]:
         "logging_steps": 1,
         "save_strategy": "no",
         "val_set_size": 0,
+        "remove_unused_columns": False,  # as axolotl wants it for KTO
         "rl_beta": 0.3,
         "seed": 1,
         "bf16": False,
