@@ -19,7 +19,7 @@ class Identity:
 
     Attributes:
         loss: The registered loss with its hyperparameters, or None if it is none of them.
-        equals: Other losses that are the same function, with their hyperparameters.
+        equals: Other losses that are the same function, with their hyperparameters, as far as the fit found them.
         nearest: The loss whose gradient is nearest; `loss`, if there is one.
         distance: Largest relative difference between its gradient and the function's, on feedback that took no part
             in the fit.
