@@ -133,7 +133,7 @@ def loss_of(own: Any) -> Any:
 def main(words: Sequence[str] | None = None) -> None:
     """Run NeMo-RL's `run_dpo.py`, whose path is the first word, with the loss that its configuration names."""
     script, *rest = sys.argv[1:] if words is None else words
-    algorithm = importlib.import_module("nemo_rl.algorithms.dpo")
+    algorithm: Any = importlib.import_module("nemo_rl.algorithms.dpo")
     algorithm.DPOLossFn = loss_of(algorithm.DPOLossFn)
     sys.argv = [script, *rest]
     runpy.run_path(script, run_name="__main__")

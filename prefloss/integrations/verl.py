@@ -77,8 +77,9 @@ class PreferenceLoss:
 
     def _pairs(self, log_probs: Tensor, data: Mapping[str, Any]) -> Pairs:
         starts = (data["position_ids"].values() == 0).long()
-        count = log_probs.offsets().numel() - 1
-        offsets = log_probs.offsets()[:-1]
+        # torch declares no offsets() of nested tensors.
+        ends: Tensor = log_probs.offsets()  # type: ignore[attr-defined]
+        count, offsets = ends.numel() - 1, ends[:-1]
         if int(starts.sum()) != 2 * count or not bool((starts[offsets] == 1).all()):
             raise ValueError(
                 f"position_ids: got {int(starts.sum())} sequences in {count} rows, expected two in each: prompt and "

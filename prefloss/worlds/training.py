@@ -164,8 +164,8 @@ def _batches(data: Data, steps: int, size: int) -> Tensor:
     passes = -(-steps * size // (len(data) // size * size))
     rows = []
     for seed in data.seeds:
-        # Not the stream that drew the data.
-        generator = torch.Generator().manual_seed(2**40 + seed)
+        # Not the stream that drew the data; on a CPU, torch reads the low 32 bits of a seed.
+        generator = torch.Generator().manual_seed(2**31 + seed)
         orders = [
             torch.randperm(len(data), generator=generator)[: len(data) // size * size] for _ in range(passes)
         ]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from llamafactory import launcher
+from llamafactory import launcher  # type: ignore[attr-defined]
 from llamafactory.train import tuner
 from llamafactory.train.dpo import trainer as dpo
 from llamafactory.train.kto import workflow as kto

@@ -135,7 +135,8 @@ def _build_trl(name: str, **options: Any) -> Any:
     return DPOTrainer(
         model=_tiny_model(),
         ref_model=_tiny_model(),
-        args=DPOConfig(loss_type=[name] if several else name, **options, **_common()),
+        # Up to TRL 0.20, loss_type is a string.
+        args=DPOConfig(loss_type=[name] if several else name, **options, **_common()),  # type: ignore[arg-type]
         train_dataset=rows,
         processing_class=_tokenizer(),
     )

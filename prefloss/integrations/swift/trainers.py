@@ -80,8 +80,9 @@ def register() -> None:
             "prefloss: got ms-swift's Megatron trainers, which compute a loss of their own whatever --loss_type says "
             "(modelscope/ms-swift#10167); use `swift rlhf`"
         )
+    mapping = TrainerFactory.TRAINER_MAPPING  # type: ignore[attr-defined]
     for kind, function in (("dpo", dpo_trainer), ("kto", kto_trainer)):
-        TrainerFactory.TRAINER_MAPPING[kind] = f"{__name__}.{function.__name__}"
+        mapping[kind] = f"{__name__}.{function.__name__}"
     own = rlhf.prepare_kto_dataset
 
     def prepare_kto_dataset(args: Any, *data: Any) -> Any:

@@ -140,12 +140,12 @@ def assign(passes: list[Pass], expected: list[tuple[str, Tensor]]) -> dict[str, 
     return {name: actual for actual, (name, _) in zip(passes, expected, strict=True)}
 
 
-def log_ratios(policy: Pass, reference: Pass | Tensor) -> LogRatios:
+def log_ratios(policy: Pass, reference: Pass | Tensor | None) -> LogRatios:
     """Log-ratios of the rows of a pass, [rows], with per-token values where the reference has them.
 
     Args:
         policy: The pass.
-        reference: The reference's pass, or its sums computed beforehand, [rows].
+        reference: The reference's pass, or its sums computed beforehand, [rows]; None where the loss needs none.
     """
     mask = policy.labels[:, 1:] != IGNORE_INDEX
     if isinstance(reference, Pass):

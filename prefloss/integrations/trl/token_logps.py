@@ -83,12 +83,13 @@ def token_logps(trainer: Any, keep: Keep) -> Iterator[None]:
 
         return score
 
+    own_chunked: Any = getattr(trainer, _CHUNKED, None)
+
     def chunked(model: Any, inputs: Any, input_ids: Tensor, completion_mask: Tensor) -> Any:
         logps, entropies, outputs = own_chunked(model, inputs, input_ids, completion_mask)
         logps = keep(logps, input_ids[:, 1:], None, getattr(outputs, "aux_loss", None))
         return logps, entropies, outputs
 
-    own_chunked = getattr(trainer, _CHUNKED, None)
     with ExitStack() as stack:
         stack.enter_context(hooked(trainer, note_router))
         if own_chunked is not None:
