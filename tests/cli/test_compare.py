@@ -88,6 +88,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     assert run("dpo", "kto", *TINY, "--output", tmp_path / "two").exit_code == 0
@@ -135,6 +136,7 @@ def saved_model(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_own_data_are_compared_without_a_ranking_of_quality(tmp_path, saved_model):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in PAIRS * 3))
