@@ -10,7 +10,7 @@ import re
 import tempfile
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +35,8 @@ class Prober:
         names: Gives the loss names that the installed version accepts.
         build: Loss name and options beta and label_smoothing -> a trainer.
         batch: Trainer and completions -> the batch that its `compute_loss` takes.
-        means: Names whose options the registry calls otherwise -> the loss with the values that the trainer is given.
+        means: Gives the names that mean something else in the installed version, or whose options the registry calls
+            otherwise -> the loss with the values that the trainer is given.
             Other names mean the registry's alias for the package, such as `trl:bco_pair`, or the loss of that name.
     """
 
@@ -44,7 +45,7 @@ class Prober:
     names: Callable[[], list[str]]
     build: Callable[..., Any]
     batch: Callable[[Any, Rows], dict[str, Any]]
-    means: Mapping[str, str] = field(default_factory=dict)
+    means: Callable[[], Mapping[str, str]] = dict
 
     @property
     def version(self) -> str:
@@ -55,7 +56,7 @@ class Prober:
         """The loss that a name means, with the hyperparameters that the trainer is configured with."""
         known = {alias for spec in specs.values() for alias in spec.aliases}
         own_form = f"{self.package}:{name}"
-        loss = get(self.means.get(name, own_form if own_form in known else name))
+        loss = get(self.means().get(name, own_form if own_form in known else name))
         changes = {loss.spec.beta: BETA} if loss.spec.beta else {}
         if "epsilon" in loss.spec.parameters:
             changes["epsilon"] = SMOOTHING
@@ -145,6 +146,13 @@ def _trl_names() -> list[str]:
     from trl.trainer import dpo_trainer
 
     return _compared(inspect.getsource(dpo_trainer))
+
+
+def _trl_means() -> dict[str, str]:
+    # With a running mean up to 0.28.
+    from trl import DPOTrainer
+
+    return {"bco_pair": "bco_pair"} if hasattr(DPOTrainer, "dpo_loss") else {}
 
 
 def _compared(source: str) -> list[str]:
@@ -240,7 +248,7 @@ def _swift_names() -> list[str]:
 FRAMEWORKS: Mapping[str, Prober] = {
     one.framework: one
     for one in (
-        Prober("trl", "trl", _trl_names, _build_trl, _trl_batch),
+        Prober("trl", "trl", _trl_names, _build_trl, _trl_batch, _trl_means),
         Prober(
             "llamafactory",
             "llamafactory",
@@ -248,7 +256,7 @@ FRAMEWORKS: Mapping[str, Prober] = {
             _build_llamafactory,
             _labelled,
             # pref_beta weighs ORPO's term; simpo_gamma is 0.5 by default.
-            {"orpo": f"orpo(odds_weight={BETA})", "simpo": "simpo(gamma=0.5)"},
+            lambda: {"orpo": f"orpo(odds_weight={BETA})", "simpo": "simpo(gamma=0.5)"},
         ),
         Prober("swift", "ms-swift", _swift_names, _build_swift, _labelled),
     )
