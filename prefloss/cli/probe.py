@@ -68,7 +68,10 @@ def _rows(prober: Prober, names: list[str]) -> Iterator[Row]:
     for name in names:
         try:
             asked = prober.asked(name)
-            yield Row(name, _words(asked), *_trained(prober, name, asked))
+            if asked.state:
+                yield Row(name, _words(asked), "keeps a state, which a single step does not show", "not run")
+            else:
+                yield Row(name, _words(asked), *_trained(prober, name, asked))
         # Another package's code: it may refuse a name, or these options, with any error.
         except Exception as error:
             yield Row(name, "", f"{type(error).__name__}: {first_line(error)}", "not run")

@@ -35,7 +35,9 @@ class Prober:
         names: Gives the loss names that the installed version accepts.
         build: Loss name and options beta and label_smoothing -> a trainer.
         batch: Trainer and completions -> the batch that its `compute_loss` takes.
-        families: Prefixes of the registry's aliases that give a name this framework's form, such as `trl:bco_pair`.
+        means: Gives the names that mean something else in the installed version, or whose options the registry calls
+            otherwise -> the loss with the values that the trainer is given.
+            Other names mean the registry's alias for the package, such as `trl:bco_pair`, or the loss of that name.
     """
 
     framework: str
@@ -43,7 +45,7 @@ class Prober:
     names: Callable[[], list[str]]
     build: Callable[..., Any]
     batch: Callable[[Any, Rows], dict[str, Any]]
-    families: tuple[str, ...] = ("trl",)
+    means: Callable[[], Mapping[str, str]] = dict
 
     @property
     def version(self) -> str:
@@ -52,10 +54,9 @@ class Prober:
 
     def asked(self, name: str) -> Loss:
         """The loss that a name means, with the hyperparameters that the trainer is configured with."""
-        aliases = (f"{family}:{name}" for family in self.families)
-        loss = get(
-            next((alias for alias in aliases if any(alias in spec.aliases for spec in specs.values())), name)
-        )
+        known = {alias for spec in specs.values() for alias in spec.aliases}
+        own_form = f"{self.package}:{name}"
+        loss = get(self.means().get(name, own_form if own_form in known else name))
         changes = {loss.spec.beta: BETA} if loss.spec.beta else {}
         if "epsilon" in loss.spec.parameters:
             changes["epsilon"] = SMOOTHING
@@ -146,6 +147,13 @@ def _trl_names() -> list[str]:
     from trl.trainer import dpo_trainer
 
     return _compared(inspect.getsource(dpo_trainer))
+
+
+def _trl_means() -> dict[str, str]:
+    # With a running mean up to 0.28.
+    from trl import DPOTrainer
+
+    return {"bco_pair": "bco_pair"} if hasattr(DPOTrainer, "dpo_loss") else {}
 
 
 def _compared(source: str) -> list[str]:
@@ -241,9 +249,17 @@ def _swift_names() -> list[str]:
 FRAMEWORKS: Mapping[str, Prober] = {
     one.framework: one
     for one in (
-        Prober("trl", "trl", _trl_names, _build_trl, _trl_batch),
-        Prober("llamafactory", "llamafactory", _llamafactory_names, _build_llamafactory, _labelled),
-        Prober("swift", "ms-swift", _swift_names, _build_swift, _labelled, ("ms-swift", "trl")),
+        Prober("trl", "trl", _trl_names, _build_trl, _trl_batch, _trl_means),
+        Prober(
+            "llamafactory",
+            "llamafactory",
+            _llamafactory_names,
+            _build_llamafactory,
+            _labelled,
+            # pref_beta weighs ORPO's term; simpo_gamma is 0.5 by default.
+            lambda: {"orpo": f"orpo(odds_weight={BETA})", "simpo": "simpo(gamma=0.5)"},
+        ),
+        Prober("swift", "ms-swift", _swift_names, _build_swift, _labelled),
     )
 }
 """What `prefloss probe` knows, by the name on the command line."""
