@@ -35,10 +35,10 @@ class Measurement:
         chosen: Mean change of the log-prob of the better (upvoted) completions, nats per completion.
         rejected: The same for the worse (downvoted) ones.
         chosen_falling: Share of better completions that became less likely than they were.
+        samples: The sampled completions as text.
         confidence: Mean probability that σ(beta |margin|) gives to the side it prefers; equal to the accuracy where
             the implicit rewards are calibrated, above it where they are too sure.
         length: Mean length of the sampled completions, tokens.
-        samples: The sampled completions as text.
     """
 
     step: int
@@ -51,9 +51,9 @@ class Measurement:
     chosen: float | None = None
     rejected: float | None = None
     chosen_falling: float | None = None
+    samples: tuple[str, ...] = ()
     confidence: float | None = None
     length: float | None = None
-    samples: tuple[str, ...] = ()
 
 
 @dataclass

@@ -55,5 +55,7 @@ def __getattr__(name: str) -> Any:
     if name in ("checks", "strategies"):
         return importlib.import_module(f"{__name__}.{name}")
     if name in _RUN:
+        # The checks enter the table that `run` reads when they are imported.
+        importlib.import_module(f"{__name__}.checks")
         return getattr(importlib.import_module(f"{__name__}.run"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

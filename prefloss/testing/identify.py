@@ -88,7 +88,7 @@ def identify(
         ...     return -torch.nn.functional.logsigmoid(2.0 * margin - 0.5).mean()
         >>> found = identify(simpo, among=["dpo", "ipo", "simpo"])
         >>> print(found)
-        simpo(beta=2.0, gamma=0.5), in value and gradient: the mean of a batch
+        simpo(beta=2, gamma=0.5), in value and gradient: the mean of a batch
     """
     probed = Probed(function, feedback)
     compared = _candidates(probed, among)

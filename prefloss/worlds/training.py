@@ -65,7 +65,7 @@ def scaled(loss: str | Loss, factors: Iterable[float]) -> list[Loss]:
 
     Example:
         >>> scaled("0.8*dpo + 0.2*simpo(beta=2.0)", [4.0])
-        [0.8*dpo(beta=0.4) + 0.2*simpo(beta=8.0, gamma=1.0, label_smoothing=0.0)]
+        [0.8*dpo(beta=0.4) + 0.2*simpo(beta=8.0, gamma=1.375)]
     """
     return [_with_strength(_strong(loss), lambda now, factor=factor: now * factor) for factor in factors]
 

@@ -122,6 +122,6 @@ def test_the_launcher_replaces_the_trainer_while_it_runs(monkeypatch, tmp_path, 
     assert sys.modules["openrlhf.trainer.dpo_trainer"].DPOTrainer.__name__ == "DPOTrainer"
     with pytest.raises(SystemExit, match="2"):
         main(["--prefloss", "simmpo"])
-    assert "no loss 'simmpo'; did you mean 'simpo'" in capsys.readouterr().err
+    assert "unknown loss 'simmpo'; did you mean 'simpo'" in capsys.readouterr().err
     for name in [name for name in sys.modules if name.partition(".")[0] == "openrlhf"]:
         monkeypatch.delitem(sys.modules, name)

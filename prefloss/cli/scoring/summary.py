@@ -269,7 +269,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 
     Example:
         >>> low, high = wilson(1.0, 10)
-        >>> round(low, 3), high
+        >>> round(low, 3), round(high, 3)
         (0.722, 1.0)
     """
     z = float(stats.norm.ppf(0.975))
