@@ -35,11 +35,13 @@ class Figure:
 
     @property
     def signed(self) -> str:
-        """The value with its sign, as summaries give a difference; a KL that no run reached has none."""
+        """The value with its sign, as summaries give a difference; a KL that a run did not reach has none."""
         return "not reached" if math.isnan(self.value) else f"{self.value:+.3f}"
 
     def __str__(self) -> str:
         """A difference as a sentence says it: "+0.031 (+0.010 to +0.052)"."""
+        if math.isnan(self.value):
+            return self.signed
         if self.interval is None:
             return f"{self.value:+.3f}"
         return f"{self.value:+.3f} ({self.interval[0]:+.3f} to {self.interval[1]:+.3f})"

@@ -118,5 +118,5 @@ EXPERIMENT = Experiment(
     f"{numbers(BETAS)}. All pairs weighted by their probability, and {numbers(PAIRS)} drawn pairs; Adam at "
     "0.1. The frontier is computed, so other methods are not needed to draw it.",
     run=run,
-    seeds=10,
+    seeds=20,
 )

@@ -115,5 +115,5 @@ EXPERIMENT = Experiment(
     f"reversed with probability {numbers(FLIPS)}; each loss knows that share. All pairs at beta {BETA}; 1,000 pairs "
     f"with {FLIP:.0%} flips over beta in {numbers(BETAS)}, Adam at 0.05, 300 steps.",
     run=run,
-    seeds=10,
+    seeds=20,
 )

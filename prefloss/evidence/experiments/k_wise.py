@@ -116,5 +116,5 @@ EXPERIMENT = Experiment(
     setup=f"4 prompts with 20 completions, normal rewards, free logits, a Bradley-Terry judge; {GROUPS} "
     f"groups of K = 2, 4 or 8 different completions. Beta in {numbers(BETAS)}, Adam at 0.1, 150 steps.",
     run=run,
-    seeds=6,
+    seeds=12,
 )

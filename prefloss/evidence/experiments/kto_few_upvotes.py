@@ -56,5 +56,5 @@ EXPERIMENT = Experiment(
     f"as upvotes and all rejected ones as downvotes, upvotes weighted {numbers(WEIGHTS)}. Beta in "
     f"{numbers(BETAS)} for both.",
     run=run,
-    seeds=10,
+    seeds=20,
 )

@@ -35,9 +35,9 @@ ARMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "DPO": ("dpo", (0.25, 0.5, 1.0, 2.0)),
     f"R-DPO, alpha {BIAS}": (f"r_dpo(alpha={BIAS})", (0.25, 0.5, 1.0, 2.0)),
     "SamPO": ("sampo", (0.25, 0.5, 1.0, 2.0)),
-    "LD-DPO, alpha 0.5": ("ld_dpo(alpha=0.5)", (0.5, 1.0, 2.0, 4.0, 8.0)),
+    "LD-DPO, alpha 0.5": ("ld_dpo(alpha=0.5)", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)),
     "LN-DPO": ("ln_dpo", (1.0, 2.0, 4.0, 8.0, 16.0)),
-    "SimPO": ("simpo(gamma=0.5)", (1.0, 4.0, 10.0, 25.0)),
+    "SimPO": ("simpo(gamma=0.5)", (1.0, 4.0, 10.0, 25.0, 60.0)),
 }
 
 
@@ -135,5 +135,5 @@ EXPERIMENT = Experiment(
     f"Bradley-Terry judge that adds {BIAS} of reward for each token. All pairs at beta 1; 500 pairs over four "
     "strengths of each loss, Adam at 0.1, 200 steps; SimPO with gamma 0.5.",
     run=run,
-    seeds=10,
+    seeds=20,
 )

@@ -16,7 +16,7 @@ from prefloss.feedback import Pairs
 from prefloss.worlds import Data, Judge, LogLinear, draw, featured, kl, reward, sweep, train
 
 PAIRS = 100
-BETAS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+BETAS = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 FIXED_KL = 0.5
 LEVELS = (2, 3, 5, 10)
 DROPPED, HALVED = "better or worse, ties dropped", "better, tie, worse"
@@ -139,7 +139,7 @@ EXPERIMENT = Experiment(
     setup=f"2 prompts, 50 completions with 8 features, a log-linear policy. One noisy Bradley-Terry judge scores both "
     f"completions of {PAIRS} pairs; from the same scores come the order, ratings on 2 to 10 equally frequent levels "
     "(each worth the mean score of its level), and better, tie or worse with a third of ties. DPO drops ties; RPO "
-    "(squared) reads ratings; soft-label DPO counts a tie as half and half. 7 betas, 200 steps of Adam.",
+    "(squared) reads ratings; soft-label DPO counts a tie as half and half. 8 betas, 200 steps of Adam.",
     run=run,
     seeds=15,
 )

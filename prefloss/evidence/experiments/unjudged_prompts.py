@@ -31,7 +31,7 @@ from prefloss.worlds import (
 COUNTS = (30, 100, 300)
 SHOWN = 100
 UNJUDGED = 500
-BETAS = (0.25, 0.5, 1.0, 2.0, 4.0)
+BETAS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 FIXED_KL = 0.5
 DIRECT = "DPO on the judged pairs"
 RLHF = "RLHF: reward model, exact optimum"
@@ -111,16 +111,16 @@ def verdict(figures: Sequence[Figure]) -> tuple[Verdict, str]:
 
 
 def _summary(figures: Sequence[Figure]) -> str:
-    rlhf, labels, scores, sharing, direct = (figure.value for figure in figures)
+    rlhf, labels, scores, sharing, direct = figures
     gained = verdict(figures)[0] is not Verdict.DOES_NOT_APPEAR
     return (
         ("Fit a reward model, if it generalises better than your policy" if gained else "No gain is shown")
         + ". With "
-        f"{SHOWN} judged pairs and a KL of {FIXED_KL} nats, RLHF earns {rlhf:.2f} more true reward than DPO on the "
-        f"judged pairs ({direct:.2f}), DPO on pairs that the reward model labels {labels:.2f} more, and the reward "
-        f"model's scores inside the loss {rlhf + scores:.2f} more. But a policy that sees the same features as the "
-        f"reward model needs none of it: DPO on the judged pairs alone is then {sharing:+.2f} from RLHF. It cannot say "
-        "how well your model generalises by itself."
+        f"{SHOWN} judged pairs and a KL of {FIXED_KL} nats, the true reward of RLHF is {rlhf} above that of DPO on the "
+        f"judged pairs ({direct.value:.2f}), and that of DPO on pairs that the reward model labels {labels}. The reward "
+        f"model's scores inside the loss differ from RLHF by {scores}. But a policy that sees the same features as the "
+        f"reward model needs none of it: DPO on the judged pairs alone then differs from RLHF by {sharing}. It cannot "
+        "say how well your model generalises by itself."
     )
 
 
@@ -144,8 +144,8 @@ EXPERIMENT = Experiment(
     source="asked by learners",
     setup=f"20 prompts with 20 completions of 8 features. {numbers(COUNTS)} judged Bradley-Terry pairs; the reward "
     f"model sees the features, the policy has a free logit for each completion, so it learns nothing of one from "
-    f"another. The reward model labels {UNJUDGED} more pairs, by its own Bradley-Terry noise or with its scores. 5 "
-    "betas from 0.25 to 4, 200 steps of Adam at 0.1.",
+    f"another. The reward model labels {UNJUDGED} more pairs, by its own Bradley-Terry noise or with its scores. 7 "
+    "betas from 0.25 to 16, 200 steps of Adam at 0.1.",
     run=run,
     seeds=10,
 )
