@@ -21,9 +21,9 @@ class Reward:
     """A reward as a loss declares it.
 
     Attributes:
-        function: (log-ratios, *, hyperparameters) -> rewards, [...]. It gets those hyperparameters of the loss that it
-            names; `beta` is the KL strength, whatever the loss calls it.
-        formula: For people; y is the completion of |y| tokens, h its log-ratio.
+        function: ``(log-ratios, *, hyperparameters) -> rewards``, [...]. It gets those hyperparameters of the loss
+            that it names; `beta` is the KL strength, whatever the loss calls it.
+        formula: For people; y is the completion, ``|y|`` its number of tokens, h its log-ratio.
         additive: The reward is a sum over the completion's tokens.
         needs: What it reads besides the policy's sums: `reference`, `tokens`, `per_token`, `per_token.kl` ...
     """
