@@ -117,10 +117,10 @@ def _summary(figures: Sequence[Figure]) -> str:
         ("Fit a reward model, if it generalises better than your policy" if gained else "No gain is shown")
         + ". With "
         f"{SHOWN} judged pairs and a KL of {FIXED_KL} nats, the true reward of RLHF is {rlhf} above that of DPO on the "
-        f"judged pairs ({direct.value:.2f}), and that of DPO on pairs that the reward model labels {labels}. The reward "
-        f"model's scores inside the loss differ from RLHF by {scores}. But a policy that sees the same features as the "
-        f"reward model needs none of it: DPO on the judged pairs alone then differs from RLHF by {sharing}. It cannot "
-        "say how well your model generalises by itself."
+        f"judged pairs ({direct.value:.2f}), and that of DPO on pairs that the reward model labels {labels}. The "
+        f"reward model's scores inside the loss differ from RLHF by {scores}. But a policy that sees the same features "
+        f"as the reward model needs none of it: DPO on the judged pairs alone then differs from RLHF by {sharing}. "
+        "It cannot say how well your model generalises by itself."
     )
 
 
