@@ -4,6 +4,8 @@ PYTHON ?= python3
 JOBS ?= 2
 # Passed on to the command behind `make demo`, `make test` and `make mutants`, e.g. make test ARGS='-k dpo -x'
 ARGS ?=
+# What `make trainers` proves: a framework, or one release of it (ONLY=trl-0.24.0); empty for all.
+ONLY ?=
 
 # What `make quick` runs.
 QUICK := tests/test_deprecated.py tests/test_feedback.py tests/test_logratios.py tests/test_metrics.py tests/test_registry.py \
@@ -25,7 +27,7 @@ test quick proof mutants: export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick proof mutants lint format types docs wheel clean
+.PHONY: help demo test quick proof mutants trainers lint format types evidence docs wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +47,9 @@ proof: $(INSTALLED) ## the losses alone: every kit check, every oracle point, co
 mutants: $(INSTALLED) ## change code at random places and see whether a test fails: ARGS='prefloss/logratios.py --sample 50'
 	$(BIN)/python .ci/mutants.py $(ARGS)
 
+trainers: $(INSTALLED) ## releases of TRL, LLaMA-Factory, ms-swift, axolotl, Unsloth, each in its own environment: ONLY=swift
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/trainers.py $(ONLY)
+
 lint: $(INSTALLED) ## ruff: rules and format; import-linter: layers and circles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,6 +61,9 @@ format: $(INSTALLED) ## rewrite the code to what `make lint` wants
 
 types: $(INSTALLED) ## pyright over prefloss/
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+evidence: $(INSTALLED) ## run every experiment and renew the results in docs/evidence: under ten minutes
+	$(BIN)/prefloss reproduce --all --output docs/evidence/results
 
 docs: $(INSTALLED) ## HTML docs into docs/_build/html; a warning fails
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html

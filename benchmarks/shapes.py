@@ -74,3 +74,22 @@ LAYOUTS = {
     "pairs 1:1, lengths vary": Layout(4, 2, 128, 128, varied=True),
     "rankings of 8, 4:1": Layout(2, 8, 204, 52),
 }
+
+
+class Score(NamedTuple):
+    """Examples of so many completions; prompt and completion are median lengths, tokens."""
+
+    examples: int
+    completions: int
+    prompt: int
+    completion: int
+    layers: int
+    width: int
+    vocabulary: int
+
+
+SCORE = {
+    "tiny": Score(7, 2, 6, 8, 1, 64, 301),
+    "pairs": Score(6, 2, 60, 120, 4, 256, 32_000),
+    "rankings": Score(3, 4, 60, 120, 4, 256, 32_000),
+}

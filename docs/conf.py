@@ -14,6 +14,7 @@ version = release = prefloss.__version__
 
 # No intersphinx: it would fetch other projects' inventories at build time.
 extensions = [
+    "evidence_pages",
     "loss_pages",
     "myst_parser",
     "sphinx.ext.autodoc",
@@ -25,7 +26,7 @@ extensions = [
 default_role = "literal"
 # Shapes such as [..., T] keep their dots.
 smartquotes = False
-exclude_patterns = ["_build", "_ext"]
+exclude_patterns = ["_build", "_ext", "evidence/results"]
 html_theme = "furo"
 html_title = f"prefloss {release}"
 

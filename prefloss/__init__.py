@@ -8,6 +8,9 @@ Losses are pure functions of log-ratios, chosen by name::
 Importing this package loads torch and nothing heavier; trainers and command line load where they are used.
 """
 
+from typing import TYPE_CHECKING
+from typing import Any as _Any
+
 from prefloss import hyperparameters as hyperparameters
 from prefloss import metrics as metrics
 from prefloss._deprecated import moved as _moved
@@ -26,6 +29,19 @@ from prefloss.registry import get as get
 from prefloss.registry import register as register
 from prefloss.registry import specs as specs
 
-__getattr__ = _moved(__name__, {"explain": "prefloss.logprobs:explain"})
+if TYPE_CHECKING:
+    from prefloss.training.scorer import Scorer as Scorer
+
+_old_name = _moved(__name__, {"explain": "prefloss.logprobs:explain"})
+
+
+def __getattr__(name: str) -> _Any:
+    """`Scorer`, which loads the training core when it is first used, and old names."""
+    if name == "Scorer":
+        from prefloss.training.scorer import Scorer
+
+        return Scorer
+    return _old_name(name)
+
 
 __version__ = "0.1.0"

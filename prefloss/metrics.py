@@ -14,6 +14,7 @@ from torch import Tensor
 from prefloss.arguments import instance, real
 from prefloss.feedback import KINDS, Feedback, Labels, Pairs, Rankings
 from prefloss.logratios import LogRatios
+from prefloss.registry import LOG_RATIO
 
 # Metrics that TRL logs too keep its names; all others are logged under this prefix.
 PREFIX = "prefloss/"
@@ -45,9 +46,12 @@ class Stat(NamedTuple):
 
 
 def implicit_rewards(ratios: LogRatios, beta: float) -> Tensor:
-    """Reward that the policy implies for each completion, beta * h, [...], without gradient."""
+    """Reward that the policy implies for each completion, beta * h, [...], without gradient.
+
+    What trainers log for every loss. A loss may compare something else between completions: `Loss.reward`.
+    """
     instance("ratios", ratios, LogRatios, "LogRatios")
-    return real("beta", beta) * ratios.h.detach()
+    return LOG_RATIO.function(ratios.detach(), beta=real("beta", beta))
 
 
 def metrics(feedback: Feedback, beta: float = 1.0) -> Mapping[str, Stat]:

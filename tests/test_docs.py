@@ -32,7 +32,12 @@ from prefloss.worlds.language import LanguageWorld
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
-    path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    path.relative_to(ROOT).as_posix(): path
+    for path in [
+        ROOT / "README.md",
+        *sorted(ROOT.glob("docs/*.md")),
+        *sorted(ROOT.glob("docs/integrations/*.md")),
+    ]
 }
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -147,6 +152,13 @@ def test_shell_lines_name_what_exists(page):
             command.commands[name].make_context(name, arguments)
         elif program == "make":
             assert words[0] in targets
+
+
+@pytest.mark.parametrize(
+    "name", re.findall(r"\| `([^|]+)` \|$", PAGES["docs/integrations/migration.md"].read_text(), re.MULTILINE)
+)
+def test_names_of_the_migration_table_are_losses(name):
+    assert prefloss.get(name).terms
 
 
 def test_links_of_the_readme_lead_somewhere():

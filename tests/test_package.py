@@ -67,6 +67,8 @@ def test_import_loads_torch_and_no_optional_package():
 import sys, torch
 before = set(sys.modules)
 import prefloss
+assert "prefloss.training" not in sys.modules
+prefloss.Scorer
 print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 """
     loaded = set(run(sys.executable, "-W", "error", "-c", code, cwd=ROOT).split())

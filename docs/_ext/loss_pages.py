@@ -5,6 +5,8 @@ All facts come from the losses' docstrings and traits.
 
 from __future__ import annotations
 
+import csv
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def generate(app: Sphinx) -> None:
     folder = Path(app.srcdir) / FOLDER
     folder.mkdir(exist_ok=True)
     pages = {f"{spec.name}.md": page(spec) for spec in prefloss.specs.values()}
-    pages |= {"index.md": index(), "capabilities.md": capability_table()}
+    pages |= {"index.md": index(), "capabilities.md": capability_table(), "names.md": names_elsewhere()}
     for old in folder.glob("*.md"):
         if old.name not in pages:
             old.unlink()
@@ -51,10 +53,48 @@ def page(spec: LossSpec) -> str:
         f"## Values\n\n{spec.returns}",
         f"## Where papers and trainers differ\n\n{spec.note}" if spec.note else "",
         "## What it takes\n\n" + what_it_takes(spec),
+        f"## Measured in our worlds\n\n{measured(spec.name)}" if measured(spec.name) else "",
         f"## Other names\n\n{other_names(spec)}" if spec.aliases else "",
         f"## Source\n\n{source(spec)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def measured(name: str) -> str:
+    """What `prefloss compare --all` found for a loss; empty if it was not compared."""
+    rows = _measured()
+    if name not in rows:
+        return ""
+    row = rows[name]
+    worlds = " and ".join(f"`{world}`" for world in row["worlds"].split())
+    earned = f"true reward {float(row['reward']):.2f} in the mean over {worlds}, {row['seeds']} seeds"
+    if row["difference"]:
+        low, mean, high, p_value = (
+            float(row[column]) for column in ("low", "difference", "high", "p_corrected")
+        )
+        word = "more than" if mean > 0 else "less than"
+        shown = (
+            f"{word} `{row['baseline']}`"
+            if p_value < 0.05
+            else f"no difference from `{row['baseline']}` is shown"
+        )
+        interval = f"{mean:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
+        earned += f"; {shown} ({interval}, p {p_value:.2g} after correction for {len(rows) - 1} losses)"
+    return (
+        f"{earned[0].upper()}{earned[1:]}. Held-out pairs chose the strength; every loss had the same budget. "
+        "This is a world of short sequences, where a loss shows how it treats noisy judgements. It does not say which "
+        "loss is best for your model and data: see [Comparing losses](../compare.md)."
+    )
+
+
+@cache
+def _measured() -> dict[str, dict[str, str]]:
+    """The rows of losses.csv of `prefloss compare --all`; none where no such table was committed."""
+    path = Path(__file__).parents[1] / "evidence" / "measured.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {row["loss"]: row for row in csv.DictReader(file)}
 
 
 def parameters(spec: LossSpec) -> str:
@@ -71,7 +111,7 @@ def parameters(spec: LossSpec) -> str:
 
 def what_it_takes(spec: LossSpec) -> str:
     """Feedback, needs and modifiers."""
-    row = capabilities(spec)
+    row = {column: cell.replace("|", "\\|") for column, cell in capabilities(spec).items()}
     return "\n".join(["| | |", "| --- | --- |", *(f"| {column} | {cell} |" for column, cell in row.items())])
 
 
@@ -87,6 +127,20 @@ def source(spec: LossSpec) -> str:
         spec.reference.replace(spec.paper, f"[{spec.paper}](https://arxiv.org/abs/{number})")
         if spec.paper
         else spec.reference
+    )
+
+
+def names_elsewhere() -> str:
+    """Table of every alias: the name, the trainers that use it, and the loss with what the name sets."""
+    rows = []
+    for spec in prefloss.specs.values():
+        for alias, entry in spec.aliases.items():
+            preset = ", ".join(f"{key}={value!r}" for key, value in entry.parameters.items())
+            rows.append(f"| `{alias}` | {entry.peers} | [{spec.name}]({spec.name}.md) | {preset} |")
+    table = "\n".join(["| name | used by | loss | sets |", "| --- | --- | --- | --- |", *sorted(rows)])
+    return (
+        "# Names in other trainers\n\nAliases: `prefloss.get` takes these names too. A name with a colon is a "
+        f"trainer's own form of a loss.\n\n{table}\n"
     )
 
 
@@ -108,7 +162,7 @@ def index() -> str:
         f"# Losses\n\n{len(prefloss.specs)} losses, each by its name: `prefloss.get(name)`. This page and those of the "
         "losses are generated from the registry; `prefloss losses` shows the same in a terminal. What can be combined "
         f"stands in the [capability table](capabilities.md).\n\n{table}\n\n"
-        f"```{{toctree}}\n:hidden:\n\ncapabilities\n{names}\n```\n"
+        f"```{{toctree}}\n:hidden:\n\ncapabilities\nnames\n{names}\n```\n"
     )
 
 

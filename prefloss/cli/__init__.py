@@ -1,4 +1,4 @@
-"""The command line: `prefloss train`, `prefloss reference`, `prefloss losses`.
+"""The command line: `prefloss train`, `reference`, `score`, `losses`, `probe`, `reproduce`, `compare`.
 
 Nothing outside this folder imports typer, rich or matplotlib.
 """
@@ -7,7 +7,21 @@ from __future__ import annotations
 
 import sys
 
-_EXTRA = {"click", "datasets", "matplotlib", "pyarrow", "pylatexenc", "rich", "transformers", "trl", "typer"}
+_EXTRA = {
+    *(
+        "click",
+        "datasets",
+        "jinja2",
+        "matplotlib",
+        "numpy",
+        "pyarrow",
+        "pylatexenc",
+        "rich",
+        "scipy",
+        "transformers",
+    ),
+    *("trl", "typer"),
+}
 
 
 def main() -> None:

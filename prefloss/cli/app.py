@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 import prefloss
-from prefloss.cli.command_options import ReferenceOptions, TrainOptions
-from prefloss.cli.console import Clock, errors_as_text, quiet
+from prefloss.cli.command_options import ReferenceOptions, ReproduceOptions, ScoreOptions, TrainOptions
+from prefloss.cli.compare_options import CompareOptions
+from prefloss.cli.console import CliError, Clock, errors_as_text, quiet
 from prefloss.cli.processes import joined, together
 from prefloss.cli.run_folder import taken
 from prefloss.cli.task import task_of
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 
 
-# At the end of `prefloss reference`, processes wait for the slowest.
+# At the end of `prefloss reference` and `prefloss score`, processes wait for the slowest.
 _SCORING = timedelta(days=30)
 
 
@@ -82,6 +83,24 @@ def losses(
         show_losses(name)
 
 
+@app.command()
+def probe(
+    trainer: Annotated[str, typer.Argument(help="Of which package: trl, llamafactory, swift ...")],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Loss names; all that it accepts by default.")
+    ] = None,
+) -> None:
+    """Check that the installed trainer trains the loss that its configuration names.
+
+    For each loss name, the trainer takes one step on known log-probs. The table says which loss that step computed, in
+    value and gradient. The exit code is 1 if it is another one than the name means.
+    """
+    from prefloss.cli.probe import probe_trainer
+
+    with errors_as_text():
+        probe_trainer(trainer, names)
+
+
 @_command(TrainOptions)
 def train(options: TrainOptions, console: Console) -> None:
     """Train a language model with a preference loss; with no options, a complete small example.
@@ -129,3 +148,42 @@ def reference(options: ReferenceOptions, console: Console) -> None:
     from prefloss.cli.reference_table import write_reference
 
     write_reference(options, console)
+
+
+@_command(ScoreOptions, _SCORING)
+def score(options: ScoreOptions, console: Console) -> None:
+    """Give every completion of a file the reward that its training implies: the model as a reward model.
+
+    After Ctrl-C or a kill, the same command goes on where it stopped. Under `torchrun` the processes share the work.
+    It ends with what the rewards are worth: accuracy, margins, calibration, and how much they follow length.
+    """
+    from prefloss.cli.scoring.command import write_scores
+
+    write_scores(options, console)
+
+
+@_command(ReproduceOptions)
+def reproduce(options: ReproduceOptions, console: Console) -> None:
+    """Try what papers claim in small worlds whose truth is known; without a name, list the experiments.
+
+    Each experiment prints the claim, what was measured with its 95 % interval over seeds, and a verdict, and writes
+    results.json, results.csv (one row a run) and picture.png.
+    """
+    from prefloss.cli.reproduce import run
+
+    run(options, console)
+
+
+@_command(CompareOptions)
+def compare(options: CompareOptions, console: Console) -> None:
+    """Compare losses with the uncertainty stated: in small worlds whose true reward is known, or on your own data.
+
+    Writes report.html and results.csv. After Ctrl-C or a kill, the same command goes on where it stopped.
+    """
+    if distributed.size() > 1:
+        raise CliError("compare runs as one process and uses all cores itself; start it without torchrun")
+    if options.data is None:
+        from prefloss.cli.compare import compare_in_worlds as compare_losses
+    else:
+        from prefloss.cli.compare_data import compare_on_data as compare_losses
+    compare_losses(options, console)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 import prefloss
 from prefloss import registry
@@ -199,6 +199,11 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _check_dtype(name: str) -> None:
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise CliError(f"--dtype: got {name!r}, expected one of auto, float32, bfloat16, float16")
+
+
 def _digest(path: Path) -> str | None:
     """Hash of a file, or of all files in a folder; None if there is nothing that can be read."""
     files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
@@ -259,9 +264,136 @@ class ReferenceOptions:
 
     def check(self) -> None:
         """Raise a `CliError` if there is no such dtype, or nothing to write to."""
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise CliError(f"--dtype: got {self.dtype!r}, expected one of auto, float32, bfloat16, float16")
+        _check_dtype(self.dtype)
         if os.path.isdir(self.output):
             raise CliError(f"--output: {self.output} is a folder; expected a file, as table.parquet")
         if self.output.suffix != ".parquet":
             raise CliError(f"--output: got {self.output}, expected a name that ends in .parquet")
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """The options of `prefloss score`; None where the default depends on the others."""
+
+    model: Annotated[
+        str, Option(help="Trained model or adapter: a folder, as of prefloss train, or a hub id.")
+    ]
+    data: Annotated[
+        Path,
+        Option(
+            help="Pairs, votes, rankings or plain completions: .jsonl, .json, .parquet or a save_to_disk folder."
+        ),
+    ]
+    output: Annotated[Path, Option(help="File for the rewards.")]
+    reference: Annotated[
+        str | None,
+        Option(
+            help="What the model was trained against: a model folder or hub id, `adapter` (adapters off), a table of "
+            "prefloss reference, or `none`. (default: as the record of prefloss train says)"
+        ),
+    ] = None
+    loss: Annotated[
+        str | None,
+        Option(
+            help="Loss of the training, as dpo(beta=0.1). (default: as the record of prefloss train says)"
+        ),
+    ] = None
+    format: Annotated[
+        str | None,
+        Option(help="table (CSV), jsonl, parquet or rewardbench. (default: by the ending of --output)"),
+    ] = None
+    per_token: Annotated[bool, Option("--per-token", help="Write the reward of each token too.")] = False
+    html: Annotated[
+        Path | None, Option(help="Page that shows completions with each token coloured by its reward.")
+    ] = None
+    chat: Annotated[
+        bool, Option("--chat", help="Put plain text into the chat template: a user's prompt, an answer.")
+    ] = False
+    tokenizer: Annotated[str | None, Option(help="Folder or hub id, if not the model's own.")] = None
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of the model.")] = None
+    dtype: Annotated[
+        str, Option(help="Of the weights: auto (as they are saved), float32, bfloat16 or float16.")
+    ] = "auto"
+    max_length: Annotated[
+        int | None,
+        Option(
+            min=2, max=_MOST, help="Longest prompt + completion, tokens. (default: the model's positions)"
+        ),
+    ] = None
+    allow_truncation: Annotated[
+        bool,
+        Option("--allow-truncation", help="Cut longer rows and count them; without it they are an error."),
+    ] = False
+    batch_tokens: Annotated[int, Option(min=1, max=_MOST, help="Tokens of a forward pass, at most.")] = 4096
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Start anew, though --output or parts of it are there.")
+    ] = False
+    cpu: Annotated[bool, Option("--cpu", help="Stay on the CPU though there is an accelerator.")] = False
+
+    @property
+    def written_as(self) -> str:
+        """The format of the output."""
+        return self.format or {".jsonl": "jsonl", ".parquet": "parquet", ".csv": "table"}.get(
+            self.output.suffix, ""
+        )
+
+    def check(self) -> None:
+        """Raise a `CliError` if options do not go together, or there is nothing to write to."""
+        _check_dtype(self.dtype)
+        formats = ("table", "jsonl", "parquet", "rewardbench")
+        if self.format is not None and self.format not in formats:
+            raise CliError(f"--format: got {self.format!r}, expected one of {', '.join(formats)}")
+        if not self.written_as:
+            raise CliError(
+                f"--output: got {self.output}, expected a name that ends in .jsonl, .parquet or .csv, or --format"
+            )
+        if self.per_token and self.written_as not in ("jsonl", "parquet"):
+            raise CliError(
+                f"--per-token: got the format {self.written_as}, which has one number a completion; expected jsonl or "
+                "parquet"
+            )
+        for option, path in (("--output", self.output), ("--html", self.html)):
+            if path is not None and os.path.isdir(path):
+                raise CliError(f"{option}: {path} is a folder; expected a file")
+            if path is not None and os.path.realpath(path) == os.path.realpath(self.data):
+                raise CliError(f"{option}: got {path}, which --data reads; expected another file")
+        if self.html is not None and not self.html.parent.is_dir():
+            raise CliError(f"--html: no such folder: {self.html.parent}")
+        if self.html is not None and os.path.realpath(self.html) == os.path.realpath(self.output):
+            raise CliError(f"--html: got {self.html}, which is --output; expected another file")
+
+    def settings(self) -> dict[str, Any]:
+        """What changes the output, for its record; model, reference and loss are recorded when they are loaded."""
+        names = ("per_token", "chat", "max_length", "allow_truncation", "batch_tokens")
+        return {
+            **{_flag(name): getattr(self, name) for name in names},
+            "--format": self.written_as,
+            "--html": self.html is not None,
+            "content of --data": _digest(self.data),
+        }
+
+
+@dataclass(frozen=True)
+class ReproduceOptions:
+    """The options of `prefloss reproduce`."""
+
+    name: Annotated[str | None, Argument(help="The experiment to run; without it, all are listed.")] = None
+    all: Annotated[bool, Option("--all", help="Run all of them, a process for each core.")] = False
+    seeds: Annotated[
+        int | None,
+        Option(min=2, max=10**4, help="Number of seeds. (default: as many as the experiment is made for)"),
+    ] = None
+    first_seed: Annotated[
+        int, Option(min=0, max=_MOST, help="The first of them; the others follow it one by one.")
+    ] = 0
+    output: Annotated[
+        Path | None,
+        Option(help="Folder; each experiment writes into one of its name. (default: prefloss-runs/evidence)"),
+    ] = None
+
+    def check(self) -> None:
+        """Raise a `CliError` if there is both a name and --all, or an option that nothing would use."""
+        if self.name is not None and self.all:
+            raise CliError(f"--all: got it beside the name {self.name!r}, expected one of them")
+        if self.name is None and not self.all and self != ReproduceOptions():
+            raise CliError("got options without an experiment, expected NAME or --all beside them")

@@ -108,6 +108,10 @@ def _facts(spec: LossSpec) -> Table:
     needs += "" if spec.separable else "; the loss of an example depends on its batch"
     needs += "; keeps a state between batches, saved with checkpoints" if spec.stateful else ""
     table.add_row("needs", needs)
+    reward = (
+        f"none: {spec.reward}" if isinstance(spec.reward, str) else f"{spec.reward.formula} of a completion y"
+    )
+    table.add_row("reward", reward)
     modifiers = ", ".join(admitted(spec))
     if modifiers:
         table.add_row("also takes", f"{modifiers} (they mean the same to every loss that takes them)")

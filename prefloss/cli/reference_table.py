@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from prefloss import data as pdata
 from prefloss.cli.command_options import ReferenceOptions
-from prefloss.cli.console import CliError, loading, print_facts, quiet
+from prefloss.cli.console import CliError, print_facts, quiet
 from prefloss.cli.processes import together
 from prefloss.cli.run_folder import unwritable
 from prefloss.data.read import read_token_ids
@@ -148,26 +147,15 @@ def _score(
 
 def _model(options: ReferenceOptions) -> Any:
     # transformers takes seconds to load, so options and data are checked before.
-    from prefloss.cli.pretrained import check_model_folder, saved_model
+    from prefloss.cli.pretrained import check_model_folder, model_to_score
 
     check_model_folder(
         options.model,
         "name its base model as --model, and the adapter as --adapter if the reference has it on",
     )
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = saved_model(options.model, dtype=dtype, revision=options.revision)
-    if options.adapter is not None:
-        try:
-            from peft import PeftModel
-        except ModuleNotFoundError as error:
-            raise CliError("--adapter: peft is not installed: pip install 'prefloss[peft]'") from error
-        with loading(f"--adapter: {options.adapter}"):
-            model = PeftModel.from_pretrained(model, options.adapter)
-    device = None if options.cpu else torch.accelerator.current_accelerator(check_available=True)
-    if device is not None:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device(device.type, local % torch.accelerator.device_count())
-    return model.to(device or "cpu").eval()
+    return model_to_score(
+        options.model, options.adapter, dtype=options.dtype, revision=options.revision, cpu=options.cpu
+    )
 
 
 def _tokenizer(options: ReferenceOptions, messages: str | None) -> Any:

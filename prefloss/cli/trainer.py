@@ -24,7 +24,7 @@ from prefloss.demo.model import CHAT_TEMPLATE, END, tiny_llama, train_tokenizer,
 from prefloss.feedback import Pairs, columns_of
 from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback
 from prefloss.integrations.trl.options import resolve
-from prefloss.training.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from prefloss.training.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _UNTRAINED_RATE, _WHOLE_RATE, _LORA_RATE = 2e-4, 1e-6, 1e-5
@@ -53,6 +53,7 @@ class Start:
         return {
             "weights of --model": weights_fingerprint(self.model),
             "tokenizer of --model": tokenizer_fingerprint(self.tokenizer),
+            "chat template of --model": template_hash(self.tokenizer),
         }
 
 

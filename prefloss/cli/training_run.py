@@ -132,6 +132,7 @@ def _meter(run: Run, trainer: Any) -> Meter:
         max_length=options.max_length,
         batch_size=256 if options.data is None else 2 * run.config.per_device_train_batch_size,
         seed=options.seed,
+        beta=run.loss.beta,
         autocast=lambda: torch.autocast(trainer.model.device.type, torch.bfloat16, enabled=run.config.bf16),
     )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ _SAVED: _Reader = (table_rows.count_saved, table_rows.saved)
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.")
 
 
-def rows_of(path: Path, rank: int = 0, size: int = 1) -> Iterator[Row]:
+def rows_of(path: Path, rank: int = 0, size: int = 1, also: Collection[str] = ()) -> Iterator[Row]:
     """The rows of a file or folder, in order; for one of several processes its part of them.
 
     The parts are contiguous, about equal, and together all rows. What lies in other parts is skipped, not parsed.
@@ -40,11 +41,12 @@ def rows_of(path: Path, rank: int = 0, size: int = 1) -> Iterator[Row]:
         path: File or folder.
         rank: Number of the part.
         size: Number of parts.
+        also: Columns of tables to read beside `prefloss.data.rows.KNOWN`; JSON is read whole.
 
     Raises:
         DataError: If there is no such file, its format is unknown, or a row cannot be parsed.
     """
-    files = _files(path)
+    files = [(file, _reading(reader, also)) for file, reader in _files(path)]
     if size == 1:
         for file, (_, read) in files:
             yield from _named(file, read(file, 0, None))
@@ -55,6 +57,15 @@ def rows_of(path: Path, rank: int = 0, size: int = 1) -> Iterator[Row]:
         if start < count and stop > 0:
             yield from _named(file, read(file, max(start, 0), min(stop, count)))
         start, stop = start - count, stop - count
+
+
+def _reading(reader: _Reader, also: Collection[str]) -> _Reader:
+    """The reader, of these columns too."""
+    count, read = reader
+    for of_table in (table_rows.parquet, table_rows.saved):
+        if read is of_table:
+            return count, functools.partial(of_table, also=also)
+    return reader
 
 
 def _named(path: Path, rows: Iterator[Any]) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,10 @@ def count_parquet(path: Path) -> int:
         return file.metadata.num_rows
 
 
-def parquet(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """These rows of a Parquet file, counted from 0."""
+def parquet(
+    path: Path, start: int = 0, stop: int | None = None, also: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """These rows of a Parquet file, counted from 0; `also` names further columns to read."""
     with _opened(path) as file:
         names, at = file.schema_arrow.names, 0
         twice = [name for name in names if names.count(name) > 1]
@@ -36,7 +38,7 @@ def parquet(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tup
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if at + rows > start and (stop is None or at < stop):
-                batches = file.iter_batches(_BATCH, row_groups=[group], columns=_read_names(names))
+                batches = file.iter_batches(_BATCH, row_groups=[group], columns=_read_names(names, also))
                 yield from _rows(path, batches, names, at, start, stop)
             at += rows
 
@@ -78,14 +80,16 @@ def count_saved(path: Path) -> int:
     return len(_loaded(path))
 
 
-def saved(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """These rows of a folder that `save_to_disk` wrote, counted from 0."""
+def saved(
+    path: Path, start: int = 0, stop: int | None = None, also: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """These rows of a folder that `save_to_disk` wrote, counted from 0; `also` names further columns to read."""
     count = count_saved(path)
     for at in range(start, count if stop is None else stop, _SPAN):
         # Loaded anew, because pages that were read count as memory of the process until their mapping goes.
         loaded, to = _loaded(path), min(at + _SPAN, count if stop is None else stop)
         names = loaded.column_names
-        part: Any = loaded.select_columns(_read_names(names)).with_format("arrow").select(range(at, to))
+        part: Any = loaded.select_columns(_read_names(names, also)).with_format("arrow").select(range(at, to))
         batches = (batch for table in part.iter(_BATCH) for batch in table.combine_chunks().to_batches())
         yield from _rows(path, batches, names, at, at, to)
 
@@ -100,9 +104,9 @@ def _loaded(path: Path) -> Any:
         raise DataError(f"{path}: datasets cannot load it: {str(error) or type(error).__name__}") from error
 
 
-def _read_names(names: list[str]) -> list[str]:
+def _read_names(names: list[str], also: Collection[str]) -> list[str]:
     """The columns to read; the first, which tells how many rows there are, if nothing reads any."""
-    return [name for name in names if name in KNOWN] or names[:1]
+    return [name for name in names if name in KNOWN or name in also] or names[:1]
 
 
 def _rows(

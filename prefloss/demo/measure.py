@@ -36,6 +36,9 @@ class Measurement:
         rejected: The same for the worse (downvoted) ones.
         chosen_falling: Share of better completions that became less likely than they were.
         samples: The sampled completions as text.
+        confidence: Mean probability that σ(beta |margin|) gives to the side it prefers; equal to the accuracy where
+            the implicit rewards are calibrated, above it where they are too sure.
+        length: Mean length of the sampled completions, tokens.
     """
 
     step: int
@@ -49,6 +52,8 @@ class Measurement:
     rejected: float | None = None
     chosen_falling: float | None = None
     samples: tuple[str, ...] = ()
+    confidence: float | None = None
+    length: float | None = None
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Meter:
         batch_size: Rows of a forward pass.
         autocast: Context of every forward pass: that of training, or rounding would look like learning.
         seed: Of the samples; the same for each measurement, so that curves are smooth.
+        beta: KL strength of the loss, if it has one.
     """
 
     policy: Any
@@ -85,6 +91,7 @@ class Meter:
     max_length: int | None = None
     batch_size: int = 64
     seed: int = 0
+    beta: float | None = None
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     _frozen: dict[str, LogRatios] = field(default_factory=dict, init=False)
 
@@ -122,6 +129,8 @@ class Meter:
             values["accuracy"] = accuracy(b_h, w_h, paired=self.paired)
         if self.paired and len(b_h):
             values["accuracy_error"] = standard_error(_wins(b_h - w_h))
+            if self.beta is not None:
+                values["confidence"] = torch.sigmoid(self.beta * (b_h - w_h).abs()).mean().item()
         return values
 
     def _sampled(self) -> dict[str, Any]:
@@ -133,6 +142,7 @@ class Meter:
         kl = replace(self._scored(self.policy, rows, None), reference=frozen.policy).h
         texts = tuple(self.tokenizer.decode(row[1], skip_special_tokens=True) for row in rows)
         values: dict[str, Any] = {"kl": kl.mean().item(), "kl_error": standard_error(kl), "samples": texts}
+        values["length"] = sum(len(completion) for _, completion in rows) / len(rows)
         if self.reward is not None:
             rewards = torch.tensor([self.reward(i, text) for i, text in enumerate(texts)])
             values |= {"reward": rewards.mean().item(), "reward_error": standard_error(rewards)}

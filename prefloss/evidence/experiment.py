@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -31,6 +32,27 @@ class Figure:
     value: float
     interval: tuple[float, float] | None = None
     expected: float | None = None
+
+    @property
+    def signed(self) -> str:
+        """The value with its sign, as summaries give a difference; a KL that a run did not reach has none."""
+        return "not reached" if math.isnan(self.value) else f"{self.value:+.3f}"
+
+    def __str__(self) -> str:
+        """A difference as a sentence says it: "+0.031 (+0.010 to +0.052)"."""
+        if math.isnan(self.value):
+            return self.signed
+        if self.interval is None:
+            return f"{self.value:+.3f}"
+        return f"{self.value:+.3f} ({self.interval[0]:+.3f} to {self.interval[1]:+.3f})"
+
+    def above(self, bound: float) -> bool:
+        """Whether the whole interval, or the exact value, is above a bound."""
+        return (self.value if self.interval is None else self.interval[0]) > bound
+
+    def below(self, bound: float) -> bool:
+        """Whether the whole interval, or the exact value, is below a bound."""
+        return (self.value if self.interval is None else self.interval[1]) < bound
 
 
 @dataclass(frozen=True)

@@ -148,12 +148,16 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
 
 @contextmanager
 def replaced(owner: Any, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Temporarily set attributes of `owner`; restore them on exit."""
+    """Temporarily set attributes of `owner`; on exit, restore them, or remove what it inherited."""
     before = {name: getattr(owner, name) for name in settings}
+    inherited = {name for name in settings if name not in vars(owner)}
     try:
         for name, value in settings.items():
             setattr(owner, name, value)
         yield
     finally:
         for name, value in before.items():
-            setattr(owner, name, value)
+            if name in inherited:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)

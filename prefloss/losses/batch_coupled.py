@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._authoring import NonNegative, Positive, Share, maths, register, resolve, running
+from prefloss.losses._authoring import (
+    NonNegative,
+    Positive,
+    Share,
+    maths,
+    register,
+    resolve,
+    rewards,
+    running,
+)
 from prefloss.losses.pairwise import dpo
 
 
@@ -186,7 +195,7 @@ def beta_dpo(
     location, scale = resolve("moments", moments, margin, counted)
     fixed_margin = margin.detach()
     kept = _drawn(
-        -0.5 * ((fixed_margin - location) / (scale or torch.inf)) ** 2,
+        -0.5 * maths.standardised(fixed_margin, location, scale) ** 2,
         counted,
         keep,
         running.generator(draws),
@@ -196,7 +205,7 @@ def beta_dpo(
     return torch.where(kept, values, 0.0)
 
 
-@register(separable=False, stateful=True, needs=("tokens",))
+@register(separable=False, stateful=True, needs=("tokens",), reward=rewards.MEAN_LOG_PROB)
 def alpha_dpo(
     pairs: Pairs,
     *,
@@ -237,7 +246,7 @@ def alpha_dpo(
     counted = pairs.valid
     gap = pairs.margin(per_token=True).detach()
     location, scale = resolve("moments", moments, gap, counted)
-    margin = gamma + alpha * beta * (gap - location) / (scale or torch.inf)
+    margin = gamma + alpha * beta * maths.standardised(gap, location, scale)
     return -F.logsigmoid(beta * (pairs.chosen.policy_mean - pairs.rejected.policy_mean) - margin)
 
 

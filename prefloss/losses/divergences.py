@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._authoring import Interval, Positive, maths, register, transforms
+from prefloss.losses._authoring import Interval, Positive, Reward, maths, register, rewards, transforms
 from prefloss.losses.pairwise import dpo
 
 
-@register(aliases={"forward_kl": "TRL"}, monotone=True)
+@register(
+    aliases={"forward_kl": "TRL"},
+    monotone=True,
+    reward=rewards.bent(maths.forward_kl, "β (1 - exp(-h))"),
+)
 def f_dpo_forward_kl(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""DPO with the forward KL as its divergence (f-DPO).
 
@@ -34,7 +38,11 @@ def f_dpo_forward_kl(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     return dpo(transforms.scored(pairs, maths.forward_kl), beta=beta)
 
 
-@register(aliases={"js_divergence": "TRL, ms-swift"}, monotone=True)
+@register(
+    aliases={"js_divergence": "TRL, ms-swift"},
+    monotone=True,
+    reward=rewards.bent(maths.jensen_shannon, "β (log 2 + log σ(h))"),
+)
 def f_dpo_js(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""DPO with the Jensen-Shannon divergence (f-DPO).
 
@@ -55,7 +63,15 @@ def f_dpo_js(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     return dpo(transforms.scored(pairs, maths.jensen_shannon), beta=beta)
 
 
-@register(aliases={"ms-swift:alpha_divergence": "ms-swift"}, monotone=True)
+@register(
+    aliases={"ms-swift:alpha_divergence": "ms-swift"},
+    monotone=True,
+    reward=Reward(
+        lambda ratios, *, beta, alpha: beta * maths.alpha_divergence(ratios.h, alpha),
+        "β (1 - exp(-α h)) / α",
+        additive=False,
+    ),
+)
 def f_dpo_alpha(
     pairs: Pairs, *, beta: Positive = 0.1, alpha: Annotated[float, Interval(gt=0, lt=1)] = 0.5
 ) -> Tensor:
@@ -82,7 +98,7 @@ def f_dpo_alpha(
     return dpo(transforms.scored(pairs, lambda h: maths.alpha_divergence(h, alpha)), beta=beta)
 
 
-@register(monotone=True)
+@register(monotone=True, reward=rewards.bent(maths.chi_squared, "β (exp(h) + h)"))
 def chipo(pairs: Pairs, *, beta: Positive = 0.1, r_max: Positive = 1.0) -> Tensor:
     r"""DPO with the KL and the chi-squared divergence mixed (χPO).
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs
-from prefloss.losses._authoring import NonNegative, Positive, maths, register, transforms
+from prefloss.losses._authoring import NonNegative, Positive, Reward, maths, register, transforms
 
 
 @register(difference_only=True, needs=("scores",))
@@ -189,7 +189,11 @@ def rpo_sq(pairs: Pairs, *, beta: Positive = 0.1, eta: Positive = 1.0) -> Tensor
     return (beta * pairs.margin() - eta * transforms.score_gap(pairs)) ** 2
 
 
-@register(difference_only=True, needs=("scores",))
+@register(
+    difference_only=True,
+    needs=("scores",),
+    reward=Reward(lambda ratios, *, eta: ratios.h / eta, "h / η"),
+)
 def rebel(pairs: Pairs, *, eta: Positive = 1.0) -> Tensor:
     r"""Regression of the margin on the difference of the rewards (REBEL).
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Rankings
-from prefloss.losses._authoring import NonNegative, Positive, maths, register
+from prefloss.losses._authoring import NonNegative, Positive, maths, register, rewards
 
 
 @register(monotone=True)
@@ -153,7 +153,7 @@ def exo(rankings: Rankings, *, beta: Positive = 0.1, beta_r: Positive = 0.1) -> 
     return torch.where(rankings.present, torch.exp(log_p) * (log_p - log_q), 0.0).sum(-1)
 
 
-@register(needs_reference=False, monotone=True, needs=("tokens",))
+@register(needs_reference=False, monotone=True, needs=("tokens",), reward=rewards.UNSCALED_MEAN_LOG_PROB)
 def rrhf(rankings: Rankings, *, rank_weight: NonNegative = 1.0, nll_weight: NonNegative = 1.0) -> Tensor:
     r"""Hinge on every pair in the wrong order, plus the NLL of the best completion (RRHF).
 
@@ -190,7 +190,7 @@ def rrhf(rankings: Rankings, *, rank_weight: NonNegative = 1.0, nll_weight: NonN
     return rank_weight * hinges - nll_weight * torch.where(_best(rankings), mean, 0.0).sum(-1)
 
 
-@register(needs_reference=False, monotone=True, needs=("tokens",))
+@register(needs_reference=False, monotone=True, needs=("tokens",), reward=rewards.UNSCALED_MEAN_LOG_PROB)
 def pro(rankings: Rankings, *, nll_weight: NonNegative = 0.05) -> Tensor:
     r"""Each completion against those below it, at temperatures from the score gaps, plus NLL (PRO).
 

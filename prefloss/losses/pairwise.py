@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._authoring import NonNegative, Positive, register, transforms
+from prefloss.losses._authoring import NonNegative, Positive, Reward, register, rewards, transforms
 
 
 @register(aliases={"sigmoid": "TRL, Liger, LLaMA-Factory, ms-swift"}, difference_only=True, monotone=True)
@@ -41,6 +41,10 @@ def dpo(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     beta="tau",
     difference_only=True,
     reads=("tokens",),
+    reward=Reward(
+        lambda ratios, *, beta, per_token: beta * (ratios.h_mean if per_token else ratios.h),
+        "β h, / |y| if per_token",
+    ),
 )
 def ipo(pairs: Pairs, *, tau: Positive = 0.1, per_token: bool = True) -> Tensor:
     r"""Squared distance of the margin from a fixed target (IPO).
@@ -104,6 +108,7 @@ def hinge(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     difference_only=True,
     monotone=True,
     needs=("tokens",),
+    reward=rewards.MEAN_LOG_RATIO,
 )
 def ln_dpo(pairs: Pairs, *, beta: Positive = 5.0) -> Tensor:
     r"""Logistic loss of the margin per token (length-normalised DPO).
@@ -130,7 +135,16 @@ def ln_dpo(pairs: Pairs, *, beta: Positive = 5.0) -> Tensor:
     return -F.logsigmoid(beta * pairs.margin(per_token=True))
 
 
-@register(difference_only=True, monotone=True, needs=("tokens",))
+@register(
+    difference_only=True,
+    monotone=True,
+    needs=("tokens",),
+    reward=Reward(
+        lambda ratios, *, beta, alpha: beta * ratios.h + alpha * transforms.lengths(ratios),
+        "β h + α |y|",
+        needs=frozenset(("reference", "tokens")),
+    ),
+)
 def r_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -> Tensor:
     r"""Logistic loss of the margin plus a length term (R-DPO).
 
@@ -159,7 +173,13 @@ def r_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -> T
     return -F.logsigmoid(beta * pairs.margin() + alpha * longer_by)
 
 
-@register(monotone=True)
+@register(
+    monotone=True,
+    reward=Reward(
+        lambda ratios, *, beta, alpha: beta * (ratios.h - (1 - alpha) * ratios.policy),
+        "α β log π(y) - β log π_ref(y)",
+    ),
+)
 def hdpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.9) -> Tensor:
     r"""Logistic loss with separate weights on policy and reference (H-DPO).
 

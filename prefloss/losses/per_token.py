@@ -11,11 +11,13 @@ from torch import Tensor
 
 from prefloss.feedback import Pairs, required
 from prefloss.logratios import LogRatios
-from prefloss.losses._authoring import Interval, NonNegative, Positive, register, running, transforms
+from prefloss.losses._authoring import Interval, NonNegative, Positive, Reward, register, running, transforms
 from prefloss.losses.pairwise import dpo
 
+_KL = frozenset(("reference", "per_token.kl"))
 
-@register(monotone=True, needs=("per_token",))
+
+@register(monotone=True, needs=("per_token",), reward=transforms.NO_TAIL)
 def ld_dpo(
     pairs: Pairs, *, beta: Positive = 0.1, alpha: Annotated[float, Interval(ge=0, le=1)] = 0.5
 ) -> Tensor:
@@ -49,7 +51,7 @@ def ld_dpo(
     return dpo(transforms.reweighted_tail(pairs, alpha), beta=beta)
 
 
-@register(monotone=True, stateful=True, needs=("per_token",))
+@register(monotone=True, stateful=True, needs=("per_token",), reward=transforms.NO_TAIL)
 def sampo(pairs: Pairs, *, beta: Positive = 0.1, subset: running.Seed = 0) -> Tensor:
     r"""DPO on equally many tokens of both sides, drawn at random from the longer (SamPO).
 
@@ -120,7 +122,11 @@ def wpo(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     return transforms.confidence(pairs) * dpo(pairs, beta=beta)
 
 
-@register(monotone=True, needs=("per_token.kl",))
+@register(
+    monotone=True,
+    needs=("per_token.kl",),
+    reward=Reward(lambda ratios, *, beta: beta * (ratios.h + _summed_kl(ratios)), "β (h + K)", needs=_KL),
+)
 def tdpo1(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""DPO minus the difference of the sides' token-wise KL (TDPO, first form).
 
@@ -146,7 +152,15 @@ def tdpo1(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     return _tdpo(pairs, beta, 1.0, _summed_kl(pairs.chosen))
 
 
-@register(monotone=True, needs=("per_token.kl",))
+@register(
+    monotone=True,
+    needs=("per_token.kl",),
+    reward=Reward(
+        lambda ratios, *, beta, alpha: beta * (ratios.h + alpha * _summed_kl(ratios)),
+        "β (h + α K)",
+        needs=_KL,
+    ),
+)
 def tdpo2(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.5) -> Tensor:
     r"""DPO minus the difference of the sides' token-wise KL, the chosen one's held (TDPO, second form).
 
@@ -175,7 +189,17 @@ def tdpo2(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.5) -> Te
     return _tdpo(pairs, beta, alpha, _summed_kl(pairs.chosen).detach())
 
 
-@register(monotone=True, needs=("per_token",))
+@register(
+    monotone=True,
+    needs=("per_token",),
+    reward=Reward(
+        lambda ratios, *, beta, log_epsilon_p, log_epsilon_r: (
+            beta * transforms.clamped(ratios, log_epsilon_p, log_epsilon_r).h
+        ),
+        "β Σ clamp(h_t, log ε_P, log ε_R)",
+        needs=frozenset(("reference", "per_token")),
+    ),
+)
 def humanline_dpo(
     pairs: Pairs,
     *,

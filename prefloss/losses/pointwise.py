@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Labels, required
-from prefloss.losses._authoring import NonNegative, Positive, register, resolve, running, transforms
+from prefloss.losses._authoring import NonNegative, Positive, register, resolve, rewards, running, transforms
 
 
 def downvoted(labels: Labels) -> Tensor:
@@ -151,7 +151,7 @@ def npo(labels: Labels, *, beta: Positive = 0.1) -> Tensor:
     return torch.where(labels.desirable, 0.0, -2 / beta * F.logsigmoid(-beta * labels.completions.h))
 
 
-@register(needs_reference=False, needs=("tokens",), valid=downvoted)
+@register(needs_reference=False, needs=("tokens",), valid=downvoted, reward=rewards.MEAN_LOG_PROB)
 def simnpo(labels: Labels, *, beta: Positive = 2.5, gamma: NonNegative = 0.0) -> Tensor:
     r"""NPO without a reference, on the mean log-prob per token (SimNPO).
 

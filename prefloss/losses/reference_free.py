@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._authoring import NonNegative, Positive, maths, register, transforms
+from prefloss.logratios import LogRatios
+from prefloss.losses._authoring import NonNegative, Positive, Reward, maths, register, rewards, transforms
 
 
 @register(
@@ -21,6 +22,7 @@ from prefloss.losses._authoring import NonNegative, Positive, maths, register, t
     monotone=True,
     holds_chosen=True,
     reads=("gold",),
+    reward=Reward(lambda ratios: ratios.policy, "log π(y)", needs=frozenset()),
 )
 def slic_hf(pairs: Pairs, *, delta: NonNegative = 1.0, nll_weight: NonNegative = 0.1) -> Tensor:
     r"""Hinge loss of the log-probs plus a negative log-likelihood (SLiC-HF).
@@ -50,7 +52,7 @@ def slic_hf(pairs: Pairs, *, delta: NonNegative = 1.0, nll_weight: NonNegative =
     return torch.relu(delta - pairs.chosen.policy + pairs.rejected.policy) - nll_weight * target.policy
 
 
-@register(needs_reference=False, monotone=True, needs=("tokens",))
+@register(needs_reference=False, monotone=True, needs=("tokens",), reward=rewards.MEAN_LOG_PROB)
 def simpo(pairs: Pairs, *, beta: Positive = 2.5, gamma: NonNegative = 1.375) -> Tensor:
     r"""Logistic loss of the difference in log-prob per token, with a margin (SimPO).
 
@@ -79,7 +81,7 @@ def simpo(pairs: Pairs, *, beta: Positive = 2.5, gamma: NonNegative = 1.375) -> 
     return -F.logsigmoid(beta * (pairs.chosen.policy_mean - pairs.rejected.policy_mean) - gamma)
 
 
-@register(needs_reference=False, monotone=True, holds_chosen=True, needs=("tokens",))
+@register(needs_reference=False, monotone=True, holds_chosen=True, needs=("tokens",), reward=rewards.LOG_PROB)
 def cpo(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0) -> Tensor:
     r"""DPO without a reference, plus the negative log-likelihood of the chosen completion (CPO).
 
@@ -116,6 +118,7 @@ def cpo(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0) ->
     monotone=True,
     holds_chosen=True,
     needs=("tokens",),
+    reward=rewards.MEAN_LOG_PROB,
 )
 def cpo_simpo(
     pairs: Pairs, *, beta: Positive = 10.0, gamma: NonNegative = 5.4, nll_weight: NonNegative = 0.05
@@ -146,7 +149,7 @@ def cpo_simpo(
     return simpo(pairs, beta=beta, gamma=gamma) + nll_weight * transforms.nll(pairs.chosen)
 
 
-@register(needs_reference=False, monotone=True, holds_chosen=True, needs=("tokens",))
+@register(needs_reference=False, monotone=True, holds_chosen=True, needs=("tokens",), reward=rewards.LOG_ODDS)
 def orpo(pairs: Pairs, *, odds_weight: NonNegative = 0.1) -> Tensor:
     r"""Negative log-likelihood of the chosen completion plus the logistic loss of an odds ratio (ORPO).
 
@@ -174,7 +177,17 @@ def orpo(pairs: Pairs, *, odds_weight: NonNegative = 0.1) -> Tensor:
     return transforms.nll(pairs.chosen) - odds_weight * F.logsigmoid(odds_ratio)
 
 
-@register(needs_reference=False, monotone=True, needs=("tokens",))
+@register(
+    needs_reference=False,
+    monotone=True,
+    needs=("tokens",),
+    reward=Reward(
+        lambda ratios, *, alpha, beta: beta * _alpha_reward(ratios, alpha),
+        "β (1 - p^-α) / α with p = π(y)^(1 / |y|)",
+        additive=False,
+        needs=frozenset(("tokens",)),
+    ),
+)
 def alphapo(pairs: Pairs, *, alpha: float = 0.25, beta: Positive = 2.5, gamma: NonNegative = 0.1) -> Tensor:
     r"""SimPO with a reward that bends the probability per token (AlphaPO).
 
@@ -200,14 +213,22 @@ def alphapo(pairs: Pairs, *, alpha: float = 0.25, beta: Positive = 2.5, gamma: N
 
     Reference: Gupta et al. 2025, arXiv:2501.03884.
     """
-    if alpha == 0:
-        return simpo(pairs, beta=beta, gamma=gamma)
-    chosen = maths.alpha_divergence(pairs.chosen.policy_mean, alpha)
-    rejected = maths.alpha_divergence(pairs.rejected.policy_mean, alpha)
-    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+    margin = _alpha_reward(pairs.chosen, alpha) - _alpha_reward(pairs.rejected, alpha)
+    return -F.logsigmoid(beta * margin - gamma)
 
 
-@register(needs_reference=False, monotone=True, holds_chosen=True, needs=("tokens",))
+@register(
+    needs_reference=False,
+    monotone=True,
+    holds_chosen=True,
+    needs=("tokens",),
+    reward=Reward(
+        lambda ratios: _inverse_perplexity(ratios),
+        "π(y)^(1 / |y|)",
+        additive=False,
+        needs=frozenset(("tokens",)),
+    ),
+)
 def simper(pairs: Pairs) -> Tensor:
     r"""Difference of inverse perplexities (SimPER).
 
@@ -228,13 +249,10 @@ def simper(pairs: Pairs) -> Tensor:
 
     Reference: Xiao et al. 2025, arXiv:2502.00883.
     """
-    chosen, rejected = pairs.chosen.policy_mean, pairs.rejected.policy_mean
-    # Log-probs are at most 0, so the clamp acts only on wrong input, where it prevents inf - inf.
-    limit = maths.MAX_EXPONENT
-    return torch.exp(rejected.clamp(max=limit)) - torch.exp(chosen.clamp(max=limit))
+    return _inverse_perplexity(pairs.rejected) - _inverse_perplexity(pairs.chosen)
 
 
-@register(needs_reference=False, monotone=True, needs=("tokens", "gold"))
+@register(needs_reference=False, monotone=True, needs=("tokens", "gold"), reward=rewards.LOG_PROB)
 def tpo(pairs: Pairs, *, beta: Positive = 0.01, nll_weight: NonNegative = 1.0) -> Tensor:
     r"""DPO without a reference, plus the negative log-likelihood of a gold completion (triple preference, TPO).
 
@@ -261,7 +279,13 @@ def tpo(pairs: Pairs, *, beta: Positive = 0.01, nll_weight: NonNegative = 1.0) -
     return _preference(pairs, beta) + nll_weight * transforms.nll(required(pairs, "gold"))
 
 
-@register(aliases={"tpo-l": "TRL"}, needs_reference=False, monotone=True, needs=("tokens", "gold"))
+@register(
+    aliases={"tpo-l": "TRL"},
+    needs_reference=False,
+    monotone=True,
+    needs=("tokens", "gold"),
+    reward=rewards.MEAN_LOG_PROB,
+)
 def tpo_l(
     pairs: Pairs, *, beta: Positive = 0.01, gamma: NonNegative = 0.5, nll_weight: NonNegative = 1.0
 ) -> Tensor:
@@ -303,6 +327,7 @@ def chosen_has_tokens(pairs: Pairs) -> Tensor:
     holds_chosen=True,
     needs=("tokens",),
     valid=chosen_has_tokens,
+    reward="it raises one completion and compares none",
 )
 def nll(pairs: Pairs, *, average: Literal["sequence", "sum", "batch"] = "sequence") -> Tensor:
     r"""Negative log-likelihood of the chosen completion (supervised fine-tuning).
@@ -342,6 +367,17 @@ def nll(pairs: Pairs, *, average: Literal["sequence", "sum", "batch"] = "sequenc
     # An empty completion adds 0 tokens and 0 nats.
     count = chosen_has_tokens(pairs).sum().to(chosen.policy.dtype)
     return -chosen.policy * count / transforms.lengths(chosen).sum().clamp(min=1)
+
+
+def _alpha_reward(ratios: LogRatios, alpha: float) -> Tensor:
+    """AlphaPO's reward before its scale, [...]; at alpha = 0 the mean log-prob."""
+    mean = ratios.policy_mean
+    return mean if alpha == 0 else maths.alpha_divergence(mean, alpha)
+
+
+def _inverse_perplexity(ratios: LogRatios) -> Tensor:
+    # Log-probs are at most 0, so the clamp acts only on wrong input, where it prevents inf - inf.
+    return torch.exp(ratios.policy_mean.clamp(max=maths.MAX_EXPONENT))
 
 
 def _preference(pairs: Pairs, beta: float) -> Tensor:

@@ -4,6 +4,7 @@
 - `PreferenceObjective("dpo", reference=...)`: called with a model and a batch, gives the loss to differentiate.
 - `FeedbackObjective("dpo")`: the same from log-ratios, for trainers that compute log-probs themselves.
 - `Reference`: a frozen model, adapters off, another adapter, a table, cached sums, or none.
+- `Scorer`: the reward that a loss implies, for any completions; `prefloss.Scorer` is the same.
 - `model_logps`: completion log-probs of a model without its logits.
 - `write_reference_table`, `with_reference_logps`: what `prefloss reference` does, and its tables as columns of data.
 """
@@ -24,6 +25,9 @@ from prefloss.training.reference import Reference as Reference
 from prefloss.training.score import Score as Score
 from prefloss.training.score import batch_logps as batch_logps
 from prefloss.training.score import score_rows as score_rows
+from prefloss.training.scorer import Best as Best
+from prefloss.training.scorer import Scorer as Scorer
+from prefloss.training.scorer import Scores as Scores
 from prefloss.training.step import FeedbackObjective as FeedbackObjective
 from prefloss.training.step import Router as Router
 from prefloss.training.table_lookup import header_of as header_of

@@ -60,6 +60,11 @@ class Rows:
         """Completion tokens of each row, [rows]."""
         return (self.targets >= 0).sum(-1)
 
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on a device."""
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return Rows(inputs, self.targets.to(device), None if self.packed is None else self.packed.to(device))
+
     def token_ids(self) -> Iterator[tuple[list[int], list[int]]]:
         """Prompt and completion ids of each row, truncated as in the batch."""
         if self.packed is not None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from prefloss.arguments import choice, flag, function, integer, shown
+from prefloss.arguments import choice, flag, function, instance, integer, shown
 from prefloss.data.errors import DataError
 from prefloss.data.examples import Example, read_example, unread_text
 from prefloss.data.rows import kind_text
@@ -19,6 +19,7 @@ from prefloss.feedback import Labels, Pairs
 from prefloss.logratios import IGNORE_INDEX
 from prefloss.training.batch import MISMATCHED, REFERENCE, PreferenceBatch
 from prefloss.training.layouts import pack
+from prefloss.training.model_inputs import check_no_raw, joined, model_input_names
 
 Layout = Literal["padded", "packed", "shared_prefix"]
 _LAYOUTS = get_args(Layout)
@@ -55,6 +56,10 @@ class PreferenceCollator:
         mismatched: Also score each prompt of labelled data with the completion of the example before it (the first with
             that of the last), as TRL does, for KTO's estimate of the KL. Costs two more forward passes; needs batches
             of two examples or more.
+        model_inputs: Columns that are inputs of the model beside the tokens, such as a processor's `pixel_values` and
+            `image_grid_thw`. They belong to the prompt, and each of its rows gets them: `token_type_ids` and
+            `mm_token_type_ids` [tokens of the prompt] as rows; all others joined along their first dimension in the
+            order of the rows. Needs padded rows and token ids.
 
     Attributes:
         seen: Counts so far, in this process: `examples`, `identical` (two completions of a prompt are the same),
@@ -78,6 +83,7 @@ class PreferenceCollator:
         max_length: int | None = None,
         layout: Layout = "padded",
         mismatched: bool = False,
+        model_inputs: Sequence[str] = (),
     ) -> None:
         if tokenizer is not None:
             function("tokenizer", tokenizer, "a tokenizer, or None for token ids")
@@ -90,6 +96,7 @@ class PreferenceCollator:
             raise ValueError(f"pad_token_id: got {shown(pad_token_id)}, expected a token id below 2**31")
         self.layout = choice("layout", layout, _LAYOUTS)
         self.mismatched = flag("mismatched", mismatched)
+        self.model_inputs = model_input_names(model_inputs, self.layout)
         self.seen: Counter[str] = Counter()
         self._warned: set[str] = set()
 
@@ -111,10 +118,7 @@ class PreferenceCollator:
         """
         if isinstance(examples, str | bytes | Mapping) or not isinstance(examples, Iterable):
             raise TypeError(f"examples: got {shown(examples)}, expected a list of rows")
-        read = [
-            read_example(index, example, self.tokenizer, allow_empty=True)
-            for index, example in enumerate(examples)
-        ]
+        read, inputs = self._read(examples)
         if not read:
             raise ValueError("examples: got none, expected at least one")
         _check_alike(read)
@@ -131,10 +135,27 @@ class PreferenceCollator:
             )
         if self.mismatched:
             batch |= self._previous_completions(read, kind)
+        for prefix in ("", MISMATCHED) if self.mismatched else ("",):
+            width = batch[f"{prefix}input_ids"].shape[1]
+            rows = joined(inputs, read, order, width) if self.model_inputs else {}
+            batch |= {prefix + name: value for name, value in rows.items()}
         empty = sum(not ids for example in read for _, ids in example.rows)
         self.seen["truncated_away"] += int((batch.rows.tokens == 0).sum()) - empty
         batch["labels"] = torch.where(batch.blank().valid, 1, IGNORE_INDEX)
         return batch
+
+    def _read(self, examples: Iterable[Mapping[str, Any]]) -> tuple[list[Example], list[dict[str, Any]]]:
+        """The examples, and the model inputs of each by name."""
+        read, inputs = [], []
+        for index, example in enumerate(examples):
+            columns = instance(f"example {index} of the batch", example, Mapping, "a row: column -> value")
+            inputs.append(
+                {name: columns[name] for name in self.model_inputs if columns.get(name) is not None}
+            )
+            rest = {name: value for name, value in columns.items() if name not in self.model_inputs}
+            read.append(read_example(index, rest, self.tokenizer, allow_empty=True))
+            check_no_raw(read[-1].place, rest, self.model_inputs)
+        return read, inputs
 
     def _tokens(self, rows: list[list[Encoded]], order: list[tuple[int, int]]) -> dict[str, Tensor]:
         if self.layout == "padded":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +137,11 @@ class Packed:
             batch[name].reshape(-1) for name in ("input_ids", "position_ids", SEQUENCES, ROWS)
         )
         return cls(ids, positions, sequences, rows, batch[SOURCES], bool(batch[SHARED]))
+
+    def to(self, device: torch.device) -> Packed:
+        """The same tokens on a device."""
+        names = ("ids", "positions", "sequences", "rows", "sources")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def arranged(self, one_row: bool) -> Arranged:
         """All sequences in one row, or in as few rows as possible of the longest sequence's length.

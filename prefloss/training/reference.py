@@ -134,7 +134,13 @@ class Reference:
         return {"kind": self.kind, "value": value if self.kind in ("adapter", "table") else None}
 
     def bind(self, policy: nn.Module) -> None:
-        """Check the reference against the unwrapped policy, and freeze a separate model.
+        """Check the reference against the unwrapped policy, and freeze a separate model; raises as `check` does."""
+        self.check(policy)
+        if self.kind == "model":
+            self.value.requires_grad_(False).eval()
+
+    def check(self, policy: nn.Module) -> None:
+        """Check the reference against the unwrapped policy.
 
         Raises:
             ValueError: If it shares trainable weights with the policy, or is an adapter that is absent or in use.
@@ -142,7 +148,6 @@ class Reference:
         """
         if self.kind == "model":
             _check_apart(self.value, policy)
-            self.value.requires_grad_(False).eval()
         if self.kind in ("adapter_off", "adapter"):
             _check_adapters(self, policy)
 

@@ -85,7 +85,7 @@ def look_up(table: ReferenceTable, batch: PreferenceBatch) -> Tensor:
     """
     rows = [as_scored(row) for row in batch.rows.token_ids()]
     names = batch.row_names()
-    logps = _find(table, rows, [f"{names.get(i, f'row {i}')} of the batch" for i in range(len(rows))])
+    logps = find(table, rows, [f"{names.get(i, f'row {i}')} of the batch" for i in range(len(rows))])
     return torch.tensor(logps, dtype=torch.float32, device=batch.rows.targets.device)
 
 
@@ -142,7 +142,7 @@ def _columns(
     ]
     rows = [as_scored(row, max_length) for example in read for row in example.rows]
     names = [f"completion {j + 1} of {example.place}" for example in read for j in range(len(example.rows))]
-    logps = iter(_find(table, rows, names, tokenizer))
+    logps = iter(find(table, rows, names, tokenizer))
     values = [[next(logps) for _ in example.rows] for example in read]
     if read[0].kind is Pairs:
         return {
@@ -152,10 +152,14 @@ def _columns(
     return {"ref_logps": values if read[0].kind is Rankings else [logp for (logp,) in values]}
 
 
-def _find(
+def find(
     table: ReferenceTable, rows: Sequence[Encoded], names: Sequence[str], tokenizer: Any = None
 ) -> list[float]:
-    """Log-prob of each row; 0 for a row without tokens, which no table holds and every loss leaves out."""
+    """Log-prob of each row, nats; 0 for a row without tokens, which no table holds and every loss leaves out.
+
+    Raises:
+        TableError: If a row is not in the table; the message names it and the likely cause.
+    """
     scored = [i for i, (_, completion) in enumerate(rows) if completion]
     places = table.find([completion_key(*rows[i]) for i in scored]).tolist() if scored else []
     missing = [i for i, place in zip(scored, places, strict=True) if place < 0]

@@ -8,6 +8,7 @@ Example:
     torch.Size([2, 3])
 """
 
+from prefloss.worlds.ascent import climb as climb
 from prefloss.worlds.data import Data as Data
 from prefloss.worlds.data import best_and_worst as best_and_worst
 from prefloss.worlds.data import draw as draw
@@ -30,7 +31,10 @@ from prefloss.worlds.policies import LogLinear as LogLinear
 from prefloss.worlds.policies import Policy as Policy
 from prefloss.worlds.policies import Tabular as Tabular
 from prefloss.worlds.policies import TokenTable as TokenTable
+from prefloss.worlds.settings import Setting as Setting
+from prefloss.worlds.settings import settings as settings
 from prefloss.worlds.training import Runs as Runs
+from prefloss.worlds.training import scaled as scaled
 from prefloss.worlds.training import sweep as sweep
 from prefloss.worlds.training import train as train
 from prefloss.worlds.world import World as World

@@ -38,8 +38,9 @@ def win_rate(world: World, log_probs: Tensor) -> Tensor:
     """Probability that a sample has a higher true reward than one of the reference, [...]; ties count half."""
     rows = []
     for values, reference in zip(world.reward, world.reference.exp(), strict=True):
-        gap = values.unsqueeze(-1) - values
-        rows.append(((gap > 0).double() + 0.5 * (gap == 0).double()) @ reference)
+        levels, level = values.unique(return_inverse=True)
+        mass = reference.new_zeros(len(levels)).index_add(0, level, reference)
+        rows.append((mass.cumsum(0) - 0.5 * mass)[level])
     return expected(log_probs, torch.stack(rows))
 
 

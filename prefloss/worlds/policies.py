@@ -67,7 +67,8 @@ class LogLinear(Policy):
 
     def log_probs(self, theta: Tensor) -> Tensor:
         """Log-probs of all completions, [..., prompts, C], nats."""
-        shift = (self._features @ theta[..., None, :, None]).squeeze(-1)
+        # A matrix product; with @ the features would be copied for each run.
+        shift = torch.einsum("...d,pcd->...pc", theta, self._features)
         return torch.log_softmax(self.world.reference + shift, -1)
 
 
@@ -103,7 +104,8 @@ class TokenTable(Policy):
 
     def log_probs(self, theta: Tensor) -> Tensor:
         """Log-probs of all completions, [..., prompts, C], nats: sums over their tokens."""
-        return self._sequences.log_probs(self.table(theta)).sum(-1)
+        # Of changes, not of log-probs: where nothing changed, the sum is 0, however the product rounds.
+        return self.world.reference + self._sequences.totals(self.table(theta) - self._reference)
 
     def per_token(self, theta: Tensor) -> dict[str, Tensor]:
         """Log-prob of each token, and the sums over the vocabulary that some losses read, [..., prompts, C, T]."""

@@ -38,6 +38,17 @@ class Sequences:
         """Log-prob of each token: next-token log-probs [..., prefixes, V] -> [..., C, T], 0 outside the mask."""
         return torch.where(self.mask, table[..., self.prefix, self.tokens], 0.0)
 
+    def totals(self, table: Tensor) -> Tensor:
+        """Sum over the tokens of each sequence: one number for each next token [..., prefixes, V] -> [..., C].
+
+        For log-probs these are the sums of `log_probs`, as one matrix product; an infinite number makes NaN of others.
+        """
+        vocabulary = table.shape[-1]
+        rows = torch.arange(len(self.tokens)).unsqueeze(-1).expand_as(self.tokens)[self.mask]
+        counts = table.new_zeros(len(self.tokens), self.prefixes * vocabulary)
+        counts[rows, (self.prefix * vocabulary + self.tokens)[self.mask]] = 1.0
+        return table.flatten(-2) @ counts.T
+
 
 def enumerate_sequences(words: int, longest: int) -> Sequences:
     """All sequences of at most `longest` tokens over this many words and an end token.

@@ -54,16 +54,34 @@ def sweep(loss: str | Loss, strengths: Iterable[float]) -> list[Loss]:
         >>> sweep("0.8*dpo + 0.2*nll", [0.5])
         [0.8*dpo(beta=0.5) + 0.2*nll(average='sequence')]
     """
+    return [_with_strength(_strong(loss), lambda _, value=value: float(value)) for value in strengths]
+
+
+def scaled(loss: str | Loss, factors: Iterable[float]) -> list[Loss]:
+    """The loss at multiples of its KL strength; in a sum, the terms keep their ratio.
+
+    Raises:
+        ValueError: If it has no KL strength, or one that moves with the steps.
+
+    Example:
+        >>> scaled("0.8*dpo + 0.2*simpo(beta=2.0)", [4.0])
+        [0.8*dpo(beta=0.4) + 0.2*simpo(beta=8.0, gamma=1.375)]
+    """
+    return [_with_strength(_strong(loss), lambda now, factor=factor: now * factor) for factor in factors]
+
+
+def _strong(loss: str | Loss) -> Loss:
     loss = get(loss) if isinstance(loss, str) else loss
     if all(term.spec.beta is None for _, term in loss.terms):
         raise ValueError(f"loss: got {loss.name!r}, which has no KL strength, expected one to sweep")
-    return [_with_strength(loss, float(value)) for value in strengths]
+    return loss
 
 
-def _with_strength(loss: Loss, value: float) -> Loss:
+def _with_strength(loss: Loss, change: Callable[[float], float]) -> Loss:
     if isinstance(loss, WeightedSum):
-        return WeightedSum([(weight, _with_strength(term, value)) for weight, term in loss.terms])
-    return loss if loss.spec.beta is None else loss.replaced(**{loss.spec.beta: value})
+        return WeightedSum([(weight, _with_strength(term, change)) for weight, term in loss.terms])
+    name = loss.spec.beta
+    return loss if name is None else loss.replaced(**{name: change(loss.params[name])})
 
 
 def train(
@@ -146,8 +164,8 @@ def _batches(data: Data, steps: int, size: int) -> Tensor:
     passes = -(-steps * size // (len(data) // size * size))
     rows = []
     for seed in data.seeds:
-        # Not the stream that drew the data.
-        generator = torch.Generator().manual_seed(2**40 + seed)
+        # Not the stream that drew the data; on a CPU, torch reads the low 32 bits of a seed.
+        generator = torch.Generator().manual_seed(2**31 + seed)
         orders = [
             torch.randperm(len(data), generator=generator)[: len(data) // size * size] for _ in range(passes)
         ]

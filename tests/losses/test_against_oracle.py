@@ -139,7 +139,7 @@ def test_alpha_dpo_with_its_moments(seed, double, size):
     loss(batch.feedback)
     # The moments are updated before they are used: hold them still, and hand the oracle what the loss then uses.
     moments = loss.eval().params["moments"]
-    theirs = {**drawn, "location": moments.mean, "scale": moments.std}
+    theirs = {**drawn, "location": float(moments.mean), "scale": float(moments.std)}
     compare(loss, batch, *oracle_of("alpha_dpo", batch.records, theirs))
 
 
@@ -153,7 +153,7 @@ def test_beta_dpo_with_its_moments_and_draws(seed, double, size):
     kept = (loss(batch.feedback) != 0).tolist()
     assert sum(kept) == max(1, int(size * drawn["keep"]))
     moments = loss.params["moments"]
-    theirs = {"beta": drawn["beta"], "alpha": drawn["alpha"], "location": moments.mean, "kept": kept}
+    theirs = {"beta": drawn["beta"], "alpha": drawn["alpha"], "location": float(moments.mean), "kept": kept}
     compare(loss, batch, *oracle_of("beta_dpo", batch.records, theirs))
 
 

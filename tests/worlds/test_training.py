@@ -62,6 +62,11 @@ def test_every_loss_that_the_world_feeds_trains(name):
         ["bdpo(mixture=0.3)", "bdpo(mixture=0.6)"],
         ["dpo(beta=linear(0.5, 0.1, steps=5))", "dr_dpo", "beta_dpo"],
         sweep("tdpo2", [0.1, 0.5]),
+        # What they keep from batch to batch is kept for each run.
+        sweep("bco", [0.1, 0.5]),
+        sweep("alpha_dpo", [0.5, 2.5]),
+        [*sweep("beta_dpo", [0.1, 0.5]), *sweep("bco_pair", [0.1, 0.5]), "gamma_po"],
+        ["kto(kl_baseline='running_mean')", "kto(kl_baseline='running_mean', beta=0.5)"],
         sweep("s_dpo", [0.1, 0.5]),
     ],
     ids=str,

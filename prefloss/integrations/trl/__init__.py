@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     if error.name != "trl":
         raise
     raise ModuleNotFoundError(
-        "prefloss.integrations.trl needs TRL 1.16 or newer: pip install 'prefloss[trl]'", name="trl"
+        "prefloss.integrations.trl needs TRL 0.18 or newer: pip install 'prefloss[trl]'", name="trl"
     ) from error
 
 from prefloss._deprecated import moved

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 
@@ -33,7 +34,10 @@ def main(argv: list[str] | None = None) -> None:
         importlib.import_module(module)
     enable(kernel=parsed.kernel)
     script = importlib.import_module(f"trl.scripts.{parsed.command}")
-    trl_parser = script.make_parser(prog=f"{parser.prog} {parsed.command}")
+    named = {"prog": f"{parser.prog} {parsed.command}"}
+    # TRL 0.28 and older call it by the name of this file.
+    takes = inspect.signature(script.make_parser).parameters
+    trl_parser = script.make_parser(**(named if "prog" in takes else {}))
     script.main(*trl_parser.parse_args_and_config(parsed.arguments))
 
 

@@ -1,7 +1,7 @@
 """How a loss gets into a TRL trainer: the callback, and `attach` for a single trainer.
 
-transformers hands a callback no trainer. So the first callback wraps four methods of TRL's DPOTrainer and KTOTrainer,
-once per process. Each wrapper looks for a `PreferenceLossCallback` in the trainer's list of callbacks; without one it
+transformers hands a callback no trainer. So the first callback wraps methods of TRL's DPOTrainer and KTOTrainer, once
+per process. Each wrapper looks for a `PreferenceLossCallback` in the trainer's list of callbacks; without one it
 only calls TRL's method. Nothing is stored on the trainer: adding the callback switches the loss, removing it restores
 TRL's. `attach` puts the same wrappers on one trainer and leaves the classes alone.
 """
@@ -17,13 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.utils import logging
-from trl import DPOTrainer, KTOTrainer
 
 from prefloss.integrations import binding
-from prefloss.integrations.binding import LossCallback, evaluation_prefix, own_examples, wrap_method
+from prefloss.integrations.binding import (
+    LossCallback,
+    evaluation_prefix,
+    own_examples,
+    replaced,
+    wrap_method,
+)
 from prefloss.integrations.trl import kernel as kernels
 from prefloss.integrations.trl import options
-from prefloss.integrations.trl.capture import capture
+from prefloss.integrations.trl.capture import capture, loss_settings
+from prefloss.integrations.trl.seams import recorder_of
+from prefloss.integrations.trl.versions import DPOTrainer, KTOTrainer, check_in_place
 from prefloss.registry import Loss
 from prefloss.training import FeedbackObjective, PreferenceBatch, PreferenceObjective, Reference, batch_logps
 
@@ -65,14 +72,19 @@ class PreferenceLossCallback(LossCallback):
         self._inside = self._scored_references = False
         if self._wraps_classes:
             for trainer_class in (DPOTrainer, KTOTrainer):
-                for name, wrapper in _WRAPPERS.items():
+                for name, wrapper in _wrappers(trainer_class).items():
                     wrap_method(trainer_class, name, wrapper)
 
     def _settings(self) -> dict[str, Any]:
         return {"loss": repr(self.loss), "kernel": self._kernel, **super()._settings()}
 
+    def resolve(self, args: Any) -> Loss:
+        """The loss with what the trainer's configuration sets; for a trainer with options of its own, override this."""
+        return options.resolve(args, self.loss)
+
     def _check_args(self, args: Any) -> None:
-        self.objective.replace_loss(options.resolve(args, self.loss))
+        check_in_place()
+        self.objective.replace_loss(self.resolve(args))
         logger.info(f"prefloss trains this model with {self.loss!r}")
 
     def _compute(self, trainer: Any, compute_loss: Callable[..., Any], batch: Any, outputs: bool) -> Any:
@@ -82,12 +94,8 @@ class PreferenceLossCallback(LossCallback):
             self._used = True
             loss, returned = self._compute_own(trainer, batch)
             return (loss, returned) if outputs else loss
-        if self._kernel == "prefloss" and not self._scored_references and kernels.mixes_kernels(trainer):
-            raise ValueError(
-                "kernel: got 'prefloss', but the reference log-probs were computed beforehand by TRL's kernel in half "
-                "precision; policy and reference would differ by its rounding. Give the callback to the trainer's "
-                "constructor, or use kernel='trl'"
-            )
+        if not self._scored_references:
+            self._check_references(trainer)
         self._used = self._inside = True
         try:
             with kernels.scoring(self._kernel):
@@ -98,6 +106,25 @@ class PreferenceLossCallback(LossCallback):
         training = trainer.model.training
         loss = self.objective.share(captured.feedback, training=training, router=captured.router)
         return (loss, captured.returned[1]) if outputs else loss
+
+    def _check_references(self, trainer: Any) -> None:
+        """Refuse references that the trainer computed before it had the callback, and that do not fit."""
+        if self._kernel == "prefloss" and kernels.mixes_kernels(trainer):
+            raise ValueError(
+                "kernel: got 'prefloss', but the reference log-probs were computed beforehand by TRL's kernel in half "
+                "precision; policy and reference would differ by its rounding. Give the callback to the trainer's "
+                "constructor, or use kernel='trl'"
+            )
+        older = hasattr(trainer, "get_batch_loss_metrics")
+        if not (older and getattr(trainer.args, "precompute_ref_log_probs", False)):
+            return
+        named = trainer.args.loss_type
+        if "ipo" in ([named] if isinstance(named, str) else named):
+            raise ValueError(
+                f"{type(trainer.args).__name__}.loss_type: got {named!r}, for which this TRL computed "
+                "means of the reference log-probs beforehand, expected sums; give the callback to the trainer's "
+                "constructor"
+            )
 
     def _compute_own(self, trainer: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """The loss of a batch of `PreferenceCollator`, and outputs whose `logits` are its log-probs, [pairs, 2].
@@ -158,7 +185,7 @@ def attach(trainer: Any, loss: str | Loss, **settings: Any) -> PreferenceLossCal
         )
     callback._bind(trainer.args)
     trainer.add_callback(callback)
-    for name, wrapper in _WRAPPERS.items():
+    for name, wrapper in _wrappers(type(trainer)).items():
         method = getattr(type(trainer), name)
         setattr(trainer, name, types.MethodType(functools.wraps(method)(wrapper(method)), trainer))
     return callback
@@ -206,7 +233,7 @@ def _objective_of(trainer: Any, objective: FeedbackObjective) -> PreferenceObjec
         )
     on_batches = PreferenceObjective(
         objective.loss,
-        reference=Reference.cached() if trainer.precompute_ref_logps else _reference(trainer),
+        reference=Reference.cached() if trainer.args.precompute_ref_log_probs else _reference(trainer),
         check_step_zero=False,
         autocast=trainer.accelerator.autocast,
         diagnose=False,
@@ -240,6 +267,26 @@ def _computing(method: Any) -> Any:
     return compute_loss
 
 
+def _predicting(method: Any) -> Any:
+    """Trainers up to TRL 0.28 evaluate without `compute_loss`, and return (loss, logits, labels)."""
+
+    def prediction_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        callback = attached(self)
+        if callback is None or callback._inside:
+            return method(self, model, inputs, *args, **kwargs)
+        rest: list[Any] = [None, None]
+
+        def own(batch: Any) -> Any:
+            loss, *rest[:] = method(self, model, batch, *args, **kwargs)
+            return loss
+
+        with torch.no_grad():
+            loss = callback._compute(self, own, self._prepare_inputs(inputs), False)
+        return (loss.detach(), *rest)
+
+    return prediction_step
+
+
 def _logging(method: Any) -> Any:
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         callback = attached(self)
@@ -262,10 +309,19 @@ def _precomputing(method: Any) -> Any:
 
 
 def _scoring_references(method: Any) -> Any:
-    def compute_ref_log_probs(self: Any, model: Any, inputs: Any) -> Any:
-        if attached(self) is None or not PreferenceBatch.recognizes(inputs):
-            return method(self, model, inputs)
-        return _reference_sums(self, model, inputs)
+    def compute_ref_log_probs(self: Any, *args: Any) -> Any:
+        callback, inputs = attached(self), args[-1]
+        if callback is None:
+            return method(self, *args)
+        if PreferenceBatch.recognizes(inputs):
+            # Up to TRL 1.8 the model is not among the arguments.
+            return _reference_sums(self, args[0] if len(args) == 2 else self.ref_model or self.model, inputs)
+        if not hasattr(self, "get_batch_loss_metrics"):
+            return method(self, *args)
+        # Up to TRL 0.28, DPOTrainer divides these by the length for "ipo", as it does the policy's.
+        callback._scored_references = True
+        with replaced(self, loss_settings(self, callback.loss)):
+            return method(self, *args)
 
     return compute_ref_log_probs
 
@@ -284,7 +340,23 @@ def _reference_sums(trainer: Any, model: Any, inputs: Mapping[str, Any]) -> tupl
 
 _WRAPPERS: Mapping[str, Callable[[Any], Any]] = {
     "compute_loss": _computing,
+    "prediction_step": _predicting,
     "compute_ref_log_probs": _scoring_references,
     "_precompute_ref_logps": _precomputing,
     "log": _logging,
 }
+
+
+def _wrappers(trainer: type) -> dict[str, Callable[[Any], Any]]:
+    """Those of the methods that a class of trainers has, and that do not lead to each other.
+
+    Raises:
+        RuntimeError: If prefloss does not know how it computes its loss.
+    """
+    recorder_of(trainer)
+    alone = hasattr(trainer, "get_batch_loss_metrics")
+    return {
+        name: wrapper
+        for name, wrapper in _WRAPPERS.items()
+        if hasattr(trainer, name) and (alone or name != "prediction_step")
+    }

@@ -7,11 +7,11 @@ import inspect
 import types
 from typing import Any
 
-from trl import DPOTrainer, KTOConfig, KTOTrainer
-
+from prefloss.integrations.inherited import expression
 from prefloss.integrations.trl import kernel as kernels
 from prefloss.integrations.trl import options
 from prefloss.integrations.trl.callback import attach, attached
+from prefloss.integrations.trl.versions import DPOTrainer, KTOConfig, KTOTrainer
 from prefloss.registry import Loss, get
 
 _originals: dict[type, Any] = {}
@@ -72,10 +72,11 @@ def _looking_up_the_loss(original: Any) -> Any:
         # TRL accepts only its own names; KTO's decides whether to build mismatched completions.
         if isinstance(config, KTOConfig):
             config.loss_type = "kto" if loss.reads_mismatched else "apo_zero_unpaired"
-        # TRL computes references while it builds the trainer, before anything can be attached to it.
+        # Since 0.29, TRL computes references while it builds the trainer, before anything can be attached to it.
         kernel = _enabled["kernel"]
-        own = type(self)._precompute_ref_logps
-        self._precompute_ref_logps = types.MethodType(kernels.references_by(own, lambda _: kernel), self)
+        own = getattr(type(self), "_precompute_ref_logps", None)
+        if own is not None:
+            self._precompute_ref_logps = types.MethodType(kernels.references_by(own, lambda _: kernel), self)
         try:
             original(self, *args, **kwargs)
         finally:
@@ -96,4 +97,4 @@ def _loss_named_in(config: Any) -> Loss | None:
     names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
     if all(options.known_to_trl(config, name) for name in names):
         return None
-    return options.resolve(config, get(options.expression(names, getattr(config, "loss_weights", None))))
+    return options.resolve(config, get(expression(names, getattr(config, "loss_weights", None))))

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from trl import DPOConfig, KTOConfig
-
 from prefloss.feedback import Labels, Pairs
-from prefloss.registry import Loss, LossSpec, WeightedSum, admitted, get, parse, spec_of
+from prefloss.integrations.inherited import expression, inherit
+from prefloss.integrations.trl.versions import VERSION, DPOConfig, KTOConfig, before
+from prefloss.registry import Loss, LossSpec, admitted, get, parse, spec_of
 
-# Options of TRL's configurations that change its loss.
+# Options of TRL's configurations that change its loss, in any version.
 _LOSS_OPTIONS = {
     DPOConfig: (
         "beta",
@@ -21,14 +21,21 @@ _LOSS_OPTIONS = {
         "f_alpha_divergence_coef",
         "use_weighting",
         "discopop_tau",
+        "rpo_alpha",
+        "reference_free",
+        "use_liger_loss",
     ),
-    KTOConfig: ("beta", "desirable_weight", "undesirable_weight"),
+    KTOConfig: ("beta", "desirable_weight", "undesirable_weight", "use_liger_loss"),
+}
+_HINTS = {
+    "rpo_alpha": "; add the term to the loss: 'dpo + 1.0*nll(average=\"batch\")'",
+    "use_liger_loss": "; the loss is inside Liger's kernel then",
+    "use_liger_kernel": "; the loss is inside Liger's kernel then",
 }
 _OWN_LOSS_TYPES = {
     DPOConfig: frozenset(
         (
             "sigmoid",
-            "sigmoid_norm",
             "hinge",
             "ipo",
             "exo_pair",
@@ -37,15 +44,18 @@ _OWN_LOSS_TYPES = {
             "bco_pair",
             "sppo_hard",
             "aot",
-            "aot_unpaired",
+            "aot_pair" if before("0.28") else "aot_unpaired",
             "apo_zero",
             "apo_down",
             "discopop",
-            "sft",
+            *(() if before("0.20") else ("sft",)),
+            *(() if before("1.4") else ("sigmoid_norm",)),
         )
     ),
     KTOConfig: frozenset(("kto", "apo_zero_unpaired")),
 }
+# From TRL 0.25 (until then `use_liger_loss`) to 1.13; then it scores completions in chunks, which is a seam.
+_LIGER_COMPUTES_THE_LOSS = before("1.14") and not before("0.25")
 # What each trainer supplies to a loss; scores and the like come with the batch.
 _SUPPLIES = {
     DPOConfig: frozenset(("tokens", "scores", "per_token", "per_token.log_sum_sq")),
@@ -89,20 +99,7 @@ def resolve(args: Any, loss: Loss) -> Loss:
     kind = config_class(args)
     _check_feedback(kind, loss.spec)
     options = _set_options(args, kind)
-    used: set[str] = set()
-    terms = []
-    for weight, term in loss.terms:
-        changes, read = _inherited(kind, term, options)
-        used |= read
-        terms.append((weight, term.replaced(**changes) if changes else term))
-    unread = sorted(options.keys() - used)
-    if unread:
-        raise ValueError(
-            f"{kind.__name__}.{unread[0]}: got {options[unread[0]]!r}, but {loss.name} does not read it; leave it at "
-            "its default or choose a loss that does"
-        )
-    # A plain loss is its own only term.
-    loss = terms[0][1] if loss.terms[0].loss is loss else WeightedSum(terms)
+    loss = inherit(loss, options, _parameter, owner=f"{kind.__name__}.", hints=_HINTS)
     _check_loss_type(args, kind, loss)
     _check_supplied(args, kind, loss)
     _check_baseline(args, kind, loss)
@@ -120,33 +117,31 @@ def reads_mismatched(loss: Loss) -> bool:
 
 
 def _set_options(args: Any, kind: type) -> dict[str, Any]:
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    changed = {
-        name: getattr(args, name) for name in _LOSS_OPTIONS[kind] if getattr(args, name) != defaults[name]
+    fields = {
+        field.name: field.default for field in dataclasses.fields(kind) if field.name in _LOSS_OPTIONS[kind]
     }
-    if "f_alpha_divergence_coef" in changed and args.f_divergence_type == "alpha_divergence":
+    set_to = {name: (_plain(getattr(args, name)), _plain(default)) for name, default in fields.items()}
+    # TRL 0.28 turns an unset `reference_free` from None into False.
+    same = {
+        name
+        for name, (value, default) in set_to.items()
+        if value == default or (value is False and not default)
+    }
+    changed = {name: value for name, (value, _) in set_to.items() if name not in same}
+    if args.use_liger_kernel and _LIGER_COMPUTES_THE_LOSS:
+        changed["use_liger_kernel"] = True
+    alpha = getattr(args, "f_alpha_divergence_coef", None)
+    if "f_alpha_divergence_coef" in changed and set_to["f_divergence_type"][0] == "alpha_divergence":
         del changed["f_alpha_divergence_coef"]  # Becomes part of the type below.
-    if changed.get("f_divergence_type") == "alpha_divergence":
-        changed["f_divergence_type"] = f"alpha({1 - args.f_alpha_divergence_coef:g})"
+    if alpha is not None and changed.get("f_divergence_type") == "alpha_divergence":
+        # Up to TRL 0.28 it is the paper's, since then 1 - the paper's.
+        changed["f_divergence_type"] = f"alpha({alpha if before('0.29') else 1 - alpha:g})"
     return changed
 
 
-def _inherited(kind: type, loss: Loss, options: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """Hyperparameters that a loss takes over from TRL's options, and the options that it reads."""
-    changes, read = {}, set()
-    for option, value in options.items():
-        parameter, meaning = _parameter(loss.spec, option, value)
-        if parameter is None:
-            continue
-        read.add(option)
-        if parameter and loss.stated.get(parameter, meaning) != meaning:
-            raise ValueError(
-                f"{kind.__name__}.{option}: got {value!r}, but {loss.name} was given "
-                f"{parameter}={loss.stated[parameter]!r}; set it in one place"
-            )
-        if parameter:
-            changes[parameter] = meaning
-    return changes, read
+def _plain(value: Any) -> Any:
+    """The text of an enumeration's member, in which older versions state a divergence."""
+    return getattr(value, "value", value)
 
 
 def _parameter(spec: LossSpec, option: str, value: Any) -> tuple[str | None, Any]:
@@ -157,6 +152,8 @@ def _parameter(spec: LossSpec, option: str, value: Any) -> tuple[str | None, Any
         return "epsilon", value
     if option == "discopop_tau":
         return ("tau" if spec.name == "discopop" else None), value
+    if option == "reference_free":
+        return (None if spec.needs_reference else ""), value
     if option == "use_weighting" and "per_token.log_sum_sq" in spec.needs:
         return "", value
     names = {"f_divergence_type": "divergence", "use_weighting": "wpo"}
@@ -179,6 +176,12 @@ def _check_supplied(args: Any, kind: type, loss: Loss) -> None:
     for need in sorted(loss.needs - _SUPPLIES[kind]):
         raise ValueError(
             f"{loss.name}: needs {need}, which {trainer} does not compute; use a loop of your own"
+        )
+    lost = sorted(need for need in loss.needs if need.split(".")[0] in ("tokens", "per_token"))
+    if lost and before("0.29") and getattr(args, "padding_free", False):
+        raise ValueError(
+            f"{kind.__name__}.padding_free: got True, but {loss.name} needs {lost[0]}, which {trainer} of TRL "
+            f"{VERSION} keeps for padded rows only; leave it False"
         )
     if "per_token.log_sum_sq" in loss.needs and not args.use_weighting:
         raise ValueError(
@@ -203,15 +206,6 @@ def _check_loss_type(args: Any, kind: type, loss: Loss) -> None:
         raise ValueError(
             f"{kind.__name__}.loss_type: got {args.loss_type!r}, but the loss to train is {loss!r}"
         )
-
-
-def expression(names: list[str], weights: list[float] | None) -> str:
-    """TRL's list of loss types and weights as one expression."""
-    if len(names) == 1 and weights in (None, [1.0]):
-        return names[0]
-    return " + ".join(
-        f"{weight!r}*{name}" for name, weight in zip(names, weights or [1.0] * len(names), strict=True)
-    )
 
 
 def _check_baseline(args: Any, kind: type, loss: Loss) -> None:

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from prefloss.data.table import ReferenceTable, TableError
+from prefloss.integrations.trl.versions import VERSION
 from prefloss.training import with_reference_logps
 
 
@@ -22,10 +23,10 @@ def trainer_with_table(trainer: type, table: str | os.PathLike[str] | ReferenceT
         TypeError: If the class does not precompute reference log-probs.
         TableError: If the table cannot be read.
     """
-    if not hasattr(trainer, "_precompute_ref_logps"):
+    if not hasattr(trainer, "_precompute_ref_logps") or hasattr(trainer, "kto_loss"):
         raise TypeError(
-            f"trainer: got {trainer!r}, which precomputes no reference log-probs, expected TRL's DPOTrainer or "
-            "KTOTrainer"
+            f"trainer: got {trainer!r} of TRL {VERSION}, whose precomputed reference log-probs a table cannot replace, "
+            "expected DPOTrainer of TRL 0.29 or newer, or KTOTrainer of TRL 1.6 or newer"
         )
     references = table if isinstance(table, ReferenceTable) else ReferenceTable.read(table)
 

@@ -17,6 +17,7 @@ from prefloss.feedback import Feedback, Labels, Pairs, Rankings, convert, has, m
 from prefloss.losses._core import parameters
 from prefloss.losses._core.catalogue import spec_of
 from prefloss.losses._core.modifiers import MODIFIERS, admitted, refusal, smoothed
+from prefloss.losses._core.rewards import Change, ImplicitReward
 from prefloss.losses._core.running import RunningMean
 from prefloss.losses._core.spec import LossSpec
 from prefloss.losses._core.state import Schedule, State
@@ -117,6 +118,39 @@ class Loss:
     def beta(self) -> float | None:
         """The KL strength that trainers call beta, whatever the paper calls it; None if the loss has none."""
         return None if self.spec.beta is None else _now(self.params[self.spec.beta])
+
+    @property
+    def reward(self) -> ImplicitReward:
+        """The reward that the policy implies in the sense of this loss: what it compares, for one completion alone.
+
+        Only differences between completions of one prompt mean something.
+
+        Raises:
+            ValueError: If the loss has no such reward; the message says why.
+
+        Example:
+            >>> completion = LogRatios(policy=[-20.0], reference=[-21.5], tokens=[10])
+            >>> prefloss.get("dpo(beta=0.1)").reward(completion)
+            tensor([0.1500])
+            >>> prefloss.get("simpo(beta=2.0)").reward(completion)
+            tensor([-4.])
+        """
+        declared, changes = self.spec.reward, list[Change]()
+        if isinstance(declared, str):
+            raise ValueError(f"loss: got {self.name}, which implies no reward of a completion: {declared}")
+        for name in self.modifiers:
+            change = MODIFIERS[name].reward
+            if isinstance(change, str):
+                raise ValueError(f"loss: got {name}, which implies no reward of a completion: {change}")
+            if change is not None:
+                changes.append(Change(name, _now(self.params[name]), self.beta or 1.0, change))
+        values = {
+            name: self.beta if name == "beta" else _now(self.params[name])
+            for name in declared.hyperparameters
+        }
+        needs = declared.needs.union(*(MODIFIERS[change.name].needs for change in changes))
+        additive = declared.additive and all(MODIFIERS[change.name].additive for change in changes)
+        return ImplicitReward(declared, values, tuple(changes), additive, needs)
 
     @property
     def modifiers(self) -> list[str]:

@@ -89,6 +89,18 @@ def batch_mean(values: Tensor, counted: Tensor) -> Tensor:
     return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
 
 
+def ratio(total: Tensor | float, count: Tensor | float, like: Tensor) -> Tensor:
+    """A sum over its count, 0 where nothing was counted: a scalar of the dtype and device of `like`."""
+    total, count = (torch.as_tensor(one, dtype=torch.float64, device=like.device) for one in (total, count))
+    return (total / torch.where(count > 0, count, torch.inf)).to(like.dtype)
+
+
+def standardised(values: Tensor, location: Tensor | float, scale: Tensor | float) -> Tensor:
+    """Distance from the location in units of the scale; 0 where the scale is 0."""
+    scale = torch.as_tensor(scale, dtype=values.dtype, device=values.device)
+    return (values - location) / torch.where(scale > 0, scale, torch.inf)
+
+
 def log_sum_exp(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Log of the sum of exponentials of the values that count along the last dimension, and whether there are any.
 

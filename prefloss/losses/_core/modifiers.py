@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prefloss.arguments import is_finite
 from prefloss.feedback import Labels, Pairs
+from prefloss.logratios import LogRatios
 from prefloss.losses._core import transforms
 from prefloss.losses._core.parameters import Coerce, FlipProbability, Interval, Parameter
 from prefloss.losses._core.spec import LossSpec
@@ -28,12 +29,17 @@ class Modifier:
         refusal: Why a loss does not admit it, or None if it does.
         needs: Fields of the feedback that it needs.
         apply: (feedback, value, beta) -> feedback; None for label smoothing, which evaluates the loss twice.
+        reward: (log-ratios, value, beta) -> log-ratios that the reward reads; None if it stays
+            the same; text says why one completion has none.
+        additive: The reward stays a sum over tokens.
     """
 
     parameter: Parameter
     refusal: Callable[[LossSpec], str | None]
     needs: frozenset[str] = frozenset()
     apply: Callable[[Any, Any, float], Any] | None = None
+    reward: Callable[[LogRatios, Any, float], LogRatios] | str | None = None
+    additive: bool = True
 
 
 def admitted(spec: LossSpec) -> dict[str, Modifier]:
@@ -72,6 +78,7 @@ def capabilities(spec: LossSpec) -> Mapping[str, str]:
         if extras
         else "yes",
         "state": "yes" if spec.stateful else "no",
+        "reward": f"no: {spec.reward}" if isinstance(spec.reward, str) else spec.reward.formula,
     }
 
 
@@ -131,6 +138,10 @@ def _length_term(pairs: Pairs, alpha: float, beta: float) -> Pairs:
     return transforms.shifted(pairs, alpha * longer_by / beta)
 
 
+def _lengthened(ratios: LogRatios, alpha: float, beta: float) -> LogRatios:
+    return replace(ratios, policy=ratios.policy + alpha * transforms.lengths(ratios) / beta)
+
+
 def _wpo(pairs: Pairs, on: bool, beta: float) -> Pairs:
     if not on:
         return pairs
@@ -160,9 +171,10 @@ def _modifier(
     refusal: Callable[[LossSpec], str | None],
     apply: Callable[[Any, Any, float], Any] | None = None,
     needs: tuple[str, ...] = (),
+    **reward: Any,
 ) -> tuple[str, Modifier]:
     parameter = Parameter.of(name, annotation, description=description)
-    return name, Modifier(parameter, refusal, frozenset(needs), apply)
+    return name, Modifier(parameter, refusal, frozenset(needs), apply, **reward)
 
 
 # The order in which they apply: weights (read from the tokens as they came), tokens, scores, margins.
@@ -183,6 +195,7 @@ MODIFIERS: dict[str, Modifier] = dict(
             _no_sums,
             lambda feedback, bounds, beta: transforms.clamped_tokens(feedback, *bounds),
             ("per_token",),
+            reward=lambda ratios, bounds, beta: transforms.clamped(ratios, *bounds),
         ),
         _modifier(
             "ld_alpha",
@@ -191,6 +204,7 @@ MODIFIERS: dict[str, Modifier] = dict(
             lambda spec: _no_sums(spec) if spec.feedback is Pairs else "takes no pairs",
             lambda pairs, alpha, beta: transforms.reweighted_tail(pairs, alpha),
             ("per_token",),
+            reward=transforms.NO_TAIL,
         ),
         _modifier(
             "divergence",
@@ -198,6 +212,8 @@ MODIFIERS: dict[str, Modifier] = dict(
             "f-divergence in place of the reverse KL (f-DPO, arXiv:2309.16240).",
             _no_divergence,
             lambda pairs, divergence, beta: transforms.scored(pairs, divergence.score),
+            reward=lambda ratios, divergence, beta: transforms.scored_side(ratios, divergence.score),
+            additive=False,
         ),
         _modifier(
             "score_margin",
@@ -214,6 +230,7 @@ MODIFIERS: dict[str, Modifier] = dict(
             _no_scaled_margin,
             _length_term,
             ("tokens",),
+            reward=_lengthened,
         ),
         _modifier(
             "label_smoothing",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prefloss.arguments import integer, is_finite, real
 from prefloss.feedback import Labels
+from prefloss.losses._core import maths
 from prefloss.losses._core.parameters import Coerce
 from prefloss.losses._core.state import State, from_config
 
@@ -100,16 +101,16 @@ class RewardShift(State):
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0.0
-        self.count = 0.0
+        self.total: Tensor | float = 0.0
+        self.count: Tensor | float = 0.0
 
     def __call__(self, rewards: Tensor, counted: Tensor) -> Tensor:
         """The shift after taking in the rewards beta * h that count, a scalar; 0 before the first one."""
         if self.training:
             count, total, _ = self.totals(rewards, counted)
-            self.total += total
-            self.count += count
-        return rewards.new_tensor(self.total / self.count if self.count else 0.0)
+            self.total = self.total + total
+            self.count = self.count + count
+        return maths.ratio(self.total, self.count, rewards)
 
 
 class Moments(State):
@@ -128,19 +129,21 @@ class Moments(State):
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__()
         self.decay = _decay(decay)
-        self.mean = 0.0
-        self.std = 0.0
+        self.mean: Tensor | float = 0.0
+        self.std: Tensor | float = 0.0
 
-    def __call__(self, values: Tensor, counted: Tensor) -> tuple[float, float]:
+    def __call__(self, values: Tensor, counted: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Mean and standard deviation after taking in the values that count, [n]."""
         if self.training:
             count, total, squares = self.totals(values, counted)
-            if count:
-                self.mean = self.decay * self.mean + (1 - self.decay) * total / count
-            if count > 1:
-                variance = max(0.0, (squares - total**2 / count) / (count - 1))
-                self.std = self.decay * self.std + (1 - self.decay) * variance**0.5
+            mean = total / count.clamp(min=1)
+            std = ((squares - total * mean) / (count - 1).clamp(min=1)).clamp(min=0).sqrt()
+            self.mean = torch.where(count > 0, self._moved(self.mean, mean), self.mean)
+            self.std = torch.where(count > 1, self._moved(self.std, std), self.std)
         return self.mean, self.std
+
+    def _moved(self, old: Tensor | float, new: Tensor) -> Tensor:
+        return self.decay * old + (1 - self.decay) * new
 
 
 def _stream(seed: int, call: int) -> torch.Generator:
@@ -270,18 +273,18 @@ class RunningMean(State):
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__()
         self.decay = _decay(decay)
-        self.total = 0.0
-        self.weight = 0.0
+        self.total: Tensor | float = 0.0
+        self.weight: Tensor | float = 0.0
 
     def __call__(self, labels: Labels) -> Tensor:
         """The baseline from earlier batches, a scalar; then, in training, take this batch in."""
         # Dividing by the accumulated weight removes the bias towards 0 of the first batches.
-        value = _zero(labels) + max(0.0, self.total / self.weight if self.weight else 0.0)
+        value = maths.ratio(self.total, self.weight, labels.completions.policy).clamp(min=0)
         if self.training:
             count, total, _ = self.totals(labels.completions.h, ~labels.completions.empty)
-            if count:
-                self.total = self.decay * self.total + total / count
-                self.weight = self.decay * self.weight + 1.0
+            mean = total / count.clamp(min=1)
+            self.total = torch.where(count > 0, self.decay * self.total + mean, self.total)
+            self.weight = torch.where(count > 0, self.decay * self.weight + 1.0, self.weight)
         return value
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from prefloss.arguments import flag, instance, shown
 from prefloss.arguments import function as checked_function
 from prefloss.feedback import KINDS, NEEDS
-from prefloss.losses._core import docstring
+from prefloss.losses._core import docstring, rewards
 from prefloss.losses._core.parameters import Parameter
+from prefloss.losses._core.rewards import Reward
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class LossSpec:
         needs: Fields of the feedback that must be there, such as `tokens`, `scores`, `gold`, `per_token`.
         reads: Fields that it reads if they are there, such as `kl`; trainers refuse to drop any other.
         valid: Which examples it counts, feedback -> [n]; None is all without an empty completion.
+        reward: What it compares between completions, for one of them alone; text says why there is no such reward.
         summary: First line of the docstring.
         formula: Its equation in LaTeX.
         returns: Shape and unit of its values.
@@ -81,6 +83,7 @@ class LossSpec:
     needs: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
     valid: Callable[[Any], Tensor] | None = None
+    reward: Reward | str = "it has none"
     summary: str = ""
     formula: str = ""
     returns: str = ""
@@ -93,7 +96,8 @@ class LossSpec:
 class Traits(TypedDict, total=False):
     """What may be declared beside a function, as in `LossSpec`; signature and docstring give the rest.
 
-    `register` says what an alias maps to; `beta` defaults to the hyperparameter of that name, if there is one.
+    `register` says what an alias maps to; `beta` defaults to the hyperparameter of that name, if there is one. `reward`
+    defaults to beta h if there is a `beta` and the loss needs a reference.
     """
 
     aliases: Mapping[str, str | tuple[str, Mapping[str, Any]]] | None
@@ -104,6 +108,7 @@ class Traits(TypedDict, total=False):
     needs: Iterable[str]
     needs_reference: bool
     reads: Iterable[str]
+    reward: Reward | Callable[..., Tensor] | str | None
     separable: bool
     stateful: bool
     valid: Callable[[Any], Tensor] | None
@@ -142,7 +147,8 @@ def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec
         raise TypeError(
             f"{name}: beta: got {beta!r}, expected one of its hyperparameters {sorted(parameters)}"
         )
-    strength = {beta: docstring.STRENGTH} if traits.get("needs_reference", True) else {}
+    reads_reference = traits.get("needs_reference", True)
+    strength = {beta: docstring.STRENGTH} if reads_reference else {}
     described = {**docstring.PARAMETERS, **strength, **docstring.arguments(function)}
     parts = docstring.parse(function)
     parts["returns"] = parts["returns"] or docstring.RETURNS[kind]
@@ -160,6 +166,7 @@ def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec
         beta=beta,
         needs=_fields(name, "needs", traits.pop("needs", ())),
         reads=_fields(name, "reads", traits.pop("reads", ())),
+        reward=rewards.declared(name, traits.pop("reward", None), parameters, beta, reads_reference),
         **parts,
         **traits,
     )

@@ -47,7 +47,8 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """The saved numbers, plain enough for JSON."""
-        return {name: getattr(self, name) for name in self.saved}
+        values = {name: getattr(self, name) for name in self.saved}
+        return {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave; ValueError if the names differ, TypeError if a value is another kind."""
@@ -56,11 +57,10 @@ class State:
             raise ValueError(
                 f"state: got {sorted(map(str, state))}, expected {sorted(self.saved)} for {self!r}"
             )
-        for name in self.saved:
-            if not _is_like(state[name], getattr(self, name)):
-                now = shown(getattr(self, name))
+        for name, now in self.state_dict().items():
+            if not _is_like(state[name], now):
                 raise TypeError(
-                    f"state: {name}: got {shown(state[name])}, expected something like {now} for {self!r}"
+                    f"state: {name}: got {shown(state[name])}, expected something like {shown(now)} for {self!r}"
                 )
         for name in self.saved:
             setattr(self, name, state[name])
@@ -81,15 +81,17 @@ class State:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def totals(self, values: Tensor, counted: Tensor) -> tuple[float, float, float]:
+    def totals(self, values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Count, sum and sum of squares over all ranks of the values that count, [n] each; without gradient.
 
+        Three scalars, float64. They stay tensors, so that `torch.func.vmap` can keep a state for each of many runs.
         NaN and infinity are left out: a gradient scaler skips a batch that overflows, but the state would keep it.
         """
         counted = counted & values.detach().isfinite()
         kept = torch.where(counted, values.detach(), 0.0).double()
         sums = self.all_sum(torch.stack([counted.sum().double(), kept.sum(), (kept**2).sum()]))
-        return tuple(sums.tolist())
+        count, total, squares = sums.unbind()
+        return count, total, squares
 
 
 def _is_like(value: Any, current: Any) -> bool:

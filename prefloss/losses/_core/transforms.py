@@ -96,18 +96,28 @@ def as_divergence(value: Any) -> Divergence:
 
 def scored(pairs: Pairs, score: Callable[[Tensor], Tensor]) -> Pairs:
     """The pairs with s(h) in place of the log-ratio h of each side."""
+    return replace(
+        pairs, chosen=scored_side(pairs.chosen, score), rejected=scored_side(pairs.rejected, score)
+    )
 
-    def side(ratios: LogRatios) -> LogRatios:
-        s = score(ratios.h)
-        return replace(ratios, policy=s, reference=torch.zeros_like(s), per_token=None)
 
-    return replace(pairs, chosen=side(pairs.chosen), rejected=side(pairs.rejected))
+def scored_side(ratios: LogRatios, score: Callable[[Tensor], Tensor]) -> LogRatios:
+    """Completions with s(h) in place of the log-ratio h."""
+    s = score(ratios.h)
+    return replace(ratios, policy=s, reference=torch.zeros_like(s), per_token=None)
 
 
 def shifted(pairs: Pairs, nats: Tensor) -> Pairs:
     """The pairs with the margin h_w - h_l raised by `nats`, [pairs]."""
     chosen = pairs.chosen
     return replace(pairs, chosen=replace(chosen, policy=chosen.policy + nats, per_token=None))
+
+
+NO_TAIL = (
+    "how many tokens of a completion count depends on the length of the other one of its pair; score with "
+    "'dpo(beta=...)' to count them all"
+)
+"""Why a reward of one completion does not exist where the shorter side decides which tokens count."""
 
 
 def reweighted_tail(pairs: Pairs, alpha: float) -> Pairs:
@@ -132,14 +142,16 @@ def reweighted_tail(pairs: Pairs, alpha: float) -> Pairs:
 
 def clamped_tokens(feedback: Any, low: float, high: float) -> Any:
     """Humanline: each token's log-ratio clamped to [low, high] nats before the sum; no gradient outside."""
-
-    def clamped(ratios: LogRatios) -> LogRatios:
-        rows, reference = required(ratios, "per_token"), per_token(ratios, "reference")
-        h = (rows.policy - reference).clamp(low, high)
-        return replace(rows, policy=torch.where(rows.mask, reference + h, 0.0)).log_ratios()
-
     names = ("chosen", "rejected") if isinstance(feedback, Pairs) else ("completions",)
-    return replace(feedback, **{name: clamped(getattr(feedback, name)) for name in names})
+    return replace(feedback, **{name: clamped(getattr(feedback, name), low, high) for name in names})
+
+
+def clamped(ratios: LogRatios, low: float, high: float) -> LogRatios:
+    """Completions with each token's log-ratio clamped to [low, high] nats."""
+    rows, reference = required(ratios, "per_token"), per_token(ratios, "reference")
+    h = (rows.policy - reference).clamp(low, high)
+    made = replace(rows, policy=torch.where(rows.mask, reference + h, 0.0)).log_ratios()
+    return made if ratios.tokens is None else replace(made, tokens=ratios.tokens)
 
 
 def confidence(pairs: Pairs) -> Tensor:

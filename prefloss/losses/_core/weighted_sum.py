@@ -11,6 +11,7 @@ from torch import Tensor
 from prefloss.arguments import instance, real, shown
 from prefloss.feedback import Feedback, Labels, Pairs, convert
 from prefloss.losses._core.loss import Evaluation, Loss, Term
+from prefloss.losses._core.rewards import ImplicitReward
 from prefloss.losses._core.spec import LossSpec
 from prefloss.losses._core.state import State
 
@@ -67,6 +68,32 @@ class WeightedSum(Loss):
     def beta(self) -> float | None:
         """The KL strength of the first term that has one."""
         return next((loss.beta for _, loss in self.terms if loss.beta is not None), None)
+
+    @property
+    def reward(self) -> ImplicitReward:
+        """That of the terms that have one; terms without, such as `nll`, do not change it.
+
+        Raises:
+            ValueError: If no term has a reward, or two have different ones.
+
+        Example:
+            >>> prefloss.get("dpo(beta=0.1) + 1.0*nll").reward
+            β h, beta=0.1
+        """
+        found: dict[str, ImplicitReward] = {}
+        for name, (_, loss) in zip(self.term_names, self.terms, strict=True):
+            if not isinstance(loss.spec.reward, str):
+                found[name] = loss.reward
+        if not found:
+            return self.terms[0].loss.reward
+        (first, reward), *others = found.items()
+        for name, other in others:
+            if other != reward:
+                raise ValueError(
+                    f"loss: got a sum whose terms imply different rewards, {first} ({reward}) and {name} ({other}); "
+                    "expected one of the terms"
+                )
+        return reward
 
     @property
     def needs(self) -> frozenset[str]:

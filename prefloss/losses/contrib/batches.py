@@ -9,10 +9,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._authoring import Interval, NonNegative, Positive, maths, register, resolve, running
+from prefloss.losses._authoring import (
+    Interval,
+    NonNegative,
+    Positive,
+    Reward,
+    maths,
+    register,
+    resolve,
+    running,
+)
 
 
-@register(needs_reference=False, separable=False, monotone=True, stateful=True, needs=("tokens",))
+@register(
+    needs_reference=False,
+    separable=False,
+    monotone=True,
+    stateful=True,
+    needs=("tokens",),
+    reward=Reward(
+        lambda ratios, *, beta, reference: beta * (ratios.h if reference else ratios.policy_mean),
+        "β log π(y) / |y|, β h if reference",
+        needs=frozenset(("tokens",)),
+    ),
+)
 def gamma_po(
     pairs: Pairs,
     *,

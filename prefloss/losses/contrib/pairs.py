@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefloss.feedback import Pairs, required
-from prefloss.losses._authoring import NonNegative, Positive, maths, register, transforms
+from prefloss.losses._authoring import NonNegative, Positive, maths, register, rewards, transforms
 from prefloss.losses.pairwise import dpo
 
 
@@ -227,6 +227,7 @@ def balanced_bpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.3) -
     monotone=True,
     holds_chosen=True,
     needs=("tokens",),
+    reward=rewards.LOG_ODDS,
 )
 def asft(pairs: Pairs, *, beta: NonNegative = 0.1) -> Tensor:
     r"""NLL of the chosen completion plus unlikelihood of the rejected one (aligned SFT, ASFT).

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefloss.feedback import Pairs, required
 from prefloss.logratios import LogRatios
-from prefloss.losses._authoring import Interval, NonNegative, Positive, register, transforms
+from prefloss.losses._authoring import Interval, NonNegative, Positive, Reward, register, transforms
 
 
 @register(monotone=True, needs=("per_token.reference_entropy",))
@@ -42,7 +42,15 @@ def mallows_dpo(pairs: Pairs, *, beta: Positive = 0.1, dispersion: Positive = 0.
     return -F.logsigmoid(beta * _sharpness(pairs, dispersion) * pairs.margin())
 
 
-@register(monotone=True, needs=("tokens", "per_token.reference_entropy"))
+@register(
+    monotone=True,
+    needs=("tokens", "per_token.reference_entropy"),
+    reward=Reward(
+        lambda ratios, *, beta, mixing: beta * (ratios.policy_mean - mixing * ratios.reference_mean),
+        "β (log π(y) - α log π_ref(y)) / |y| with α = mixing",
+        needs=frozenset(("reference", "tokens")),
+    ),
+)
 def rainbowpo(
     pairs: Pairs,
     *,
@@ -88,7 +96,16 @@ def rainbowpo(
     return -F.logsigmoid(beta * _sharpness(pairs, dispersion) * score)
 
 
-@register(monotone=True, needs=("per_token.weight",), reads=("per_token.reverse_kl",))
+@register(
+    monotone=True,
+    needs=("per_token.weight",),
+    reads=("per_token.reverse_kl",),
+    reward=Reward(
+        lambda ratios, *, beta, alpha: beta * _weighted_score(ratios, alpha),
+        "β Σ w_t (h_t - α K_t)",
+        needs=frozenset(("reference", "per_token.weight")),
+    ),
+)
 def tis_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.0) -> Tensor:
     r"""DPO with an importance weight on each token (TIS-DPO).
 
@@ -117,10 +134,9 @@ def tis_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.0) -> 
 
     Reference: Liu et al. 2024, arXiv:2410.04350.
     """
-    margin = _weighted_h(pairs.chosen) - _weighted_h(pairs.rejected)
-    if alpha != 0:
-        margin = margin - alpha * (_weighted_kl(pairs.chosen) - _weighted_kl(pairs.rejected))
-    return -F.logsigmoid(beta * margin)
+    return -F.logsigmoid(
+        beta * (_weighted_score(pairs.chosen, alpha) - _weighted_score(pairs.rejected, alpha))
+    )
 
 
 def _sharpness(pairs: Pairs, dispersion: float) -> Tensor:
@@ -140,10 +156,8 @@ def _weighted(ratios: LogRatios, values: Tensor) -> Tensor:
     return rows.sum(torch.where(rows.mask, transforms.per_token(ratios, "weight").detach(), 0.0) * values)
 
 
-def _weighted_h(ratios: LogRatios) -> Tensor:
+def _weighted_score(ratios: LogRatios, alpha: float) -> Tensor:
+    """Weighted log-ratio of a completion, less alpha times its weighted KL, [...], nats."""
     rows = required(ratios, "per_token")
-    return _weighted(ratios, rows.policy - transforms.per_token(ratios, "reference").detach())
-
-
-def _weighted_kl(ratios: LogRatios) -> Tensor:
-    return _weighted(ratios, transforms.per_token(ratios, "reverse_kl"))
+    h = _weighted(ratios, rows.policy - transforms.per_token(ratios, "reference").detach())
+    return h if alpha == 0 else h - alpha * _weighted(ratios, transforms.per_token(ratios, "reverse_kl"))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import trl
 from transformers import Trainer, TrainingArguments
 from trl import DPOTrainer
 
@@ -133,3 +134,13 @@ def test_attached_finds_the_callback(trained):
     assert attached(trained) is None
     callback = attach(trained, "ipo")
     assert attached(trained) is callback
+
+
+@pytest.mark.parametrize("name", ["DPOTrainer", "KTOTrainer"])
+def test_trainers_that_took_the_place_of_trls_are_refused(name, monkeypatch, tmp_path):
+    callback = PreferenceLossCallback("ipo")
+    monkeypatch.setattr(trl, name, type(f"Unsloth{name}", (Trainer,), {}))
+    with pytest.raises(
+        RuntimeError, match=f"trl.{name}: got .*Unsloth{name}.*import unsloth before prefloss"
+    ):
+        tiny.build("dpo", tmp_path, [callback])

@@ -2,8 +2,8 @@
 
 import pytest
 
+from prefloss.integrations.inherited import expression
 from prefloss.integrations.trl import PreferenceLossCallback
-from prefloss.integrations.trl.options import expression
 from tests import tiny
 
 

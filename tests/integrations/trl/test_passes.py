@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefloss.integrations.trl.capture import Pass, assign, log_ratios
+from prefloss.integrations.trl.passes import Pass, assign, log_ratios
 from prefloss.logratios import IGNORE_INDEX
 
 
