@@ -104,7 +104,14 @@ class Sequences:
             attention: The model's.
             states: Queries, keys and values of the row, [1, heads, N, D] each.
             marker: From `markers`.
+
+        Raises:
+            RuntimeError: If the model put a mask of its own in the marker's place.
         """
+        if not isinstance(marker, Tensor) or marker.shape[-1] > len(KINDS):
+            raise RuntimeError(
+                "layout: got a mask of the model's own, expected the one that it was given; train on padded rows"
+            )
         kind = KINDS[marker.shape[-1] - 1]
         # One split, whose backward pass is one concatenation.
         blocks = (item.split([call.tokens for call in self.calls], 2) for item in states)
