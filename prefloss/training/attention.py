@@ -4,43 +4,50 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from prefloss.training import split_attention
 from prefloss.training.head import text_config
 from prefloss.training.layouts import Arranged, Packed
+from prefloss.training.split_attention import KINDS, Sequences
 
 _MASKED = ("sdpa", "eager", "flex_attention")
-_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class Way(NamedTuple):
     """How a model's attention is kept within a sequence.
 
     Attributes:
-        masked: By a mask; otherwise transformers derives the starts of sequences from the position ids.
+        by: "split": each sequence has an attention call, or a row of one. "positions": transformers derives the starts
+            of sequences from the position ids. "mask": a mask over the row.
         windowed: Whether a window that the configuration names is that of every layer, if it names no kinds of layers.
     """
 
-    masked: bool
+    by: Literal["split", "positions", "mask"]
     windowed: bool = True
 
 
 def ways(policy: nn.Module, shares: bool) -> list[Way]:
-    """What may work for a model, the cheapest first. A shared prompt needs a mask.
+    """What may work for a model, the cheapest first. Position ids do not tell completions of a prompt apart.
 
     Args:
         policy: The model, unwrapped.
         shares: True if completions of the batch share a prompt.
     """
     config = text_config(policy)
-    by_positions = [] if shares else [Way(masked=False)]
-    if _attention(config) not in _MASKED:
-        return by_positions
+    attention = _attention(config)
     unclear = getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
-    return [*by_positions, Way(masked=True), *([Way(masked=True, windowed=False)] if unclear else [])]
+    windowed = (True, False) if unclear else (True,)
+    flash = attention.startswith("flash_attention")
+    # FlashAttention reads the starts of sequences from the position ids at no cost.
+    splits = attention in ("sdpa", "eager") or (flash and shares)
+    split = [Way("split", each) for each in windowed] if splits else []
+    by_positions = [] if shares else [Way("positions")]
+    masks = [Way("mask", each) for each in windowed] if attention in _MASKED else []
+    return [*split, *by_positions, *masks]
 
 
 def unsupported(policy: nn.Module, shares: bool) -> str | None:
@@ -51,7 +58,7 @@ def unsupported(policy: nn.Module, shares: bool) -> str | None:
         shares: True if completions of the batch share a prompt.
     """
     config = text_config(policy)
-    kinds = set(getattr(config, "layer_types", None) or ()) - set(_KINDS)
+    kinds = set(getattr(config, "layer_types", None) or ()) - set(KINDS)
     if getattr(policy, "_is_stateful", False) or kinds:
         named = f" ({', '.join(sorted(kinds))})" if kinds else ""
         return f"it carries a state from token to token{named}, which a packed batch would mix"
@@ -64,7 +71,7 @@ def unsupported(policy: nn.Module, shares: bool) -> str | None:
         item.kind is item.VAR_KEYWORD for item in arguments.values()
     ):
         return "its forward takes no position_ids"
-    if shares and _attention(config) not in _MASKED:
+    if shares and not ways(policy, shares):
         return f"its attention, {_attention(config)}, takes no mask; load the model with attn_implementation='sdpa'"
     if shares and getattr(config, "output_router_logits", False):
         return "its router loss would weigh a shared prompt once"
@@ -86,8 +93,17 @@ def arranged(policy: nn.Module, packed: Packed, way: Way, one_row: bool = False)
     one_row = (
         one_row or attention not in ("sdpa", "eager") or bool(getattr(config, "output_router_logits", False))
     )
+    if way.by == "split":
+        split_attention.register(attention, policy)
+        sequences, order = Sequences.of(
+            packed.sequences, packed.rows, _limits(config, packed.positions, way.windowed)
+        )
+        tokens = packed.in_order(order)
+        tokens.inputs["attention_mask"] = sequences.markers(packed.ids.device)
+        tokens.inputs[split_attention.ARGUMENT] = sequences
+        return tokens
     tokens = packed.arranged(one_row)
-    if way.masked:
+    if way.by == "mask":
         tokens.inputs["attention_mask"] = _masks(policy, config, attention, tokens, way.windowed)
     return tokens
 
@@ -101,18 +117,24 @@ def _attention(config: Any) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
-def _masks(policy: Any, config: Any, attention: str, tokens: Arranged, windowed: bool) -> Any:
+def _limits(config: Any, positions: Tensor, windowed: bool) -> dict[str, int | None]:
+    """Tokens that a token reaches, by each kind of layer that the model has; None for all."""
     kinds = sorted(set(getattr(config, "layer_types", None) or ()))
     window = getattr(config, "sliding_window", None)
     if not kinds:
         kinds = ["sliding_attention" if window and windowed else "full_attention"]
-    reach = int(tokens.inputs["position_ids"].max()) + 1
+    reach = int(positions.max()) + 1
     chunk = getattr(config, "attention_chunk_size", None)
     limits = {
         "full_attention": None,
         "sliding_attention": window if window and window < reach else None,
         "chunked_attention": chunk if chunk and chunk < reach else None,
     }
+    return {kind: limits[kind] for kind in kinds}
+
+
+def _masks(policy: Any, config: Any, attention: str, tokens: Arranged, windowed: bool) -> Any:
+    limits = _limits(config, tokens.inputs["position_ids"], windowed)
     masks_by_kind: dict[Any, Any] = {}
 
     def mask(kind: str) -> Any:
@@ -124,8 +146,8 @@ def _masks(policy: Any, config: Any, attention: str, tokens: Arranged, windowed:
             )
         return masks_by_kind[key]
 
-    masks = {kind: mask(kind) for kind in kinds}
-    return masks if len(kinds) > 1 else masks[kinds[0]]
+    masks = {kind: mask(kind) for kind in limits}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def _within(kind: str, limit: int) -> Callable[[Tensor, Tensor], Tensor]:

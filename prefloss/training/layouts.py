@@ -167,6 +167,16 @@ class Packed:
             spread(self.rows, -1),
         )
 
+    def in_order(self, order: Tensor) -> Arranged:
+        """All tokens in one row, in another order, [N]: for attention that does not go by their places."""
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order), device=order.device)
+        ids, positions, sequences, rows = (
+            values[order][None] for values in (self.ids, self.positions, self.sequences, self.rows)
+        )
+        inputs = {"input_ids": ids, "position_ids": positions}
+        return Arranged(inputs, places[self.sources], sequences, rows)
+
     def padded(self) -> Arranged:
         """Padded rows, each with its own copy of the prompt, for models that support nothing else."""
         whole = self.whole_rows()

@@ -9,6 +9,7 @@ import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from prefloss.integrations.transformers import PreferenceCollator, PreferenceObjective, Reference
+from prefloss.training import split_attention
 from tests import tiny
 from tests.training.architectures import CONFIGS, HEADS, SMALL, V
 
@@ -106,11 +107,12 @@ def test_every_architecture_gives_the_numbers_of_padded_rows(name, attention):
 
 
 class Blind(hf.LlamaForCausalLM):
-    """Takes a mask of four dimensions, and attends to whatever came before all the same."""
+    """Takes a mask of four dimensions and the sequences of a row, and attends to whatever came before all the same."""
 
     def forward(self, *args, attention_mask=None, **kwargs):
         if attention_mask is not None and attention_mask.ndim == 4:
             attention_mask = torch.ones_like(attention_mask).tril()
+        kwargs.pop(split_attention.ARGUMENT, None)
         return super().forward(*args, attention_mask=attention_mask, **kwargs)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from prefloss.training import PreferenceCollator, batch_logps
 from prefloss.training.forward import evaluating
+from prefloss.training.split_attention import ARGUMENT
 from tests.training.architectures import CONFIGS, SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*completion without tokens")
@@ -58,6 +59,7 @@ class Blind(hf.LlamaForCausalLM):
         if self.shut and position_ids is not None:
             shape = (1, 1, position_ids.shape[1], position_ids.shape[1])
             attention_mask = torch.ones(shape, dtype=torch.bool).tril()
+            kwargs.pop(ARGUMENT, None)
         return super().forward(*args, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
 
