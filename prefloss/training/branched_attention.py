@@ -89,8 +89,8 @@ class _Branched(torch.autograd.Function):
         within_lse = flat(within_lse.unsqueeze(-1), lengths)
         before_lse = before_lse.unsqueeze(-1)
         lse = torch.logaddexp(before_lse, within_lse)
-        parts = ((before, before_lse), (flat(within, lengths), within_lse))
-        result = sum(part * (own - lse).exp().to(part.dtype) for part, own in parts)
+        result = before * (before_lse - lse).exp().to(before.dtype)
+        result += flat(within, lengths) * (within_lse - lse).exp().to(before.dtype)
         ctx.save_for_backward(query, prompt_key, prompt_value, key, value, result, lse)
         ctx.lengths, ctx.scale = lengths, scale
         return result

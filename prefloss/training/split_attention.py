@@ -213,7 +213,7 @@ def _split(own: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 # Lengths change with every batch: compiled, each would be another program.
-@torch.compiler.disable
+@torch.compiler.disable()
 def _attend(sequences: Sequences, attention: Attention, states: Sequence[Tensor], marker: Tensor) -> Tensor:
     return sequences.attend(attention, states, marker)
 
