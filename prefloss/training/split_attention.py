@@ -24,7 +24,8 @@ KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 ARGUMENT = "prefloss_sequences"
 """Keyword argument of a model's forward that carries the `Sequences` to its attention."""
 
-_EAGER = "eager_attention_forward"
+# Names in the files of models.
+_EAGER, _TABLE = "eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"
 # Shorter sequences are padded to the longest of their call where that adds at most this part.
 _PADDING = 0.1
 
@@ -183,18 +184,12 @@ def register(name: str, policy: nn.Module) -> None:
         name: Of its attention.
         policy: The model, unwrapped.
     """
-    from transformers import AttentionInterface
-
-    if name != "eager":
-        own = AttentionInterface()[name]
-        if not hasattr(own, ARGUMENT):
-            AttentionInterface.register(name, _split(own, name))
-        return
-    # Eager attention is a function of each model's own file.
-    for module in {sys.modules[type(layer).__module__] for layer in policy.modules()}:
-        own = getattr(module, _EAGER, None)
-        if own is not None and not hasattr(own, ARGUMENT):
-            setattr(module, _EAGER, _split(own, name))
+    for file in {sys.modules[type(layer).__module__] for layer in policy.modules()}:
+        # Eager attention is a function of each model's file; the others stand in a table that the files share.
+        functions = vars(file) if name == "eager" else getattr(file, _TABLE, {})
+        key = _EAGER if name == "eager" else name
+        if key in functions and not hasattr(functions[key], ARGUMENT):
+            functions[key] = _split(functions[key], name)
 
 
 def _split(own: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 import transformers as hf
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prefloss.training import PreferenceCollator, PreferenceObjective
 from prefloss.training.attention import Way
@@ -115,8 +116,6 @@ def test_branched_attention_is_attention_with_a_mask(lengths, scale):
 
 def test_flash_attention_gets_the_lengths_of_keys_and_queries(monkeypatch):
     """A stand-in with FlashAttention's signature in transformers, which is absent here."""
-    from transformers import AttentionInterface
-
     calls = []
 
     def flash(module, query, key, value, mask, scaling=None, **options):
@@ -141,7 +140,7 @@ def test_flash_attention_gets_the_lengths_of_keys_and_queries(monkeypatch):
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**LONG)).train()
     data = [group(30, [7, 20, 19]), group(5, [11, 9], seed=1)]
     wanted, gradient = computed(model, "padded", data)
-    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
     model.config._attn_implementation = "flash_attention_2"
     # Padded rows, which the trial compares with, stay with the attention that is here.
     monkeypatch.setattr("prefloss.training.score._way", lambda model, packed: Way("split"))
