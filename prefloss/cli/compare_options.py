@@ -26,7 +26,7 @@ class CompareOptions:
     losses: Annotated[
         list[str] | None,
         Argument(
-            help="Losses, as dpo ipo 'simpo(gamma=0.5)' '0.8*dpo + 0.2*nll'. dpo is added if it is not there."
+            help="Losses, as `dpo ipo 'simpo(gamma=0.5)' '0.8*dpo + 0.2*nll'`. dpo is added if it is not there."
         ),
     ] = None
     every: Annotated[bool, Option("--all", help="Compare all losses that the worlds can feed.")] = False
