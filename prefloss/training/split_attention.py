@@ -193,6 +193,9 @@ def register(name: str, policy: nn.Module) -> None:
 
 
 def _split(own: Callable[..., Any], name: str) -> Callable[..., Any]:
+    # Lengths change with every batch: compiled, each would be another program. Here, as it loads torch's compiler.
+    attend: Any = torch.compiler.disable()(Sequences.attend)
+
     @functools.wraps(own)
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **options: Any
@@ -201,16 +204,10 @@ def _split(own: Callable[..., Any], name: str) -> Callable[..., Any]:
         if sequences is None:
             return own(module, query, key, value, mask, *args, **options)
         of_block = _attention(name, functools.partial(own, module, **options), options)
-        return _attend(sequences, of_block, (query, key, value), mask), None
+        return attend(sequences, of_block, (query, key, value), mask), None
 
     setattr(attention, ARGUMENT, True)
     return attention
-
-
-# Lengths change with every batch: compiled, each would be another program.
-@torch.compiler.disable()
-def _attend(sequences: Sequences, attention: Attention, states: Sequence[Tensor], marker: Tensor) -> Tensor:
-    return sequences.attend(attention, states, marker)
 
 
 def _attention(name: str, own: Callable[..., Any], options: dict[str, Any]) -> Attention:
