@@ -26,7 +26,8 @@ class CompareOptions:
     losses: Annotated[
         list[str] | None,
         Argument(
-            help="Losses, as `dpo ipo 'simpo(gamma=0.5)' '0.8*dpo + 0.2*nll'`. dpo is added if it is not there."
+            help="Losses, as `dpo ipo 'simpo(gamma=0.5)' '0.8*dpo + 0.2*nll'`. dpo is added if it is not there, but for "
+            "losses of votes on --data."
         ),
     ] = None
     every: Annotated[bool, Option("--all", help="Compare all losses that the worlds can feed.")] = False
@@ -96,9 +97,13 @@ class CompareOptions:
         return Budget(**{name: value for name, value in given.items() if value is not None})
 
     def bound_losses(self) -> dict[str, prefloss.Loss]:
-        """The losses by the words that name them, DPO among them; a `CliError` for one that cannot be compared."""
+        """The losses by the words that name them; a `CliError` for one that cannot be compared.
+
+        DPO is among them, unless losses of votes alone are named for own data: these may hold no pairs.
+        """
         bound = {text: self._bound(text) for text in (prefloss.specs if self.every else self.losses or ())}
-        if not any(is_baseline(text) for text in bound):
+        only_votes = bound and all(loss.spec.feedback is prefloss.Labels for loss in bound.values())
+        if not any(is_baseline(text) for text in bound) and not (only_votes and self.data):
             bound = {"dpo": self._bound("dpo"), **bound}
         seen: dict[str, str] = {}
         for text, loss in bound.items():

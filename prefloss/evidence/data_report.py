@@ -43,8 +43,8 @@ class DataComparison:
 
     @property
     def baseline(self) -> str:
-        """The first loss that is DPO."""
-        return next(loss for loss in self.losses if is_baseline(loss))
+        """The first loss that is DPO; without one, the first loss."""
+        return next((loss for loss in self.losses if is_baseline(loss)), next(iter(self.losses)))
 
     @property
     def others(self) -> list[str]:
