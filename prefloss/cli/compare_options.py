@@ -26,8 +26,8 @@ class CompareOptions:
     losses: Annotated[
         list[str] | None,
         Argument(
-            help="Losses, as `dpo ipo 'simpo(gamma=0.5)' '0.8*dpo + 0.2*nll'`. dpo is added if it is not there, but for "
-            "losses of votes on --data."
+            help="Losses, as `dpo ipo 'simpo(gamma=0.5)' '0.8*dpo + 0.2*nll'`. dpo is added if it is not there, but "
+            "for losses of votes on --data."
         ),
     ] = None
     every: Annotated[bool, Option("--all", help="Compare all losses that the worlds can feed.")] = False
