@@ -23,6 +23,7 @@ import prefloss
 from prefloss.cli.compare_options import CompareOptions
 from prefloss.cli.comparison_folder import opened, versions
 from prefloss.cli.console import CliError, first_line
+from prefloss.cli.processes import cores
 from prefloss.evidence import report
 from prefloss.evidence.comparison import compared
 from prefloss.evidence.sweeps import FACTORS, Budget, data_hash, not_fed, run_sweep
@@ -62,16 +63,14 @@ def _as_options(budget: Budget) -> dict[str, Any]:
 
 def _each(plan: Sequence[Sweep], budget: Budget) -> Generator[dict[str, Any], None, None]:
     """Run the sweeps, one process a core, and give each as it finishes."""
-    cores = min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plan)
-    )
-    if cores <= 1:
+    workers = min(cores(), len(plan))
+    if workers <= 1:
         for sweep in plan:
             yield _run(*sweep, budget)
         return
     # Forked processes would share torch's threads.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(cores, mp_context=context, initializer=_begin_process)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_process)
     try:
         for future in as_completed([pool.submit(_run, *sweep, budget) for sweep in plan]):
             yield future.result()

@@ -19,6 +19,11 @@ from prefloss.training import distributed
 MEETING = timedelta(minutes=5)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def joined(longest_wait: timedelta | None = None) -> Iterator[None]:
     """The group of processes, if there are several.

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from prefloss.cli.command_options import ReproduceOptions
 from prefloss.cli.console import CliError, first_line, print_facts
+from prefloss.cli.processes import cores
 from prefloss.evidence import Experiment, Verdict
 from prefloss.evidence.experiments import experiments
 from prefloss.evidence.reproduction import Results, reproduce
@@ -107,10 +108,9 @@ def _outcomes(
     found: Sequence[Experiment], options: ReproduceOptions, folder: Path
 ) -> Iterator[tuple[Experiment, Results | Exception]]:
     """Results of each experiment, or its error, as they come."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Forked processes would inherit torch's threads in an unknown state.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(cores, len(found)), context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(min(cores(), len(found)), context, initializer=_one_thread) as pool:
         pending: dict[Future[Results], Experiment] = {
             pool.submit(
                 reproduce, experiment, _seeds(experiment, options), folder / experiment.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefloss.evidence import statistics
 from prefloss.evidence.experiment import Figure
-from prefloss.evidence.statistics import mean_interval
 from prefloss.worlds import Data, Runs, World, frontier, kl, measure, reward
 
 # From nearly the best completion alone to nearly the reference.
@@ -75,10 +76,8 @@ def at_kl(kls: Tensor, values: Tensor, target: float) -> Tensor:
 
     NaN where a seed's sweep does not reach so far.
     """
-    order = kls.argsort(0)
-    columns = zip(kls.gather(0, order).T.numpy(), values.gather(0, order).T.numpy(), strict=True)
-    found = [np.interp(target, x, y, left=np.nan, right=np.nan) for x, y in columns]
-    return torch.tensor(found, dtype=torch.float64)
+    found = (statistics.at_kl(x, y, target) for x, y in zip(kls.T.numpy(), values.T.numpy(), strict=True))
+    return torch.tensor([math.nan if value is None else value for value in found], dtype=torch.float64)
 
 
 def runs_at_kl(runs: Runs, target: float, what: Callable[[World, Tensor], Tensor] = reward) -> Tensor:
@@ -89,5 +88,5 @@ def runs_at_kl(runs: Runs, target: float, what: Callable[[World, Tensor], Tensor
 
 def over_seeds(name: str, values: Tensor | Sequence[float], expected: float | None = None) -> Figure:
     """The mean over the seeds, with its 95 % interval."""
-    mean, low, high = mean_interval([float(value) for value in values])
+    mean, low, high = statistics.mean_interval([float(value) for value in values])
     return Figure(name, mean, (low, high), expected)
