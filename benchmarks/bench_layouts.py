@@ -1,7 +1,7 @@
 """A whole training step on padded rows, packed ones, and prompts computed once: ``python -m benchmarks.bench_layouts``.
 
-The model's backbone dominates: 8 layers, H 512, V 4,096. The baseline is prefloss's own padded form, every prompt as
-often as it has completions.
+The model's layers dominate: 8 of H 512, or 4 of H 256, and V 4,096. The baseline is prefloss's own padded form, every
+prompt as often as it has completions. ``--limits`` measures what the time of shared prompts is held to.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import copy
 import logging
 import random
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -17,12 +18,12 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from benchmarks.bench_train_step import Step
-from benchmarks.measure import in_turns, report
-from benchmarks.shapes import LAYOUTS, Layout
+from benchmarks.measure import Record, in_turns, report
+from benchmarks.shapes import BY_LENGTH, LAYOUT_LIMITS, LAYOUTS, Layout
 from prefloss.integrations.transformers import PreferenceCollator, PreferenceLossCallback, Reference
 
 BASELINE = "padded"
-WAYS = (BASELINE, "packed", "shared_prefix")
+WAYS = (BASELINE, "packed", "shared_prefix", "auto")
 # of the gradient against that of padded rows, relative
 GRADIENT_LIMIT = 1e-4
 
@@ -35,7 +36,7 @@ def model(shape: Layout) -> LlamaForCausalLM:
         intermediate_size=8 * shape.width // 3,
         num_hidden_layers=shape.layers,
         num_attention_heads=max(1, shape.width // 64),
-        max_position_embeddings=2048,
+        max_position_embeddings=8192,
     )
     return LlamaForCausalLM(config)
 
@@ -84,37 +85,59 @@ def trainer(shape: Layout, policy: LlamaForCausalLM, layout: str, folder: str) -
     )
 
 
-def run(name: str, shape: Layout, rounds: int, save: bool) -> None:
-    """Measure the three layouts on one shape, and report."""
+def computed_tokens(step: Step) -> int:
+    """Tokens that the model computes in a step."""
+    counts: list[int] = []
+    hook = step.model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: counts.append(inputs[0].numel())
+    )
+    step.gradient()
+    hook.remove()
+    return counts[-1]
+
+
+def run(name: str, shape: Layout, ways: Sequence[str], rounds: int, save: bool) -> dict[str, Record]:
+    """Measure layouts on one shape, and report."""
     policy = model(shape)
     with tempfile.TemporaryDirectory() as folder:
-        steps = {layout: Step(trainer(shape, policy, layout, folder)) for layout in WAYS}
+        steps = {layout: Step(trainer(shape, policy, layout, folder)) for layout in ways}
         wanted = steps[BASELINE].gradient()
-        errors = {
-            layout: ((step.gradient() - wanted).norm() / wanted.norm()).item()
-            for layout, step in steps.items()
-        }
-        records = in_turns(dict(steps), rounds)
+        found = {layout: (step.gradient(), computed_tokens(step)) for layout, step in steps.items()}
+        records = in_turns(dict(steps), rounds, warm=False)
     for layout, record in records.items():
-        record.gradient_error = errors[layout]
-        record.ok = errors[layout] < GRADIENT_LIMIT
+        gradient, record.tokens = found[layout]
+        record.gradient_error = ((gradient - wanted).norm() / wanted.norm()).item()
+        record.ok = record.gradient_error < GRADIENT_LIMIT
     row = {"bench": "layouts", "what": "training step", "shape": name, "dtype": "float32", "frozen": False}
     report(f"{row['what']}, {shape}", records, BASELINE, row, "cpu", save)
+    return records
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    shapes = [name for name in LAYOUTS if name != "tiny"]
-    parser.add_argument("--shape", nargs="+", default=shapes, choices=LAYOUTS)
+    parser.add_argument("--shape", nargs="+", choices=LAYOUTS, help="default: those of 8 layers")
+    parser.add_argument("--lengths", action="store_true", help="pairs and rankings of 128 to 4,096 tokens")
+    parser.add_argument("--limits", action="store_true", help="the shapes with a limit, on two layouts")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry", action="store_true", help="write no results")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    for shape in arguments.shape:
-        run(shape, LAYOUTS[shape], arguments.rounds, not arguments.dry)
+    large = [name for name, shape in LAYOUTS.items() if shape.layers == 8]
+    shapes = arguments.shape or (
+        LAYOUT_LIMITS if arguments.limits else BY_LENGTH if arguments.lengths else large
+    )
+    ways = (
+        (BASELINE, "shared_prefix") if arguments.limits else tuple(dict.fromkeys((BASELINE, *arguments.ways)))
+    )
+    for name in shapes:
+        records = run(name, LAYOUTS[name], ways, arguments.rounds, not arguments.dry)
+        if arguments.limits:
+            ratio = records["shared_prefix"].median / records[BASELINE].median
+            print(f"{name}: {ratio:.3f} of the time of padded rows, limit {LAYOUT_LIMITS[name]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,19 +23,23 @@ SOURCES = ("prefloss/kernels", "prefloss/logprobs.py", "benchmarks/*.py")
 KEYS = ("bench", "what", "shape", "dtype", "frozen")
 COLUMNS = (
     *KEYS, "way", "median_ms", "min_ms", "max_ms", "rounds", "ratio", "baseline", "peak_extra_bytes", "logp_error",
-    "gradient_error", "ok", "device", "threads", "clock", "load", "commit", "versions", "date",
+    "gradient_error", "tokens", "ok", "device", "threads", "clock", "load", "commit", "versions", "date",
 )  # fmt: skip
 
 
 @dataclass
 class Record:
-    """One way, measured: milliseconds, MiB beyond what was in use before, and errors against float64."""
+    """One way, measured: milliseconds, MiB beyond what was in use before, and errors against float64.
+
+    `tokens`, where ways differ in them: those that the model computes.
+    """
 
     name: str
     milliseconds: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     logp_error: float = float("nan")
     gradient_error: float = float("nan")
+    tokens: int | None = None
     ok: bool = True
 
     @property
@@ -200,6 +204,7 @@ def numbers(record: Record, baseline: str, base: float) -> dict[str, object]:
         "peak_extra_bytes": "" if record.peak_mib != record.peak_mib else round(record.peak_mib * 2**20),
         "logp_error": f"{record.logp_error:.2e}",
         "gradient_error": f"{record.gradient_error:.2e}",
+        "tokens": "" if record.tokens is None else record.tokens,
         "ok": record.ok,
     }
 

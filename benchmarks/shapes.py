@@ -76,6 +76,39 @@ LAYOUTS = {
 }
 
 
+def _small(completions: int, prompt: int, completion: int, varied: bool = False) -> Layout:
+    """Of 4 layers, H 256: two pairs or one ranking, one pair where two are long."""
+    examples = 2 if completions == 2 and prompt + completion < 4000 else 1
+    return Layout(examples, completions, prompt, completion, varied, layers=4, width=256)
+
+
+BY_LENGTH = {
+    f"{kind}, {total // 2}+{total // 2}": _small(completions, total // 2, total // 2)
+    for kind, completions in (("pairs", 2), ("rankings of 8", 8))
+    for total in (128, 256, 512, 1024, 2048, 4096)
+}
+LAYOUTS |= BY_LENGTH | {
+    "pairs, 3200+800": _small(2, 3200, 800),
+    "pairs, 640+600, lengths vary": _small(2, 640, 600, varied=True),
+    "rankings of 8, 512+128": _small(8, 512, 128),
+    "rankings of 8, 256+1024": _small(8, 256, 1024),
+    "rankings of 8, 400+300, lengths vary": _small(8, 400, 300, varied=True),
+}
+
+LAYOUT_LIMITS = {
+    "pairs, 512+512": 0.85,
+    "pairs, 1024+1024": 0.87,
+    "pairs, 3200+800": 0.76,
+    "rankings of 8, 512+128": 0.38,
+    "rankings of 8, 512+512": 0.66,
+    "rankings of 8, 256+1024": 0.97,
+    "pairs 1:1": 0.75,
+    "pairs 4:1": 0.57,
+    "rankings of 8, 4:1": 0.31,
+}
+"""Time of shared prompts over padded rows, at most, on two cores with nothing else to do."""
+
+
 class Score(NamedTuple):
     """Examples of so many completions; prompt and completion are median lengths, tokens."""
 

@@ -1,17 +1,23 @@
-"""The tables of the README from `results/`: ``python -m benchmarks.tables`` writes them between their two markers."""
+"""The tables of README.md and docs/benchmarks.md from `results/`, and a picture: ``python -m benchmarks.tables``.
+
+Each page has two markers, between which its tables are written.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import shapes
+from benchmarks import pictures, shapes
 from benchmarks.measure import RESULTS, rows_of
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README, PAGE, PICTURE = (
+    ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/layouts-by-length.svg")
+)
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # of each kind of benchmark: shape, dtype
 SIZES = (("32k", "float32"), ("32k", "bfloat16"), ("128k", "float32"), ("128k", "bfloat16"))
 STEPS = (("1:1", "float32"), ("4:1", "float32"))
-LAYOUTS = tuple((shape, "float32") for shape in shapes.LAYOUTS if shape != "tiny")
+LAYOUTS = tuple((name, "float32") for name, shape in shapes.LAYOUTS.items() if shape.layers == 8)
 CLOCKS = {"wall": "wall time", "process": "processor time (where the machine had other work)"}
 Row = dict[str, str]
 
@@ -93,14 +99,43 @@ def mib(row: Row) -> str:
     return f"{int(extra) / 2**20:.0f}" if extra else "–"
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with other text between its markers."""
-    before, _, rest = readme.partition(BEGIN)
+def by_layout(rows: Sequence[Row]) -> str:
+    """Time, tokens, memory and errors of each batch of `shapes.LAYOUTS` by layout; nothing without rows."""
+    found = {(row["shape"], row["way"]): row for row in rows if row["bench"] == "layouts"}
+    lines = []
+    for shape in shapes.LAYOUTS:
+        padded, shared = found.get((shape, "padded")), found.get((shape, "shared_prefix"))
+        if padded is None or shared is None or not shared["tokens"]:
+            continue
+        ratios = [found.get((shape, way)) for way in ("packed", "shared_prefix", "auto")]
+        cells = ["" if row is None else f"{float(row['ratio']):.2f}" for row in ratios]
+        tokens = int(shared["tokens"]) / int(padded["tokens"])
+        memory = int(shared["peak_extra_bytes"]) / int(padded["peak_extra_bytes"])
+        error = float(shared["gradient_error"])
+        lines.append(f"| {shape} | {tokens:.2f} | {' | '.join(cells)} | {memory:.2f} | {error:.0e} |")
+    heading = (
+        "| batch: prompt+completion, tokens | tokens left | `packed` | `shared_prefix` | `auto` | memory | error of "
+        "gradients |\n|---|---|---|---|---|---|---|"
+    )
+    return "\n".join([heading, *lines]) if lines else ""
+
+
+def replaced(page: str, text: str) -> str:
+    """A page with other text between its markers."""
+    before, _, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}, in this order")
+        raise ValueError(f"page: expected the markers {BEGIN} and {END}, in this order")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write both pages and the picture."""
     README.write_text(replaced(README.read_text(), render()))
+    rows = [row for path in sorted(RESULTS.glob("*-cores.csv")) for row in rows_of(path)]
+    PAGE.write_text(replaced(PAGE.read_text(), by_layout(rows)))
+    pictures.draw_layouts([row for row in rows if row["bench"] == "layouts"], PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@
 - `write_reference_table`, `with_reference_logps`: what `prefloss reference` does, and its tables as columns of data.
 """
 
+from prefloss.training.auto_layout import Choice as Choice
 from prefloss.training.batch import PreferenceBatch as PreferenceBatch
 from prefloss.training.build_table import Built as Built
 from prefloss.training.build_table import ReferenceBuilder as ReferenceBuilder
@@ -24,6 +25,7 @@ from prefloss.training.objective import Result as Result
 from prefloss.training.reference import Reference as Reference
 from prefloss.training.score import Score as Score
 from prefloss.training.score import batch_logps as batch_logps
+from prefloss.training.score import explain_layout as explain_layout
 from prefloss.training.score import score_rows as score_rows
 from prefloss.training.scorer import Best as Best
 from prefloss.training.scorer import Scorer as Scorer

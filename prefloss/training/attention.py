@@ -38,15 +38,15 @@ def ways(policy: nn.Module, shares: bool) -> list[Way]:
         shares: True if completions of the batch share a prompt.
     """
     config = text_config(policy)
-    attention = _attention(config)
+    name = attention_of(config)
     unclear = getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
     windowed = (True, False) if unclear else (True,)
-    flash = attention.startswith("flash_attention")
+    flash = name.startswith("flash_attention")
     # FlashAttention reads the starts of sequences from the position ids at no cost.
-    splits = attention in ("sdpa", "eager") or (flash and shares)
+    splits = name in ("sdpa", "eager") or (flash and shares)
     split = [Way("split", each) for each in windowed] if splits else []
     by_positions = [] if shares else [Way("positions")]
-    masks = [Way("mask", each) for each in windowed] if attention in _MASKED else []
+    masks = [Way("mask", each) for each in windowed] if name in _MASKED else []
     return [*split, *by_positions, *masks]
 
 
@@ -72,7 +72,7 @@ def unsupported(policy: nn.Module, shares: bool) -> str | None:
     ):
         return "its forward takes no position_ids"
     if shares and not ways(policy, shares):
-        return f"its attention, {_attention(config)}, takes no mask; load the model with attn_implementation='sdpa'"
+        return f"its attention, {attention_of(config)}, takes no mask; load the model with attn_implementation='sdpa'"
     if shares and getattr(config, "output_router_logits", False):
         return "its router loss would weigh a shared prompt once"
     return None
@@ -88,7 +88,7 @@ def arranged(policy: nn.Module, packed: Packed, way: Way, one_row: bool = False)
         one_row: Put all sequences into one row, whatever that costs.
     """
     config = text_config(policy)
-    attention = _attention(config)
+    attention = attention_of(config)
     # A router's statistics would count padding; flash and flex attention skip what lies between sequences.
     one_row = (
         one_row or attention not in ("sdpa", "eager") or bool(getattr(config, "output_router_logits", False))
@@ -113,7 +113,8 @@ def _inner(policy: Any) -> Any:
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
-def _attention(config: Any) -> str:
+def attention_of(config: Any) -> str:
+    """Name of the attention function that a configuration asks for."""
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 

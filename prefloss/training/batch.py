@@ -37,7 +37,9 @@ micro-batches, [terms + 1]."""
 MISMATCHED = "kl_"
 """Prefix of the tokens of prompts paired with completions of other examples."""
 
-_OTHER_NAMES = frozenset(("completion_mask", "label", "scores", "labels", REFERENCE, COUNTS, *layouts.NAMES))
+_OTHER_NAMES = frozenset(
+    ("completion_mask", "label", "scores", "labels", REFERENCE, COUNTS, layouts.PROMPTS, *layouts.NAMES)
+)
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Rows:
         targets: Token that each position predicts, [rows, T], `IGNORE_INDEX` where nothing is scored. In a packed batch
             they are left-aligned in each row.
         packed: The tokens of a batch without padding, or None.
+        prompts: Of padded rows that may run in another layout, what they share (`layouts.PROMPTS`); or None.
     """
 
     inputs: dict[str, Any]
     targets: Tensor
     packed: Packed | None = None
+    prompts: Tensor | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -63,7 +67,9 @@ class Rows:
     def to(self, device: torch.device) -> Rows:
         """The same rows on a device."""
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
-        return Rows(inputs, self.targets.to(device), None if self.packed is None else self.packed.to(device))
+        packed = None if self.packed is None else self.packed.to(device)
+        prompts = None if self.prompts is None else self.prompts.to(device)
+        return Rows(inputs, self.targets.to(device), packed, prompts)
 
     def token_ids(self) -> Iterator[tuple[list[int], list[int]]]:
         """Prompt and completion ids of each row, truncated as in the batch."""
@@ -190,7 +196,8 @@ class PreferenceBatch(dict[str, Any]):
         inputs = {name: value for name, value in tensors.items() if name not in ours}
         if layouts.SOURCES in tensors:
             return Rows(inputs, tensors[layouts.TARGETS], Packed.of(tensors))
-        return Rows(inputs, completion_targets(tensors["input_ids"], tensors["completion_mask"]))
+        targets = completion_targets(tensors["input_ids"], tensors["completion_mask"])
+        return Rows(inputs, targets, prompts=tensors.get(layouts.PROMPTS))
 
     def _check_whole(self) -> None:
         """Refuse a batch whose tensors are not those of a collator, or were sliced or joined.

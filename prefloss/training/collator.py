@@ -18,10 +18,10 @@ from prefloss.data.tokens import Encoded, pad
 from prefloss.feedback import Labels, Pairs
 from prefloss.logratios import IGNORE_INDEX
 from prefloss.training.batch import MISMATCHED, REFERENCE, PreferenceBatch
-from prefloss.training.layouts import pack
+from prefloss.training.layouts import PROMPTS, pack, prompts
 from prefloss.training.model_inputs import check_no_raw, joined, model_input_names
 
-Layout = Literal["padded", "packed", "shared_prefix"]
+Layout = Literal["auto", "padded", "packed", "shared_prefix"]
 _LAYOUTS = get_args(Layout)
 # This many labels of one kind, and none of the other, suggest a mistake.
 _ONE_SIDED = 64
@@ -52,7 +52,8 @@ class PreferenceCollator:
         layout: Arrangement of the tokens; the log-probs are the same. "padded": one row each, padded to the longest.
             "packed": no padding, all sequences in one row. "shared_prefix": packed, with each prompt once, followed
             by all its completions; each completion attends to the prompt and to itself. Models without support
-            (state-space layers, attention without masks) get padded rows, with a warning.
+            (state-space layers, attention without masks) get padded rows, with a warning. "auto": padded rows, which
+            run in the layout of the least estimated time; see `prefloss.training.explain_layout`.
         mismatched: Also score each prompt of labelled data with the completion of the example before it (the first with
             that of the last), as TRL does, for KTO's estimate of the KL. Costs two more forward passes; needs batches
             of two examples or more.
@@ -81,7 +82,7 @@ class PreferenceCollator:
         *,
         pad_token_id: int | None = None,
         max_length: int | None = None,
-        layout: Layout = "padded",
+        layout: Layout = "auto",
         mismatched: bool = False,
         model_inputs: Sequence[str] = (),
     ) -> None:
@@ -104,13 +105,13 @@ class PreferenceCollator:
         """Make a batch: the tokens of its rows, and tensors that say which rows belong together.
 
         Returns:
-            `input_ids`, `attention_mask`, `completion_mask`, right-padded rows [rows, T] (the other layouts: one row
-            [1, N] with `position_ids`, `sequence_ids`, `row_ids`, `targets`, `sources`, `shared`); `chosen_rows` and
-            `rejected_rows` [pairs] (chosen rows come first), `completion_rows` and `label` [n], or `group_rows` and
-            `scores` [groups, K] (-1 and 0 where a group has fewer); the optional feedback under its column's name
-            (`scores` for `score`); `ref_logps` [rows]; and `labels` [examples], 1 or -100, as transformers' trainer
-            counts examples that can be compared. With `mismatched`, the tokens of mismatched rows under names that
-            begin with `kl_`.
+            `input_ids`, `attention_mask`, `completion_mask`, right-padded rows [rows, T], for "auto" with
+            `shared_prompts` [rows, 2] (the other layouts: one row [1, N] with `position_ids`, `sequence_ids`,
+            `row_ids`, `targets`, `sources`, `shared`); `chosen_rows` and `rejected_rows` [pairs] (chosen rows come
+            first), `completion_rows` and `label` [n], or `group_rows` and `scores` [groups, K] (-1 and 0 where a group
+            has fewer); the optional feedback under its column's name (`scores` for `score`); `ref_logps` [rows]; and
+            `labels` [examples], 1 or -100, as transformers' trainer counts examples that can be compared. With
+            `mismatched`, the tokens of mismatched rows under names that begin with `kl_`.
 
         Raises:
             ValueError: If an example is not what its columns say, or unlike the others.
@@ -158,8 +159,11 @@ class PreferenceCollator:
         return read, inputs
 
     def _tokens(self, rows: list[list[Encoded]], order: list[tuple[int, int]]) -> dict[str, Tensor]:
-        if self.layout == "padded":
-            return pad([rows[i][j] for i, j in order], self.pad_token_id, self.max_length)
+        if self.layout in ("auto", "padded"):
+            padded = pad([rows[i][j] for i, j in order], self.pad_token_id, self.max_length)
+            if self.layout == "auto" and not self.model_inputs:
+                padded[PROMPTS] = prompts(rows, order, True, self.max_length)
+            return padded
         return pack(rows, order, self.layout == "shared_prefix", self.max_length)
 
     def _previous_completions(self, read: list[Example], kind: type) -> dict[str, Tensor]:

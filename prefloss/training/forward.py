@@ -7,6 +7,7 @@ its output head is replaced: it scores the completion tokens and returns a row o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -139,8 +140,10 @@ def _forward(
         widths.append(spec.rows)
         return probe.in_place_of_logits(spec, hidden, results[-1])
 
+    # In a compiled model, each of these functions would be another program.
+    disabled = torch.compiler.disable(head) if "torch._dynamo" in sys.modules else head
     try:
-        with _replaced_forward(spec.module, head):
+        with _replaced_forward(spec.module, disabled):
             outputs = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
     except IndexError:
         # Not before: some models take ids beyond their vocabulary, for images, say.

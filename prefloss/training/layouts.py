@@ -1,6 +1,6 @@
 """Batches without padding: sequences one after another in one row, each prompt once where completions share it.
 
-`pack` writes the batch for the collator; `Packed` reads it and arranges the tokens for a model.
+`pack` writes the batch for the collator; `Packed` reads it, or padded rows, and arranges the tokens for a model.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefloss.data.tokens import Encoded
-from prefloss.logratios import IGNORE_INDEX
+from prefloss.data.tokens import Encoded, pad
+from prefloss.logratios import IGNORE_INDEX, completion_targets
 
 SEQUENCES, ROWS, TARGETS, SOURCES, SHARED = "sequence_ids", "row_ids", "targets", "sources", "shared"
 NAMES = (SEQUENCES, ROWS, TARGETS, SOURCES, SHARED)
@@ -27,6 +27,11 @@ NAMES = (SEQUENCES, ROWS, TARGETS, SOURCES, SHARED)
 - `shared`, [1]: True for the layout with shared prompts. A flag of the layout, not of the batch's contents: a batch may
   have no two rows with one prompt, and all processes must take the same path.
 """
+
+
+PROMPTS = "shared_prompts"
+"""What padded rows hold besides their tokens if they may run in another layout, [rows, 2]: a number that rows with one
+prompt have in common, and the length of what they share, tokens."""
 
 
 def pack(
@@ -44,59 +49,49 @@ def pack(
             of an example differ at their end, their common start is shared.
         max_length: Tokens of a row, prompt and completion, at most; None for all.
     """
-    sequences: dict[Any, list[int]] = {}
-    rows: list[_Row] = []
-    for number, (i, j) in enumerate(order):
+    padded = pad([examples[i][j] for i, j in order], 0, max_length)
+    packed = Packed.of_padded(padded, prompts(examples, order, share, max_length), share)
+    found = completion_targets(padded["input_ids"], padded["completion_mask"])
+    scored = found != IGNORE_INDEX
+    counts = scored.sum(1, keepdim=True)
+    targets = found.new_full((len(found), max(1, int(counts.max()))), IGNORE_INDEX)
+    aligned = torch.arange(targets.shape[1]) < counts
+    return {
+        "input_ids": packed.ids[None],
+        "position_ids": packed.positions[None],
+        SEQUENCES: packed.sequences[None],
+        ROWS: packed.rows[None],
+        TARGETS: targets.masked_scatter(aligned, found[scored]),
+        SOURCES: torch.zeros_like(targets).masked_scatter(aligned, packed.sources[scored]),
+        SHARED: torch.tensor([share]),
+    }
+
+
+def prompts(
+    examples: Sequence[Sequence[Encoded]],
+    order: Sequence[tuple[int, int]],
+    share: bool,
+    max_length: int | None,
+) -> Tensor:
+    """What the rows of a batch have in common, see `PROMPTS`. Arguments as for `pack`."""
+    numbers: dict[Any, int] = {}
+    found = []
+    common = [_common([prompt for prompt, _ in example]) for example in examples]
+    for row, (i, j) in enumerate(order):
         prompt, completion = examples[i][j]
-        ids = (prompt + completion)[:max_length]
-        start = min(_common([one for one, _ in examples[i]]) if share else len(prompt), len(ids))
-        rows.append(_Row(ids[:start], ids[start:], max(0, len(prompt) - start)))
-        sequences.setdefault(tuple(ids[:start]) if share and start else number, []).append(number)
-    return {**_flat(list(sequences.values()), rows), SHARED: torch.tensor([share])}
-
-
-class _Row(NamedTuple):
-    """Tokens of a row: those that it may share, its own, and how many of its own still belong to the prompt."""
-
-    start: list[int]
-    end: list[int]
-    unscored: int
+        length = len(prompt) + len(completion)
+        shared = min(
+            common[i] if share else len(prompt), length if max_length is None else min(length, max_length)
+        )
+        number = numbers.setdefault(tuple(prompt[:shared]), row) if share and shared else row
+        found.append((number, shared))
+    return torch.tensor(found)
 
 
 def _common(prompts: list[list[int]]) -> int:
     """Length of the longest common prefix."""
     same = (len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False))
     return sum(itertools.takewhile(bool, same))
-
-
-def _flat(sequences: list[list[int]], rows: list[_Row]) -> dict[str, Tensor]:
-    columns: tuple[list[int], ...] = ([], [], [], [])
-    width = max(1, *(len(row.end) - row.unscored for row in rows))
-    targets = torch.full((len(rows), width), IGNORE_INDEX)
-    sources = torch.zeros(len(rows), width, dtype=torch.long)
-
-    def write(tokens: list[int], position: int, sequence: int, row: int) -> None:
-        count = len(tokens)
-        values = (tokens, range(position, position + count), [sequence] * count, [row] * count)
-        for column, new in zip(columns, values, strict=True):
-            column.extend(new)
-
-    for sequence, members in enumerate(sequences):
-        start = rows[members[0]].start
-        write(start, 0, sequence, -1)
-        last_shared = len(columns[0]) - 1 if start else -1
-        for number in members:
-            _, end, unscored = rows[number]
-            first = len(columns[0])
-            write(end, len(start), sequence, number)
-            for column, token in enumerate(end[unscored:]):
-                position = first + unscored + column
-                source = position - 1 if position > first else last_shared
-                if source >= 0:
-                    targets[number, column], sources[number, column] = token, source
-    names = ("input_ids", "position_ids", SEQUENCES, ROWS)
-    batch = {name: torch.tensor([column]) for name, column in zip(names, columns, strict=True)}
-    return {**batch, TARGETS: targets, SOURCES: sources}
 
 
 class Arranged(NamedTuple):
@@ -138,6 +133,38 @@ class Packed:
         )
         return cls(ids, positions, sequences, rows, batch[SOURCES], bool(batch[SHARED]))
 
+    @classmethod
+    def of_padded(cls, inputs: Mapping[str, Tensor], prompts: Tensor, share: bool) -> Packed:
+        """The tokens of padded rows, whose shape [rows, T] their sources keep.
+
+        Args:
+            inputs: `input_ids` and `attention_mask`, [rows, T] each.
+            prompts: See `PROMPTS`. Rows whose prompts differ after all share nothing.
+            share: Keep the tokens once that rows share.
+        """
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        own = torch.arange(len(ids), device=ids.device)
+        number, length = prompts.unbind(1)
+        in_prompt = torch.arange(ids.shape[1], device=ids.device) < length[:, None]
+        first = (number[:, None] == number).int().argmax(1) if share else own
+        same = ((ids == ids[first]) & mask & mask[first]) | ~in_prompt
+        first = torch.where(same.all(1) & (length == length[first]), first, own)
+        kept = mask & (~in_prompt | (first == own)[:, None])
+        order = first.argsort(stable=True)
+        row, column = kept[order].nonzero().unbind(1)
+        row = order[row]
+        places = torch.zeros_like(ids)
+        places[row, column] = torch.arange(len(row), device=ids.device)
+        _, sequences = torch.unique_consecutive(first[row], return_inverse=True)
+        return cls(
+            ids[row, column],
+            column,
+            sequences,
+            torch.where(in_prompt[row, column], -1, row),
+            torch.where(in_prompt, places[first], places),
+            share,
+        )
+
     def to(self, device: torch.device) -> Packed:
         """The same tokens on a device."""
         names = ("ids", "positions", "sequences", "rows", "sources")
@@ -150,7 +177,7 @@ class Packed:
         """
         lengths = torch.bincount(self.sequences).tolist()
         width = sum(lengths) if one_row else max(lengths)
-        count, firsts = _bins(lengths, width)
+        count, firsts = bins(lengths, width)
         device = self.ids.device
         starts = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
         shift = torch.tensor(firsts, device=device) - starts
@@ -207,7 +234,7 @@ class Packed:
         return rows
 
 
-def _bins(lengths: list[int], width: int) -> tuple[int, list[int]]:
+def bins(lengths: list[int], width: int) -> tuple[int, list[int]]:
     """First-fit packing, longest first: number of rows of that width, and the offset of each sequence."""
     free: list[int] = []
     firsts = [0] * len(lengths)

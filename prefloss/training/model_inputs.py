@@ -29,7 +29,7 @@ def model_input_names(names: Sequence[str], layout: str) -> tuple[str, ...]:
         raise TypeError(
             f"model_inputs: got {shown(names)}, expected a list of columns, such as ['pixel_values']"
         )
-    if names and layout != "padded":
+    if names and layout not in ("auto", "padded"):
         raise ValueError(
             f"layout: got {layout!r} beside model_inputs={[*names]!r}, expected 'padded': in one row without padding, "
             "images would no longer stand beside their tokens"

@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prefloss.arguments import instance, integer
 from prefloss.data.tokens import Encoded, pad
 from prefloss.logratios import completion_targets
-from prefloss.training import attention
+from prefloss.training import attention, distributed
 from prefloss.training.attention import Way
-from prefloss.training.batch import Rows
+from prefloss.training.auto_layout import Choice, Lengths, choose
+from prefloss.training.batch import PreferenceBatch, Rows
 from prefloss.training.forward import ModelLogps, evaluating, model_logps, unwrapped
 from prefloss.training.layouts import Packed
 from prefloss.training.trial import Verdict, judge
+
+logger = logging.getLogger(__name__)
 
 # Training batches after which a model is tried again, as its weights have changed; then whenever they have doubled.
 _REPEAT = 64
 
 
 class _Known:
-    """A verdict on packed batches, the training batches since then, and whether it was warned of."""
+    """What is known of a model: verdicts by whether prompts are shared, and the layout chosen for it."""
 
-    def __init__(self, verdict: Verdict) -> None:
-        self.verdict = verdict
-        self.batches = 0
-        self.warned = False
+    def __init__(self) -> None:
+        self.verdicts: dict[bool, Verdict] = {}
+        # Training batches by what they counted for: a verdict, or (None) a choice.
+        self.batches: Counter[bool | None] = Counter()
+        self.choice: Choice | None = None
+        self.said: set[object] = set()
+
+    def due(self, model: nn.Module, what: bool | None) -> bool:
+        """Count a batch; whether a verdict or choice of an earlier one is made again."""
+        # Evaluation does not count: its number of batches may differ between processes.
+        if not (model.training and torch.is_grad_enabled()):
+            return False
+        self.batches[what] += 1
+        count = self.batches[what]
+        return count >= _REPEAT and count & (count - 1) == 0
 
 
-# By whether prompts are shared.
-_known: WeakKeyDictionary[nn.Module, dict[bool, _Known]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def batch_logps(model: nn.Module, rows: Rows) -> ModelLogps:
@@ -42,41 +57,93 @@ def batch_logps(model: nn.Module, rows: Rows) -> ModelLogps:
 
     A packed batch runs packed if the model computes the same log-probs from it as from padded rows. That is tried at
     the model's first batch and again in training, on rows made for it (`trial`). Otherwise batches run as padded rows,
-    and a warning says why, once.
+    and a warning says why, once. Padded rows that may run in another layout do where that takes less time
+    (`explain_layout`); a line of the log says so.
 
     Args:
         model: A causal language model, wrapped as it is trained.
         rows: Of a batch.
     """
-    if rows.packed is None:
+    packed, way = rows.packed, None
+    if rows.prompts is not None and rows.inputs.keys() == {"input_ids", "attention_mask"}:
+        layout = _chosen(model, rows.inputs["attention_mask"], rows.prompts).layout
+        if layout != "padded":
+            packed = Packed.of_padded(rows.inputs, rows.prompts, layout == "shared_prefix")
+    if packed is not None:
+        way = _way(model, packed)
+    if packed is not None and way is not None:
+        tokens = attention.arranged(unwrapped(model), packed, way)
+    elif rows.packed is not None:
+        tokens = rows.packed.padded()
+    else:
         return model_logps(model, rows.inputs, rows.targets)
-    way = _way(model, rows.packed)
-    tokens = rows.packed.padded() if way is None else attention.arranged(unwrapped(model), rows.packed, way)
     return model_logps(model, tokens.inputs, rows.targets, positions=tokens.positions)
+
+
+def explain_layout(model: nn.Module, batch: Mapping[str, Any]) -> Choice:
+    """The layout that a batch of `PreferenceCollator(layout="auto")` takes with a model, and why.
+
+    Args:
+        model: A causal language model of transformers, on the device it runs on, wrapped as it is trained.
+        batch: Of the collator.
+
+    Returns:
+        The choice; `print` it.
+
+    Raises:
+        ValueError: If the batch has a layout already.
+    """
+    instance("model", model, nn.Module, "a causal language model of transformers")
+    rows = PreferenceBatch.of(batch).rows
+    if rows.prompts is None:
+        raise ValueError("batch: got one with a layout, expected one of PreferenceCollator(layout='auto')")
+    device = next(model.parameters()).device
+    lengths = Lengths.of(rows.inputs["attention_mask"], rows.prompts)
+    return choose(model, lengths, device, lambda shares: _verdict(model, shares, device))
+
+
+def _chosen(model: nn.Module, mask: Tensor, prompts: Tensor) -> Choice:
+    """The layout for padded rows with this attention mask, [rows, T]."""
+    known = _of(model)
+    # Processes must choose together, so they do not at each batch.
+    again = known.due(model, None) or distributed.size() == 1
+    if known.choice is None or again:
+        device = mask.device
+        known.choice = choose(
+            model, Lengths.of(mask, prompts), device, lambda shares: _verdict(model, shares, device)
+        )
+        if known.choice.layout not in known.said and distributed.rank() == 0:
+            known.said.add(known.choice.layout)
+            logger.info("%s: %s", type(unwrapped(model)).__name__, known.choice)
+    return known.choice
+
+
+def _of(model: nn.Module) -> _Known:
+    return _known.setdefault(unwrapped(model), _Known())
+
+
+def _verdict(model: nn.Module, shares: bool, device: torch.device) -> Verdict:
+    known = _of(model)
+    if shares not in known.verdicts:
+        known.verdicts[shares] = judge(model, shares, device)
+    return known.verdicts[shares]
 
 
 def _way(model: nn.Module, packed: Packed) -> Way | None:
     """How the model's attention keeps the sequences of a batch apart; None: as padded rows."""
-    policy = unwrapped(model)
-    by_sharing = _known.setdefault(policy, {})
-    known = by_sharing.get(packed.shares)
-    if known is None:
-        known = by_sharing[packed.shares] = _Known(judge(model, packed.shares, packed.ids.device))
-    elif model.training and torch.is_grad_enabled():
-        # Evaluation does not count: its number of batches may differ between processes.
-        known.batches += 1
-        again = known.batches >= _REPEAT and known.batches & (known.batches - 1) == 0
-        if again and known.verdict.way is not None:
-            known.verdict = judge(model, packed.shares, packed.ids.device)
-    way, longest, reason = known.verdict
+    known, shares, device = _of(model), packed.shares, packed.ids.device
+    if shares in known.verdicts and known.due(model, shares) and known.verdicts[shares].way is not None:
+        del known.verdicts[shares]
+    way, longest, reason = _verdict(model, shares, device)
     if way is not None and (longest is None or int(packed.positions.max()) < longest):
         return way
-    if not known.warned:
-        known.warned = True
-        action = "share a prompt" if packed.shares else "train on packed batches"
+    if shares not in known.said:
+        known.said.add(shares)
+        action = "share a prompt" if shares else "train on packed batches"
         which = "Its batches" if way is None else "Batches with longer ones"
+        name = type(unwrapped(model)).__name__
         warnings.warn(
-            f"layout: {type(policy).__name__} cannot {action}: {reason}. {which} are laid out as padded rows.",
+            f"layout: {name} cannot {action}: {reason}. {which} are laid out as padded rows.",
             UserWarning,
             stacklevel=3,
         )

@@ -11,7 +11,7 @@ from prefloss.logratios import completion_targets
 from prefloss.training.batch import Rows
 from prefloss.training.layouts import TARGETS, Packed, pack
 
-# Sharing needs a mask, which costs more than causal attention: it must save at least this part of the tokens.
+# Sharing needs attention calls of its own, so it must save at least this part of the tokens.
 _SAVED = 0.2
 
 

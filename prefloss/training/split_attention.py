@@ -81,11 +81,9 @@ class Sequences:
             else:
                 # One completion follows its prompt like any other tokens.
                 alone.append(range(prompt.start, completions[-1].stop if completions else prompt.stop))
-        together = [(pieces, None) for pieces in _alike(alone)]
+        together = [(pieces, None) for pieces in alike(alone)]
         first = [piece.start for pieces, _ in together for piece in pieces]
-        together += [
-            (pieces, first.index(prompt.start)) for prompt, own in families for pieces in _alike(own)
-        ]
+        together += [(pieces, first.index(prompt.start)) for prompt, own in families for pieces in alike(own)]
         calls = tuple(Call(tuple(map(len, pieces)), prompt) for pieces, prompt in together)
         tokens = [token for pieces, _ in together for piece in pieces for token in piece]
         return cls(calls, limits), torch.tensor(tokens, device=rows.device)
@@ -125,7 +123,7 @@ class Sequences:
                 query, key, value, call.lengths, None if call.prompt is None else prompts[call.prompt]
             )
             results.append(attention(block, self.limits[kind], functools.partial(self._mask, kind, block)))
-        return torch.cat(results, 1)
+        return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def _mask(self, kind: str, block: Block, causal: bool) -> Tensor | None:
         """For the longest sequence of a block, [1, 1, own, before + own]; the shorter ones are filled up at their end.
@@ -173,6 +171,21 @@ class Block(NamedTuple):
 
 Attention = Callable[[Block, int | None, Callable[[bool], Any]], Tensor]
 """Takes a block, the tokens that a token reaches, and what makes its mask; returns [1, N, heads, D]."""
+
+
+def alike(pieces: Sequence[range]) -> list[list[range]]:
+    """Sequences for one call each, the longest first, so that padding adds a small part."""
+    calls: list[list[range]] = []
+    tokens = 0
+    for piece in sorted(pieces, key=len, reverse=True):
+        call = calls[-1] if calls else []
+        if call and (len(call) + 1) * len(call[0]) <= (1 + _PADDING) * (tokens + len(piece)):
+            call.append(piece)
+            tokens += len(piece)
+        else:
+            calls.append([piece])
+            tokens = len(piece)
+    return calls
 
 
 def register(name: str, policy: nn.Module) -> None:
@@ -263,21 +276,6 @@ def _pieces(sequences: Tensor, rows: Tensor) -> list[list[range]]:
     pieces = [(range(end - count, end)) for end, count in zip(ends, counts.tolist(), strict=True)]
     grouped = itertools.groupby(zip(runs[0].tolist(), pieces, strict=True), key=lambda item: item[0])
     return [[piece for _, piece in group] for _, group in grouped]
-
-
-def _alike(pieces: Sequence[range]) -> list[list[range]]:
-    """Pieces for one call each, the longest first, so that padding adds a small part."""
-    calls: list[list[range]] = []
-    tokens = 0
-    for piece in sorted(pieces, key=len, reverse=True):
-        call = calls[-1] if calls else []
-        if call and (len(call) + 1) * len(call[0]) <= (1 + _PADDING) * (tokens + len(piece)):
-            call.append(piece)
-            tokens += len(piece)
-        else:
-            calls.append([piece])
-            tokens = len(piece)
-    return calls
 
 
 def _lower_right(kind: str, limit: int | None, before: int, own: int, like: Tensor) -> Tensor:
