@@ -252,7 +252,8 @@ def choose(
         work = packed_work(lengths, share, way, kernel)
         values = [work.tokens, padded.tokens]
         values += [_seconds(work, policy, device, True), _seconds(padded, policy, device, False)]
-        tokens, all_tokens, time, all_time = distributed.all_sum(torch.tensor(values, device=device)).tolist()
+        on_device = torch.tensor(values, device=device if distributed.size() > 1 else None)
+        tokens, all_tokens, time, all_time = distributed.all_sum(on_device).tolist()
         return time / all_time, tokens / all_tokens
 
     candidates = []

@@ -83,6 +83,8 @@ def batch_logps(model: nn.Module, rows: Rows) -> ModelLogps:
 def explain_layout(model: nn.Module, batch: Mapping[str, Any]) -> Choice:
     """The layout that a batch of `PreferenceCollator(layout="auto")` takes with a model, and why.
 
+    In a training on several processes, every process must call this.
+
     Args:
         model: A causal language model of transformers, on the device it runs on, wrapped as it is trained.
         batch: Of the collator.

@@ -121,6 +121,24 @@ def test_processes_choose_together(on_ranks):
     assert found[0].tokens == pytest.approx((4608 + 1024) / (8192 + 1024))
 
 
+def test_all_processes_run_the_layout_that_they_chose(on_ranks):
+    votes = [{"prompt_ids": [token] * 300, "completion_ids": [7, 8], "label": True} for token in (5, 6)]
+    gains, alone = PreferenceCollator()([group(300, [200, 200, 190])]), PreferenceCollator()(votes)
+
+    def shape(rank):
+        """Of the second batch, for which one process would take padded rows."""
+        policy, shapes = model(), []
+        batch_logps(policy, (alone if rank else gains).rows)
+        policy.get_input_embeddings().register_forward_hook(
+            lambda module, ids, out: shapes.append(tuple(ids[0].shape))
+        )
+        batch_logps(policy, alone.rows)
+        return shapes
+
+    assert explain_layout(model(), alone).layout == "padded"
+    assert on_ranks(shape) == [[(1, 604)], [(1, 604)]]
+
+
 def test_the_default_takes_the_numbers_of_padded_rows_and_says_which_layout(caplog):
     policy = model()
     data = [group(300, [200, 200, 190, 64]), group(100, [90], seed=1)]
