@@ -22,6 +22,12 @@ SDPA, EAGER, FLASH = Kernel(False, True, True), Kernel(False, False, False), Ker
 LENGTHS = Lengths([(10, [15, 17]), (3, [8])])
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Estimates for a CPU depend on its threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
 def model(**changes):
     torch.manual_seed(0)
     return hf.LlamaForCausalLM(
@@ -123,7 +129,7 @@ def test_processes_choose_together(on_ranks):
 
 def test_all_processes_run_the_layout_that_they_chose(on_ranks):
     votes = [{"prompt_ids": [token] * 300, "completion_ids": [7, 8], "label": True} for token in (5, 6)]
-    gains, alone = PreferenceCollator()([group(300, [200, 200, 190])]), PreferenceCollator()(votes)
+    gains, alone = PreferenceCollator()([group(600, [350, 300, 200, 150])]), PreferenceCollator()(votes)
 
     def shape(rank):
         """Of the second batch, for which one process would take padded rows."""
@@ -141,7 +147,7 @@ def test_all_processes_run_the_layout_that_they_chose(on_ranks):
 
 def test_the_default_takes_the_numbers_of_padded_rows_and_says_which_layout(caplog):
     policy = model()
-    data = [group(300, [200, 200, 190, 64]), group(100, [90], seed=1)]
+    data = [group(600, [350, 300, 200, 64]), group(100, [90], seed=1)]
     assert explain_layout(policy, PreferenceCollator()(data)).layout == "shared_prefix"
     with caplog.at_level(logging.INFO, "prefloss.training"), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -156,13 +162,13 @@ def test_the_default_takes_the_numbers_of_padded_rows_and_says_which_layout(capl
     shapes = []
     policy.get_input_embeddings().register_forward_hook(lambda module, ids, out: shapes.append(ids[0].shape))
     computed(policy, "auto", data)
-    assert shapes == [(1, 300 + 200 + 200 + 190 + 64 + 100 + 90)]
+    assert shapes == [(1, 600 + 350 + 300 + 200 + 64 + 100 + 90)]
 
 
 def test_a_batch_that_was_joined_shares_only_what_is_equal():
     policy = model()
     rows = [
-        PreferenceCollator()([{"prompt_ids": [prompt] * 300, "completion_ids": [7, 8], "label": True}] * 2)
+        PreferenceCollator()([{"prompt_ids": [prompt] * 900, "completion_ids": [7, 8], "label": True}] * 3)
         for prompt in (5, 6)
     ]
     joined = type(rows[0])({name: torch.cat([batch[name] for batch in rows]) for name in rows[0]})
