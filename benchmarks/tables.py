@@ -31,16 +31,13 @@ def render(folder: Path = RESULTS) -> str:
 def of_machine(path: Path) -> str:
     """The tables of one file, those that it has rows for."""
     rows = rows_of(path)
-    shown = [row for row in rows if row.get("bench") in ("linear", "logits", "train_step", "layouts")]
+    large = {shape for shape, _ in LAYOUTS}
+    shown = [row for row in rows if row.get("bench") in ("linear", "logits", "train_step")]
+    shown += [row for row in rows if row.get("bench") == "layouts" and row["shape"] in large]
     if not shown:
         return ""
-    loads = sorted({float(row["load"]) for row in shown})
-    clocks = " and ".join(sorted({CLOCKS[row["clock"]] for row in shown}))
-    threads = " or ".join(sorted({row["threads"] for row in shown}))
     parts = [
-        f"Measured on {path.stem.replace('-', ' ')}, {threads} of them used ({shown[0]['versions']}), in turns in one "
-        f"process: medians of {clocks}; load average {loads[0]:g} to {loads[-1]:g}. All rows, with spread and commit: "
-        f"[{path.name}](benchmarks/results/{path.name})."
+        f"{conditions(shown)} All rows, with spread and commit: [{path.name}](benchmarks/results/{path.name})."
     ]
     for frozen, head in (("False", "trainable"), ("True", "frozen")):
         products = "two" if frozen == "True" else "three"
@@ -68,11 +65,22 @@ def of_machine(path: Path) -> str:
     )
     parts += table(
         "A whole training step by layout of the batch (Llama, 8 layers, H 512, V 4,096): time over that of padded rows",
-        [row for row in rows if row["bench"] == "layouts"],
+        [row for row in shown if row["bench"] == "layouts"],
         LAYOUTS,
         lambda row: f"{float(row['ratio']):.2f}",
     )
     return "\n\n".join(parts)
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """Machine, threads, versions, clock and load of rows."""
+    loads = sorted({float(row["load"]) for row in rows})
+    clocks = " and ".join(sorted({CLOCKS[row["clock"]] for row in rows}))
+    threads = " or ".join(sorted({row["threads"] for row in rows}))
+    return (
+        f"Measured on {rows[0]['device'].replace('-', ' ')}, {threads} of them used ({rows[0]['versions']}), in turns "
+        f"in one process: medians of {clocks}; load average {loads[0]:g} to {loads[-1]:g}."
+    )
 
 
 def table(
@@ -101,11 +109,12 @@ def mib(row: Row) -> str:
 
 def by_layout(rows: Sequence[Row]) -> str:
     """Time, tokens, memory and errors of each batch of `shapes.LAYOUTS` by layout; nothing without rows."""
-    found = {(row["shape"], row["way"]): row for row in rows if row["bench"] == "layouts"}
+    ours = [row for row in rows if row["bench"] == "layouts" and row["tokens"]]
+    found = {(row["shape"], row["way"]): row for row in ours}
     lines = []
     for shape in shapes.LAYOUTS:
         padded, shared = found.get((shape, "padded")), found.get((shape, "shared_prefix"))
-        if padded is None or shared is None or not shared["tokens"]:
+        if padded is None or shared is None:
             continue
         ratios = [found.get((shape, way)) for way in ("packed", "shared_prefix", "auto")]
         cells = ["" if row is None else f"{float(row['ratio']):.2f}" for row in ratios]
@@ -117,7 +126,7 @@ def by_layout(rows: Sequence[Row]) -> str:
         "| batch: prompt+completion, tokens | tokens left | `packed` | `shared_prefix` | `auto` | memory | error of "
         "gradients |\n|---|---|---|---|---|---|---|"
     )
-    return "\n".join([heading, *lines]) if lines else ""
+    return "\n".join([conditions(ours), "", heading, *lines]) if lines else ""
 
 
 def replaced(page: str, text: str) -> str:

@@ -46,8 +46,8 @@ class Machine(NamedTuple):
     batch: float
 
 
-# Fitted on one thread of an EPYC, to 12 to 8,192 tokens of 4 layers of H 256 and 2 of H 1,024 in float32; a forecast for
-# all accelerators.
+# Fitted to one thread of an EPYC, 12 to 8,192 tokens, 4 layers of H 256 and 2 of H 1,024, float32. A forecast for all
+# accelerators.
 _CPU, _OTHER = Machine(5e10, 64, 1.5, 1e-3, 4e-3), Machine(3e14, 256, 2.0, 2e-4, 4e-3)
 
 
@@ -197,9 +197,8 @@ class Shape(NamedTuple):
         return cls(size("num_hidden_layers", 1), 2.0 * products, 4.0 * queries)
 
 
-def _seconds(work: Work, policy: nn.Module, device: torch.device, arranged: bool) -> float:
+def _seconds(work: Work, shape: Shape, device: torch.device, arranged: bool) -> float:
     """Estimated time of forward and backward pass of the layers."""
-    shape = Shape.of(policy)
     machine = _CPU if device.type == "cpu" else _OTHER
     rate = machine.rate * (torch.get_num_threads() if device.type == "cpu" else 1)
     # The backward pass takes two products for each one; attention computes its scores again.
@@ -246,14 +245,14 @@ def choose(
             "padded", 1.0, 1.0, "because the model is compiled: other layouts would cut it at each layer"
         )
     policy = unwrapped(model)
-    kernel = Kernel.of(policy, device)
+    kernel, shape = Kernel.of(policy, device), Shape.of(policy)
     padded = padded_work(lengths, kernel)
 
     def compared(share: bool, way: Way) -> tuple[float, float]:
         """Time and tokens over those of padded rows, on all processes."""
         work = packed_work(lengths, share, way, kernel)
         values = [work.tokens, padded.tokens]
-        values += [_seconds(work, policy, device, True), _seconds(padded, policy, device, False)]
+        values += [_seconds(work, shape, device, True), _seconds(padded, shape, device, False)]
         on_device = torch.tensor(values, device=device if distributed.size() > 1 else None)
         tokens, all_tokens, time, all_time = distributed.all_sum(on_device).tolist()
         return time / all_time, tokens / all_tokens
