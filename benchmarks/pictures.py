@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
 from benchmarks.shapes import BY_LENGTH
 from prefloss.evidence.drawing import panels
 
@@ -14,6 +12,8 @@ def draw_layouts(rows: Sequence[dict[str, str]], path: Path) -> None:
     times = {(row["shape"], row["way"]): float(row["ratio"]) for row in rows if row["shape"] in BY_LENGTH}
     if not times:
         return
+    import matplotlib
+
     matplotlib.use("Agg")
     # The same file from the same rows.
     matplotlib.rcParams["svg.hashsalt"] = "prefloss"

@@ -107,10 +107,15 @@ def mib(row: Row) -> str:
     return f"{int(extra) / 2**20:.0f}" if extra else "–"
 
 
+def layout_rows() -> list[Row]:
+    """What is kept of layouts, with the tokens that each computes."""
+    rows = [row for path in sorted(RESULTS.glob("*-cores.csv")) for row in rows_of(path)]
+    return [row for row in rows if row["bench"] == "layouts" and row["tokens"]]
+
+
 def by_layout(rows: Sequence[Row]) -> str:
-    """Time, tokens, memory and errors of each batch of `shapes.LAYOUTS` by layout; nothing without rows."""
-    ours = [row for row in rows if row["bench"] == "layouts" and row["tokens"]]
-    found = {(row["shape"], row["way"]): row for row in ours}
+    """Time, tokens, memory and errors of each batch by layout, from `layout_rows`; nothing without rows."""
+    found = {(row["shape"], row["way"]): row for row in rows}
     lines = []
     for shape in shapes.LAYOUTS:
         padded, shared = found.get((shape, "padded")), found.get((shape, "shared_prefix"))
@@ -126,7 +131,7 @@ def by_layout(rows: Sequence[Row]) -> str:
         "| batch: prompt+completion, tokens | tokens left | `packed` | `shared_prefix` | `auto` | memory | error of "
         "gradients |\n|---|---|---|---|---|---|---|"
     )
-    return "\n".join([conditions(ours), "", heading, *lines]) if lines else ""
+    return "\n".join([conditions(rows), "", heading, *lines]) if lines else ""
 
 
 def replaced(page: str, text: str) -> str:
@@ -141,9 +146,9 @@ def replaced(page: str, text: str) -> str:
 def main() -> None:
     """Write both pages and the picture."""
     README.write_text(replaced(README.read_text(), render()))
-    rows = [row for path in sorted(RESULTS.glob("*-cores.csv")) for row in rows_of(path)]
+    rows = layout_rows()
     PAGE.write_text(replaced(PAGE.read_text(), by_layout(rows)))
-    pictures.draw_layouts([row for row in rows if row["bench"] == "layouts"], PICTURE)
+    pictures.draw_layouts(rows, PICTURE)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,13 @@ def test_readme_shows_the_results_that_are_kept():
     assert tables.replaced(readme, tables.render()) == readme, "run python -m benchmarks.tables"
 
 
+def test_the_page_of_benchmarks_shows_the_results_that_are_kept():
+    page = tables.PAGE.read_text()
+    assert tables.replaced(page, tables.by_layout(tables.layout_rows())) == page, (
+        "run python -m benchmarks.tables"
+    )
+
+
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match="expected the markers"):
         tables.replaced("# prefloss", "")
