@@ -21,6 +21,7 @@ from prefloss.feedback import Labels
 from prefloss.training import distributed
 from prefloss.training.collator import PreferenceCollator
 
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 # A batch needs two examples for mismatched rows.
 _PAIRED_UP = 2
 
@@ -61,12 +62,7 @@ class Lengths:
             raise TypeError(
                 f"lengths: got {type(lengths).__name__}, expected a list of whole numbers"
             ) from error
-        if (
-            values.dim() != 1
-            or values.is_floating_point()
-            or values.is_complex()
-            or values.dtype is torch.bool
-        ):
+        if values.dim() != 1 or (len(values) and values.dtype not in _WHOLE):
             raise TypeError(
                 f"lengths: got {values.dtype} of shape {list(values.shape)}, expected whole numbers, [examples]; or "
                 "Lengths, as token_lengths gives"

@@ -283,10 +283,11 @@ def _plan(lengths: Lengths, most: int, processes: int) -> _Plan:
         if filled is not None:
             starts = [unit * lengths.least for unit in filled[:-1]]
             return _Plan(order, kinds, [*starts, len(lengths)])
+    few = "one example" if lengths.least == 1 else f"{lengths.least} examples"
     raise ValueError(
-        f"max_tokens: got {most}, at which nearly every batch has one example: {len(units) - 1} batches of "
-        f"{len(lengths)} examples cannot be dealt evenly to {processes} processes; expected twice the longest example, "
-        f"or a number of examples that {processes} divides"
+        f"max_tokens: got {most}, at which nearly every batch has {few}: {len(units) - 1} batches of {len(lengths)} "
+        f"examples cannot be dealt evenly to {processes} processes; expected twice as many tokens, or a number of "
+        f"examples that {processes * lengths.least} divides"
     )
 
 
@@ -319,35 +320,35 @@ def _sorted(lengths: Lengths, tokens: Tensor, most: int) -> tuple[Tensor, Tensor
 
 def _cut(lengths: Lengths, tokens: Tensor, rows: Tensor, most: int) -> list[int]:
     """Starts of batches, each as long as fits, in units of the fewest examples that a batch may have; then the end."""
-    size = lengths.least
+    size, parts = lengths.least, tokens.shape[1]
     count = len(rows) // size
     if size > 1:
         # The last unit takes the examples that are left.
         tail = tokens[(count - 1) * size :].amax(0, keepdim=True)
-        tokens = torch.cat([tokens[: (count - 1) * size].view(count - 1, size, -1).amax(1), tail])
+        tokens = torch.cat([tokens[: (count - 1) * size].view(count - 1, size, parts).amax(1), tail])
         rows = torch.cat(
             [rows.new_full((count - 1,), size), rows.new_tensor([len(rows) - (count - 1) * size])]
         )
         if not lengths.padded:
             tokens = tokens * rows[:, None]
-    starts, at, total, widest = [0], 0, 0, [0] * tokens.shape[1]
+    starts, at, total, widest = [0], 0, 0, [0] * parts
     values = torch.cat([rows.long()[:, None], tokens], 1)
     firsts = torch.cat(
         [torch.zeros(1).long(), _changes(values).nonzero().flatten() + 1, torch.tensor([count])]
     )
     for run, run_length in zip(values[firsts[:-1]].split(_BLOCK), firsts.diff().split(_BLOCK), strict=True):
-        for (more, *parts), left in zip(run.tolist(), run_length.tolist(), strict=True):
+        for (more, *longest), left in zip(run.tolist(), run_length.tolist(), strict=True):
             while left:
-                wider = [*map(max, widest, parts)]
+                wider = [*map(max, widest, longest)]
                 width = lengths.width(wider) if lengths.padded else 1
-                fit = (most // width - total) // (more if lengths.padded else sum(parts))
+                fit = (most // width - total) // (more if lengths.padded else sum(longest))
                 if fit < 1 and at > starts[-1]:
                     starts.append(at)
-                    total, widest = 0, [0] * len(parts)
+                    total, widest = 0, [0] * parts
                     continue
                 taken = min(left, max(1, fit))
                 at, left, widest = at + taken, left - taken, wider
-                total += taken * (more if lengths.padded else sum(parts))
+                total += taken * (more if lengths.padded else sum(longest))
     return [*starts, count]
 
 
