@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch.utils.data import DataLoader
+from transformers.trainer_callback import TrainerCallback
 
 from prefloss.training import Lengths, TokenBatchSampler
 
@@ -70,3 +71,14 @@ def sampler_of(loader: Any) -> TokenBatchSampler | None:
     while loader is not None and not isinstance(loader, TokenBatchSampler):
         loader = getattr(loader, "batch_sampler", None)
     return loader
+
+
+class SetEpoch(TrainerCallback):
+    """Chooses the epoch's batches: within a resumed epoch, accelerate hides the sampler from the trainer."""
+
+    def __init__(self, sampler: TokenBatchSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the epoch from the trainer's state."""
+        self._sampler.set_epoch(int(state.epoch or 0))
