@@ -117,8 +117,7 @@ class PreferenceLossCallback(LossCallback):
         super().on_train_begin(args, state, control, **kwargs)
         loader = kwargs.get("train_dataloader")
         _check_collator(getattr(loader, "collate_fn", None))
-        if self.max_tokens is not None:
-            self._begin_batches(loader, args, state)
+        self._begin_batches(loader, args, state)
         # A resumed policy has left its reference, and so has one that trains a second time.
         self.objective.fresh = self.objective.check_step_zero and not state.global_step and not self._used
 
@@ -179,15 +178,24 @@ class PreferenceLossCallback(LossCallback):
         return token_loader(trainer, sampler_for(trainer, self._lengths[2], self.max_tokens))
 
     def _begin_batches(self, loader: Any, args: Any, state: Any) -> None:
+        """Find the sampler of `max_tokens`; within a resumed epoch its batches must be those of the checkpoint."""
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        goes_on = isinstance(saved, dict) and state.global_step and not args.ignore_data_skip
+        plan = saved["attributes"].get("batch_plan") if goes_on else None
+        if self.max_tokens is None:
+            if plan is not None:
+                raise ValueError(
+                    f"max_tokens: got None, but the checkpoint to go on with was trained with {plan['max_tokens']}"
+                )
+            return
         self._sampler = sampler_of(loader)
         if self._sampler is None:
             raise ValueError(
                 f"max_tokens: got {self.max_tokens}, but the trainer's class makes its own training loader; expected "
                 "one that calls super().get_train_dataloader(), or a TokenBatchSampler there and max_tokens=None"
             )
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if isinstance(saved, dict) and state.global_step and not args.ignore_data_skip:
-            self._sampler.check_plan(saved["attributes"].get("batch_plan"))
+        if goes_on:
+            self._sampler.check_plan(plan)
         self.batch_plan = self._sampler.plan
 
     def _count(self, batches: Sequence[dict[str, Any]]) -> None:

@@ -140,7 +140,7 @@ class TokenBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         plan = self._plan()
         with torch.device("cpu"):
-            order, numbers = _dealt(plan, self.num_replicas, self.seed + self.epoch)
+            order, numbers = _dealt(plan, self.num_replicas, (self.seed + self.epoch) % 2**63)
         mine = numbers.flatten() if isinstance(self.rank, str) else numbers[:, self.rank]
         first, self._first = self._first, 0
         self._done = first
