@@ -48,9 +48,7 @@ class TrainOptions:
         Path | None,
         Option(help="Folder for model, metrics and picture. Without it, prefloss-runs/<loss>-<number>."),
     ] = None
-    overwrite: Annotated[bool, Option("--overwrite", help="Write into --output though it is not empty.")] = (
-        False
-    )
+    overwrite: Annotated[bool, Option("--overwrite", help="Write into --output if it is not empty.")] = False
     steps: Annotated[
         int | None, Option(min=1, max=_MOST, help="Optimizer steps. (default: 400, or as --epochs says)")
     ] = None
@@ -64,6 +62,10 @@ class TrainOptions:
     ] = None
     batch_size: Annotated[
         int | None, Option(min=1, max=_MOST, help="Rows per forward pass. (default: 16; with --data 8)")
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        Option(min=1, max=_MOST, help="Tokens of a forward pass, at most, in place of --batch-size."),
     ] = None
     accumulate: Annotated[int, Option(min=1, max=_MOST, help="Forward passes per optimizer step.")] = 1
     max_length: Annotated[
@@ -130,7 +132,7 @@ class TrainOptions:
             if value is not None and not (0 < value <= most and math.isfinite(value)):
                 limit = f"a number > 0 and <= {most:g}" if math.isfinite(most) else "a number > 0 and finite"
                 raise CliError(f"{_flag(name)}: got {value}, expected {limit}")
-        for one, other in (("steps", "epochs"), ("save_steps", "save_minutes")):
+        for one, other in (("steps", "epochs"), ("save_steps", "save_minutes"), ("batch_size", "max_tokens")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise CliError(f"{_flag(one)} and {_flag(other)}: got both, expected one of them")
         if self.resume and self.overwrite:

@@ -70,6 +70,10 @@ def faults_named(run: Run) -> Iterator[None]:
             f"in another --output, with a lower --learning-rate{there}"
         ) from error
     except torch.OutOfMemoryError as error:
+        if run.options.max_tokens is not None:
+            raise CliError(
+                f"--max-tokens: {run.options.max_tokens} tokens at once do not fit into memory; try fewer; {run.kept}"
+            ) from error
         rows = run.config.per_device_train_batch_size
         raise CliError(
             f"--batch-size: {rows} rows at once do not fit into memory; try fewer, with more --accumulate; {run.kept}"

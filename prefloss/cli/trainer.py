@@ -19,11 +19,14 @@ from prefloss.cli.command_options import TrainOptions
 from prefloss.cli.console import CliError, loading
 from prefloss.cli.pretrained import check_model_folder, saved_model, saved_tokenizer
 from prefloss.cli.task import Task
+from prefloss.data.row_file import rows_in
 from prefloss.data.tokens import pad_id
 from prefloss.demo.model import CHAT_TEMPLATE, END, tiny_llama, train_tokenizer, word_tokenizer
 from prefloss.feedback import Pairs, columns_of
+from prefloss.integrations.token_loader import SetEpoch, sampler_for, token_loader
 from prefloss.integrations.trl import FeedbackCollator, PreferenceLossCallback
 from prefloss.integrations.trl.options import resolve
+from prefloss.training import Lengths
 from prefloss.training.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -155,6 +158,11 @@ def configuration(options: TrainOptions, start: Start, task: Task, loss: preflos
         loss: The loss.
         folder: Where the trainer writes its checkpoints.
     """
+    if options.max_tokens is not None and options.accumulate > 1:
+        raise CliError(
+            f"--accumulate: got {options.accumulate} with --max-tokens, expected 1: TRL's trainers average over "
+            "forward passes, whose numbers of rows differ; prefloss.integrations.transformers averages over rows"
+        )
     steps, epochs = options.steps, options.epochs
     if steps is None and epochs is None:
         steps = _WORLD_STEPS if options.data is None else None
@@ -212,13 +220,16 @@ def configuration(options: TrainOptions, start: Start, task: Task, loss: preflos
     return config
 
 
-def plan_text(config: Any) -> str:
+def plan_text(config: Any, max_tokens: int | None) -> str:
     """How long, how fast and where a configuration trains, as one sentence."""
     length = f"{config.max_steps} steps" if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs"
     device = "cpu" if config.use_cpu else torch.accelerator.current_accelerator()
     bf16 = " in bfloat16" if config.bf16 else ""
     rate = f"learning rate {config.learning_rate:g} (AdamW, cosine)"
-    return f"{length} of {config.per_device_train_batch_size} rows, {rate}, on {device}{bf16}"
+    batch = f"{config.per_device_train_batch_size} rows"
+    if max_tokens is not None:
+        batch = f"at most {max_tokens} tokens"
+    return f"{length} of {batch}, {rate}, on {device}{bf16}"
 
 
 def build(
@@ -226,10 +237,11 @@ def build(
     start: Start,
     config: Any,
     loss: prefloss.Loss,
-    rank: int | None,
+    options: TrainOptions,
     callbacks: Sequence[TrainerCallback],
 ) -> Any:
-    """A trainer that is ready to train; a rank is that of a LoRA adapter, None trains the whole model."""
+    """A trainer that is ready to train."""
+    rank = options.adapter_rank
     paired = loss.spec.feedback is Pairs
     collator = None
     if _feedback_columns(task, loss):
@@ -257,7 +269,31 @@ def build(
     trainer.remove_callback(PrinterCallback)
     # TRL would write a model card into every checkpoint.
     trainer.create_model_card = lambda *args, **kwargs: None
+    if options.max_tokens is not None:
+        _make_batches(trainer, options.max_tokens)
     return trainer
+
+
+def _make_batches(trainer: Any, max_tokens: int) -> None:
+    """Let a trainer of TRL make its training batches by tokens."""
+    rows, most = trainer.train_dataset, trainer.args.max_length
+    sides = [name for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
+    # Mismatched completions are rows of another block, of the same width.
+    longest = [
+        min(most, len(row["prompt_ids"]) + max(len(row[name]) for name in sides))
+        for row in rows_in(rows, ["prompt_ids", *sides])
+    ]
+    paired = "chosen_ids" in sides
+    lengths = Lengths(
+        torch.tensor(longest, dtype=torch.int32)[:, None],
+        torch.full((len(longest),), 2 if paired else 1, dtype=torch.int32),
+    )
+    try:
+        sampler = sampler_for(trainer, lengths, max_tokens)
+    except ValueError as error:
+        raise CliError(f"--max-tokens: of the rows to train on, {error}") from error
+    trainer.add_callback(SetEpoch(sampler))
+    trainer.get_train_dataloader = lambda: token_loader(trainer, sampler)
 
 
 def _feedback_columns(task: Task, loss: prefloss.Loss) -> set[str]:

@@ -59,7 +59,7 @@ def run(
         with faults_named(parts):
             warm_loss = warm_up(parts)
             console.print()
-            print_facts(console, "training", (plan_text(config),))
+            print_facts(console, "training", (plan_text(config, options.max_tokens),))
             return _preferences(parts, warm_loss)
 
 
@@ -74,7 +74,7 @@ def _preferences(run: Run, warm_loss: float | None) -> Result:
     watcher = Watcher(run.screen, run.loss.name, measure)
     keeper = Keeper(folder, run.options.keep, run.schedule, run.stop, watcher)
     with clock.part("training"):
-        trainer = build(task, start, run.config, run.loss, run.options.adapter_rank, (watcher, keeper))
+        trainer = build(task, start, run.config, run.loss, run.options, (watcher, keeper))
         _print_cut_rows(run, len(trainer.train_dataset))
         meter = _meter(run, trainer)
         train(run, trainer, watcher, keeper)
@@ -198,13 +198,14 @@ def _about(run: Run, trainer: Any) -> dict[str, Any]:
         "data": "generated world" if options.data is None else str(options.data),
         "data_kind": KIND_WORDS[run.loss.spec.feedback],
         "training_rows": len(trainer.train_dataset),
-        "facts": [*task.facts, *run.start.facts, plan_text(config)],
+        "facts": [*task.facts, *run.start.facts, plan_text(config, options.max_tokens)],
         "warnings": list(task.warnings),
         "model": options.model or "built-in",
         "lora_rank": options.adapter_rank,
         "steps": trainer.state.global_step,
         "learning_rate": config.learning_rate,
-        "batch_size": config.per_device_train_batch_size,
+        "batch_size": config.per_device_train_batch_size if options.max_tokens is None else None,
+        "max_tokens": options.max_tokens,
         "accumulate": options.accumulate,
         "max_length": options.max_length,
         "bf16": config.bf16,

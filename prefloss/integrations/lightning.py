@@ -29,7 +29,13 @@ from torch.utils.data import DistributedSampler
 
 from prefloss.arguments import function, instance, real
 from prefloss.registry import Loss
-from prefloss.training import PreferenceBatch, PreferenceObjective, Reference, distributed
+from prefloss.training import (
+    PreferenceBatch,
+    PreferenceObjective,
+    Reference,
+    TokenBatchSampler,
+    distributed,
+)
 from prefloss.training.batch import COUNTS
 
 
@@ -113,7 +119,10 @@ class PreferenceLossCallback(Callback):
 
         def process(loader: Any) -> Any:
             processed = process_dataloader(loader)
-            return StepLoader(processed, trainer, self._count) if trainer.training else processed
+            if not trainer.training:
+                return processed
+            by_tokens = isinstance(getattr(processed, "batch_sampler", None), TokenBatchSampler)
+            return (TokenStepLoader if by_tokens else StepLoader)(processed, trainer, self._count)
 
         # The last thing that Lightning does to a loader; restored by teardown.
         trainer.strategy.process_dataloader = process  # type: ignore[method-assign]
@@ -310,4 +319,20 @@ class StepLoader:
             most = limit if isinstance(limit, int) else int(len(self) * limit)
         except TypeError:
             return None
-        return max(0, most - self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        return max(0, most - self._used())
+
+    def _used(self) -> int:
+        """Batches of the epoch that the trainer has used."""
+        return self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+class TokenStepLoader(StepLoader):
+    """The same for batches by tokens: a training that is resumed within an epoch goes on with the batches left."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning keeps in a checkpoint."""
+        return self._loader.batch_sampler.state_dict(self._used())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batches that were used; a `ValueError` if the batches are others."""
+        self._loader.batch_sampler.load_state_dict(state)

@@ -1,11 +1,11 @@
 """prefloss in `transformers.Trainer`, on any feedback.
 
 `PreferenceLossCallback("dpo", reference=...)` among a trainer's callbacks trains with that loss, on batches of a
-`PreferenceCollator`. transformers hands a callback no trainer. So the first callback wraps four methods of the class,
-once per process: `compute_loss`, `log`, `get_batch_samples`, which sees the batches of an optimizer step together, and
-`_remove_unused_columns`, to say what is wrong. Each wrapper looks for a `PreferenceLossCallback` in the trainer's list
-of callbacks; without one it only calls the trainer's method. Nothing is stored on the trainer. Subclasses that override
-`compute_loss`, as TRL's do, are unaffected.
+`PreferenceCollator`. transformers hands a callback no trainer. So the first callback wraps five methods of the class,
+once per process: `compute_loss`, `log`, `get_batch_samples`, which sees the batches of an optimizer step together,
+`get_train_dataloader`, for batches by tokens, and `_remove_unused_columns`, to say what is wrong. Each wrapper looks
+for a `PreferenceLossCallback` in the trainer's list of callbacks; without one it only calls the trainer's method.
+Nothing is stored on the trainer. Subclasses that override `compute_loss`, as TRL's do, are unaffected.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from transformers.utils import logging
 
 from prefloss._deprecated import moved
+from prefloss.arguments import integer
 from prefloss.integrations.binding import (
     LossCallback,
     attached,
@@ -39,6 +40,8 @@ from prefloss.integrations.binding import (
     own_examples,
     wrap_method,
 )
+from prefloss.integrations.token_loader import check_args as check_token_args
+from prefloss.integrations.token_loader import sampler_for, sampler_of, token_loader
 from prefloss.registry import Loss
 from prefloss.training import HeadSpec as HeadSpec
 from prefloss.training import ModelLogps as ModelLogps
@@ -46,6 +49,7 @@ from prefloss.training import PreferenceCollator as PreferenceCollator
 from prefloss.training import PreferenceObjective as PreferenceObjective
 from prefloss.training import Reference as Reference
 from prefloss.training import model_logps as model_logps
+from prefloss.training import token_lengths
 from prefloss.training import with_reference_logps as with_reference_logps
 from prefloss.training import write_reference_table as write_reference_table
 from prefloss.training.batch import COUNTS
@@ -71,6 +75,8 @@ class PreferenceLossCallback(LossCallback):
 
     Args:
         loss: Name of a registered loss, with hyperparameters if needed (`"ipo(tau=0.1)"`), or a `Loss`.
+        max_tokens: Make the training batches by tokens, see `TokenBatchSampler`: so many tokens at most, in place of
+            `per_device_train_batch_size` rows. The data set is read once before the training, for its lengths.
         **options: `reference`, `check_step_zero`, `rankings_as`, `diagnose` and hyperparameters of the loss, as for
             `PreferenceObjective`.
 
@@ -86,8 +92,13 @@ class PreferenceLossCallback(LossCallback):
     compute_loss_of = "transformers'"
     objective: PreferenceObjective
 
-    def __init__(self, loss: str | Loss, **options: Any) -> None:
+    def __init__(self, loss: str | Loss, *, max_tokens: int | None = None, **options: Any) -> None:
         super().__init__(PreferenceObjective(loss, **options))
+        self.max_tokens = None if max_tokens is None else integer("max_tokens", max_tokens, 1)
+        # What the batches of a checkpoint depend on.
+        self.batch_plan: dict[str, int] | None = None
+        self._lengths: tuple[Any, Any, Any] | None = None
+        self._sampler: Any = None
         self._checked_trainer = False
         _install()
 
@@ -100,12 +111,20 @@ class PreferenceLossCallback(LossCallback):
         """Check the collator, and restore the loss's state from the checkpoint that training resumes from.
 
         Raises:
-            ValueError: If the batches come from a collator of transformers, or lose their columns.
+            ValueError: If the batches come from a collator of transformers, or lose their columns; if `max_tokens` is
+                not used, or not that of the checkpoint.
         """
         super().on_train_begin(args, state, control, **kwargs)
-        _check_collator(getattr(kwargs.get("train_dataloader"), "collate_fn", None))
+        loader = kwargs.get("train_dataloader")
+        _check_collator(getattr(loader, "collate_fn", None))
+        self._begin_batches(loader, args, state)
         # A resumed policy has left its reference, and so has one that trains a second time.
         self.objective.fresh = self.objective.check_step_zero and not state.global_step and not self._used
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Choose the epoch's batches: within a resumed epoch, accelerate hides the sampler from the trainer."""
+        if self._sampler is not None:
+            self._sampler.set_epoch(int(state.epoch or 0))
 
     def on_predict(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
@@ -119,19 +138,65 @@ class PreferenceLossCallback(LossCallback):
             "reference": self.reference.config(),
             "check_step_zero": self.objective.check_step_zero,
             "rankings_as": self.objective.rankings_as,
+            "max_tokens": self.max_tokens,
             **super()._settings(),
         }
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps (transformers' `ExportableState`)."""
+        state = super().state()
+        return {**state, "attributes": {**state["attributes"], "batch_plan": self.batch_plan}}
+
     def _check_args(self, args: Any) -> None:
         _check_args(args)
+        if self.max_tokens is not None:
+            check_token_args(args)
         logger.info(f"prefloss trains this model with {self!r}")
         if args.gradient_accumulation_steps > 1 and self.loss.couples_batch:
+            size = f"{args.per_device_train_batch_size} examples"
+            if self.max_tokens is not None:
+                size = f"{self.max_tokens} tokens at most"
             warnings.warn(
-                f"{self.loss.name}: an example's loss depends on its batch, one micro-batch of "
-                f"{args.per_device_train_batch_size} examples on each process; accumulation does not enlarge it",
+                f"{self.loss.name}: an example's loss depends on its batch, one micro-batch of {size} on each process; "
+                "accumulation does not enlarge it",
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _token_loader(self, trainer: Any) -> Any:
+        """The training loader of `max_tokens`."""
+        data, collator = trainer.train_dataset, trainer.data_collator
+        if data is None:
+            raise ValueError("train_dataset: got None, expected the rows to train on")
+        if trainer.args.remove_unused_columns:
+            raise _columns_lost()
+        _check_collator(collator)
+        assert self.max_tokens is not None
+        # The trainer asks again if it trains again.
+        if self._lengths is None or self._lengths[0] is not data or self._lengths[1] is not collator:
+            self._lengths = data, collator, token_lengths(data, collator)
+        return token_loader(trainer, sampler_for(trainer, self._lengths[2], self.max_tokens))
+
+    def _begin_batches(self, loader: Any, args: Any, state: Any) -> None:
+        """Find the sampler of `max_tokens`; within a resumed epoch its batches must be those of the checkpoint."""
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        goes_on = isinstance(saved, dict) and state.global_step and not args.ignore_data_skip
+        plan = saved["attributes"].get("batch_plan") if goes_on else None
+        if self.max_tokens is None:
+            if plan is not None:
+                raise ValueError(
+                    f"max_tokens: got None, but the checkpoint to go on with was trained with {plan['max_tokens']}"
+                )
+            return
+        self._sampler = sampler_of(loader)
+        if self._sampler is None:
+            raise ValueError(
+                f"max_tokens: got {self.max_tokens}, but the trainer's class makes its own training loader; expected "
+                "one that calls super().get_train_dataloader(), or a TokenBatchSampler there and max_tokens=None"
+            )
+        if goes_on:
+            self._sampler.check_plan(plan)
+        self.batch_plan = self._sampler.plan
 
     def _count(self, batches: Sequence[dict[str, Any]]) -> None:
         # The last fetch of an epoch may be empty.
@@ -221,6 +286,16 @@ def _counting(method: Any) -> Any:
     return get_batch_samples
 
 
+def _loading(method: Any) -> Any:
+    def get_train_dataloader(self: Any) -> Any:
+        callback = attached(self, PreferenceLossCallback)
+        if callback is None or callback.max_tokens is None:
+            return method(self)
+        return callback._token_loader(self)
+
+    return get_train_dataloader
+
+
 def _removing(method: Any) -> Any:
     def _remove_unused_columns(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.args.remove_unused_columns and attached(self, PreferenceLossCallback) is not None:
@@ -234,6 +309,7 @@ _WRAPPERS = {
     "compute_loss": _computing,
     "log": _logging,
     "get_batch_samples": _counting,
+    "get_train_dataloader": _loading,
     # Trainer calls it for each data set, and would say that no column is an argument of the model.
     "_remove_unused_columns": _removing,
 }

@@ -1,6 +1,7 @@
 """The training core: batches, forward passes, references and one step, for every trainer; it imports none.
 
 - `PreferenceCollator(tokenizer)`: rows of a data set -> a `PreferenceBatch`.
+- `TokenBatchSampler.of(data, collator, max_tokens)`: batches of a fixed budget of tokens.
 - `PreferenceObjective("dpo", reference=...)`: called with a model and a batch, gives the loss to differentiate.
 - `FeedbackObjective("dpo")`: the same from log-ratios, for trainers that compute log-probs themselves.
 - `Reference`: a frozen model, adapters off, another adapter, a table, cached sums, or none.
@@ -20,6 +21,8 @@ from prefloss.training.collator import PreferenceCollator as PreferenceCollator
 from prefloss.training.forward import ModelLogps as ModelLogps
 from prefloss.training.forward import model_logps as model_logps
 from prefloss.training.head import HeadSpec as HeadSpec
+from prefloss.training.lengths import Lengths as Lengths
+from prefloss.training.lengths import token_lengths as token_lengths
 from prefloss.training.objective import PreferenceObjective as PreferenceObjective
 from prefloss.training.objective import Result as Result
 from prefloss.training.reference import Reference as Reference
@@ -34,3 +37,4 @@ from prefloss.training.step import FeedbackObjective as FeedbackObjective
 from prefloss.training.step import Router as Router
 from prefloss.training.table_lookup import header_of as header_of
 from prefloss.training.table_lookup import with_reference_logps as with_reference_logps
+from prefloss.training.token_batches import TokenBatchSampler as TokenBatchSampler

@@ -57,6 +57,14 @@ def labelled(tmp_path):
         (["--loss", "dpo_pl"], "dpo_pl takes Rankings, and TRL has no trainer for ranked groups"),
         (["--loss", "dro"], "dro needs the value of each prompt"),
         (["--steps", "3", "--epochs", "1"], "--steps and --epochs: got both, expected one of them"),
+        (
+            ["--batch-size", "3", "--max-tokens", "9"],
+            "--batch-size and --max-tokens: got both, expected one of them",
+        ),
+        (
+            ["--max-tokens", "99", "--accumulate", "2"],
+            "--accumulate: got 2 with --max-tokens, expected 1: TRL's",
+        ),
         (["--epochs", "0"], "--epochs: got 0.0, expected a number > 0"),
         (["--learning-rate", "0"], "--learning-rate: got 0.0, expected a number > 0"),
         (["--eval-fraction", "1"], "--eval-fraction: got 1.0, expected a number >= 0 and < 1"),

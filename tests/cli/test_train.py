@@ -1,6 +1,7 @@
 """`prefloss train` end to end, with very few steps."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -184,3 +185,22 @@ def test_bfloat16_does_not_pass_for_learning():
     shown = train("--bf16", "--output", "out")
     assert "on cpu in bfloat16" in shown
     assert (metrics()["before"]["kl"], metrics()["before"]["chosen"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_batches_by_tokens(loss):
+    options = ["--epochs", "1", "--warm-start", "2", "--samples", "4", "--cpu", "--max-tokens", "2000"]
+    shown = train("--loss", loss, "--output", "out", options=options)
+    assert "epochs of at most 2000 tokens" in shown
+    found = metrics()
+    assert (found["max_tokens"], found["batch_size"]) == (2000, None)
+    # 300 rows of some twenty tokens: fewer steps than with 16 rows each.
+    assert found["steps"] == len(found["training_loss"]) < 300 / 16
+    message = (
+        r"Error: --max-tokens: of the rows to train on, row \d+: got .* tokens, expected at most max_tokens=5"
+    )
+    refused = CliRunner(env={"COLUMNS": "400"}).invoke(
+        app, ["train", "--loss", loss, *options[:-1], "5", "--warm-start", "0"]
+    )
+    assert refused.exit_code == 2
+    assert re.search(message, refused.output)

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader, DistributedSampler
 
 from prefloss.integrations.lightning import PreferenceLossCallback, PreferenceModule
 from prefloss.integrations.transformers import PreferenceCollator, Reference
 from prefloss.integrations.trl import PreferenceLossCallback as TrlCallback
+from prefloss.training import TokenBatchSampler
 from tests import tiny
 
 pytestmark = [
@@ -233,6 +234,66 @@ def test_two_processes_are_one_with_the_batch_of_both(tmp_path, accumulate, monk
     for name, value in wanted.callback_metrics.items():
         if name.startswith("eval_"):
             assert float(made.callback_metrics[name]) == pytest.approx(float(value), abs=1e-5), name
+
+
+def by_tokens(data, seen=None, **options):
+    collate = PreferenceCollator(tiny.tokenizer())
+
+    def noting(rows):
+        if seen is not None:
+            seen.append([row["prompt"] for row in rows])
+        return collate(rows)
+
+    sampler = TokenBatchSampler.of(data, collate, 60, **options)
+    return DataLoader(data, batch_sampler=sampler, collate_fn=noting)
+
+
+class SavesAt(Callback):
+    def __init__(self, batch, path):
+        self.batch, self.path = batch, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("at", [4, 14])
+def test_batches_by_tokens_resumed_within_an_epoch(tmp_path, at):
+    data, path = tiny.pairs(24), tmp_path / "some.ckpt"
+    options = {"accumulate_grad_batches": 2, "max_steps": -1, "max_epochs": 2}
+    seen, rest = [], []
+    whole, resumed = module(), module()
+    made = trainer(tmp_path, callbacks=[SavesAt(at, path)], **options)
+    made.fit(whole, by_tokens(data, seen))
+    assert len(seen) % 2 == 0
+    assert seen[: len(seen) // 2] != seen[len(seen) // 2 :]
+    # A mean over examples, though batches differ in size.
+    assert sorted(prompt for batch in seen for prompt in batch) == sorted(2 * [*data["prompt"]])
+    trainer(tmp_path, **options).fit(resumed, by_tokens(data, rest), ckpt_path=path, weights_only=False)
+    assert rest == seen[at:]
+    assert torch.equal(tiny.weights(resumed.model), tiny.weights(whole.model))
+    with pytest.raises(ValueError, match="seed: got 1, but the state to go on with was made with 0"):
+        trainer(tmp_path, **options).fit(
+            module(), by_tokens(data, seed=1), ckpt_path=path, weights_only=False
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_batches_by_tokens_on_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    data = tiny.pairs(21)
+    options = {"max_steps": -1, "max_epochs": 1, "strategy": "ddp_fork", "devices": 2}
+    both, one = module(), module()
+    both.train_dataloader = lambda: by_tokens(data)
+    with pytest.raises(Exception, match=r"in Lightning, set Trainer\(use_distributed_sampler=False\)"):
+        trainer(tmp_path, **options).fit(both)
+    trainer(tmp_path, use_distributed_sampler=False, **options).fit(both)
+    # All batches on one process: each round of two is a step.
+    rounds = by_tokens(data, num_replicas=2, rank="all")
+    trainer(tmp_path, max_steps=-1, max_epochs=1, accumulate_grad_batches=2).fit(one, rounds)
+    torch.testing.assert_close(tiny.weights(both.model), tiny.weights(one.model), rtol=0, atol=1e-6)
+    assert not torch.equal(tiny.weights(one.model), tiny.weights(tiny.model()))
 
 
 class Own(LightningModule):

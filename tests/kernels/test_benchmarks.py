@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import bench_linear, bench_logits, measure, peers, tables
+from benchmarks import bench_batches, bench_linear, bench_logits, measure, peers, tables
 from benchmarks.shapes import LINEAR, LOGITS
 
 
@@ -46,6 +46,14 @@ def test_bench_linear(results, dtype, frozen):
     # what is measured again takes the place of what was there
     assert len(ours) == 3
     assert all(row["ok"] == "True" and float(row["gradient_error"]) < 4e-3 for row in ours)
+
+
+def test_bench_batches(results):
+    examples = bench_batches.log_normal(20)
+    bench_batches.run("tiny", "pairs", examples, bench_batches.TINY, rounds=1, save=True)
+    ways = {row["way"]: row for row in rows(results)}
+    assert len(ways) == 3
+    assert all(row["ok"] == "True" and float(row["median_ms"]) > 0 for row in ways.values())
 
 
 def test_tables_show_the_rows_there_are(results):
