@@ -47,7 +47,7 @@ class Found(SphinxDirective):
         folder = Path(self.env.srcdir) / FOLDER / "results" / name
         self.env.note_dependency(str(folder / "results.json"))
         results = read(folder)
-        text = f"**We measured it.** {results['summary']} See [{results['title']}](/{FOLDER}/{name}.md)."
+        text = f"**Measured** in [{results['title']}](/{FOLDER}/{name}.md): {results['summary']}"
         return [nodes.block_quote("", *self.parse_text_to_nodes(text))]
 
 
