@@ -39,6 +39,8 @@ nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120  # seconds for a cell
+nb_code_prompt_show = "Show the code of the picture"
+nb_code_prompt_hide = "Hide the code of the picture"
 # tqdm and the trainers write advice there, which depends on the machine.
 nb_output_stderr = "remove"
 
