@@ -16,7 +16,8 @@ version = release = prefloss.__version__
 extensions = [
     "evidence_pages",
     "loss_pages",
-    "myst_parser",
+    # Brings myst_parser for the pages, and executes the notebooks.
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
@@ -32,6 +33,16 @@ html_title = f"prefloss {release}"
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+# Notebooks are committed without outputs. The build runs them, in temporary folders, and a failing cell fails it.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120  # seconds for a cell
+nb_code_prompt_show = "Show the code of the picture"
+nb_code_prompt_hide = "Hide the code of the picture"
+# tqdm and the trainers write advice there, which depends on the machine.
+nb_output_stderr = "remove"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

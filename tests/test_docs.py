@@ -169,6 +169,13 @@ def test_links_of_the_readme_lead_somewhere():
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
+@pytest.mark.parametrize("notebook", sorted(ROOT.glob("docs/notebooks/*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_is_committed_without_outputs(notebook):
+    # The build of the docs runs it; outputs in the file would be old ones.
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
 def test_a_wrong_output_is_noticed(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("```python\n1 + 1  # -> 3\n```\n")

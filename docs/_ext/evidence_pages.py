@@ -1,6 +1,7 @@
 """Writes docs/evidence/ from the results that are committed there: a page for each experiment, and an overview.
 
-`prefloss reproduce --all --output docs/evidence/results` renews the results. The texts come from the experiments.
+`prefloss reproduce --all --output docs/evidence/results` renews the results. The texts come from the experiments. Other
+pages quote an experiment with the directive `{found} NAME`, so their figures are those of the results.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
 
 from prefloss.evidence import Experiment
 from prefloss.evidence.experiments import experiments
@@ -29,7 +32,23 @@ INTRODUCTION = (
 def setup(app: Sphinx) -> dict[str, Any]:
     """Generate the pages before Sphinx reads its sources."""
     app.connect("builder-inited", generate)
+    app.add_directive("found", Found)
     return {"parallel_read_safe": True}
+
+
+class Found(SphinxDirective):
+    """What an experiment found, in its own words, with a link to its page."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """A quotation; an experiment that does not exist stops the build."""
+        name = self.arguments[0]
+        folder = Path(self.env.srcdir) / FOLDER / "results" / name
+        self.env.note_dependency(str(folder / "results.json"))
+        results = read(folder)
+        text = f"**Measured** in [{results['title']}](/{FOLDER}/{name}.md): {results['summary']}"
+        return [nodes.block_quote("", *self.parse_text_to_nodes(text))]
 
 
 def generate(app: Sphinx) -> None:
