@@ -75,12 +75,20 @@ def _main(
 @app.command()
 def losses(
     name: Annotated[str | None, typer.Argument(help="Show one loss: formula, parameters, sources.")] = None,
+    purpose: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="WORDS",
+            help="At most three losses for what you have and what hurts, as votes,noisy; a wrong word lists all.",
+        ),
+    ] = None,
 ) -> None:
-    """List the registered losses, or show one in full."""
+    """List the registered losses, show one in full, or name those for your data."""
     from prefloss.cli.losses import show_losses
 
     with errors_as_text():
-        show_losses(name)
+        show_losses(name, purpose)
 
 
 @app.command()
