@@ -94,7 +94,7 @@ def suggest(*words: str) -> Suggestions:
 
     Example:
         >>> [one.loss for one in suggest("pairs", "length")][:2]
-        ['r_dpo(beta=0.1, alpha=0.01)', 'sampo(beta=0.1, subset=Draws(seed=0))']
+        ['r_dpo(beta=0.1, alpha=0.01)', 'sampo(beta=0.1, subset=draws(seed=0))']
     """
     asked = Asked.of(words)
     usable = [_Candidate.of(spec, asked) for spec in specs.values() if asked.admits(spec)]
