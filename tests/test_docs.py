@@ -11,6 +11,7 @@ A page finds in its folder what it tells the reader to bring: `my-model`, `pairs
 import ast
 import contextlib
 import doctest
+import importlib
 import io
 import json
 import re
@@ -167,6 +168,29 @@ def test_links_of_the_readme_lead_somewhere():
     links = _LINK.findall(text)
     assert links
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_page_that_chooses_a_loss_is_whole(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    text = importlib.import_module("choose_page").page()
+    page = tmp_path / "choose.md"
+    page.write_text(text, encoding="utf-8")
+    monkeypatch.setitem(PAGES, "choose.md", page)
+    (block,) = blocks(page, "python")
+    run_python(block, "choose.md", {})
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    assert {*prefloss.registry.PROBLEMS} <= {*headings}
+    links = {Path(link) for link in _LINK.findall(text)}
+    assert {link.stem for link in links if link.parent.name == "losses"} <= prefloss.specs.keys()
+    experiments = {path.name for path in (ROOT / "docs" / "evidence" / "results").iterdir()}
+    assert {link.stem for link in links if link.parent.name == "evidence"} <= {
+        *experiments,
+        "dpo-or-the-others",
+    }
+    # At most three losses in a cell, and no row of a table is broken by its text.
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert max(row.count("](losses/") for row in rows) == 3
+    assert {row.count("|") for row in rows} == {3, 4}
 
 
 def test_a_wrong_output_is_noticed(tmp_path, monkeypatch):

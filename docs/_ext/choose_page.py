@@ -18,7 +18,7 @@ DATA = {
 }
 INTRODUCTION = """# Which loss?
 
-**Start with DPO for pairs, KTO for votes and `dpo_pl`, DPO for rankings. Change only if something hurts.** More pairs,
+**Start with DPO (for votes with KTO, for rankings with `dpo_pl`); change only if something hurts.** More pairs,
 supervised training first and another beta change more than the name of the loss:
 [DPO or the others?](evidence/dpo-or-the-others.md)
 

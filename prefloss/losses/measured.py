@@ -147,7 +147,7 @@ def compared() -> dict[str, Compared]:
 
 def grade(claimed: bool, figures: list[Tried]) -> Grade | None:
     """What a claim and the figures say together; None without either."""
-    found = {figure.better for figure in figures}
+    found = {figure.better for figure in figures if figure.value is not None}
     if not found:
         return Grade.CLAIMED if claimed else None
     if found == {True}:

@@ -75,6 +75,7 @@ def test_grades_put_measured_help_before_a_claim_and_a_claim_before_no_differenc
     assert measured.grade(False, [help_]) is Grade.MEASURED
     assert measured.grade(True, [help_, none]) is measured.grade(True, [help_, harm]) is Grade.MIXED
     assert measured.grade(True, []) is Grade.CLAIMED
+    assert measured.grade(True, [tried(None)]) is Grade.CLAIMED
     assert measured.grade(True, [none]) is Grade.NO_DIFFERENCE
     assert measured.grade(True, [harm]) is measured.grade(True, [harm, none]) is Grade.CONTRADICTED
     assert measured.grade(False, []) is measured.grade(False, [harm]) is None

@@ -114,7 +114,7 @@ _KNOWN = {
     Grade.CLAIMED_AND_MEASURED: "claimed, and measured to help",
     Grade.MEASURED: "measured to help",
     Grade.MIXED: "claimed; measured to help in one setting and not in another",
-    Grade.CLAIMED: "claimed, not measured",
+    Grade.CLAIMED: "claimed; no result of ours",
     Grade.NO_DIFFERENCE: "claimed; no difference measured",
     Grade.CONTRADICTED: "claimed; measured to do worse",
 }
@@ -273,9 +273,13 @@ def _notes(usable: list[_Candidate], chosen: list[_Candidate], asked: Asked) -> 
             if one.contradicted(problem) and one not in chosen:
                 figures = "; ".join(map(str, _figures(one.spec, problem)))
                 yield f"{one.spec.name} is made for {problem}, but the claim did not appear here: {figures}."
-    if len(asked.aims) > 1 and chosen and not any(one.covered >= {*asked.aims} for one in chosen):
-        listed = ", ".join(f"{one.spec.name} for {' and '.join(sorted(one.covered))}" for one in chosen)
-        yield f"No loss answers {' and '.join(asked.aims)} together; they are answered one by one: {listed}."
+    answered = [problem for problem in asked.problems if any(problem in one.covered for one in usable)]
+    if chosen and not any(one.covered >= {*answered} for one in chosen):
+        pairs = [
+            (one.spec.name, " and ".join(word for word in answered if word in one.covered)) for one in chosen
+        ]
+        listed = ", ".join(f"{name} for {words}" for name, words in pairs if words)
+        yield f"No loss answers {' and '.join(answered)} together; they are answered one by one: {listed}."
     if not chosen and not asked.aims:
         yield "Nothing that you named calls for another loss."
 
@@ -297,7 +301,7 @@ def _evidence(answer: _Answer) -> Iterator[str]:
         yield f"Claimed for {answer.aim}: {papers}{'' if answer.figures else '; not measured here'}."
     for figure in answer.figures:
         verdict = {True: "better", False: "worse", None: "no difference that matters"}[figure.better]
-        yield f"Measured, {verdict}: {figure}."
+        yield f"Measured, {'without a result' if figure.value is None else verdict}: {figure}."
 
 
 def _overall(name: str, brief: bool = False) -> Iterator[str]:
