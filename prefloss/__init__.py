@@ -5,20 +5,18 @@ Losses are pure functions of log-ratios, chosen by name::
     loss = prefloss.get("ipo", tau=0.1)
     loss(prefloss.Pairs(chosen=..., rejected=...))  # one value per pair
 
-Importing this package loads torch and nothing heavier; trainers and command line load where they are used.
+Importing this package loads torch and nothing heavier; kernels, trainers and command line load where they are used.
 """
 
+import importlib as _importlib
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 from prefloss import hyperparameters as hyperparameters
-from prefloss import metrics as metrics
 from prefloss._deprecated import moved as _moved
 from prefloss.feedback import Labels as Labels
 from prefloss.feedback import Pairs as Pairs
 from prefloss.feedback import Rankings as Rankings
-from prefloss.logprobs import linear_token_logps as linear_token_logps
-from prefloss.logprobs import token_logps as token_logps
 from prefloss.logratios import IGNORE_INDEX as IGNORE_INDEX
 from prefloss.logratios import LogRatios as LogRatios
 from prefloss.logratios import PerToken as PerToken
@@ -30,18 +28,33 @@ from prefloss.registry import register as register
 from prefloss.registry import specs as specs
 
 if TYPE_CHECKING:
+    from prefloss import logprobs as logprobs
+    from prefloss import metrics as metrics
+    from prefloss.logprobs import linear_token_logps as linear_token_logps
+    from prefloss.logprobs import token_logps as token_logps
     from prefloss.training.scorer import Scorer as Scorer
 
+# Loaded when they are first used: the kernels register their operators with torch, which takes time.
+_LATER = {
+    "Scorer": "prefloss.training.scorer",
+    "linear_token_logps": "prefloss.logprobs",
+    "logprobs": "prefloss.logprobs",
+    "metrics": "prefloss.metrics",
+    "token_logps": "prefloss.logprobs",
+}
 _old_name = _moved(__name__, {"explain": "prefloss.logprobs:explain"})
 
 
 def __getattr__(name: str) -> _Any:
-    """`Scorer`, which loads the training core when it is first used, and old names."""
-    if name == "Scorer":
-        from prefloss.training.scorer import Scorer
+    """A name that is loaded when it is first used, or an old one."""
+    if name not in _LATER:
+        return _old_name(name)
+    module = _importlib.import_module(_LATER[name])
+    return globals().setdefault(name, getattr(module, name, module))
 
-        return Scorer
-    return _old_name(name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
 
 
 __version__ = "0.1.0"

@@ -17,9 +17,13 @@ from prefloss.losses._core.loss import quiet as quiet
 from prefloss.losses._core.modifiers import MODIFIERS as MODIFIERS
 from prefloss.losses._core.modifiers import admitted as admitted
 from prefloss.losses._core.modifiers import capabilities as capabilities
+from prefloss.losses._core.problems import PROBLEMS as PROBLEMS
+from prefloss.losses._core.problems import Problem as Problem
+from prefloss.losses._core.question import GIVEN as GIVEN
 from prefloss.losses._core.rewards import LOG_RATIO as LOG_RATIO
 from prefloss.losses._core.rewards import ImplicitReward as ImplicitReward
 from prefloss.losses._core.rewards import Reward as Reward
+from prefloss.losses._core.spec import FAMILIES as FAMILIES
 from prefloss.losses._core.spec import Alias as Alias
 from prefloss.losses._core.spec import LossSpec as LossSpec
 from prefloss.losses._core.spec import spec_from as spec_from

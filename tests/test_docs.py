@@ -11,6 +11,7 @@ A page finds in its folder what it tells the reader to bring: `my-model`, `pairs
 import ast
 import contextlib
 import doctest
+import importlib
 import io
 import json
 import re
@@ -174,6 +175,29 @@ def test_a_notebook_is_committed_without_outputs(notebook):
     # The build of the docs runs it; outputs in the file would be old ones.
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+def test_the_page_that_chooses_a_loss_is_whole(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    text = importlib.import_module("choose_page").page()
+    page = tmp_path / "choose.md"
+    page.write_text(text, encoding="utf-8")
+    monkeypatch.setitem(PAGES, "choose.md", page)
+    (block,) = blocks(page, "python")
+    run_python(block, "choose.md", {})
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    assert {*prefloss.registry.PROBLEMS} <= {*headings}
+    links = {Path(link) for link in _LINK.findall(text)}
+    assert {link.stem for link in links if link.parent.name == "losses"} <= prefloss.specs.keys()
+    experiments = {path.name for path in (ROOT / "docs" / "evidence" / "results").iterdir()}
+    assert {link.stem for link in links if link.parent.name == "evidence"} <= {
+        *experiments,
+        "dpo-or-the-others",
+    }
+    # At most three losses in a cell, and no row of a table is broken by its text.
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert max(row.count("](losses/") for row in rows) == 3
+    assert {row.count("|") for row in rows} == {3, 4}
 
 
 def test_a_wrong_output_is_noticed(tmp_path, monkeypatch):

@@ -76,9 +76,64 @@ print(*{name.partition(".")[0] for name in set(sys.modules) - before})
     assert not loaded & OPTIONAL
 
 
+# What takes time to load, or is loaded for tests alone.
+HEAVY = OPTIONAL | {
+    "dill",
+    "hypothesis",
+    "jinja2",
+    "numpy",
+    "pydantic",
+    "pytest",
+    "scipy",
+    "sympy",
+    "torchgen",
+}
+
+
+@pytest.mark.parametrize(
+    ("imported", "extra", "ours"),
+    [
+        ("import prefloss", set(), {"kernels", "logprobs", "metrics", "training", "worlds", "data", "cli"}),
+        (
+            "import runpy, contextlib, io; sys.argv = ['prefloss', 'losses']\n"
+            "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
+            "    runpy.run_module('prefloss', run_name='__main__')\n"
+            "assert 'ipo' in out.getvalue()",
+            # typer loads pydantic.
+            {"pydantic", "rich", "typer"},
+            {"kernels", "logprobs", "training", "demo"},
+        ),
+    ],
+    ids=["import", "losses"],
+)
+def test_start_up_loads_nothing_heavy(imported, extra, ours):
+    # Times depend on the machine; what is loaded does not.
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+{imported}
+print(*set(sys.modules) - before)
+"""
+    loaded = set(run(sys.executable, "-W", "error", "-c", code, cwd=ROOT).split())
+    assert "prefloss.registry" in loaded
+    assert not {name.partition(".")[0] for name in loaded} & (HEAVY - extra)
+    assert not {name for name in loaded if name.startswith("torch.") and name.count(".") == 1}
+    assert not {f"prefloss.{name}" for name in ours} & loaded
+
+
 def test_modules_of_losses_are_there_after_one_import():
     # In a process of its own: other tests import these modules by name.
-    code = "import prefloss as p; p.registry.spec_of, p.hyperparameters.Linear, p.losses.dpo, p.metrics.Stat"
+    code = """
+import prefloss as p
+p.registry.spec_of, p.hyperparameters.Linear, p.losses.dpo, p.metrics.Stat
+# Those that are loaded when they are first used.
+assert {"Scorer", "token_logps", "linear_token_logps", "logprobs", "metrics"} <= set(dir(p))
+assert p.token_logps is p.logprobs.token_logps is p.token_logps
+from prefloss import linear_token_logps, metrics
+from prefloss.losses import suggest
+assert suggest is p.losses.suggest
+assert not hasattr(p, "nonsense")
+"""
     run(sys.executable, "-W", "error", "-c", code, cwd=ROOT)
 
 

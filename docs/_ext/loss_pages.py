@@ -1,19 +1,19 @@
-"""Writes docs/losses/ from the registry: a page and a picture for each loss, an index, a capability table.
+"""Writes docs/losses/ and docs/choose.md from the registry: a page and a picture for each loss, an index, tables.
 
 All facts come from the losses' docstrings and traits.
 """
 
 from __future__ import annotations
 
-import csv
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import choose_page
 import loss_curves
 from sphinx.application import Sphinx
 
 import prefloss
+from prefloss.losses import measured
 from prefloss.registry import MODIFIERS, LossSpec, capabilities
 
 FOLDER = "losses"
@@ -34,6 +34,7 @@ def generate(app: Sphinx) -> None:
     for old in folder.glob("*.md"):
         if old.name not in pages:
             old.unlink()
+    pages["../choose.md"] = choose_page.page()
     for name, text in pages.items():
         path = folder / name
         if not path.exists() or path.read_text() != text:
@@ -53,48 +54,31 @@ def page(spec: LossSpec) -> str:
         f"## Values\n\n{spec.returns}",
         f"## Where papers and trainers differ\n\n{spec.note}" if spec.note else "",
         "## What it takes\n\n" + what_it_takes(spec),
-        f"## Measured in our worlds\n\n{measured(spec.name)}" if measured(spec.name) else "",
+        f"## Measured in our worlds\n\n{overall(spec.name)}" if overall(spec.name) else "",
         f"## Other names\n\n{other_names(spec)}" if spec.aliases else "",
         f"## Source\n\n{source(spec)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def measured(name: str) -> str:
+def overall(name: str) -> str:
     """What `prefloss compare --all` found for a loss; empty if it was not compared."""
-    rows = _measured()
-    if name not in rows:
+    row = measured.compared().get(name)
+    if row is None:
         return ""
-    row = rows[name]
-    worlds = " and ".join(f"`{world}`" for world in row["worlds"].split())
-    earned = f"true reward {float(row['reward']):.2f} in the mean over {worlds}, {row['seeds']} seeds"
-    if row["difference"]:
-        low, mean, high, p_value = (
-            float(row[column]) for column in ("low", "difference", "high", "p_corrected")
-        )
-        word = "more than" if mean > 0 else "less than"
-        shown = (
-            f"{word} `{row['baseline']}`"
-            if p_value < 0.05
-            else f"no difference from `{row['baseline']}` is shown"
-        )
-        interval = f"{mean:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
-        earned += f"; {shown} ({interval}, p {p_value:.2g} after correction for {len(rows) - 1} losses)"
+    worlds = " and ".join(f"`{world}`" for world in row.worlds)
+    earned = f"true reward {row.reward:.2f} in the mean over {worlds}, {row.seeds} seeds"
+    if row.difference is not None:
+        word = "more than" if row.difference > 0 else "less than"
+        shown = f"{word} `{row.baseline}`" if row.shown else f"no difference from `{row.baseline}` is shown"
+        interval = f"{row.difference:+.2f}, 95 % interval {row.interval[0]:+.2f} to {row.interval[1]:+.2f}"
+        corrected = f"p {row.p_corrected:.2g} after correction for {len(measured.compared()) - 1} losses"
+        earned += f"; {shown} ({interval}, {corrected})"
     return (
         f"{earned[0].upper()}{earned[1:]}. Held-out pairs chose the strength; every loss had the same budget. "
         "This is a world of short sequences, where a loss shows how it treats noisy judgements. It does not say which "
         "loss is best for your model and data: see [Comparing losses](../compare.md)."
     )
-
-
-@cache
-def _measured() -> dict[str, dict[str, str]]:
-    """The rows of losses.csv of `prefloss compare --all`; none where no such table was committed."""
-    path = Path(__file__).parents[1] / "evidence" / "measured.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {row["loss"]: row for row in csv.DictReader(file)}
 
 
 def parameters(spec: LossSpec) -> str:

@@ -1,4 +1,7 @@
-"""The typer application: commands and their help texts; each command's options are a dataclass."""
+"""The typer application: commands and their help texts; each command's options are a dataclass.
+
+A command imports what it runs when it runs, so that `prefloss losses` and `--help` answer at once.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,6 @@ from prefloss.cli.command_options import ReferenceOptions, ReproduceOptions, Sco
 from prefloss.cli.compare_options import CompareOptions
 from prefloss.cli.console import CliError, Clock, errors_as_text, quiet
 from prefloss.cli.processes import joined, together
-from prefloss.cli.run_folder import taken
-from prefloss.cli.task import task_of
-from prefloss.training import distributed
 
 app = typer.Typer(
     name="prefloss",
@@ -43,6 +43,8 @@ def _command(
     def decorate(run: Callable[[Any, Console], None]) -> Callable[..., None]:
         @functools.wraps(run)
         def command(**values: Any) -> None:
+            from prefloss.training import distributed
+
             with errors_as_text():
                 given = options(**values)
                 given.check()
@@ -75,12 +77,20 @@ def _main(
 @app.command()
 def losses(
     name: Annotated[str | None, typer.Argument(help="Show one loss: formula, parameters, sources.")] = None,
+    purpose: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="WORDS",
+            help="At most three losses for what you have and what hurts, as votes,noisy; a wrong word lists all.",
+        ),
+    ] = None,
 ) -> None:
-    """List the registered losses, or show one in full."""
+    """List the registered losses, show one in full, or name those for your data."""
     from prefloss.cli.losses import show_losses
 
     with errors_as_text():
-        show_losses(name)
+        show_losses(name, purpose)
 
 
 @app.command()
@@ -111,6 +121,10 @@ def train(options: TrainOptions, console: Console) -> None:
     After Ctrl-C or a kill, the same command with --resume goes on from the last checkpoint. Under `torchrun` the
     processes train as one.
     """
+    from prefloss.cli.run_folder import taken
+    from prefloss.cli.task import task_of
+    from prefloss.training import distributed
+
     clock, loss = Clock(), options.bound_loss()
     with taken(options.output, options.folder_name(loss.name)) as folder:
         with together():
@@ -180,6 +194,8 @@ def compare(options: CompareOptions, console: Console) -> None:
 
     Writes report.html and results.csv. After Ctrl-C or a kill, the same command goes on where it stopped.
     """
+    from prefloss.training import distributed
+
     if distributed.size() > 1:
         raise CliError("compare runs as one process and uses all cores itself; start it without torchrun")
     if options.data is None:

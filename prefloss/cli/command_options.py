@@ -16,7 +16,6 @@ from typer import Argument, Option
 import prefloss
 from prefloss import registry
 from prefloss.cli.console import CliError
-from prefloss.training import distributed
 
 # Beyond these, numbers are typing errors, and do not fit where torch and numpy keep them.
 _MOST, _MOST_SEED = 10**9, 2**32 - 1
@@ -165,6 +164,8 @@ class TrainOptions:
 
     def settings(self) -> dict[str, Any]:
         """What changes the training, for a run's record; the model is recorded when it is loaded."""
+        from prefloss.training import distributed
+
         left_out = (*_KEEPING, "loss", "param", "data", "model")
         return {
             "--loss": repr(self.bound_loss()),

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 import typer
@@ -27,7 +28,9 @@ from rich.table import Table
 from rich.text import Text
 
 from prefloss.data import DataError
-from prefloss.demo.measure import Measurement
+
+if TYPE_CHECKING:
+    from prefloss.demo.measure import Measurement
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 

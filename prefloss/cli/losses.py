@@ -1,15 +1,15 @@
-"""`prefloss losses`: the registered losses grouped by the data that they need, and one of them in full."""
+"""`prefloss losses`: the registered losses by data and family, one of them in full, or those for a purpose."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import re
 import textwrap
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from pylatexenc.latex2text import LatexNodes2Text, MacroTextSpec, get_default_latex_context_db
-from pylatexenc.latexwalker import get_default_latex_context_db as walker_context_db
-from pylatexenc.macrospec import MacroSpec, MacroStandardArgsParser
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
@@ -19,7 +19,11 @@ from rich.text import Text
 import prefloss
 from prefloss.cli.console import CliError
 from prefloss.feedback import Labels, Pairs, Rankings
-from prefloss.registry import LossSpec, admitted, spec_of
+from prefloss.losses import suggest
+from prefloss.registry import FAMILIES, LossSpec, admitted, spec_of
+
+if TYPE_CHECKING:
+    from pylatexenc.latex2text import LatexNodes2Text
 
 # Kind of feedback, whether the loss needs scores -> the data that a user has.
 _GROUPS = {
@@ -44,44 +48,82 @@ _SYMBOLS = {
 
 
 # Longer names push their own summary to the right. A wide terminal has room for the papers, too.
-_NAME_WIDTH, _PAPER_WIDTH, _WIDE = 16, 18, 110
+_NAME_WIDTH, _PAPER_WIDTH, _NARROW, _WIDE = 16, 18, 50, 110
 
 
-def show_losses(name: str | None) -> None:
-    """Print all losses, or one in full; a `CliError` if no loss has that name."""
+def show_losses(name: str | None, purpose: str | None = None) -> None:
+    """Print all losses, one in full, or those for a purpose; a `CliError` if a name or a word is unknown."""
     console = Console(highlight=False)
-    if name is None:
-        console.print(_groups(console.width))
-        return
+    width = max(console.width, _NARROW)
+    if name is not None and purpose is not None:
+        raise CliError(f"--for: got it beside the name {name!r}, expected one of them")
     try:
-        spec = spec_of(name)
+        if purpose is not None:
+            console.print(_suggested(purpose, width))
+        else:
+            console.print(_listed(width) if name is None else _page(spec_of(name)))
     except (TypeError, ValueError) as error:
-        raise CliError(str(error)) from error
-    console.print(_page(spec))
+        raise CliError(str(error).replace("words: ", "--for: ", 1)) from error
 
 
-def _groups(width: int) -> RenderableType:
-    """One line per loss: name, whether it needs a reference model, summary; a wide terminal shows the paper, too."""
-    paper = _PAPER_WIDTH if width >= _WIDE else 0
-    parts: list[RenderableType] = []
-    for (feedback, scored), title in _GROUPS.items():
-        parts.append(Text(f"\n{title}", style="bold"))
-        for name, spec in sorted(prefloss.specs.items()):
-            if spec.feedback is not feedback or ("scores" in spec.needs) is not scored:
-                continue
-            mark = " " if spec.needs_reference else "*"
-            line = Text.assemble((f"  {name:<{_NAME_WIDTH}}", "cyan"), (f" {mark} ", "dim"))
-            room = max(20, width - line.cell_len - paper)
-            summary = spec.summary.replace("`", "")
-            line.append(textwrap.shorten(summary, room, placeholder=" …", break_on_hyphens=False))
-            if paper:
-                line.append(f"{'':<{width - paper - line.cell_len}}{spec.paper:>{paper}}", style="dim")
-            parts.append(line)
-    one, train = ("prefloss losses ipo", "bold"), ("prefloss train --loss ipo", "bold")
-    parts.append(
-        Text.assemble("\n* needs no reference model. One in full: ", one, ".\nTrain with it: ", train, ".")
+def _suggested(purpose: str, width: int) -> RenderableType:
+    """At most three losses for words such as "votes,noisy", with the reasons."""
+    found = suggest(purpose)
+    lines = [(found.start, 0, "")]
+    for one in found:
+        lines += [("", 0, ""), (one.loss, 0, "bold cyan"), (one.why, 2, "")]
+        lines += [(text, 2, "dim") for text in (*one.evidence, f"Needs: {one.needs}.")]
+    for note in found.notes:
+        lines += [("", 0, ""), (note, 0, "yellow")]
+    return Group(*(Text(_wrapped(text, width, " " * indent), style) for text, indent, style in lines))
+
+
+def _wrapped(text: str, width: int, indent: str, later: str | None = None) -> str:
+    """Text in lines of a width; names with hyphens or in parentheses stay whole where they fit."""
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent if later is None else later,
+        break_on_hyphens=False,
     )
+
+
+def _listed(width: int) -> RenderableType:
+    """Each loss with its summary, by data and family; a wide terminal shows the paper, too."""
+    parts: list[RenderableType] = []
+    order = [*FAMILIES, ""]
+    for (feedback, scored), title in _GROUPS.items():
+        group = [
+            s for s in prefloss.specs.values() if (s.feedback, "scores" in s.needs) == (feedback, scored)
+        ]
+        group.sort(key=lambda spec: (order.index(spec.family), spec.name))
+        families = [(name, [*specs]) for name, specs in itertools.groupby(group, lambda spec: spec.family)]
+        parts.append(Text(f"\n{title}", style="bold"))
+        for family, specs in families:
+            if len(families) > 1:
+                parts.append(
+                    Text(f" {FAMILIES.get(family, 'of other packages, or your own')}", style="italic")
+                )
+            parts += (_line(spec, width) for spec in specs)
+    commands = ("prefloss losses ipo", "prefloss losses --for pairs,noisy", "prefloss train --loss ipo")
+    one, which, train = ((command, "bold") for command in commands)
+    parts.append(Text.assemble("\n* needs no reference model. One in full: ", one, "."))
+    parts.append(Text.assemble("Which one to take: ", which, ".\nTrain with it: ", train, "."))
     return Group(*parts)
+
+
+def _line(spec: LossSpec, width: int) -> Text:
+    """Name, mark and summary, which goes on below itself where the line is too short for it."""
+    paper = _PAPER_WIDTH if width >= _WIDE else 0
+    name, mark = f"  {spec.name:<{_NAME_WIDTH}}", f" {' ' if spec.needs_reference else '*'} "
+    below = " " * (_NAME_WIDTH + 5)
+    body = _wrapped(spec.summary.replace("`", ""), width - paper, name + mark, below)
+    first, *rest = body.removeprefix(name + mark).split("\n")
+    line = Text.assemble((name, "cyan"), (mark, "dim"), first)
+    if paper:
+        line.append(f"{'':<{width - paper - line.cell_len}}{spec.paper:>{paper}}", style="dim")
+    return Text("\n").join([line, *map(Text, rest)])
 
 
 def _page(spec: LossSpec) -> RenderableType:
@@ -159,7 +201,7 @@ def unicode_of(latex: str) -> str:
     flat = re.sub(rf"\\(log|exp) (\\t?frac{_GROUP}{_GROUP})(?=\s*(?:$|[-+,)\]|]))", r"\\\1(\2)", flat)
     flat = re.sub(r"(\\(?!bar|hat|tilde|overline)[A-Za-z]+) ", r"\1{} ", flat)
     flat = re.sub(rf"(\\t?frac{_GROUP}{_GROUP})(?=[\\A-Za-z])", r"\1 ", flat)
-    text = _CONVERTER.latex_to_text(_marked_scripts(flat), latex_context=_WALKER)
+    text = _converter()(_marked_scripts(flat))
     text = re.sub(r"(?<=\d) (?=[α-ωϕϵ])", "", text)
     return re.sub(r"\s+", " ", text).strip()
 
@@ -196,26 +238,25 @@ def _scripted(table: dict[str, str], sign: str) -> Any:
     return text
 
 
-_WALKER = walker_context_db()
-_WALKER.add_context_category(
-    "prefloss",
-    prepend=True,
-    macros=[
-        MacroSpec("raised", MacroStandardArgsParser("{")),
-        MacroSpec("lowered", MacroStandardArgsParser("{")),
-        MacroSpec("tfrac", MacroStandardArgsParser("{{")),
-    ],
-)
-_TEXTS = get_default_latex_context_db()
-_TEXTS.add_context_category(
-    "prefloss",
-    prepend=True,
-    macros=[
-        MacroTextSpec("frac", _fraction),
-        MacroTextSpec("tfrac", _fraction),
-        MacroTextSpec("raised", _scripted(_RAISED, "^")),
-        MacroTextSpec("lowered", _scripted(_LOWERED, "_")),
-        MacroTextSpec("mathrm", "%s"),
-    ],
-)
-_CONVERTER = LatexNodes2Text(latex_context=_TEXTS, math_mode="text", strict_latex_spaces=False)
+@functools.cache
+def _converter() -> Callable[[str], str]:
+    """LaTeX -> text, with the macros of our formulas."""
+    from pylatexenc.latex2text import LatexNodes2Text, MacroTextSpec, get_default_latex_context_db
+    from pylatexenc.latexwalker import get_default_latex_context_db as walker_context_db
+    from pylatexenc.macrospec import MacroSpec, MacroStandardArgsParser
+
+    arguments = {"raised": "{", "lowered": "{", "tfrac": "{{"}
+    texts = {
+        "frac": _fraction,
+        "tfrac": _fraction,
+        "raised": _scripted(_RAISED, "^"),
+        "lowered": _scripted(_LOWERED, "_"),
+        "mathrm": "%s",
+    }
+    walker, context = walker_context_db(), get_default_latex_context_db()
+    macros = [MacroSpec(name, MacroStandardArgsParser(kinds)) for name, kinds in arguments.items()]
+    walker.add_context_category("prefloss", prepend=True, macros=macros)
+    shown = [MacroTextSpec(name, text) for name, text in texts.items()]
+    context.add_context_category("prefloss", prepend=True, macros=shown)
+    converter = LatexNodes2Text(latex_context=context, math_mode="text", strict_latex_spaces=False)
+    return functools.partial(converter.latex_to_text, latex_context=walker)

@@ -13,7 +13,6 @@ import typer
 
 from prefloss.cli.console import CliError, first_line
 from prefloss.data import DataError
-from prefloss.training import distributed
 
 # How long processes wait for each other to start.
 MEETING = timedelta(minutes=5)
@@ -60,6 +59,8 @@ def joined(longest_wait: timedelta | None = None) -> Iterator[None]:
 @contextmanager
 def together() -> Iterator[None]:
     """All processes leave the block, or none does: an error of one ends all, and is raised in one of them only."""
+    from prefloss.training import distributed
+
     error: Exception | None = None
     try:
         yield

@@ -1,5 +1,8 @@
 """Preference losses: pure functions, feedback -> one value per example. `prefloss.get` finds each by its name."""
 
+from typing import TYPE_CHECKING
+from typing import Any as _Any
+
 from prefloss._deprecated import moved as _moved
 from prefloss.losses.batch_coupled import alpha_dpo as alpha_dpo
 from prefloss.losses.batch_coupled import aot as aot
@@ -96,13 +99,20 @@ from prefloss.losses.two_sided import dpop as dpop
 from prefloss.losses.two_sided import nca_pair as nca_pair
 from prefloss.losses.two_sided import sppo_hard as sppo_hard
 
+if TYPE_CHECKING:
+    from prefloss.losses._core.chooser import Suggestion as Suggestion
+    from prefloss.losses._core.chooser import Suggestions as Suggestions
+    from prefloss.losses._core.chooser import suggest as suggest
+
+_CHOOSER = ("Suggestion", "Suggestions", "suggest")
+
 _OLD_NAMES = {
     "registry": "Alias Evaluation Loss LossSpec MODIFIERS admitted capabilities get parse register spec_of specs "
     "unregister",
     "hyperparameters": "Cosine Draws FlipProbability Interval Linear Moments NonNegative Parameter Positive Recent "
     "RewardShift RunningMean State",
 }
-__getattr__ = _moved(
+_old_name = _moved(
     __name__,
     {
         "Composite": "prefloss.registry:WeightedSum",
@@ -113,3 +123,12 @@ __getattr__ = _moved(
         },
     },
 )
+
+
+def __getattr__(name: str) -> _Any:
+    """`suggest` and its types, loaded when they are first used (the functions here are losses), or an old name."""
+    if name not in _CHOOSER:
+        return _old_name(name)
+    from prefloss.losses._core import chooser
+
+    return getattr(chooser, name)

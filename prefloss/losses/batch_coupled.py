@@ -88,7 +88,7 @@ def aot_unpaired(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     return -F.logsigmoid(beta * (chosen - _at_the_same_place(pairs.rejected.h, chosen, pairs.valid)))
 
 
-@register(separable=False, monotone=True)
+@register(separable=False, monotone=True, helps={"noisy": "discounts the pairs of a batch that fit worst"})
 def dr_dpo(pairs: Pairs, *, beta: Positive = 0.1, beta_prime: Positive = 1.0) -> Tensor:
     r"""DPO with the worst pairs of the batch discounted (Dr. DPO, distributionally robustified).
 
@@ -149,7 +149,11 @@ def kto_pair(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     return torch.sigmoid(-beta * (chosen - k_rejected)) + torch.sigmoid(-beta * (k_chosen - rejected))
 
 
-@register(separable=False, stateful=True)
+@register(
+    separable=False,
+    stateful=True,
+    helps={"noisy": "leaves out pairs far from the usual margin and adapts beta to the batch"},
+)
 def beta_dpo(
     pairs: Pairs,
     *,

@@ -98,7 +98,11 @@ def f_dpo_alpha(
     return dpo(transforms.scored(pairs, lambda h: maths.alpha_divergence(h, alpha)), beta=beta)
 
 
-@register(monotone=True, reward=rewards.bent(maths.chi_squared, "β (exp(h) + h)"))
+@register(
+    monotone=True,
+    reward=rewards.bent(maths.chi_squared, "β (exp(h) + h)"),
+    helps={"over-optimisation": "a chi-squared term makes it costly to leave what the reference covers"},
+)
 def chipo(pairs: Pairs, *, beta: Positive = 0.1, r_max: Positive = 1.0) -> Tensor:
     r"""DPO with the KL and the chi-squared divergence mixed (χPO).
 

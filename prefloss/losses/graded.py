@@ -66,7 +66,12 @@ def margin_dpo(pairs: Pairs, *, beta: Positive = 0.1, margin_weight: NonNegative
     return -F.logsigmoid(beta * pairs.margin() - margin_weight * transforms.score_gap(pairs))
 
 
-@register(difference_only=True, monotone=True, needs=("scores",))
+@register(
+    difference_only=True,
+    monotone=True,
+    needs=("scores",),
+    helps={"few-pairs": "asks for a larger margin where the scores differ more"},
+)
 def odpo(
     pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 1.0, scale: Literal["log", "identity"] = "log"
 ) -> Tensor:
@@ -222,7 +227,7 @@ def rebel(pairs: Pairs, *, eta: Positive = 1.0) -> Tensor:
     return (pairs.margin() - eta * transforms.score_gap(pairs)) ** 2
 
 
-@register(needs=("scores",))
+@register(needs=("scores",), helps={"several-judges": "aims at win rates, which may run in circles"})
 def sppo(pairs: Pairs, *, beta: Positive = 0.001) -> Tensor:
     r"""Squared distance of each log-ratio from its win probability (SPPO).
 

@@ -93,7 +93,7 @@ def infonca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0)
     return -torch.where(rankings.present, torch.exp(target) * log_p, 0.0).sum(-1)
 
 
-@register
+@register(helps={"falling-chosen": "compares each completion with the reference, not with one another alone"})
 def nca(rankings: Rankings, *, beta: Positive = 0.01, alpha: Positive = 1.0) -> Tensor:
     r"""Each completion against the reference, weighted by the softmax of the scores (NCA).
 

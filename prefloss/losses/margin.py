@@ -14,7 +14,10 @@ from prefloss.losses._authoring import FlipProbability, Interval, Positive, math
 from prefloss.losses.pairwise import hinge
 
 
-@register(difference_only=True)
+@register(
+    difference_only=True,
+    helps={"noisy": "expects a known share of flipped labels, so that the margin stays finite"},
+)
 def cdpo(pairs: Pairs, *, beta: Positive = 0.1, epsilon: FlipProbability = 0.1) -> Tensor:
     r"""Cross-entropy to labels that are flipped with a known probability (conservative DPO).
 
@@ -40,7 +43,12 @@ def cdpo(pairs: Pairs, *, beta: Positive = 0.1, epsilon: FlipProbability = 0.1) 
     return smoothed(-F.logsigmoid(z), -F.logsigmoid(-z), epsilon)
 
 
-@register(aliases={"robust": "TRL, Liger, ms-swift, XTuner"}, difference_only=True, monotone=True)
+@register(
+    aliases={"robust": "TRL, Liger, ms-swift, XTuner"},
+    difference_only=True,
+    monotone=True,
+    helps={"noisy": "removes the bias of a known share of flipped labels"},
+)
 def robust_dpo(pairs: Pairs, *, beta: Positive = 0.1, epsilon: FlipProbability = 0.1) -> Tensor:
     r"""DPO made unbiased for labels that are flipped with a known probability (robust DPO).
 

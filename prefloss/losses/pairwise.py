@@ -45,6 +45,7 @@ def dpo(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
         lambda ratios, *, beta, per_token: beta * (ratios.h_mean if per_token else ratios.h),
         "β h, / |y| if per_token",
     ),
+    helps={"deterministic": "stops at a margin of 1/(2 tau), however often one side won"},
 )
 def ipo(pairs: Pairs, *, tau: Positive = 0.1, per_token: bool = True) -> Tensor:
     r"""Squared distance of the margin from a fixed target (IPO).
@@ -109,6 +110,7 @@ def hinge(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     monotone=True,
     needs=("tokens",),
     reward=rewards.MEAN_LOG_RATIO,
+    helps={"length": "compares log-ratios per token"},
 )
 def ln_dpo(pairs: Pairs, *, beta: Positive = 5.0) -> Tensor:
     r"""Logistic loss of the margin per token (length-normalised DPO).
@@ -144,6 +146,7 @@ def ln_dpo(pairs: Pairs, *, beta: Positive = 5.0) -> Tensor:
         "β h + α |y|",
         needs=frozenset(("reference", "tokens")),
     ),
+    helps={"length": "a length term keeps what length alone earned out of the margin"},
 )
 def r_dpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.01) -> Tensor:
     r"""Logistic loss of the margin plus a length term (R-DPO).
@@ -206,7 +209,15 @@ def hdpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.9) -> Tensor
     return -F.logsigmoid(beta * (pairs.margin() - sharpening))
 
 
-@register(monotone=True, holds_chosen=True, needs=("tokens",))
+@register(
+    monotone=True,
+    holds_chosen=True,
+    needs=("tokens",),
+    helps={
+        "falling-chosen": "the NLL term keeps the chosen completion likely (arXiv:2404.19733)",
+        "over-optimisation": "the NLL term holds the policy near good data (arXiv:2405.16436)",
+    },
+)
 def dpo_nll(pairs: Pairs, *, beta: Positive = 0.1, nll_weight: NonNegative = 1.0) -> Tensor:
     r"""DPO plus the negative log-likelihood of the chosen completion (iterative reasoning PO, regularized PO).
 

@@ -17,7 +17,12 @@ from prefloss.losses.pairwise import dpo
 _KL = frozenset(("reference", "per_token.kl"))
 
 
-@register(monotone=True, needs=("per_token",), reward=transforms.NO_TAIL)
+@register(
+    monotone=True,
+    needs=("per_token",),
+    reward=transforms.NO_TAIL,
+    helps={"length": "counts the longer side's surplus tokens less"},
+)
 def ld_dpo(
     pairs: Pairs, *, beta: Positive = 0.1, alpha: Annotated[float, Interval(ge=0, le=1)] = 0.5
 ) -> Tensor:
@@ -51,7 +56,13 @@ def ld_dpo(
     return dpo(transforms.reweighted_tail(pairs, alpha), beta=beta)
 
 
-@register(monotone=True, stateful=True, needs=("per_token",), reward=transforms.NO_TAIL)
+@register(
+    monotone=True,
+    stateful=True,
+    needs=("per_token",),
+    reward=transforms.NO_TAIL,
+    helps={"length": "compares equally many tokens of both sides"},
+)
 def sampo(pairs: Pairs, *, beta: Positive = 0.1, subset: running.Seed = 0) -> Tensor:
     r"""DPO on equally many tokens of both sides, drawn at random from the longer (SamPO).
 
@@ -88,7 +99,10 @@ def sampo(pairs: Pairs, *, beta: Positive = 0.1, subset: running.Seed = 0) -> Te
     return dpo(replace(pairs, chosen=chosen, rejected=rejected), beta=beta)
 
 
-@register(needs=("per_token.log_sum_sq",))
+@register(
+    needs=("per_token.log_sum_sq",),
+    helps={"off-policy": "weights each pair by how likely the policy is to write it"},
+)
 def wpo(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     r"""DPO weighted by how likely the policy is to write the pair (WPO).
 
@@ -160,6 +174,7 @@ def tdpo1(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
         "β (h + α K)",
         needs=_KL,
     ),
+    helps={"over-optimisation": "controls the KL token by token"},
 )
 def tdpo2(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.5) -> Tensor:
     r"""DPO minus the difference of the sides' token-wise KL, the chosen one's held (TDPO, second form).
@@ -199,6 +214,7 @@ def tdpo2(pairs: Pairs, *, beta: Positive = 0.1, alpha: NonNegative = 0.5) -> Te
         "β Σ clamp(h_t, log ε_P, log ε_R)",
         needs=frozenset(("reference", "per_token")),
     ),
+    helps={"off-policy": "clamps each token's log-ratio, in place of sampling from the policy"},
 )
 def humanline_dpo(
     pairs: Pairs,

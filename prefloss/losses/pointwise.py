@@ -15,7 +15,16 @@ def downvoted(labels: Labels) -> Tensor:
     return labels.valid & ~labels.desirable
 
 
-@register(separable=False, monotone=True, holds_chosen=True, reads=("mismatched", "kl"))
+@register(
+    separable=False,
+    monotone=True,
+    holds_chosen=True,
+    reads=("mismatched", "kl"),
+    helps={
+        "few-upvotes": "weights upvotes and downvotes apart: desirable_weight is to make up for rare upvotes",
+        "noisy": "saturates, so that votes which contradict the policy strongly pull less",
+    },
+)
 def kto(
     labels: Labels,
     *,
@@ -127,7 +136,10 @@ def bco(labels: Labels, *, beta: Positive = 0.1, shift: running.Shift = "running
     return -F.logsigmoid(torch.where(labels.desirable, margin, -margin))
 
 
-@register(valid=downvoted)
+@register(
+    valid=downvoted,
+    helps={"forget": "lowers completions without better ones, more slowly than gradient ascent"},
+)
 def npo(labels: Labels, *, beta: Positive = 0.1) -> Tensor:
     r"""DPO without its winner, to unlearn completions (NPO).
 
@@ -151,7 +163,13 @@ def npo(labels: Labels, *, beta: Positive = 0.1) -> Tensor:
     return torch.where(labels.desirable, 0.0, -2 / beta * F.logsigmoid(-beta * labels.completions.h))
 
 
-@register(needs_reference=False, needs=("tokens",), valid=downvoted, reward=rewards.MEAN_LOG_PROB)
+@register(
+    needs_reference=False,
+    needs=("tokens",),
+    valid=downvoted,
+    reward=rewards.MEAN_LOG_PROB,
+    helps={"forget": "lowers completions by their mean log-prob per token, without a reference"},
+)
 def simnpo(labels: Labels, *, beta: Positive = 2.5, gamma: NonNegative = 0.0) -> Tensor:
     r"""NPO without a reference, on the mean log-prob per token (SimNPO).
 

@@ -52,7 +52,13 @@ def slic_hf(pairs: Pairs, *, delta: NonNegative = 1.0, nll_weight: NonNegative =
     return torch.relu(delta - pairs.chosen.policy + pairs.rejected.policy) - nll_weight * target.policy
 
 
-@register(needs_reference=False, monotone=True, needs=("tokens",), reward=rewards.MEAN_LOG_PROB)
+@register(
+    needs_reference=False,
+    monotone=True,
+    needs=("tokens",),
+    reward=rewards.MEAN_LOG_PROB,
+    helps={"length": "compares log-probs per token"},
+)
 def simpo(pairs: Pairs, *, beta: Positive = 2.5, gamma: NonNegative = 1.375) -> Tensor:
     r"""Logistic loss of the difference in log-prob per token, with a margin (SimPO).
 
@@ -187,6 +193,10 @@ def orpo(pairs: Pairs, *, odds_weight: NonNegative = 0.1) -> Tensor:
         additive=False,
         needs=frozenset(("tokens",)),
     ),
+    helps={
+        "falling-chosen": "bends the reward, so that both log-probs fall less",
+        "over-optimisation": "bends the reward, so that the policy moves less",
+    },
 )
 def alphapo(pairs: Pairs, *, alpha: float = 0.25, beta: Positive = 2.5, gamma: NonNegative = 0.1) -> Tensor:
     r"""SimPO with a reward that bends the probability per token (AlphaPO).

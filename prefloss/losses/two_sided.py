@@ -11,7 +11,11 @@ from prefloss.losses._authoring import NonNegative, Positive, Share, register, r
 from prefloss.losses.pairwise import dpo
 
 
-@register(monotone=True, holds_chosen=True)
+@register(
+    monotone=True,
+    holds_chosen=True,
+    helps={"falling-chosen": "pulls the chosen completion up, whatever the rejected one does"},
+)
 def apo_zero(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     r"""Chosen up and rejected down, each against the reference (APO-zero).
 
@@ -58,7 +62,10 @@ def apo_down(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     return torch.sigmoid(beta * pairs.chosen.h) + torch.sigmoid(-beta * pairs.margin())
 
 
-@register(holds_chosen=True)
+@register(
+    holds_chosen=True,
+    helps={"falling-chosen": "raises the chosen completion's own reward, not its lead alone"},
+)
 def nca_pair(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     r"""Noise-contrastive estimate of each side's reward (NCA on pairs).
 
@@ -122,7 +129,7 @@ def bco_pair(pairs: Pairs, *, beta: Positive = 0.01, shift: running.Shift = "run
     return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
 
 
-@register
+@register(helps={"several-judges": "aims at wins and losses, which may run in circles"})
 def sppo_hard(pairs: Pairs, *, beta: Positive = 0.001) -> Tensor:
     r"""Squared distance of each log-ratio from a win or a loss (SPPO with hard labels).
 
@@ -150,7 +157,11 @@ def sppo_hard(pairs: Pairs, *, beta: Positive = 0.001) -> Tensor:
     return (pairs.chosen.h - target) ** 2 + (pairs.rejected.h + target) ** 2
 
 
-@register(monotone=True, holds_chosen=True)
+@register(
+    monotone=True,
+    holds_chosen=True,
+    helps={"falling-chosen": "a penalty where the chosen completion is less likely than under the reference"},
+)
 def dpop(pairs: Pairs, *, beta: Positive = 0.1, penalty: NonNegative = 50.0) -> Tensor:
     r"""DPO with a penalty where the chosen completion is less likely than under the reference (DPO-Positive, Smaug).
 
@@ -176,7 +187,11 @@ def dpop(pairs: Pairs, *, beta: Positive = 0.1, penalty: NonNegative = 50.0) -> 
     return -F.logsigmoid(beta * (pairs.margin() - penalty * torch.relu(-pairs.chosen.h)))
 
 
-@register(monotone=True, holds_chosen=True)
+@register(
+    monotone=True,
+    holds_chosen=True,
+    helps={"falling-chosen": "bounds what lowering the rejected completion can earn"},
+)
 def bdpo(pairs: Pairs, *, beta: Positive = 0.1, mixture: Share = 0.5) -> Tensor:
     r"""DPO with the rejected side under a mixture of policy and reference (bounded DPO).
 
@@ -204,7 +219,7 @@ def bdpo(pairs: Pairs, *, beta: Positive = 0.1, mixture: Share = 0.5) -> Tensor:
     return -F.logsigmoid(beta * (pairs.chosen.h - mixed))
 
 
-@register(aliases={"caldpo": "oxRL"})
+@register(aliases={"caldpo": "oxRL"}, helps={"falling-chosen": "pulls each log-ratio to a reward of its own"})
 def cal_dpo(pairs: Pairs, *, beta: Positive = 0.001, calibration_weight: NonNegative = 0.5) -> Tensor:
     r"""Logistic loss plus the squared distance of each log-ratio from its reward (Cal-DPO).
 
@@ -233,7 +248,7 @@ def cal_dpo(pairs: Pairs, *, beta: Positive = 0.001, calibration_weight: NonNega
     return dpo(pairs, beta=1.0) + calibration_weight * sppo_hard(pairs, beta=beta)
 
 
-@register(monotone=True)
+@register(monotone=True, helps={"falling-chosen": "gives the rejected side less weight"})
 def dpo_shift(pairs: Pairs, *, beta: Positive = 0.1, rejected_weight: Share = 0.7) -> Tensor:
     r"""DPO with less weight on the rejected side (DPO-Shift).
 

@@ -1,8 +1,10 @@
 """`prefloss losses`: the table, and a page for each loss."""
 
+import itertools
 import re
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import prefloss
@@ -53,4 +55,56 @@ def test_an_unknown_loss_is_an_error_in_the_registrys_words():
     result = CliRunner().invoke(app, ["losses", "dpoo"])
     assert result.exit_code == 2
     assert "unknown loss 'dpoo'; did you mean 'dpo'" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_list_shows_whole_summaries_in_families(columns):
+    lines = shown(columns=columns).splitlines()
+    for name, spec in prefloss.specs.items():
+        at = next(i for i, line in enumerate(lines) if re.match(rf"  {name}\s", line))
+        words = lines[at].replace(spec.paper, "").split()[1:]
+        below = itertools.takewhile(lambda line: line.startswith(" " * 20), lines[at + 1 :])
+        told = " ".join([*words, *" ".join(below).split()]).removeprefix("* ")
+        assert told == spec.summary.replace("`", "")
+    families = [line.strip() for line in lines if re.match(r" \S", line)]
+    assert {*families} <= {*prefloss.registry.FAMILIES.values()}
+    assert families[:2] == [prefloss.registry.FAMILIES[name] for name in ("pairwise", "margin")]
+
+
+def test_every_loss_of_ours_has_a_family_and_one_of_a_user_has_none():
+    assert all(spec.family for spec in prefloss.specs.values())
+    assert prefloss.registry.spec_from(lambda_loss).family == ""
+
+
+def lambda_loss(pairs: prefloss.Pairs) -> torch.Tensor:
+    return pairs.margin()
+
+
+def test_losses_for_a_purpose_fit_80_columns_and_say_why():
+    output = shown("--for", "pairs,length", columns="80")
+    assert max(map(len, output.splitlines())) <= 80
+    found = prefloss.losses.suggest("pairs", "length")
+    flat = " ".join(output.split())
+    for text in (
+        found.start,
+        *found.notes,
+        *(x for one in found for x in (one.loss, one.why, *one.evidence)),
+    ):
+        assert " ".join(text.split()) in flat
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--for", "votes,noizy"], "--for: got 'noizy'; did you mean 'noisy'? expected some of pairs, votes"),
+        (["--for", ""], "--for: got none, expected some of pairs"),
+        (["--for", "reference,no-reference"], "--for: got both"),
+        (["ipo", "--for", "noisy"], "--for: got it beside the name 'ipo', expected one of them"),
+    ],
+)
+def test_a_purpose_that_means_nothing_is_one_line(arguments, said):
+    result = CliRunner().invoke(app, ["losses", *arguments])
+    assert result.exit_code == 2
+    assert said in result.output
     assert "Traceback" not in result.output

@@ -46,10 +46,11 @@ def register(function: Any = None, /, **traits: Any) -> Any:
     Args:
         function: The loss.
         **traits: `name` (the function's own if absent), and `aliases`, `needs_reference`, `separable`,
-            `difference_only`, `monotone`, `holds_chosen`, `stateful`, `beta`, `needs`, `reads`, `valid`, `reward` as in
-            `LossSpec`. An alias maps to the trainers that use it, or to them and the hyperparameters it sets. A reward
-            is a function ``(log-ratios, *, hyperparameters) -> rewards``, or the reason why there is none; by default
-            beta h for a loss that has a `beta` and needs a reference.
+            `difference_only`, `monotone`, `holds_chosen`, `stateful`, `beta`, `needs`, `reads`, `valid`, `helps`,
+            `reward` as in `LossSpec`. An alias maps to the trainers that use it, or to them and the hyperparameters
+            it sets. `helps` maps a problem, such as "noisy", to how the loss answers it; `prefloss.losses.suggest`
+            reads it. A reward is a function ``(log-ratios, *, hyperparameters) -> rewards``, or the reason why there is
+            none; by default beta h for a loss that has a `beta` and needs a reference.
 
     Raises:
         ValueError: If the name or an alias is taken.

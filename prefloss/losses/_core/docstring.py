@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Iterable, Mapping
@@ -71,9 +72,15 @@ def completed(documented: object, args: Mapping[str, str], returns: str) -> str:
     return "\n\n".join([sections[""].rstrip(), *parts]) + "\n"
 
 
-def _sections(documented: object) -> dict[str, str]:
+def _sections(documented: object) -> Mapping[str, str]:
+    return _split(getattr(documented, "__doc__", None) or inspect.getdoc(documented) or "")
+
+
+# A loss that is registered has its docstring read four times in a row.
+@functools.lru_cache(maxsize=1)
+def _split(text: str) -> Mapping[str, str]:
     """The text of each section; what stands before all of them under ''."""
-    head, *rest = _SECTION.split(inspect.getdoc(documented) or "")
+    head, *rest = _SECTION.split(inspect.cleandoc(text))
     return {"": head, **dict(zip(rest[::2], rest[1::2], strict=True))}
 
 

@@ -32,6 +32,8 @@ class Modifier:
         reward: (log-ratios, value, beta) -> log-ratios that the reward reads; None if it stays
             the same; text says why one completion has none.
         additive: The reward stays a sum over tokens.
+        form: The loss that is DPO with it, and which of that loss's hyperparameters it is ("" for True): what that
+            loss helps against, the modifier helps against in another loss.
     """
 
     parameter: Parameter
@@ -40,6 +42,7 @@ class Modifier:
     apply: Callable[[Any, Any, float], Any] | None = None
     reward: Callable[[LogRatios, Any, float], LogRatios] | str | None = None
     additive: bool = True
+    form: tuple[str, str] | None = None
 
 
 def admitted(spec: LossSpec) -> dict[str, Modifier]:
@@ -171,10 +174,10 @@ def _modifier(
     refusal: Callable[[LossSpec], str | None],
     apply: Callable[[Any, Any, float], Any] | None = None,
     needs: tuple[str, ...] = (),
-    **reward: Any,
+    **rest: Any,
 ) -> tuple[str, Modifier]:
     parameter = Parameter.of(name, annotation, description=description)
-    return name, Modifier(parameter, refusal, frozenset(needs), apply, **reward)
+    return name, Modifier(parameter, refusal, frozenset(needs), apply, **rest)
 
 
 # The order in which they apply: weights (read from the tokens as they came), tokens, scores, margins.
@@ -187,6 +190,7 @@ MODIFIERS: dict[str, Modifier] = dict(
             _no_separate_pairs,
             _wpo,
             ("per_token.log_sum_sq",),
+            form=("wpo", ""),
         ),
         _modifier(
             "humanline",
@@ -196,6 +200,7 @@ MODIFIERS: dict[str, Modifier] = dict(
             lambda feedback, bounds, beta: transforms.clamped_tokens(feedback, *bounds),
             ("per_token",),
             reward=lambda ratios, bounds, beta: transforms.clamped(ratios, *bounds),
+            form=("humanline_dpo", ""),
         ),
         _modifier(
             "ld_alpha",
@@ -205,6 +210,7 @@ MODIFIERS: dict[str, Modifier] = dict(
             lambda pairs, alpha, beta: transforms.reweighted_tail(pairs, alpha),
             ("per_token",),
             reward=transforms.NO_TAIL,
+            form=("ld_dpo", "alpha"),
         ),
         _modifier(
             "divergence",
@@ -222,6 +228,7 @@ MODIFIERS: dict[str, Modifier] = dict(
             _no_scaled_margin,
             _score_margin,
             ("scores",),
+            form=("margin_dpo", "margin_weight"),
         ),
         _modifier(
             "length_penalty",
@@ -231,12 +238,14 @@ MODIFIERS: dict[str, Modifier] = dict(
             _length_term,
             ("tokens",),
             reward=_lengthened,
+            form=("r_dpo", "alpha"),
         ),
         _modifier(
             "label_smoothing",
             FlipProbability,
             "Probability that a preference is flipped: that share of the loss of the reversed pair.",
             _no_smoothing,
+            form=("cdpo", "epsilon"),
         ),
     ]
 )

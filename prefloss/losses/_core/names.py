@@ -58,15 +58,16 @@ AMBIGUOUS: dict[str, tuple[str, ...]] = {
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """The message for a name that no loss has: the candidates if it means several papers, else close names."""
-    candidates = AMBIGUOUS.get(_squeezed(name))
+    candidates = AMBIGUOUS.get(squeezed(name))
     if candidates:
         return "\n  ".join([f"unknown loss {shown(name)}: the name means several things:", *candidates])
-    by_squeezed = {_squeezed(candidate): candidate for candidate in sorted(known)}
+    bysqueezed = {squeezed(candidate): candidate for candidate in sorted(known)}
     # Comparing takes time that grows with the square of the length.
-    close = difflib.get_close_matches(_squeezed(name[:200]), by_squeezed, n=3, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(repr(by_squeezed[match]) for match in close)}?" if close else "."
+    close = difflib.get_close_matches(squeezed(name[:200]), bysqueezed, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(repr(bysqueezed[match]) for match in close)}?" if close else "."
     return f"unknown loss {shown(name)}{hint} prefloss.specs holds all, `prefloss losses` lists them"
 
 
-def _squeezed(name: str) -> str:
+def squeezed(name: str) -> str:
+    """A name without case and punctuation, as names are compared."""
     return re.sub(r"[^a-z0-9]", "", name.lower())

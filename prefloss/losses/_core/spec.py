@@ -13,9 +13,26 @@ from torch import Tensor
 from prefloss.arguments import flag, instance, shown
 from prefloss.arguments import function as checked_function
 from prefloss.feedback import KINDS, NEEDS
-from prefloss.losses._core import docstring, rewards
+from prefloss.losses._core import docstring, problems, rewards
 from prefloss.losses._core.parameters import Parameter
 from prefloss.losses._core.rewards import Reward
+
+FAMILIES: Mapping[str, str] = types.MappingProxyType(
+    {
+        "pairwise": "DPO and its nearest relatives",
+        "margin": "other functions of DPO's margin",
+        "two_sided": "each side has a target of its own",
+        "divergences": "another divergence than the KL",
+        "per_token": "token by token",
+        "batch_coupled": "the whole batch decides",
+        "reference_free": "no reference model",
+        "graded": "scored pairs",
+        "pointwise": "single completions",
+        "listwise": "groups of completions",
+        "contrib": "few users, or a single source",
+    }
+)
+"""The families of losses, in the order of lists: module of `prefloss.losses` -> title."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,7 @@ class LossSpec:
         needs: Fields of the feedback that must be there, such as `tokens`, `scores`, `gold`, `per_token`.
         reads: Fields that it reads if they are there, such as `kl`; trainers refuse to drop any other.
         valid: Which examples it counts, feedback -> [n]; None is all without an empty completion.
+        helps: What its paper says it helps against: a word of `problems.PROBLEMS` -> how, in a clause.
         reward: What it compares between completions, for one of them alone; text says why there is no such reward.
         summary: First line of the docstring.
         formula: Its equation in LaTeX.
@@ -83,6 +101,7 @@ class LossSpec:
     needs: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
     valid: Callable[[Any], Tensor] | None = None
+    helps: Mapping[str, str] = field(default_factory=dict)
     reward: Reward | str = "it has none"
     summary: str = ""
     formula: str = ""
@@ -91,6 +110,13 @@ class LossSpec:
     equation: str = ""
     reference: str = ""
     note: str = ""
+
+    @property
+    def family(self) -> str:
+        """Which of `FAMILIES` it belongs to; empty for a loss from elsewhere."""
+        package, _, module = str(getattr(self.function, "__module__", "")).partition("prefloss.losses.")
+        name = module.partition(".")[0]
+        return name if not package and name in FAMILIES else ""
 
 
 class Traits(TypedDict, total=False):
@@ -103,6 +129,7 @@ class Traits(TypedDict, total=False):
     aliases: Mapping[str, str | tuple[str, Mapping[str, Any]]] | None
     beta: str | None
     difference_only: bool
+    helps: Mapping[str, str]
     holds_chosen: bool
     monotone: bool
     needs: Iterable[str]
@@ -164,6 +191,7 @@ def spec_from(function: Any, name: str | None = None, **traits: Any) -> LossSpec
         parameters=types.MappingProxyType(hyperparameters),
         aliases=types.MappingProxyType(aliases),
         beta=beta,
+        helps=problems.declared(name, traits.pop("helps", {})),
         needs=_fields(name, "needs", traits.pop("needs", ())),
         reads=_fields(name, "reads", traits.pop("reads", ())),
         reward=rewards.declared(name, traits.pop("reward", None), parameters, beta, reads_reference),
@@ -176,7 +204,7 @@ def complete_docstring(spec: LossSpec) -> None:
     """Give a docstring that has a formula the Args and Returns that every loss shares, so that `help()` shows them."""
     function = spec.function
     if spec.formula and isinstance(function, types.FunctionType):
-        feedback = next(iter(inspect.signature(function).parameters))
+        feedback = function.__code__.co_varnames[0]
         reads = docstring.reads(spec.feedback, spec.needs_reference, spec.needs)
         described = {name: parameter.description for name, parameter in spec.parameters.items()}
         args = {feedback: reads, **described, **docstring.arguments(function)}

@@ -32,6 +32,7 @@ from prefloss.losses._authoring import (
         "β log π(y) / |y|, β h if reference",
         needs=frozenset(("tokens",)),
     ),
+    helps={"noisy": "a smaller margin where a pair is ambiguous"},
 )
 def gamma_po(
     pairs: Pairs,

@@ -150,7 +150,7 @@ def focalpo(pairs: Pairs, *, beta: Positive = 0.1, gamma: NonNegative = 2.0, det
     return -(factor.detach() if detach else factor) * log_p
 
 
-@register(holds_chosen=True)
+@register(holds_chosen=True, helps={"falling-chosen": "holds the sum of the two log-ratios near 0"})
 def c2dpo(pairs: Pairs, *, beta: Positive = 0.1, constraint_weight: NonNegative = 2e-4) -> Tensor:
     r"""DPO plus a square that keeps the two log-ratios balanced (C²-DPO).
 
@@ -196,7 +196,12 @@ def minor_dpo(pairs: Pairs, *, beta: Positive = 0.1) -> Tensor:
     return -F.logsigmoid(beta * (pairs.chosen.h - torch.relu(pairs.rejected.h)))
 
 
-@register(aliases={"oxrl:bpo": ("oxRL", {"alpha": 1.0})}, monotone=True, holds_chosen=True)
+@register(
+    aliases={"oxrl:bpo": ("oxRL", {"alpha": 1.0})},
+    monotone=True,
+    holds_chosen=True,
+    helps={"falling-chosen": "trains the worse side of each pair"},
+)
 def balanced_bpo(pairs: Pairs, *, beta: Positive = 0.1, alpha: Positive = 0.3) -> Tensor:
     r"""Logistic loss of the worse side (balanced preference optimization, BPO).
 

@@ -13,7 +13,11 @@ from prefloss.logratios import LogRatios
 from prefloss.losses._authoring import Interval, NonNegative, Positive, Reward, register, transforms
 
 
-@register(monotone=True, needs=("per_token.reference_entropy",))
+@register(
+    monotone=True,
+    needs=("per_token.reference_entropy",),
+    helps={"several-judges": "a lower strength where many answers are plausible"},
+)
 def mallows_dpo(pairs: Pairs, *, beta: Positive = 0.1, dispersion: Positive = 0.29) -> Tensor:
     r"""DPO at a strength set by how sure the reference is of its completions (Mallows-DPO).
 
