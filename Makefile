@@ -27,7 +27,7 @@ test quick proof mutants: export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test quick proof mutants trainers lint format types evidence docs wheel clean
+.PHONY: help demo test quick proof mutants trainers lint format types evidence docs dist clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,8 +68,11 @@ evidence: $(INSTALLED) ## run every experiment and renew the results in docs/evi
 docs: $(INSTALLED) ## HTML docs into docs/_build/html; a warning fails
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
-wheel: $(INSTALLED) ## a wheel for this platform into dist, with the CPU library if there is a C compiler
-	$(BIN)/python -m build --wheel --no-isolation
+dist: $(INSTALLED) ## source distribution and wheel for this platform into dist, checked
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 clean: ## remove the environment, build outputs and caches
 	rm -rf $(VENV) build dist docs/_build .benchmarks .hypothesis .pytest_cache .ruff_cache

@@ -1,5 +1,6 @@
 """Sphinx settings; `make docs` builds with every warning an error and without network."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_design",
 ]
 # Docstrings write `names` in single backticks.
 default_role = "literal"
@@ -30,6 +32,11 @@ smartquotes = False
 exclude_patterns = ["_build", "_ext", "evidence/results"]
 html_theme = "furo"
 html_title = f"prefloss {release}"
+# MathJax comes with the site, as one file: no page loads anything from the network.
+_mathjax = importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations[0]
+html_static_path = ["_static", f"{_mathjax}/static/mathjax/tex-svg-full.js"]
+mathjax_path = "tex-svg-full.js"
+html_css_files = ["prefloss.css"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -55,6 +55,32 @@ def draw(spec: LossSpec, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_together(path: Path) -> None:
+    """Write the picture of the README: margin losses side by side, each with a beta of 1."""
+    losses = {
+        "DPO": prefloss.get("dpo", beta=1.0),
+        "cDPO, 10 % flipped": prefloss.get("cdpo", beta=1.0, epsilon=0.1),
+        "robust DPO, 10 % flipped": prefloss.get("robust_dpo", beta=1.0, epsilon=0.1),
+        "hinge": prefloss.get("hinge", beta=1.0),
+        "IPO": prefloss.get("ipo", tau=0.5, per_token=False),
+        "exponential": prefloss.get("gpo_exponential", beta=1.0),
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    margins = torch.linspace(-3.0, 5.0, 321).requires_grad_()
+    for label, loss in losses.items():
+        values = loss(Pairs(chosen=_side(margins / 2), rejected=_side(-margins / 2)))
+        (slopes,) = torch.autograd.grad(values.sum(), margins)
+        axes[0].plot(margins.detach(), values.detach(), label=label)
+        axes[1].plot(margins.detach(), slopes)
+    for axis, title, limits in ((axes[0], "Loss", (-0.6, 4.0)), (axes[1], "Gradient", (-2.2, 1.2))):
+        axis.set(title=title, xlabel=r"margin $\beta\,(h_w - h_l)$", ylim=limits)
+        axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _curve(spec: LossSpec, upvoted: bool) -> tuple[torch.Tensor, torch.Tensor]:
     # One point at a time, each with a fresh loss, so that batch-coupled and stateful losses see no other point.
     values, slopes = [], []
@@ -99,3 +125,7 @@ def _side(h: torch.Tensor) -> LogRatios:
         weight=torch.ones_like(each),
     )
     return rows.log_ratios()
+
+
+if __name__ == "__main__":
+    draw_together(Path(__file__).parents[1] / "images" / "shapes.png")

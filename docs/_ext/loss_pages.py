@@ -1,6 +1,6 @@
-"""Writes docs/losses/ and docs/choose.md from the registry: a page and a picture for each loss, an index, tables.
+"""Writes docs/losses/ and docs/choose.md: a page and a picture for each loss, and the pages over all of them.
 
-All facts come from the losses' docstrings and traits.
+All facts come from the losses' docstrings and traits, from evaluating them, and from what was measured.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ from typing import Any
 
 import choose_page
 import loss_curves
+import loss_families
+import loss_snippets
+import loss_tables
+import papers
+from relatives import Relative, relatives
 from sphinx.application import Sphinx
 
 import prefloss
-from prefloss.losses import measured
-from prefloss.registry import MODIFIERS, LossSpec, capabilities
+from prefloss import Labels, Pairs, Rankings
+from prefloss.losses import measured, suggest
+from prefloss.registry import PROBLEMS, LossSpec, capabilities
 
 FOLDER = "losses"
+KINDS = {Pairs: "pairs", Labels: "votes", Rankings: "rankings"}
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -30,7 +37,7 @@ def generate(app: Sphinx) -> None:
     folder = Path(app.srcdir) / FOLDER
     folder.mkdir(exist_ok=True)
     pages = {f"{spec.name}.md": page(spec) for spec in prefloss.specs.values()}
-    pages |= {"index.md": index(), "capabilities.md": capability_table(), "names.md": names_elsewhere()}
+    pages |= loss_families.pages() | loss_tables.pages() | papers.pages()
     for old in folder.glob("*.md"):
         if old.name not in pages:
             old.unlink()
@@ -44,21 +51,62 @@ def generate(app: Sphinx) -> None:
 
 
 def page(spec: LossSpec) -> str:
-    """Everything that the registry holds about one loss."""
+    """Everything that is known about one loss."""
     parts = [
         f"# {spec.name}\n\n{spec.summary}",
         f"$$\n{spec.formula}\n$$" if spec.formula else "",
-        f"{loss_curves.caption(spec)}\n\n![{spec.name}: loss and gradient]({spec.name}.png)",
-        f"```python\nloss = prefloss.get({spec.name!r})\n```",
+        _origin(spec),
+        f"![{spec.name}: loss and gradient]({spec.name}.png)\n\n{loss_curves.caption(spec)}",
+        f"## When to use it\n\n{when(spec)}",
+        "## Train with it\n\n" + loss_snippets.snippets(spec),
         "## Hyperparameters\n\n" + parameters(spec),
-        f"## Values\n\n{spec.returns}",
+        f"## Relatives\n\n{related(spec)}" if related(spec) else "",
         f"## Where papers and trainers differ\n\n{spec.note}" if spec.note else "",
-        "## What it takes\n\n" + what_it_takes(spec),
         f"## Measured in our worlds\n\n{overall(spec.name)}" if overall(spec.name) else "",
+        "## What it takes\n\n" + what_it_takes(spec),
         f"## Other names\n\n{other_names(spec)}" if spec.aliases else "",
-        f"## Source\n\n{source(spec)}",
+        f"## Cite\n\n```bibtex\n{papers.bibtex(spec)}\n```" if papers.numbers(spec) else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def when(spec: LossSpec) -> str:
+    """What it is made for and what was measured of that, problem by problem."""
+    lines = []
+    for name, problem in PROBLEMS.items():
+        figures = [one for one in measured.tried() if (one.loss, one.problem) == (spec.name, name)]
+        if name not in spec.helps and not figures:
+            continue
+        claim = f" Its paper: {spec.helps[name].rstrip('.')}." if name in spec.helps else ""
+        found = "; ".join(f"{one.shown} ([{one.experiment}](../evidence/{one.experiment}.md))" for one in figures)
+        worse = " **Worse than DPO here.**" if {one.better for one in figures} == {False} else ""
+        lines.append(f"- If {problem.meaning}.{claim} Measured: {found or 'not yet'}.{worse}")
+    start = suggest(KINDS[spec.feedback]).start
+    return f"{start} [Which loss?](../choose.md) compares all losses.\n\n" + "\n".join(lines)
+
+
+def related(spec: LossSpec) -> str:
+    """Losses that this one becomes, then losses that become this one."""
+    lines = [f"- {_sentence(item)}" for item in relatives(spec)]
+    become = [
+        f"[{other.name}]({other.name}.md){_setting(item.settings)}{', on groups of two' if item.pairs else ''}"
+        for other in prefloss.specs.values()
+        for item in relatives(other)
+        if (item.name, item.factor) == (spec.name, 1) and not item.its_settings
+    ]
+    return "\n".join([*lines, f"- The same as this loss: {'; '.join(become)}."] if become else lines)
+
+
+def _sentence(item: Relative) -> str:
+    factor = "" if item.factor == 1 else f"{item.factor:.6g} times "
+    offset = f" {item.offset:+.6g}" if item.offset else ""
+    other = f"{factor}[{item.name}]({item.name}.md){_setting(item.its_settings)}{offset}"
+    start = f"With{_setting(item.settings).removeprefix(' with')}, it" if item.settings else "It"
+    return f"{start} is {other}{', on groups of two' if item.pairs else ''}."
+
+
+def _setting(settings: dict[str, Any]) -> str:
+    return f" with {', '.join(f'`{name}={value!r}`' for name, value in settings.items())}" if settings else ""
 
 
 def overall(name: str) -> str:
@@ -104,68 +152,11 @@ def other_names(spec: LossSpec) -> str:
     return "\n".join(f"- `{alias}`: {entry}" for alias, entry in spec.aliases.items())
 
 
-def source(spec: LossSpec) -> str:
-    """Reference with a link to its paper."""
+def _origin(spec: LossSpec) -> str:
+    """The reference with a link to its paper, and the family."""
     number = spec.paper.removeprefix("arXiv:")
-    return (
-        spec.reference.replace(spec.paper, f"[{spec.paper}](https://arxiv.org/abs/{number})")
-        if spec.paper
-        else spec.reference
-    )
-
-
-def names_elsewhere() -> str:
-    """Table of every alias: the name, the trainers that use it, and the loss with what the name sets."""
-    rows = []
-    for spec in prefloss.specs.values():
-        for alias, entry in spec.aliases.items():
-            preset = ", ".join(f"{key}={value!r}" for key, value in entry.parameters.items())
-            rows.append(f"| `{alias}` | {entry.peers} | [{spec.name}]({spec.name}.md) | {preset} |")
-    table = "\n".join(["| name | used by | loss | sets |", "| --- | --- | --- | --- |", *sorted(rows)])
-    return (
-        "# Names in other trainers\n\nAliases: `prefloss.get` takes these names too. A name with a colon is a "
-        f"trainer's own form of a loss.\n\n{table}\n"
-    )
-
-
-def index() -> str:
-    """Table of all losses and the toctree of their pages."""
-    specs = sorted(
-        prefloss.specs.values(), key=lambda spec: (spec.feedback.__name__ != "Pairs", spec.feedback.__name__)
-    )
-    rows = [
-        f"| [{spec.name}]({spec.name}.md) | {spec.feedback.__name__} | {'yes' if spec.needs_reference else 'no'} "
-        f"| {', '.join(sorted(spec.needs)) or ''} | {spec.paper} | {spec.summary} |"
-        for spec in specs
-    ]
-    names = "\n".join(sorted(prefloss.specs))
-    table = "\n".join(
-        ["| name | feedback | reference | needs | paper | |", "| --- | --- | --- | --- | --- | --- |", *rows]
-    )
-    return (
-        f"# Losses\n\n{len(prefloss.specs)} losses, each by its name: `prefloss.get(name)`. This page and those of the "
-        "losses are generated from the registry; `prefloss losses` shows the same in a terminal. What can be combined "
-        f"stands in the [capability table](capabilities.md).\n\n{table}\n\n"
-        f"```{{toctree}}\n:hidden:\n\ncapabilities\nnames\n{names}\n```\n"
-    )
-
-
-def capability_table() -> str:
-    """Loss by feedback, needs, modifiers and state; the cells are what the checks at run time say."""
-    columns = ["feedback", "reference", "needs", *MODIFIERS, "fused", "state"]
-    rows = []
-    for name in sorted(prefloss.specs):
-        row = capabilities(prefloss.specs[name])
-        cells = [
-            row[column].split(":")[0] if column not in ("feedback", "needs") else row[column]
-            for column in columns
-        ]
-        rows.append(f"| [{name}]({name}.md) | " + " | ".join(cells) + " |")
-    head = "| loss | " + " | ".join(columns) + " |"
-    modifiers = "\n".join(f"- `{name}`: {item.parameter.description}" for name, item in MODIFIERS.items())
-    return (
-        "# Capabilities\n\nWhere a cell says no, `prefloss.get` refuses and says why; the reason stands on the loss's "
-        f"own page.\n\nThe modifiers, given as further hyperparameters:\n\n{modifiers}\n\n"
-        + "\n".join([head, "| --- " * (len(columns) + 1) + "|", *rows])
-        + "\n"
-    )
+    link = f"[{spec.paper}](https://arxiv.org/abs/{number})"
+    source = spec.reference.replace(spec.paper, link) if spec.paper else spec.reference
+    facts = loss_families.facts(spec)
+    family = f"[{loss_families.title(spec.family)}](family-{spec.family}.md)"
+    return f"{source} {family}{f': {facts}' if facts else ''}."
