@@ -5,7 +5,7 @@ Four parts, each in a process of its own and each under eight minutes; ``--part`
 - kernels: every kernel and flag against float64
 - alone: ours at the sizes of the published tables
 - peers: ours and other implementations in turns, those that are installed
-- sweep: odd vocabularies, few tokens, tiles of several sizes
+- sweep: odd vocabularies, few tokens, tiles of several sizes, blocks and warps of the kernels from logits
 
 Times are the device's, without the host's. Errors are judged against what cuBLAS itself gives. Copy bandwidth and
 matmul rate come from the same run. Rows go to ``DIR/<gpu>.csv`` as they are measured, checks to ``checks.json``, the

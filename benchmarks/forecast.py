@@ -8,6 +8,7 @@ roofline model turns both into times. Needs Triton.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -96,8 +97,8 @@ def assumptions(chosen: list[Card]) -> str:
             f"Forecast, not a measurement. {model}",
             f"Copies reach {cards.COPY_SHARE:.2f} of the peak and products {cards.PRODUCT_SHARE:.2f} of theirs, as on "
             f"an H200 in use. A kernel fills {cards.ISSUE_SHARE} of the issue slots. Kernels are "
-            f"{cards.LAUNCH * 1e6:.0f} us apart. {FREE / 2**30:.0f} GiB are free for the plan. Float32 products use no "
-            "TF32.",
+            f"{cards.LAUNCH * 1e6:.0f} us apart. A load takes {cards.LATENCY * 1e9:.0f} ns. {FREE / 2**30:.0f} GiB are "
+            "free for the plan. Float32 products use no TF32.",
             "",
             "| GPU | peak TB/s | copy TB/s | peak TFLOP/s | product TFLOP/s | float32 peak | SMs | GHz | source |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -179,3 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     times = "Forecast, hidden states to gradient: time over that of the matrix products alone"
     print(ratios_table(times, from_hidden, chosen))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -178,7 +178,7 @@ FORECAST: dict[str, tuple[tuple[GpuLogits, ...], tuple[GpuLinear, ...]]] = {
                 (16_384, 128_256, "bfloat16", None), (16_384, 32_000, "bfloat16", None),
                 (8_192, 128_256, "float32", None), (16_384, 128_256, "bfloat16", 30.0),
                 (16_384, 32_001, "bfloat16", None), (16_384, 50_257, "bfloat16", None),
-                (512, 128_256, "bfloat16", None),
+                (512, 128_256, "bfloat16", None), (64, 128_256, "bfloat16", None),
             )
         ),
         tuple(

@@ -15,6 +15,8 @@ ISSUE_SHARE = 0.9
 ISSUED, SPECIAL = 4, 16
 # From the end of one kernel to the beginning of the next in a queue, seconds; an assumption.
 LAUNCH = 2e-6
+# From a load to its value where memory is busy, seconds; an assumption.
+LATENCY = 8e-7
 
 
 class Card(NamedTuple):

@@ -203,11 +203,10 @@ def of_hidden(
     cublas, cublas_gradients = by_products(h, w, b, y, transform, weights, dtype)
     _, beyond, _ = statistics_check(cublas, exact)
     found = [statistics_check(got, exact, FACTOR * beyond)]
-    for what, gradient, other, right in zip(
-        ("hidden", "weight", "bias"), gradients, cublas_gradients, exact_gradients
-    ):
-        limit = FACTOR * relative(other, right) + GRADIENT
-        found.append((f"gradient of {what}", _error(gradient, right), limit))
+    for part, gradient in enumerate(gradients):
+        right = exact_gradients[part]
+        limit = FACTOR * relative(cublas_gradients[part], right) + GRADIENT
+        found.append((f"gradient of {('hidden', 'weight', 'bias')[part]}", _error(gradient, right), limit))
     return found
 
 

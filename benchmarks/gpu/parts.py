@@ -37,12 +37,14 @@ def peers(bench: Bench, sizes: GpuSizes) -> list[str]:
 
 
 def sweep(bench: Bench, sizes: GpuSizes) -> list[str]:
-    """Ours at odd vocabularies and few tokens, and in tiles of several sizes."""
+    """Ours at odd vocabularies and few tokens, in tiles of several sizes, in several blocks and numbers of warps."""
     wrong = []
     for size in sizes.odd_logits:
         wrong += measure_logits(bench, size)
     for size in sizes.odd_linear:
         wrong += measure_linear(bench, size, sweep=True)
+    if bench.device.impl == "triton":
+        wrong += measure_logits(bench, sizes.logits[0], blocks=True)
     return wrong
 
 

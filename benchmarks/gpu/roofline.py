@@ -2,8 +2,9 @@
 
 A product takes the longer of its operations and its bytes, where operations are those of whole tiles of 128 x 256
 results, in whole rounds over the multiprocessors. A Triton kernel takes the longest of its bytes, its instructions and
-its special functions, the last two read from its machine code. Other torch ops take their bytes. Each takes at least the
-gap between two kernels. Bytes move at the rate of a copy. Caches, the ends of kernels and the power limit are left out.
+its special functions, the last two read from its machine code. Its bytes move at the rate of a copy, or at what the
+loads of its resident threads allow, if that is less. Other torch ops take their bytes. Each takes at least the gap
+between two kernels. Caches, the ends of kernels and the power limit are left out, so the times are lower bounds.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from functools import cache
 from typing import NamedTuple
 
 from benchmarks import sass
-from benchmarks.gpu.cards import ISSUE_SHARE, ISSUED, LAUNCH, SPECIAL, Card
+from benchmarks.gpu.cards import ISSUE_SHARE, ISSUED, LATENCY, LAUNCH, SPECIAL, Card
 from benchmarks.gpu.trace import Event, Pass, Product
 
 TILE_ROWS, TILE_COLUMNS = 128, 256
 
 
 class Work(NamedTuple):
-    """What a kernel does per logit, from its machine code: instructions, special functions, and reads of each logit."""
+    """What a kernel does per logit, from its machine code: instructions, special functions, and reads of each logit.
+
+    `load_bytes`: of its widest load. `in_flight`: bytes that a thread loads before it must wait for them.
+    """
 
     registers: int
     spilled: int
@@ -29,6 +33,7 @@ class Work(NamedTuple):
     special: float
     reads: int
     load_bytes: int
+    in_flight: int
 
 
 def work_of(launch: sass.Launch, arch: int) -> Work:
@@ -66,9 +71,10 @@ def _compiled(key: _Key, arch: int) -> Work:
             sum(len(loop.named(*names) if names else loop) / loop.logits(size) for loop in loops)
             for names in ((), ("MUFU",))
         )
+    loads = code.main.loads
     return Work(
-        code.registers, code.spilled, code.occupancy(), *counts, len(loops), max(code.main.loads, default=0)
-    )
+        code.registers, code.spilled, code.occupancy(), *counts, len(loops), max(loads, default=0), sum(loads)
+    )  # fmt: skip
 
 
 def seconds(event: Event, card: Card) -> float:
@@ -94,7 +100,10 @@ def _kernel(launch: sass.Launch, card: Card) -> float:
     lanes = card.multiprocessors * card.clock * sass.LANES
     issue = logits * work.instructions / (lanes * ISSUED * ISSUE_SHARE)
     special = logits * work.special / (card.multiprocessors * card.clock * SPECIAL)
-    return max(moved(launch, work) / card.copy, issue, special)
+    resident = int(work.occupancy * sass.WARPS) // launch.warps * card.multiprocessors
+    loading = min(launch.programs, resident) * launch.warps * sass.LANES
+    bandwidth = min(card.copy, loading * work.in_flight / LATENCY)
+    return max(moved(launch, work) / bandwidth, issue, special)
 
 
 def moved(launch: sass.Launch, work: Work) -> int:

@@ -3,6 +3,7 @@
 import csv
 import json
 import subprocess
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -355,6 +356,19 @@ def test_a_step_whose_host_waits_for_the_device_is_marked(queue, gpu, tmp_path):
     for name, value in monkey.items():
         setattr(gpu, name, value)
     assert bench.in_turns({"waits": step}, {})["waits"].note == WAITS
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_sweep_launches_in_the_blocks_that_it_names():
+    from prefloss.kernels.triton import launch
+
+    before, seen = (launch.FORWARD, launch.BACKWARD), {}
+    chosen = {"wide": (8192, 8)}
+    calls = {name: lambda name=name: seen.update({name: launch.FORWARD}) for name in ("wide", "usual")}
+    for call in logits.launched_in(calls, chosen).values():
+        call()
+    assert seen == {"wide": (8192, 8), "usual": before[0]}
+    assert before == (launch.FORWARD, launch.BACKWARD)
 
 
 def test_rates_come_from_bytes_and_operations():
