@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
+import torch
+
 from benchmarks import sass
 from benchmarks.gpu.cards import ISSUE_SHARE, ISSUED, LATENCY, LAUNCH, SPECIAL, Card
 from benchmarks.gpu.trace import Event, Pass, Product
@@ -46,14 +48,23 @@ class _Key:
 
     def __init__(self, launch: sass.Launch) -> None:
         self.launch = launch
-        signature, constants, attributes = sass._specialized(launch)
-        self._key = repr((launch.kernel.__name__, launch.warps, signature, constants, sorted(attributes)))
+        kinds = [_kind(argument) for argument in launch.arguments]
+        self._key = repr((launch.kernel.__name__, launch.warps, sorted(launch.constants.items()), kinds))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self._key == other._key
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+
+def _kind(argument: object) -> object:
+    """What Triton compiles for: a dtype and whether it is aligned; of an int whether 16 divides it, it is 1, or wide."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument % 16 == 0, argument == 1, abs(argument) < 2**31
+    return type(argument)
 
 
 @cache
