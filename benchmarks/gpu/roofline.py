@@ -59,7 +59,7 @@ class _Key:
 
 
 def _kind(argument: object) -> object:
-    """What Triton compiles for: a dtype and whether it is aligned; of an int whether 16 divides it, it is 1, or wide."""
+    """What Triton compiles for: dtype and alignment; of an int, whether 16 divides it, and if it is 1 or wide."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
