@@ -26,6 +26,7 @@ class Work(NamedTuple):
     """What a kernel does per logit, from its machine code: instructions, special functions, and reads of each logit.
 
     `load_bytes`: of its widest load. `in_flight`: bytes that a thread loads before it must wait for them.
+    `writes`: whether it stores as it loads, several bytes at a time.
     """
 
     registers: int
@@ -36,6 +37,7 @@ class Work(NamedTuple):
     reads: int
     load_bytes: int
     in_flight: int
+    writes: bool
 
 
 def work_of(launch: sass.Launch, arch: int) -> Work:
@@ -83,8 +85,9 @@ def _compiled(key: _Key, arch: int) -> Work:
             for names in ((), ("MUFU",))
         )
     loads = code.main.loads
+    widest, writes = max(loads, default=0), max(code.whole.stores, default=0) >= 8
     return Work(
-        code.registers, code.spilled, code.occupancy(), *counts, len(loops), max(loads, default=0), sum(loads)
+        code.registers, code.spilled, code.occupancy(), *counts, len(loops), widest, sum(loads), writes
     )  # fmt: skip
 
 
@@ -118,9 +121,12 @@ def _kernel(launch: sass.Launch, card: Card) -> float:
 
 
 def moved(launch: sass.Launch, work: Work) -> int:
-    """Bytes of the logits, as often as they are read, and of each other argument of their size, written once."""
+    """Bytes of the logits, as often as they are read, and of each other argument of their size, written once.
+
+    What stores and has no such argument writes over what it read.
+    """
     first, *others = (x for x in launch.arguments if hasattr(x, "element_size"))
-    same = [x for x in others if x.numel() >= first.numel()]
+    same = [x for x in others if x.numel() >= first.numel()] or ([first] if work.writes else [])
     return work.reads * first.numel() * first.element_size() + sum(x.numel() * x.element_size() for x in same)
 
 

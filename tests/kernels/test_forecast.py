@@ -1,7 +1,5 @@
 """The forecast counts what ops do, and computes times that can be checked by hand."""
 
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -87,7 +85,7 @@ def launch(monkeypatch):
     """A launch over 2**30 bfloat16 logits, and a way to choose what its machine code says."""
     x = torch.empty(2**13, 2**17, dtype=torch.bfloat16, device="meta")
     work = {"registers": 32, "spilled": 0, "occupancy": 1.0, "instructions": 1.0, "special": 0.1, "reads": 1,
-            "load_bytes": 16, "in_flight": 64}  # fmt: skip
+            "load_bytes": 16, "in_flight": 64, "writes": False}  # fmt: skip
 
     def code(**changed):
         monkeypatch.setattr(roofline, "work_of", lambda *_: Work(**{**work, **changed}))
@@ -100,6 +98,8 @@ def test_a_kernel_takes_the_longest_of_bytes_instructions_and_special_functions(
     copied = 2**31 / H200.copy
     assert roofline.seconds(launch(), H200) == pytest.approx(copied)
     assert roofline.seconds(launch(reads=2), H200) == pytest.approx(2 * copied)
+    # in place, each logit is read and written
+    assert roofline.seconds(launch(writes=True), H200) == pytest.approx(2 * copied)
     slots = 132 * 1.98e9 * 32 * 4 * cards.ISSUE_SHARE
     assert roofline.seconds(launch(instructions=40.0), H200) == pytest.approx(40 * 2**30 / slots)
     assert roofline.seconds(launch(special=9.0), H200) == pytest.approx(9 * 2**30 / (132 * 1.98e9 * 16))
@@ -124,17 +124,25 @@ def test_targets_are_sizes_that_are_forecast():
     assert {size for _, size in forecast.TARGETS} <= {*logits, *linear}
 
 
-@pytest.mark.slow
-def test_every_table_says_forecast(tmp_path):
-    # in a process of its own: the interpreter of other tests compiles nothing
-    command = [sys.executable, "-m", "benchmarks.forecast", "--cards", "H200", "--sizes", "tiny"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    blocks = [block for block in run.stdout.split("\n\n") if not block.startswith("|")]
-    assert len(blocks) == 4
-    assert all(block.strip().startswith("Forecast, ") for block in blocks), blocks
-    assert "measured" in blocks[0] or "measurement" in blocks[0]
-    rows = [line for line in run.stdout.splitlines() if line.startswith("| 64x4096 bfloat16")]
-    shares = [float(row.split("|")[2]) for row in rows]
-    assert len(shares) == 2
-    assert all(0 < share <= 1 for share in shares)
+def test_every_table_says_forecast(monkeypatch, capsys):
+    work = Work(32, 0, 1.0, 8.0, 1.0, 1, 16, 64, False)
+    monkeypatch.setattr(roofline, "work_of", lambda *_: work)
+    assert forecast.main(["--cards", "H200", "B200", "--sizes", "tiny"]) == 0
+    blocks = [block for block in capsys.readouterr().out.split("\n\n") if not block.startswith("|")]
+    assert [block.strip().split(",")[0] for block in blocks] == ["Forecast"] * 4
+    assert "not a measurement" in blocks[0]
+    assert "lower bounds" in blocks[0]
+
+
+def test_the_work_of_a_kernel_is_read_from_its_machine_code():
+    forward, both = forecast.of_logits(GpuLogits(16_384, 128_256))
+    *_, launch = forward.events
+    work = roofline.work_of(launch, 90)
+    assert (work.reads, work.load_bytes, work.spilled, work.writes) == (1, 16, 0, False)
+    assert 1 <= work.special < work.instructions < 12
+    assert roofline.moved(launch, work) == 2 * 16_384 * 128_256
+    *_, backward = both.events
+    work = roofline.work_of(backward, 90)
+    assert (work.reads, work.load_bytes, work.spilled, work.writes) == (1, 16, 0, True)
+    # no faster than a copy, and as fast where it is the whole limit
+    assert 0.9 < both.ratio(H200) <= 1
