@@ -96,8 +96,9 @@ def conclude(folder: Path, names: list[str]) -> int:
     for name in names:
         part = parts.get(name, {"verdict": "ended without a verdict"})
         print(f"  {name:8} {part['verdict']} ({part.get('seconds', '?')} s)")
-        for line in [*part.get("wrong", ()), *part.get("problems", ())]:
-            print(f"    {line}")
+        for kind in ("wrong", "missing", "problems"):
+            for line in part.get(kind, ()):
+                print(f"    {kind}: {line}")
     return int(any(parts.get(name, {}).get("verdict") != "held" for name in names))
 
 

@@ -36,9 +36,10 @@ class Budget:
 
 @dataclass
 class Bench:
-    """What every measurement of a part needs. `problems` holds a line for each thing that went wrong or was left out.
+    """What every measurement of a part needs.
 
-    `lost`: the way after which the device no longer answered; nothing runs after it.
+    `problems`: a line for each thing that raised. `missing`: what was not run, and why. `lost`: the way after which the
+    device no longer answered; nothing runs after it.
     """
 
     part: str
@@ -48,6 +49,7 @@ class Bench:
     rounds: int = 15
     lost: str = ""
     problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def why_not(self) -> str:
@@ -62,6 +64,7 @@ class Bench:
         """The result and an empty text; None and why there is none, whatever the call raised."""
         reason = self.why_not()
         if reason:
+            self.missing.append(f"{name}: {reason}")
             return None, reason
         try:
             return call(), ""
@@ -75,6 +78,16 @@ class Bench:
             self.device.free()
         self.problems.append(f"{name}: {reason}")
         return None, reason
+
+    def each(self, tasks: Mapping[str, Callable[[], list[str]]]) -> list[str]:
+        """What is wrong in any of the tasks; one that raises is missing, and the others run."""
+        wrong = []
+        for name, task in tasks.items():
+            found, reason = self.attempt(name, task)
+            wrong += found or []
+            if reason and not reason.startswith(NOT_RUN):
+                self.missing.append(f"{name}: {reason}")
+        return wrong
 
     def attempts(self, calls: Mapping[str, Callable[[], Any]], absent: dict[str, str]) -> dict[str, Any]:
         """The results of the calls that have one; why the others have none goes to `absent`."""
@@ -114,12 +127,14 @@ class Bench:
         return delay or 0
 
     def _time(self, record: Record, step: Step, delay: int) -> None:
+        if record.milliseconds and self.why_not():
+            # it keeps the rounds that it had
+            return
         timing, reason = self.attempt(record.name, lambda: self.device.timing(step, delay))
         if timing is not None:
             record.milliseconds.append(timing.milliseconds)
             record.note = "" if timing.queued else WAITS
-        elif not (record.milliseconds and reason == self.why_not()):
-            # what failed has no time; what ran out of time keeps the rounds that it had
+        else:
             record.milliseconds.clear()
             record.note = reason
 
@@ -136,9 +151,10 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         parts = json.loads(path.read_text()) if path.exists() else {}
         parts[self.part] = {
-            "verdict": "wrong" if wrong else "incomplete" if self.why_not() else "held",
+            "verdict": "wrong" if wrong else "incomplete" if self.missing else "held",
             "seconds": round(self.budget.spent, 1),
             "wrong": wrong,
+            "missing": self.missing,
             "problems": self.problems,
             **self.facts,
             **measure.circumstances(self.device.machine),

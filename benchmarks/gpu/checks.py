@@ -24,7 +24,7 @@ TRANSFORMS = {
     "scaled": LogitTransform(1.3, None, 0.7),
 }
 # float32 arithmetic: of a statistic, relative to 1 + its size, and of a gradient, relative to its norm
-STATISTICS, GRADIENT = 2**-19, 1e-5
+STATISTICS, GRADIENT = 1e-5, 1e-5
 # token_stats and its kin return five numbers, the other functions one
 ALL = 5
 

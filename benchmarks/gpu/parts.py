@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -18,34 +19,29 @@ COPIED, MULTIPLIED = 2**31, 8192
 
 def alone(bench: Bench, sizes: GpuSizes) -> list[str]:
     """Ours, at the sizes of the published tables."""
-    wrong = []
-    for size in sizes.logits:
-        wrong += measure_logits(bench, size)
-    for size in sizes.linear:
-        wrong += measure_linear(bench, size)
-    return wrong
+    return bench.each(
+        {f"logits {size}": partial(measure_logits, bench, size) for size in sizes.logits}
+        | {f"hidden {size}": partial(measure_linear, bench, size) for size in sizes.linear}
+    )
 
 
 def peers(bench: Bench, sizes: GpuSizes) -> list[str]:
     """Ours and others in turns."""
-    wrong = []
-    for size in sizes.peer_logits:
-        wrong += measure_logits(bench, size, peers=True)
-    for size in sizes.peer_linear:
-        wrong += measure_linear(bench, size, peers=True)
-    return wrong
+    return bench.each(
+        {f"logits {size}": partial(measure_logits, bench, size, peers=True) for size in sizes.peer_logits}
+        | {f"hidden {size}": partial(measure_linear, bench, size, peers=True) for size in sizes.peer_linear}
+    )
 
 
 def sweep(bench: Bench, sizes: GpuSizes) -> list[str]:
     """Ours at odd vocabularies and few tokens, in tiles of several sizes, in several blocks and numbers of warps."""
-    wrong = []
-    for size in sizes.odd_logits:
-        wrong += measure_logits(bench, size)
-    for size in sizes.odd_linear:
-        wrong += measure_linear(bench, size, sweep=True)
+    tasks = {f"logits {size}": partial(measure_logits, bench, size) for size in sizes.odd_logits}
+    tasks |= {f"hidden {size}": partial(measure_linear, bench, size, sweep=True) for size in sizes.odd_linear}
     if bench.device.impl == "triton":
-        wrong += measure_logits(bench, sizes.logits[0], blocks=True)
-    return wrong
+        tasks |= {
+            f"blocks {size}": partial(measure_logits, bench, size, blocks=True) for size in sizes.logits[:1]
+        }
+    return bench.each(tasks)
 
 
 PARTS: dict[str, Callable[[Bench, GpuSizes], list[str]]] = {
@@ -60,14 +56,7 @@ def run_part(bench: Bench, sizes: GpuSizes) -> None:
     """Measure the rates of the device, run the part, and write ``parts.json``."""
     rates, _ = bench.attempt("rates of the device", lambda: rates_of(bench))
     bench.facts["rates"] = rates
-    try:
-        wrong = PARTS[bench.part](bench, sizes)
-    except Exception as error:
-        # nothing of the part was foreseen to raise here, but the rows that there are must count
-        bench.problems.append(f"stopped by {type(error).__name__}: {error}")
-        bench.close(["stopped"])
-        raise
-    bench.close(wrong)
+    bench.close(PARTS[bench.part](bench, sizes))
 
 
 def rates_of(bench: Bench) -> dict[str, float]:

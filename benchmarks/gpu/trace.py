@@ -68,8 +68,8 @@ class _Recorder(TorchDispatchMode):
 
     def _product(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         # the meta device has no product of half precision with a float32 result, and needs none
-        before, (a, b) = args[: len(args) - 2] if name != "mm" else (), _factors(name, args)
-        out = kwargs.get("out", before[0] if name == "addmm_" else None)
+        *_, a, b = (x for x in args if isinstance(x, Tensor))
+        out = kwargs.get("out", args[0] if name == "addmm_" else None)
         if out is None:
             wide = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.dtype)), a.dtype)
             out = torch.empty(a.shape[0], b.shape[1], dtype=wide, device=a.device)
@@ -77,11 +77,6 @@ class _Recorder(TorchDispatchMode):
         half = a.dtype in (torch.bfloat16, torch.float16)
         self._events.append(Product(a.shape[0], a.shape[1], b.shape[1], half, read + _size(out)))
         return out
-
-
-def _factors(name: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    return tensors[-2], tensors[-1]
 
 
 def _is_view(func: Any) -> bool:

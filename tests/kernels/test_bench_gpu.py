@@ -163,14 +163,31 @@ def test_a_part_that_exceeds_its_budget_says_what_it_left(tmp_path):
     bench = bench_in(tmp_path, "sweep", 12.0, clock=lambda: next(seconds))
     parts.run_part(bench, sizes(odd_logits=(SMALL, GpuLogits(6, 302), GpuLogits(6, 303))))
     rows = rows_in(tmp_path)
-    # every size has its rows, those that were not run too
-    assert {row["shape"] for row in rows} == {"6x301", "6x302", "6x303"}
+    assert {row["shape"] for row in rows} == {"6x301"}
     left = [row for row in rows if row["note"] == "not run: the 12 s of this part were spent"]
     assert left
     assert all(row["median_ms"] == "" and row["ok"] == "False" for row in left)
     verdict = verdict_in(tmp_path, "sweep")
     # what was not run is not wrong
     assert (verdict["verdict"], verdict["wrong"]) == ("incomplete", [])
+    whole = [line for line in verdict["missing"] if line.startswith("logits GpuLogits")]
+    assert [line.partition("vocabulary=")[2][:3] for line in whole] == ["302", "303"]
+
+
+def test_a_size_that_cannot_be_set_up_is_missing_and_the_others_run(tmp_path, monkeypatch):
+    judged = logits.LogitsJudge
+
+    def no_memory(x, *arguments):
+        if x.shape[1] == 301:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return judged(x, *arguments)
+
+    monkeypatch.setattr(logits, "LogitsJudge", no_memory)
+    parts.run_part(bench_in(tmp_path, "alone"), sizes(logits=(SMALL, GpuLogits(6, 302))))
+    assert {row["shape"] for row in rows_in(tmp_path)} == {"6x302"}
+    verdict = verdict_in(tmp_path, "alone")
+    assert verdict["verdict"] == "incomplete"
+    assert [line.rpartition(": ")[2] for line in verdict["missing"]] == ["out of memory"]
 
 
 def test_a_wrong_kernel_is_reported_as_wrong(tmp_path, monkeypatch, capsys):
