@@ -228,12 +228,13 @@ def test_a_wrong_gradient_of_the_head_is_wrong(tmp_path, monkeypatch):
 
 
 def test_a_check_that_raises_is_failed(tmp_path, monkeypatch):
-    def raises(*_):
+    def raises():
         raise RuntimeError("launch failed")
 
-    monkeypatch.setattr(checks, "in_place", raises)
+    cases = {"first": raises, "second": lambda: [("statistics", 0.5, 1.0), ("gradient", float("nan"), 1.0)]}
+    monkeypatch.setattr(checks, "cases", lambda *_: iter(cases.items()))
     wrong = checks.run_checks(bench_in(tmp_path, "kernels"), GPU["tiny"])
-    assert wrong == ["logits, in place: failed"]
+    assert wrong == ["first: failed", "second: gradient: wrong"]
 
 
 @pytest.mark.parametrize("error", [float("nan"), 2.0])
