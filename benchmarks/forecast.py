@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ FREE = 60 * 2**30
 
 
 class Forecast(NamedTuple):
-    """One task: what happens, and the limit: bytes to copy, or operations of products."""
+    """One task: what happens, and the limit in seconds: of a copy of the logits, or of the matrix products alone."""
 
     what: str
     size: GpuLogits | GpuLinear
@@ -65,7 +66,6 @@ def of_logits(size: GpuLogits) -> Iterator[Forecast]:
 
 def of_hidden(size: GpuLinear) -> Iterator[Forecast]:
     dtype = getattr(torch, size.dtype)
-    half = dtype != torch.float32
 
     def meta(*shape: int, gradient: bool) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=gradient)
@@ -79,8 +79,18 @@ def of_hidden(size: GpuLinear) -> Iterator[Forecast]:
             logps = linear_token_logps(h, w, y, softcap=size.softcap, impl="triton")
             torch.autograd.grad(logps, [x for x in (h, w) if x.requires_grad], torch.empty_like(logps))
 
-        flops = products * 2.0 * size.tokens * size.width * size.vocabulary
-        yield Forecast(what, size, trace(op, FREE), lambda card, flops=flops: flops / card.products(half))
+        yield Forecast(what, size, trace(op, FREE), partial(roofline.total, products_alone(size)[:products]))
+
+
+def products_alone(size: GpuLinear) -> list[Product]:
+    """The matrix products of a task, each at once: logits, gradient of hidden states, gradient of the head."""
+    n, width, vocabulary = size.tokens, size.width, size.vocabulary
+    item = getattr(torch, size.dtype).itemsize
+    moved = item * (n * width + width * vocabulary + n * vocabulary)
+    return [
+        Product(rows, inner, columns, item == 2, moved)
+        for rows, inner, columns in ((n, width, vocabulary), (n, vocabulary, width), (vocabulary, n, width))
+    ]
 
 
 def assumptions(chosen: list[Card]) -> str:
