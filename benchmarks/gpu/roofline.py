@@ -4,7 +4,8 @@ A product takes the longer of its operations and its bytes, where operations are
 results, in whole rounds over the multiprocessors. A Triton kernel takes the longest of its bytes, its instructions and
 its special functions, the last two read from its machine code. Its bytes move at the rate of a copy, or at what the
 loads of its resident threads allow, if that is less. Other torch ops take their bytes. Each takes at least the gap
-between two kernels. Caches, the ends of kernels and the power limit are left out, so the times are lower bounds.
+between two kernels. Rows are not rescaled between tiles, which few rows need. Caches, the ends of kernels and the power
+limit are left out, so the times are lower bounds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from benchmarks.gpu.cards import ISSUE_SHARE, ISSUED, LATENCY, LAUNCH, SPECIAL, 
 from benchmarks.gpu.trace import Event, Pass, Product
 
 TILE_ROWS, TILE_COLUMNS = 128, 256
+# Kernels that pass over those rows only whose reference moved since the tile before, by the value of their flag TARGET.
+RARE = {("scale_rows_kernel", False)}
 
 
 class Work(NamedTuple):
@@ -109,7 +112,13 @@ def padded_flops(product: Product, card: Card) -> float:
     return rounds * card.multiprocessors * 2.0 * TILE_ROWS * TILE_COLUMNS * product.inner
 
 
+def _is_rare(launch: sass.Launch) -> bool:
+    return (launch.kernel.__name__, launch.constants.get("TARGET")) in RARE
+
+
 def _kernel(launch: sass.Launch, card: Card) -> float:
+    if _is_rare(launch):
+        return 0.0
     work, logits = work_of(launch, card.arch), launch.arguments[0].numel()
     lanes = card.multiprocessors * card.clock * sass.LANES
     issue = logits * work.instructions / (lanes * ISSUED * ISSUE_SHARE)
@@ -123,10 +132,12 @@ def _kernel(launch: sass.Launch, card: Card) -> float:
 def moved(launch: sass.Launch, work: Work) -> int:
     """Bytes of the logits, as often as they are read, and of each other argument of their size, written once.
 
-    What stores and has no such argument writes over what it read.
+    What stores and has no such argument writes over what it read. Of larger arguments few elements are looked up.
     """
-    first, *others = (x for x in launch.arguments if hasattr(x, "element_size"))
-    same = [x for x in others if x.numel() >= first.numel()] or ([first] if work.writes else [])
+    if _is_rare(launch):
+        return 0
+    first, *others = (x for x in launch.arguments if isinstance(x, torch.Tensor))
+    same = [x for x in others if x.numel() == first.numel()] or ([first] if work.writes else [])
     return work.reads * first.numel() * first.element_size() + sum(x.numel() * x.element_size() for x in same)
 
 

@@ -1,6 +1,7 @@
 """The forecast counts what ops do, and computes times that can be checked by hand."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def launch(monkeypatch):
 
     def code(**changed):
         monkeypatch.setattr(roofline, "work_of", lambda *_: Work(**{**work, **changed}))
-        return sass.Launch(None, 2**13, 4, (x,), {})
+        return sass.Launch(SimpleNamespace(__name__="kernel"), 2**13, 4, (x,), {})
 
     return code
 
