@@ -31,10 +31,18 @@ def dpo(logps: Tensor) -> Tensor:
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
+def cross_entropy(logps: Tensor) -> Tensor:
+    """Mean cross-entropy of [2 pairs, T] log-probs."""
+    return -logps.mean()
+
+
 def kto(logps: Tensor) -> Tensor:
     """KTO of [2 pairs, T] log-probs, desired first, without a reference or a baseline."""
     desired, undesired = logps.sum(-1).chunk(2)
     return (1 - torch.sigmoid(KTO_BETA * torch.cat((desired, -undesired)))).mean()
+
+
+LOSSES = {"dpo": dpo, "kto": kto, "cross-entropy": cross_entropy}
 
 
 class Problem:
@@ -44,16 +52,21 @@ class Problem:
         self, shape: Linear, dtype: torch.dtype, device: str, frozen: bool, loss: str = "dpo"
     ) -> None:
         torch.manual_seed(0)
-        self.loss = {"dpo": dpo, "kto": kto}[loss]
+        self.loss = LOSSES[loss]
         self.shape = shape
         self.hidden = torch.randn(2 * shape.pairs, shape.sequence, shape.width, device=device).to(dtype)
         self.hidden.requires_grad_()
         weight = 2 * torch.randn(shape.vocabulary, shape.width, device=device) / shape.width**0.5
-        self.weight = weight.to(dtype).requires_grad_(not frozen)
+        self.weight = weight.to(dtype)
         self.targets = torch.randint(shape.vocabulary, self.hidden.shape[:2], device=device)
         self.targets[:, : shape.prompt] = -100
         self.kept = (self.targets != -100).reshape(-1).nonzero().squeeze(-1)
-        self.trained = [self.hidden] if frozen else [self.hidden, self.weight]
+        self.train(head=not frozen)
+
+    def train(self, head: bool) -> None:
+        """Choose whether the head gets a gradient."""
+        self.weight.requires_grad_(head)
+        self.trained = [self.hidden, self.weight] if head else [self.hidden]
 
     def by_tokens(self, call: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         """A step with an op on [n, H] completion tokens."""
@@ -152,12 +165,12 @@ def exact_gradients(problem: Problem) -> list[Tensor]:
     x = problem.hidden.detach().reshape(-1, problem.shape.width)[problem.kept].double()
     w = problem.weight.detach().double().requires_grad_(problem.weight.requires_grad)
     y = problem.targets.reshape(-1)[problem.kept]
-    parts = list(torch.arange(len(x)).split(EXACT_TOKENS))
+    parts = list(torch.arange(len(x), device=x.device).split(EXACT_TOKENS))
     with torch.no_grad():
         logps = torch.cat([exact_logps(x[part], w, y[part]) for part in parts])
     logps.requires_grad_()
     problem.loss(logps.reshape(2 * problem.shape.pairs, -1)).backward()
-    d_hidden = torch.zeros(problem.hidden.numel() // problem.shape.width, problem.shape.width, dtype=w.dtype)
+    d_hidden = torch.zeros_like(problem.hidden, dtype=w.dtype).view(-1, problem.shape.width)
     for part in parts:
         leaf = x[part].requires_grad_()
         exact_logps(leaf, w, y[part]).backward(logps.grad[part])

@@ -2,7 +2,10 @@
 
 import csv
 import ctypes
+import functools
 import gc
+import hashlib
+import math
 import os
 import platform
 import statistics
@@ -16,15 +19,18 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).with_name("results")
-PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "triton")
+PACKAGES = ("torch", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers", "triton")
 # What is measured: the commit in a row is of these alone.
-SOURCES = ("prefloss/kernels", "prefloss/logprobs.py", "benchmarks/*.py")
+SOURCES = ("prefloss/kernels", "prefloss/logprobs.py", "benchmarks/*.py", "benchmarks/gpu/*.py")
 # What was measured, then the numbers, then what they depend on.
 KEYS = ("bench", "what", "shape", "dtype", "frozen")
 COLUMNS = (
     *KEYS, "way", "median_ms", "min_ms", "max_ms", "rounds", "ratio", "baseline", "peak_extra_bytes", "logp_error",
     "gradient_error", "tokens", "ok", "device", "threads", "clock", "load", "commit", "versions", "date",
+    "tflop_per_s", "gb_per_s", "note",
 )  # fmt: skip
+# The "machine" of rows whose times mean nothing: a GPU program that ran on the CPU to be tested.
+STAND_IN = "stand-in"
 
 
 @dataclass
@@ -32,6 +38,8 @@ class Record:
     """One way, measured: milliseconds, MiB beyond what was in use before, and errors against float64.
 
     `tokens`, where ways differ in them: those that the model computes.
+    `flops` and `traffic` are what the task takes at least, operations and bytes. `note` says why there are no
+    milliseconds, or what to know about them.
     """
 
     name: str
@@ -41,10 +49,22 @@ class Record:
     gradient_error: float = float("nan")
     tokens: int | None = None
     ok: bool = True
+    flops: float = 0.0
+    traffic: float = 0.0
+    note: str = ""
 
     @property
     def median(self) -> float:
-        return statistics.median(self.milliseconds)
+        """NaN if nothing was timed."""
+        return statistics.median(self.milliseconds) if self.milliseconds else math.nan
+
+    @property
+    def tflop_per_s(self) -> float:
+        return self.flops / self.median / 1e9
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.traffic / self.median / 1e6
 
 
 def in_turns(
@@ -120,6 +140,8 @@ def _status(key: str) -> int:
 
 def machine(device: str = "cpu") -> str:
     """A name for the results file."""
+    if device == STAND_IN:
+        return STAND_IN
     if device != "cpu":
         return torch.get_device_module(device).get_device_name().replace(" ", "-").lower()
     model = platform.processor() or platform.machine()
@@ -142,7 +164,7 @@ def circumstances(device: str) -> dict[str, str]:
     return {
         "device": machine(device),
         "threads": str(torch.get_num_threads()),
-        "clock": os.environ.get("PREFLOSS_CLOCK", "wall"),
+        "clock": os.environ.get("PREFLOSS_CLOCK", "wall") if device in ("cpu", STAND_IN) else "device",
         "load": load,
         "commit": commit(),
         "versions": "; ".join(versions),
@@ -150,14 +172,29 @@ def circumstances(device: str) -> dict[str, str]:
     }
 
 
+@functools.cache
 def commit() -> str:
-    """The last commit that changed what is measured, with a plus if some of that is not committed."""
-    git = ["git", "-C", str(Path(__file__).parent.parent)]
-    last = subprocess.run(
-        [*git, "log", "-1", "--format=%h", "--", *SOURCES], capture_output=True, text=True, check=False
-    )
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *SOURCES], check=False)
-    return last.stdout.strip() + ("+" if changed.returncode else "")
+    """The last commit that changed what is measured, with a plus if some of that is not committed.
+
+    Without git or its folder: a hash of these files, which tells two states of the code apart as well.
+    """
+    root = Path(__file__).parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        last = subprocess.run(
+            [*git, "log", "-1", "--format=%h", "--", *SOURCES], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *SOURCES], check=False)
+        return last.stdout.strip() + ("+" if changed.returncode else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"sha256 {_hash_of_sources(root)}"
+
+
+def _hash_of_sources(root: Path) -> str:
+    found = {path for pattern in SOURCES for path in root.glob(pattern)}
+    files = {file for path in found for file in (path.rglob("*.py") if path.is_dir() else (path,))}
+    texts = (f"{file.relative_to(root)}\n{file.read_text()}" for file in sorted(files))
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
 
 
 def report(
@@ -167,18 +204,11 @@ def report(
     base = records[baseline].median
     print(f"\n{title}; x = time over that of '{baseline}'; load {os.getloadavg()[0]:.1f}")
     print(f"{'':36}{'ms':>9} {'(min-max)':>17} {'x':>6} {'MiB':>7} {'logp err':>9} {'grad err':>9}")
-    for record in sorted(records.values(), key=lambda record: record.median):
-        spread = f"({min(record.milliseconds):.0f}-{max(record.milliseconds):.0f})"
-        # a speed counts only with right numbers
-        ratio = f"{record.median / base:.2f}" if record.ok else "wrong"
-        print(
-            f"{record.name:36}{record.median:9.1f} {spread:>17} {ratio:>6} {record.peak_mib:7.0f} "
-            f"{record.logp_error:9.1e} {record.gradient_error:9.1e}",
-            flush=True,
-        )
+    for record in sorted(records.values(), key=lambda record: (not record.milliseconds, record.median)):
+        print(_line(record, base), flush=True)
     if not save:
         return
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{machine(device)}.csv"
     around = circumstances(device)
     key = [str(row[name]) for name in KEYS]
@@ -190,22 +220,46 @@ def report(
         writer.writerows({**row, **numbers(record, baseline, base), **around} for record in records.values())
 
 
+def _line(record: Record, base: float) -> str:
+    """A line of the printed table."""
+    if not record.milliseconds:
+        return f"{record.name:36}{'-':>9} {record.note}"
+    digits = 0 if record.median > 100 else 2
+    spread = f"({min(record.milliseconds):.{digits}f}-{max(record.milliseconds):.{digits}f})"
+    # a speed counts only with right numbers
+    ratio = f"{record.median / base:.2f}" if record.ok else "wrong"
+    rates = (f" {record.tflop_per_s:6.0f} TFLOP/s" if record.flops else "") + (
+        f" {record.gb_per_s:6.0f} GB/s" if record.traffic else ""
+    )
+    note = f" ({record.note})" if record.note else ""
+    return (
+        f"{record.name:36}{record.median:9.2f} {spread:>17} {ratio:>6} {record.peak_mib:7.0f} "
+        f"{record.logp_error:9.1e} {record.gradient_error:9.1e}{rates}{note}"
+    )
+
+
 def numbers(record: Record, baseline: str, base: float) -> dict[str, object]:
-    """The columns of one way."""
+    """The columns of one way; those of its times are empty if it has none."""
     times = record.milliseconds
-    return {
-        "way": record.name,
-        "median_ms": f"{record.median:.3f}",
-        "min_ms": f"{min(times):.3f}",
-        "max_ms": f"{max(times):.3f}",
-        "rounds": len(times),
+    timed = {} if not times else {
+        "median_ms": f"{record.median:.4f}",
+        "min_ms": f"{min(times):.4f}",
+        "max_ms": f"{max(times):.4f}",
         "ratio": f"{record.median / base:.3f}",
-        "baseline": baseline,
         "peak_extra_bytes": "" if record.peak_mib != record.peak_mib else round(record.peak_mib * 2**20),
+        "tflop_per_s": f"{record.tflop_per_s:.1f}" if record.flops else "",
+        "gb_per_s": f"{record.gb_per_s:.0f}" if record.traffic else "",
+    }  # fmt: skip
+    return {
+        **timed,
+        "way": record.name,
+        "rounds": len(times),
+        "baseline": baseline,
         "logp_error": f"{record.logp_error:.2e}",
         "gradient_error": f"{record.gradient_error:.2e}",
         "tokens": "" if record.tokens is None else record.tokens,
-        "ok": record.ok,
+        "ok": record.ok and bool(times),
+        "note": record.note,
     }
 
 

@@ -126,3 +126,101 @@ SCORE = {
     "pairs": Score(6, 2, 60, 120, 4, 256, 32_000),
     "rankings": Score(3, 4, 60, 120, 4, 256, 32_000),
 }
+
+
+class GpuLogits(NamedTuple):
+    """Logits on a GPU; `softcap` bounds them."""
+
+    tokens: int
+    vocabulary: int
+    dtype: str = "bfloat16"
+    softcap: float | None = None
+
+
+class GpuLinear(NamedTuple):
+    """Hidden states of so many tokens on a GPU, a multiple of 16, and a head."""
+
+    tokens: int
+    width: int
+    vocabulary: int
+    dtype: str = "bfloat16"
+    softcap: float | None = None
+
+    @property
+    def pairs(self) -> Linear:
+        """The tokens as completions of eight pairs."""
+        return Linear(8, self.tokens // 16, 0, self.width, self.vocabulary)
+
+
+class GpuSizes(NamedTuple):
+    """What the parts of `bench_gpu` measure, the most important first."""
+
+    logits: tuple[GpuLogits, ...]
+    linear: tuple[GpuLinear, ...]
+    peer_logits: tuple[GpuLogits, ...]
+    peer_linear: tuple[GpuLinear, ...]
+    odd_logits: tuple[GpuLogits, ...]
+    odd_linear: tuple[GpuLinear, ...]
+    # tokens, width and vocabulary of the checks, and the logits of the one past 2**31
+    checks: tuple[int, int, int] = (257, 512, 32_003)
+    past: GpuLogits | None = GpuLogits(17_000, 128_256)
+
+
+GPU = {
+    "full": GpuSizes(
+        logits=(
+            GpuLogits(16_384, 128_256), GpuLogits(16_384, 32_000), GpuLogits(16_384, 128_256, softcap=30.0),
+            GpuLogits(8_192, 128_256, "float32"), GpuLogits(16_384, 128_256, "float16"),
+        ),
+        linear=(
+            GpuLinear(16_384, 4096, 128_256), GpuLinear(16_384, 4096, 32_000),
+            GpuLinear(16_384, 4096, 128_256, softcap=30.0), GpuLinear(4_096, 4096, 32_000, "float32"),
+            GpuLinear(16_384, 4096, 32_000, "float16"),
+        ),
+        peer_logits=(GpuLogits(16_384, 128_256), GpuLogits(16_384, 32_000)),
+        peer_linear=(GpuLinear(16_384, 4096, 128_256), GpuLinear(16_384, 4096, 32_000)),
+        odd_logits=(
+            GpuLogits(16_384, 32_001), GpuLogits(16_384, 50_257), GpuLogits(8_192, 50_257, "float32"),
+            GpuLogits(16_384, 128_257), GpuLogits(16_384, 32_001, softcap=30.0), GpuLogits(2_048, 128_256),
+            GpuLogits(512, 128_256), GpuLogits(64, 128_256), GpuLogits(1, 128_256),
+        ),
+        odd_linear=(
+            GpuLinear(16_384, 4096, 50_257), GpuLinear(16_384, 4096, 32_001), GpuLinear(2_048, 4096, 128_256),
+            GpuLinear(512, 4096, 128_256), GpuLinear(16_384, 2048, 151_936),
+        ),
+    ),
+    "tiny": GpuSizes(
+        logits=(GpuLogits(20, 301), GpuLogits(20, 301, "float32", 30.0)),
+        linear=(GpuLinear(32, 16, 301), GpuLinear(32, 16, 301, "float32", 30.0)),
+        peer_logits=(GpuLogits(20, 301),),
+        peer_linear=(GpuLinear(32, 16, 301),),
+        odd_logits=(GpuLogits(1, 301),),
+        odd_linear=(GpuLinear(16, 16, 303),),
+        checks=(9, 16, 301),
+        past=None,
+    ),
+}  # fmt: skip
+
+
+# What `forecast` forecasts: logits, and hidden states.
+FORECAST: dict[str, tuple[tuple[GpuLogits, ...], tuple[GpuLinear, ...]]] = {
+    "full": (
+        tuple(
+            GpuLogits(tokens, vocabulary, dtype, softcap)
+            for tokens, vocabulary, dtype, softcap in (
+                (16_384, 128_256, "bfloat16", None), (16_384, 32_000, "bfloat16", None),
+                (8_192, 128_256, "float32", None), (16_384, 128_256, "bfloat16", 30.0),
+                (16_384, 32_001, "bfloat16", None), (16_384, 50_257, "bfloat16", None),
+                (512, 128_256, "bfloat16", None), (64, 128_256, "bfloat16", None),
+            )
+        ),
+        tuple(
+            GpuLinear(16_384, 4096, vocabulary, dtype, softcap)
+            for vocabulary, dtype, softcap in (
+                (128_256, "bfloat16", None), (32_000, "bfloat16", None), (128_256, "bfloat16", 30.0),
+                (32_000, "float32", None), (50_257, "bfloat16", None),
+            )
+        ),
+    ),
+    "tiny": ((GpuLogits(64, 4096),), (GpuLinear(256, 64, 4096),)),
+}  # fmt: skip

@@ -92,13 +92,20 @@ def table(
     lines = []
     for way in sorted(ways, key=lambda way: (not way.startswith("prefloss"), "KTO" in way)):
         cells_of_way = [cells.get((way, *column)) for column in columns]
-        # a speed counts only with right numbers
-        texts = ["" if row is None else cell(row) if row["ok"] == "True" else "wrong" for row in cells_of_way]
+        texts = ["" if row is None else _shown(row, cell) for row in cells_of_way]
         name = f"**{way}**" if way.startswith("prefloss") else way
         lines.append(f"| {name} | {' | '.join(texts)} |")
     names = [f"V {shape}, {dtype}" if shape in ("32k", "128k") else shape for shape, dtype in columns]
     heading = f"| | {' | '.join(names)} |\n|---{'|---' * len(columns)}|"
     return [f"{title}:", "\n".join([heading, *lines])] if lines else []
+
+
+def _shown(row: Row, cell: Callable[[Row], str]) -> str:
+    """The cell of a row; of one that has no time, why, in a word or two."""
+    if not row["median_ms"]:
+        return row["note"].partition(":")[0]
+    # a speed counts only with right numbers
+    return cell(row) if row["ok"] == "True" else "wrong"
 
 
 def mib(row: Row) -> str:
@@ -134,12 +141,12 @@ def by_layout(rows: Sequence[Row]) -> str:
     return "\n".join([conditions(rows), "", heading, *lines]) if lines else ""
 
 
-def replaced(page: str, text: str) -> str:
+def replaced(page: str, text: str, name: str) -> str:
     """A page with other text between its markers."""
     before, _, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"page: expected the markers {BEGIN} and {END}, in this order")
+        raise ValueError(f"{name}: expected the markers {BEGIN} and {END}, in this order")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
