@@ -17,7 +17,7 @@ from torch import Tensor
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.softmax import coefficients
 from prefloss.kernels.tiles import TileSpec
-from prefloss.kernels.triton import kernels
+from prefloss.kernels.triton import gather, kernels
 
 
 class Launch(NamedTuple):
@@ -44,7 +44,7 @@ def token_forward(
     stats = torch.empty(max(2, outputs), len(targets), dtype=torch.float32, device=logits.device)
     block, warps = _launch(FORWARD, vocabulary)
     _run(
-        kernels.gather_fwd_kernel, len(targets), warps, x.data, targets, stats, *x.strides, stats.stride(0),
+        gather.gather_fwd_kernel, len(targets), warps, x.data, targets, stats, *x.strides, stats.stride(0),
         x.per_batch, vocabulary, inner, outer, outer * log2(e), SOFTCAP=transform.softcap is not None,
         STATS=outputs > 2, BLOCK=block, LANE=_lane(logits),
     )  # fmt: skip
@@ -72,7 +72,7 @@ def token_backward(
         d_strides = (x.per_batch * vocabulary, vocabulary)
     block, warps = _launch(BACKWARD, vocabulary)
     _run(
-        kernels.gather_bwd_kernel, len(targets) * triton.cdiv(vocabulary, block), warps, x.data, targets, stats,
+        gather.gather_bwd_kernel, len(targets) * triton.cdiv(vocabulary, block), warps, x.data, targets, stats,
         coefficients(grad, stats), d_logits, *x.strides, *d_strides, stats.stride(0), x.per_batch, vocabulary, inner,
         outer, slope, SOFTCAP=transform.softcap is not None, PLAIN=len(grad) == 1, BLOCK=block,
     )  # fmt: skip

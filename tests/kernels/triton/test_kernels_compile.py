@@ -47,12 +47,12 @@ def compile_all(backend, arch, warp_size):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from prefloss.kernels.triton import kernels
+    from prefloss.kernels.triton import gather, kernels
     from prefloss.kernels.triton import launch as launches
 
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
     for case, dtype, flags in cases_for(arch):
-        kernel = getattr(kernels, case)
+        kernel = getattr(gather if case.startswith("gather") else kernels, case)
         names = kernel.arg_names
         launch = launches.FORWARD if "LANE" in names else launches.BACKWARD
         loaded = "fp32" if case.startswith("tile") and "KEPT" not in flags else dtype
