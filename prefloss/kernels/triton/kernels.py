@@ -28,10 +28,10 @@ KEPT_SCALE = tl.constexpr(2.0**15)
 @triton.jit
 def _squash(b_x, inner, SOFTCAP: tl.constexpr):
     if SOFTCAP:
-        # libdevice.tanh is CUDA's; this form of 2 sigmoid(2t) - 1 overflows nowhere
-        b_e = tl.exp2(tl.abs(b_x * inner) * (-2 * _LOG2E))
-        b_tanh = (1 - b_e) / (1 + b_e)
-        b_u = tl.where(b_x < 0, -b_tanh, b_tanh)
+        # tanh(t) = 1 - 2 / (1 + exp(2t)), right where the exponential overflows too, to 5e-7. libdevice.tanh is CUDA's,
+        # and a division takes eight instructions, the square of a reciprocal root two.
+        b_root = tl.rsqrt(tl.exp2(b_x * (2 * _LOG2E * inner) - 1) + 0.5)
+        b_u = 1 - b_root * b_root
         # else a token that cannot occur would be lifted to -softcap
         b_u = tl.where(b_x == float("-inf"), b_x, b_u)
     else:

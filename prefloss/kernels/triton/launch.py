@@ -30,6 +30,10 @@ class Launch(NamedTuple):
 # 32 logits per thread (where a warp has 32): four loads of 16 bytes each in bfloat16, at 32 registers
 FORWARD = Launch(4096, 4)
 BACKWARD = Launch(4096, 4)
+# For fewer rows than an accelerator runs programs of FORWARD at a time, about 16 on each of 132 multiprocessors; then
+# some 500 programs fill it.
+FEW_ROWS = 1024
+FORWARD_FEW = Launch(16384, 16)
 
 
 def token_forward(
@@ -37,15 +41,16 @@ def token_forward(
 ) -> Tensor:
     """Statistics [2 or 5, N] of logits [..., V] and N targets, negative at those to leave out.
 
-    A target of V or more, as in another shard of the vocabulary, has log-prob -inf and no gradient of its own.
+    A target of V, as in another shard of the vocabulary, has log-prob -inf and no gradient of its own. One above V is a
+    mistake that a device cannot report without being waited for: its log-prob is NaN.
     """
     x, vocabulary = _rows(logits), logits.shape[-1]
     inner, outer, _ = factors(transform)
     stats = torch.empty(max(2, outputs), len(targets), dtype=torch.float32, device=logits.device)
-    block, warps = _launch(FORWARD, vocabulary)
+    block, warps = _launch(FORWARD_FEW if len(targets) < FEW_ROWS else FORWARD, vocabulary)
     _run(
         gather.gather_fwd_kernel, len(targets), warps, x.data, targets, stats, *x.strides, stats.stride(0),
-        x.per_batch, vocabulary, inner, outer, outer * log2(e), SOFTCAP=transform.softcap is not None,
+        x.per_batch, vocabulary, inner, outer * log2(e), SOFTCAP=transform.softcap is not None,
         STATS=outputs > 2, BLOCK=block, LANE=_lane(logits),
     )  # fmt: skip
     return stats
@@ -74,7 +79,8 @@ def token_backward(
     _run(
         gather.gather_bwd_kernel, len(targets) * triton.cdiv(vocabulary, block), warps, x.data, targets, stats,
         coefficients(grad, stats), d_logits, *x.strides, *d_strides, stats.stride(0), x.per_batch, vocabulary, inner,
-        outer, slope, SOFTCAP=transform.softcap is not None, PLAIN=len(grad) == 1, BLOCK=block,
+        outer * log2(e), slope, SOFTCAP=transform.softcap is not None, PLAIN=len(grad) == 1,
+        ALIKE=_alike(x.data, x.strides, d_logits, d_strides), BLOCK=block, LANE=_lane(logits),
     )  # fmt: skip
     if over_logits:
         # autograd then raises for any op that saved the logits for its own backward pass
@@ -97,6 +103,7 @@ def fold_tile(
     """
     inner, outer, _ = factors(spec.transform)
     block, warps = _launch(FORWARD, logits.shape[1])
+    bias = None if bias is None else bias.contiguous()
     _run(
         kernels.tile_stats_kernel, len(logits), warps, logits, bias, spec.targets, sums, numerators, logits.stride(0),
         0 if numerators is None else numerators.stride(0), sums.stride(0), spec.first, logits.shape[1], inner,
@@ -120,6 +127,7 @@ def differentiate_tile(
     block, warps = _launch(BACKWARD, tile.shape[1])
     if tile.dtype == torch.int16:
         tile = tile.view(torch.float16)
+    bias = None if bias is None else bias.contiguous()
     _run(
         kernels.tile_grad_kernel, len(tile) * triton.cdiv(tile.shape[1], block), warps, tile, bias, spec.targets,
         stats, rates, out, tile.stride(0), out.stride(0), stats.stride(0), spec.first, tile.shape[1], inner, outer,
@@ -146,6 +154,12 @@ def _rows(x: Tensor) -> _Rows:
             return _Rows(x, (x.stride(0), x.stride(1)), x.shape[1])
         matrix = x.reshape(-1, x.shape[-1])
     return _Rows(matrix, (0, matrix.stride(0)), max(1, len(matrix)))
+
+
+def _alike(a: Tensor, a_strides: tuple[int, int], b: Tensor, b_strides: tuple[int, int]) -> bool:
+    """Whether the same rows of two tensors of a dtype begin in the same place among 16 bytes."""
+    bytes_apart = [(x - y) * a.element_size() for x, y in zip(a_strides, b_strides, strict=True)]
+    return not any(apart % 16 for apart in (a.data_ptr() - b.data_ptr(), *bytes_apart))
 
 
 def factors(transform: LogitTransform) -> tuple[float, float, float]:
