@@ -7,7 +7,7 @@ writes its gradient once. `kernels` has the arithmetic, which the kernels of til
 import triton
 import triton.language as tl
 
-from prefloss.kernels.triton.kernels import _FLOOR, _LN2, _LOG2E, _finite, _gradient, _squash
+from prefloss.kernels.triton.kernels import _FLOOR, _LN2, _differentiate, _finite, _squash
 
 # ln 2 = high + low, high with 11 bits, so that its product with an exponent is exact or nearly so
 _LN2_HIGH = tl.constexpr(0.693359375)
@@ -59,18 +59,6 @@ def _store_stats(stats, stride_s, t, s, a, q, u_y, outer2, STATS: tl.constexpr):
         tl.store(stats + 2 * stride_s, log_s - a / s * _LN2)
         tl.store(stats + 3 * stride_s, tl.log(q) - 2 * log_s)
         tl.store(stats + 4 * stride_s, tl.where(u_y * outer2 >= t, 1.0, 0.0))
-
-
-@triton.jit
-def _differentiate(
-    b_u, m_y, stats, stride_s, rates, outer2, slope, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr
-):
-    """Transformed logits of a row -> their gradient."""
-    lse = tl.load(stats + stride_s)
-    # in two parts, again so that the difference of large numbers is exact
-    top = lse * _LOG2E
-    b_t = tl.fma(b_u, outer2, -top) - tl.fma(lse, _LOG2E, -top)
-    return _gradient(tl.exp2(b_t), b_t * _LN2, b_u, m_y, tl.load(stats), rates, slope, SOFTCAP, PLAIN)
 
 
 @triton.jit
@@ -143,7 +131,7 @@ def gather_fwd_kernel(
 )  # fmt: skip
 def gather_bwd_kernel(
     logits, targets, stats, rates, d_logits, stride_b: tl.int64, stride_t: tl.int64, stride_db: tl.int64,
-    stride_dt: tl.int64, stride_s: tl.int64, T, V, inner, outer2, slope,
+    stride_dt: tl.int64, stride_s: tl.int64, T, V, inner, outer, slope,
     SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, ALIKE: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """One program per block of a row; d_logits may be logits: no other program reads what a program writes.
@@ -171,14 +159,12 @@ def gather_bwd_kernel(
     p_from = tl.multiple_of(p_in + head, 16) if ALIKE else p_in + head
     b_x = tl.load(p_from + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
     b_d = _differentiate(
-        _squash(b_x, inner, SOFTCAP), o_v == y - head, stats + row, stride_s, rates + 4 * row, outer2, slope, SOFTCAP,
-        PLAIN,
-    )  # fmt: skip
+        b_x, o_v == y - head, stats + row, stride_s, rates + 4 * row, inner, outer, slope, SOFTCAP, PLAIN
+    )
     tl.store(p_body + o_v, b_d.to(d_logits.dtype.element_ty), mask=m_v)
     if (block == 0) & (body < V):
         b_edges = tl.load(p_in + o_e, mask=m_e, other=float("-inf")).to(tl.float32)
         b_de = _differentiate(
-            _squash(b_edges, inner, SOFTCAP), o_e == y, stats + row, stride_s, rates + 4 * row, outer2, slope, SOFTCAP,
-            PLAIN,
-        )  # fmt: skip
+            b_edges, o_e == y, stats + row, stride_s, rates + 4 * row, inner, outer, slope, SOFTCAP, PLAIN
+        )
         tl.store(p_out + o_e, b_de.to(d_logits.dtype.element_ty), mask=m_e)

@@ -79,7 +79,7 @@ def token_backward(
     _run(
         gather.gather_bwd_kernel, len(targets) * triton.cdiv(vocabulary, block), warps, x.data, targets, stats,
         coefficients(grad, stats), d_logits, *x.strides, *d_strides, stats.stride(0), x.per_batch, vocabulary, inner,
-        outer * log2(e), slope, SOFTCAP=transform.softcap is not None, PLAIN=len(grad) == 1,
+        outer, slope, SOFTCAP=transform.softcap is not None, PLAIN=len(grad) == 1,
         ALIKE=_alike(x.data, x.strides, d_logits, d_strides), BLOCK=block, LANE=_lane(logits),
     )  # fmt: skip
     if over_logits:
