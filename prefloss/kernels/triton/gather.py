@@ -9,10 +9,6 @@ import triton.language as tl
 
 from prefloss.kernels.triton.kernels import _FLOOR, _LN2, _differentiate, _finite, _squash
 
-# ln 2 = high + low, high with 11 bits, so that its product with an exponent is exact or nearly so
-_LN2_HIGH = tl.constexpr(0.693359375)
-_LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
-
 
 @triton.jit
 def _fold(b_u, b_t, b_s, b_a, b_q, outer2, STATS: tl.constexpr, LANE: tl.constexpr):
@@ -48,13 +44,12 @@ def _join(b_t, b_s, b_a, b_q):
 
 
 @triton.jit
-def _store_stats(stats, stride_s, t, s, a, q, u_y, outer2, STATS: tl.constexpr):
+def _store_stats(stats, stride_s, t, s, a, q, u_y, outer2, nats, nats_low, STATS: tl.constexpr):
     top = _finite(t)
     log_s = tl.log(s)
     # as each logit was compared with the top: what remains is small against the logsumexp
     tl.store(stats, tl.fma(u_y, outer2, -top) * _LN2 - log_s)
-    # ln 2 in two parts
-    tl.store(stats + stride_s, tl.fma(top, _LN2_HIGH, tl.fma(top, _LN2_LOW, log_s)))
+    tl.store(stats + stride_s, tl.fma(top, nats, tl.fma(top, nats_low, log_s)))
     if STATS:
         tl.store(stats + 2 * stride_s, log_s - a / s * _LN2)
         tl.store(stats + 3 * stride_s, tl.log(q) - 2 * log_s)
@@ -80,6 +75,7 @@ def _whole_vectors(p_row, V, LANE: tl.constexpr):
 @triton.jit(do_not_specialize=["logits", "stride_b", "stride_t", "stride_s", "T", "V"])
 def gather_fwd_kernel(
     logits, targets, stats, stride_b: tl.int64, stride_t: tl.int64, stride_s: tl.int64, T, V, inner, outer2,
+    nats, nats_low,
     SOFTCAP: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """One program per row. Rows are stride_t apart, every T rows stride_b, so a shifted [B, T, V] needs no copy."""
@@ -121,7 +117,7 @@ def gather_fwd_kernel(
     # beyond V is no token: its log-prob is NaN; at V is one of another shard
     x_y = tl.load(p_row + y, mask=y < V, other=float("-inf")).to(tl.float32)
     u_y = tl.where(y > V, float("nan"), _squash(x_y, inner, SOFTCAP))
-    _store_stats(stats + row, stride_s, t, s, a, q, u_y, outer2, STATS)
+    _store_stats(stats + row, stride_s, t, s, a, q, u_y, outer2, nats, nats_low, STATS)
 
 
 @triton.jit(

@@ -33,7 +33,7 @@ CASES = [
 ]
 TARGETS = [("cuda", "80", 32), ("cuda", "90", 32), ("cuda", "100", 32), ("hip", "gfx942", 64)]
 FLAGS = ("SOFTCAP", "STATS", "PLAIN", "BIAS", "KEEP", "WHOLE", "KEPT")
-FLOATS = ("inner", "outer", "outer2", "slope")
+FLOATS = ("inner", "outer", "outer2", "nats", "nats_low", "slope")
 INTEGERS = ("T", "V", "v_start", "width")
 
 
