@@ -67,6 +67,9 @@ def linear_forward(
             tiles.finish(rows, sums, stats[:, rows])
             if product is not None:
                 _finish_unscaled(product[rows], inputs, rows, sums, stats[0, rows])
+        if not on_cpu(x):
+            # mistakes, which a CPU has reported before
+            stats[0].masked_fill_((inputs.targets < 0) | (inputs.targets > len(weight)), torch.nan)
     return stats, tiles.kept if product is None else product
 
 

@@ -163,8 +163,10 @@ def _allocate(weight: Tensor, kept_tokens: int) -> Tensor | None:
 def _unit(grad: Tensor, transform: LogitTransform) -> Tensor:
     """Divisor of the gradients of float16 logits: the largest comes near 2**15, and small ones do not vanish."""
     # |p (log p + H)| < 16 for any vocabulary that fits into memory, |2 (p**2 / sum p**2 - p)| <= 2
-    most = grad.new_tensor((1, 1, 16, 2, 0))[: len(grad), None]
-    bound = torch.nn.functional.pad((grad.abs() * most).sum(0), (0, 1)).amax()
+    most = (1, 1, 16, 2, 0)[: len(grad)]
+    # added one by one: a tensor of the factors would have to be copied to the device
+    bound = sum((row * factor for row, factor in zip(grad.abs(), most, strict=True)), grad.new_zeros(1))
+    bound = torch.nn.functional.pad(bound, (0, 1)).amax()
     return (bound * (transform.factor / 2**15)).clamp_min(1e-30)
 
 

@@ -33,7 +33,7 @@ CASES = [
 ]
 TARGETS = [("cuda", "80", 32), ("cuda", "90", 32), ("cuda", "100", 32), ("hip", "gfx942", 64)]
 FLAGS = ("SOFTCAP", "STATS", "PLAIN", "BIAS", "KEEP", "WHOLE", "KEPT")
-FLOATS = ("inner", "outer", "outer2", "slope")
+FLOATS = ("inner", "outer", "outer2", "nats", "nats_low", "slope")
 INTEGERS = ("T", "V", "v_start", "width")
 
 
@@ -47,17 +47,17 @@ def compile_all(backend, arch, warp_size):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from prefloss.kernels.triton import kernels
+    from prefloss.kernels.triton import gather, kernels
     from prefloss.kernels.triton import launch as launches
 
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
     for case, dtype, flags in cases_for(arch):
-        kernel = getattr(kernels, case)
+        kernel = getattr(gather if case.startswith("gather") else kernels, case)
         names = kernel.arg_names
-        launch = launches.FORWARD if "LANE" in names else launches.BACKWARD
+        launch = launches.BACKWARD if {"d_logits", "d_tile"} & {*names} else launches.FORWARD
         loaded = "fp32" if case.startswith("tile") and "KEPT" not in flags else dtype
         constants = {name: name in flags for name in FLAGS} | {"BLOCK": launch.block}
-        constants["LANE"] = {"fp32": 4}.get(loaded, 8)
+        constants |= {"LANE": {"fp32": 4}.get(loaded, 8), "ALIKE": True}
         if "BIAS" not in flags:
             constants["bias"] = None
         if "KEEP" not in flags:
@@ -86,7 +86,8 @@ def compile_all(backend, arch, warp_size):
             record["arch"] = re.search(r"\.target (\w+)", asm["ptx"]).group(1)
             wide = r"\.global\S*\.(v4\.[bf]32|v2\.[bf]64|v8\.[bf]32|v4\.[bf]64)"
             record["wide"] = all(
-                re.search(rf"{what}{wide}", asm["ptx"]) for what in ("ld", "st")[: 2 - ("LANE" in names)]
+                re.search(rf"{what}{wide}", asm["ptx"])
+                for what in ("ld", "st")[: 1 + (launch is launches.BACKWARD)]
             )
             record["stack"] = stack_bytes(asm["cubin"])
         print(json.dumps(record), flush=True)
