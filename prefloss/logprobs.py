@@ -177,7 +177,7 @@ def linear_token_logps(
 
     The log-probs are those of float32 logits on every path. In bfloat16 each gradient of a logit is rounded to
     bfloat16 once (relative error up to 2^-8) where the device multiplies bfloat16, and half-precision logits are kept
-    with an error of up to 2.5e-4 nats; all sums are float32, whatever `torch.set_float32_matmul_precision` and
+    with an error of up to 2.5e-4 nats; all sums are float32, on a GPU whatever `torch.set_float32_matmul_precision` and
     `torch.backends.cuda.matmul` allow. Triton also rounds the hidden states times the gradients of their log-probs
     where the gradient of a head in half precision is computed from kept logits, see `round_once`. Inputs that need no
     gradient cost none.

@@ -205,12 +205,9 @@ class Gradients:
         if factors is not None:
             self.x = _scaled(x, factors)
         self.d_weight = weight.new_empty(weight.shape) if memory is None else memory
-        single = exact and len(grid.slabs) == 1
-        if not single and (weight.dtype != dtype or memory is not None):
+        self.width = grid.width
+        if not (exact and len(grid.slabs) == 1) and (weight.dtype != dtype or memory is not None):
             self.sum = x.new_empty(grid.width, weight.shape[1], dtype=dtype)
-        elif memory is not None and not on_cpu(x):
-            # there the gradients of the logits may lie in `memory` themselves
-            self.sum = x.new_empty(grid.width, weight.shape[1])
 
     def add(self, rows: slice, span: slice, dz: Tensor) -> None:
         """Add the gradient of the logits of some rows and a span of columns, [m, w]."""
@@ -226,6 +223,8 @@ class Gradients:
             add_product(dz, self.weight[span], self.d_x[rows], add=span.start > 0)
         if self.d_weight is None:
             return
+        if self.sum is None and _same_memory(dz, self.d_weight):
+            self.sum = torch.empty_like(self.d_weight[: self.width])
         sums = self.d_weight[span] if self.sum is None else self.sum[: span.stop - span.start]
         matmul(dz.T, self.x[rows].to(dz.dtype), out=sums, add=not self.first)
         self.first = False
@@ -251,6 +250,10 @@ class Gradients:
         elif d_x is not None and self.rounded:
             d_x = d_x.to(self.x.dtype)
         return d_x, self.d_weight, None if d_bias is None else d_bias.to(self.x.dtype)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
 
 
 def _scaled(x: Tensor, factors: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -232,7 +232,7 @@ def _plan_triton(request: Request, tokens: int, width: int) -> Plan:
     options, budget, vocabulary = request.options, request.budget(), request.vocabulary
     # tiles grow with the card, and leave most of a budget for what is kept
     tile = max(LEAST_TILE_BYTES, min(MOST_TILE_BYTES, free_bytes(request.like.device) // 64, budget // 4))
-    chunk = options.chunk_tokens or max(1, min(tokens, 2 ** ((tile // 4).bit_length() - 1) // vocabulary))
+    chunk = max(1, min(tokens, options.chunk_tokens or 2 ** ((tile // 4).bit_length() - 1) // vocabulary))
     rows, columns = tile_shape(tokens, vocabulary, chunk * vocabulary)
     head_sums, slow_head = _head_sums(request.like)
     scale_inputs = not (request.stats_gradient or options.round_once)

@@ -185,7 +185,9 @@ class BackwardTiles:
 
     def _grid(self, n: int, vocabulary: int, height: int, width: int) -> Grid:
         parts, in_place = self._kept.parts, self._direct or self._overwrite
-        if in_place and self._kept.tokens == n and len(parts) == 1 and parts[0].in_whole_rows():
+        whole = in_place and self._kept.tokens == n and len(parts) == 1 and parts[0].in_whole_rows()
+        # with a unit each gradient of the head is summed in float32, which should take no more than a span of it
+        if whole and self.unit is None:
             return Grid([slice(0, n)], [slice(0, vocabulary)])
         slabs = [
             rows

@@ -294,29 +294,29 @@ def tile_finish_kernel(
         last = tl.load(references + spans * stride_r + row)
         scale = tl.exp2((_finite(last) - m_ref) * outer2) / (s * KEPT_SCALE)
         tl.store(scales + row.to(tl.int64) * stride_c, scale)
-    if KEEP:
-        y = tl.load(targets + row)
-        p_row = kept + row.to(tl.int64) * stride_n
-        p_span = p_row
-        o_w = tl.arange(0, BLOCK)  # [BLOCK]
-        for span in range(spans):
-            shift = tl.load(references + (span + 1) * stride_r + row) - last
-            if shift != 0:
-                factor = tl.exp2(shift * outer2)
-                for start in range(0, width, BLOCK):
-                    o_v = span * width + start + o_w
-                    # not the target, which TARGET writes below
-                    m_v = (start + o_w < width) & (o_v < V) & (o_v != y)
-                    p_keep = p_span + start + o_w
-                    b_e = tl.load(p_keep, mask=m_v, other=0.0).to(tl.float32) * factor
-                    tl.store(p_keep, b_e.to(kept.dtype.element_ty), mask=m_v)
-            p_span += stride_k
-        if TARGET and (y >= 0) & (y < V):
-            d_y = _expm1((u_y - m_ref) * outer - tl.log(s))
-            if SOFTCAP:
-                u_y = tl.maximum(u_y, -1.0)
-                d_y *= 1 - u_y * u_y
-            tl.store(p_row + y // width * stride_k + y % width, (d_y / scale).to(kept.dtype.element_ty))
+        if KEEP:
+            y = tl.load(targets + row)
+            p_row = kept + row.to(tl.int64) * stride_n
+            p_span = p_row
+            o_w = tl.arange(0, BLOCK)  # [BLOCK]
+            for span in range(spans):
+                shift = tl.load(references + (span + 1) * stride_r + row) - last
+                if shift != 0:
+                    factor = tl.exp2(shift * outer2)
+                    for start in range(0, width, BLOCK):
+                        o_v = span * width + start + o_w
+                        # not the target, which TARGET writes below
+                        m_v = (start + o_w < width) & (o_v < V) & (o_v != y)
+                        p_keep = p_span + start + o_w
+                        b_e = tl.load(p_keep, mask=m_v, other=0.0).to(tl.float32) * factor
+                        tl.store(p_keep, b_e.to(kept.dtype.element_ty), mask=m_v)
+                p_span += stride_k
+            if TARGET and (y >= 0) & (y < V):
+                d_y = _expm1((u_y - m_ref) * outer - tl.log(s))
+                if SOFTCAP:
+                    u_y = tl.maximum(u_y, -1.0)
+                    d_y *= 1 - u_y * u_y
+                tl.store(p_row + y // width * stride_k + y % width, (d_y / scale).to(kept.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["V"])

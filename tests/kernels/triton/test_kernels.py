@@ -455,24 +455,32 @@ class TestLinear:
             errors = [(x.double() - exact_stats).nan_to_num().norm() for x in (mine, theirs)]
             assert errors[0] <= 1.05 * errors[1]
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("scaled", [True, False])
+    def test_all_numerators_in_the_gradient_of_the_head(self, dtype, scaled):
+        # each is read for the gradient that is written over it
+        plan = plan_of("keep", 2, 100, head_tokens=100, scale_inputs=scaled)
+        problem = linear_problem(vocabulary=256, width=8, dtype=dtype)
+        check_linear(problem, plan, PLAIN, most=3e-5 if dtype == torch.float32 else 5.3e-3)
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_what_the_third_rounding_costs(self, dtype):
         # many tokens, so that errors are near their mean: sqrt(3 / 2) for the head, nothing for hidden states
-        problem = linear_problem(96, 160, 24, dtype, bias=False)
+        problem = linear_problem(64, 128, 48, dtype, bias=False, scale=0.7)
         hidden, weight, _, targets = problem
-        keep, weights = targets != IGNORED, torch.randn(96)
+        keep, weights = targets != IGNORED, torch.randn(64)
         leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
         logps = (leaves[0][keep] @ leaves[1].T).log_softmax(-1).gather(-1, targets[keep][:, None])[:, 0]
         exact = torch.autograd.grad((logps * weights[keep]).sum(), leaves)
         errors = []
         for scaled in (True, False):
-            plan = plan_of("keep", 96, 96, scale_inputs=scaled)
+            plan = plan_of("keep", 64, 64, scale_inputs=scaled)
             out = linear_stats(hidden, weight, None, targets, PLAIN, plan)[0]
             got = torch.autograd.grad((out * weights).sum(), (hidden, weight))
             errors.append([problems.relative(a, b) for a, b in zip(got, exact, strict=True)])
         (d_x, d_weight), (d_x_once, d_weight_once) = errors
         assert d_x <= 1.1 * d_x_once
-        assert 1.05 * d_weight_once < d_weight <= 1.35 * d_weight_once
+        assert d_weight_once < d_weight <= 1.5 * d_weight_once
 
     def test_half_precision_with_everything(self):
         check_linear(linear_problem(dtype=torch.float16), plan_of("keep", 2, 3), CAPPED, 5, most=5e-4)
