@@ -164,11 +164,11 @@ def compile_launch(launch: Launch, arch: int = 90) -> Code:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = _specialized(launch)
+    signature, constants, attributes = specialized(launch)
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, LANES), options=options)
-    usage, code = _dump(compiled.asm["cubin"])
+    usage, _, code = _dump(compiled.asm["cubin"]).partition("Function")[2].partition("code for")
     return Code(
         launch,
         arch,
@@ -179,7 +179,7 @@ def compile_launch(launch: Launch, arch: int = 90) -> Code:
     )
 
 
-def _specialized(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+def specialized(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
     """Types by name, constants and alignments, as Triton takes them from the arguments of a launch."""
     constants, signature, attributes = dict(launch.constants), {}, {}
     for place, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments, strict=False)):
@@ -200,19 +200,16 @@ def _specialized(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
     return {name: signature.get(name, "constexpr") for name in names}, constants, attributes
 
 
-def _dump(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, as the tools that Triton brings print them."""
+def _dump(cubin: bytes) -> str:
+    """Resource usage, then machine code, as the tool that Triton brings prints them."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        )
-    return usage.partition("Function")[2], code
+        command = [tool, "--dump-resource-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _instructions(code: str) -> Iterator[Instruction]:

@@ -107,7 +107,8 @@ def token_logps(
         RuntimeError: If `strict` and the plan has a fallback, or `impl` is "triton" and it cannot run here.
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If shapes or devices do not match, or an option is out of range.
-        IndexError: If a target is neither in [0, V) nor `ignore_index`. Checked on CPU, outside torch.compile.
+        IndexError: If a target is neither in [0, V) nor `ignore_index`, on a CPU. An accelerator cannot say so without
+            being waited for; there the log-prob of such a target is NaN, or plain torch reports an assertion.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0], [0.0, 3.0], [1.0, 1.0]])

@@ -125,16 +125,25 @@ def check_targets(
         )
     _check_device("targets", targets, like_name, like)
     targets = targets.long()
-    # An accelerator would have to wait for the answer (its gather traps instead), and a compiled graph cannot
-    # branch on it.
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
-        if outside.any():
-            raise IndexError(
-                f"targets: got {targets[outside][0].item()}, expected 0 <= target < {vocabulary} (V) or "
-                f"ignore_index={ignore_index}"
-            )
+    # a compiled graph cannot branch on the answer; its ops check when they run
+    if not torch.compiler.is_compiling():
+        check_range(targets, vocabulary, ignore_index)
     return targets
+
+
+def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise if a target is neither in the vocabulary nor ignored.
+
+    Only on a CPU. An accelerator would have to wait for the answer, so there the log-prob of such a target is NaN.
+    """
+    if targets.device.type != "cpu":
+        return
+    outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    if outside.any():
+        raise IndexError(
+            f"targets: got {targets[outside][0].item()}, expected 0 <= target < {vocabulary} (V) or "
+            f"ignore_index={ignore_index}"
+        )
 
 
 def check_sizes(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefloss.kernels.arguments import check_range
 from prefloss.kernels.linear import backend_of, empty_memory, linear_backward, linear_forward, scale
 from prefloss.kernels.naive import LogitTransform, compute_dtype
 from prefloss.kernels.plan import Plan
@@ -63,7 +64,8 @@ def linear_token_stats(
 
 
 def _negative_if_ignored(targets: Tensor, ignore_index: int) -> Tensor:
-    return torch.where(targets != ignore_index, targets, -1)
+    """-1 at ignored targets, and more than any vocabulary at others below 0, which are mistakes."""
+    return torch.where(targets != ignore_index, targets & (2**63 - 1), -1)
 
 
 class _NoSecondGradient(torch.autograd.Function):
@@ -176,14 +178,24 @@ def _nested(flat: tuple[Any, ...]) -> tuple[LogitTransform, int, Plan, int]:
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 
 
-def _custom_op(name: str, arguments: str, returns: str) -> Callable[..., Any]:
-    return torch.library.custom_op(f"prefloss::{name}", mutates_args=(), schema=f"({arguments}) -> {returns}")
+# Of ops that wait for the device, which a CUDA graph cannot record; older torch has no such tag.
+_WAITS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+def _custom_op(
+    name: str, arguments: str, returns: str, tags: tuple[torch.Tag, ...] = ()
+) -> Callable[..., Any]:
+    # torch 2.5 has no argument for tags
+    options: dict[str, Any] = {"tags": tags} if tags else {}
+    schema = f"({arguments}) -> {returns}"
+    return torch.library.custom_op(f"prefloss::{name}", mutates_args=(), schema=schema, **options)
 
 
 @_custom_op("token_stats", f"Tensor logits, Tensor targets, {_OPTIONS}", "Tensor")
 def token_op(logits: Tensor, targets: Tensor, *flat: Any) -> Tensor:
     """Logits [..., V] and targets [N] -> statistics [2 or 5, N]."""
     transform, ignore_index, plan, outputs = _nested(flat)
+    check_range(targets, logits.shape[-1], ignore_index)
     y = _negative_if_ignored(targets, ignore_index)
     return backend_of(plan.impl).token_forward(logits, y, transform, plan.chunk_tokens, outputs)
 
@@ -222,12 +234,13 @@ def _token_gradients(ctx: Any, grad: Tensor) -> InputGradients:
 token_op.register_autograd(_token_gradients, setup_context=_save_token)
 
 
-@_custom_op("linear_token_stats", f"{_HEAD}, {_OPTIONS}", "(Tensor, Tensor)")
+@_custom_op("linear_token_stats", f"{_HEAD}, {_OPTIONS}", "(Tensor, Tensor)", _WAITS)
 def linear_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor]:
     """Hidden [N, H], weight [V, H], bias [V] and targets [N] -> statistics [2 or 5, N] and what the scheme keeps."""
     transform, ignore_index, plan, outputs = _nested(flat)
+    check_range(targets, len(weight), ignore_index)
     selected = select_targets(targets, ignore_index)
     memory = empty_memory(hidden, weight, plan)
     if len(selected) < len(memory):
@@ -251,6 +264,7 @@ def _(
     "linear_token_stats_backward",
     f"Tensor grad, {_HEAD}, Tensor stats, Tensor memory, bool[] needs, {_OPTIONS}",
     "(Tensor, Tensor, Tensor)",
+    _WAITS,
 )
 def linear_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, without elements where `needs` is false."""

@@ -22,7 +22,7 @@ from prefloss.kernels.kept import kept_columns, kept_dtype
 from prefloss.kernels.matmul import Gradients, HeadGradients, add_product, full_precision
 from prefloss.kernels.naive import compute_dtype
 from prefloss.kernels.plan import Plan
-from prefloss.kernels.tiles import Finished, LinearInputs
+from prefloss.kernels.tiles import Finished, LinearInputs, on_cpu
 
 
 def backend_of(impl: str) -> Any:
@@ -65,6 +65,9 @@ def linear_forward(
             if product is not None:
                 part = inputs._replace(targets=inputs.targets[rows])
                 _finish_unscaled(product[rows], part, done, stats[0, rows], backend)
+        if not on_cpu(x):
+            # mistakes, which a CPU has reported before
+            stats[0].masked_fill_((inputs.targets < 0) | (inputs.targets > len(weight)), torch.nan)
     return stats, tiles.kept if product is None else product
 
 

@@ -24,8 +24,8 @@ MATMUL_BLOCK = 128
 class TileSpec(NamedTuple):
     """What a pass over a tile of logits, [m, w], from column `first` of the vocabulary on, needs besides the logits.
 
-    Targets, [m], are those in the whole vocabulary. A negative one marks a row to leave out. One of V or more, as in
-    another shard of the vocabulary, has log-prob -inf and no gradient of its own.
+    Targets, [m], are those in the whole vocabulary. A negative one marks a row to leave out. One of V, as in another
+    shard of the vocabulary, has log-prob -inf and no gradient of its own. One above V is a mistake.
     """
 
     targets: Tensor

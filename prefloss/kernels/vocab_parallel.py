@@ -49,7 +49,8 @@ def linear_token_logps(
     first, vocabulary = _place(len(weight), group, hidden.device)
     selected = select_targets(targets, ignore_index)
     y = targets.reshape(-1)[selected]
-    if on_cpu(y) and (outside := (y < 0) | (y >= vocabulary)).any():
+    outside = (y < 0) | (y >= vocabulary)
+    if on_cpu(y) and outside.any():
         raise IndexError(
             f"targets: got {y[outside][0].item()}, expected 0 <= target < {vocabulary} (V over all processes)"
         )
@@ -63,6 +64,9 @@ def linear_token_logps(
     x = hidden.reshape(-1, hidden.shape[-1]).index_select(0, selected)
     transform = LogitTransform(logit_scale, softcap, temperature)
     logps = _VocabParallel.apply(x, weight, bias, y, transform, Plan("recompute", chunk_tokens), group)
+    if not on_cpu(y):
+        # a device cannot report a mistake without being waited for
+        logps = logps.masked_fill(outside, torch.nan)
     return logps.new_zeros(targets.numel()).index_copy(0, selected, logps).reshape(targets.shape)
 
 

@@ -1,9 +1,13 @@
 import pytest
 import torch
 
-from prefloss.kernels import autograd
+from prefloss.kernels import autograd, chunked, linear
+from prefloss.kernels.naive import LogitTransform
+from prefloss.kernels.plan import Plan
+from prefloss.kernels.tiles import LinearInputs, select_targets
 from prefloss.logprobs import linear_token_logps, linear_token_stats, token_logps, token_stats
 
+PLAIN = LogitTransform()
 OPTIONS = (-100, 1.3, 3.0, 0.7)
 TARGETS = torch.tensor([3, -100, 0, 8, 7, -100])
 
@@ -109,3 +113,38 @@ def test_default_backend():
     torch.testing.assert_close(got, want)
     for g, w in zip(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (got, want)), strict=True):
         torch.testing.assert_close(g, w)
+
+
+def test_ops_that_wait_for_the_device_are_in_no_cuda_graph():
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("this torch has no such tag")
+    ops = torch.ops.prefloss
+    for op in (ops.linear_token_stats, ops.linear_token_stats_backward):
+        assert torch.Tag.cudagraph_unsafe in op.default.tags
+    for op in (ops.token_stats, ops.token_stats_backward):
+        assert torch.Tag.cudagraph_unsafe not in op.default.tags
+
+
+@pytest.mark.parametrize("wrong", [-5, -1, 9, 12])
+def test_ops_of_a_graph_check_targets(wrong):
+    y = TARGETS.where(TARGETS != 8, wrong)
+    options = (*OPTIONS, "recompute", 4, 0, "chunked", 1)
+    with pytest.raises(IndexError, match=rf"targets: got {wrong}, expected 0 <= target < 9 \(V\)"):
+        autograd.token_op(torch.randn(2, 3, 9), y, *options)
+    with pytest.raises(IndexError, match=rf"targets: got {wrong}, expected 0 <= target < 9 \(V\)"):
+        autograd.linear_op(torch.randn(6, 4), torch.randn(9, 4), None, y, *options)
+
+
+def test_on_a_device_a_wrong_target_is_not_a_number(monkeypatch):
+    # a device cannot report it without being waited for
+    for module in (chunked, linear):
+        monkeypatch.setattr(module, "on_cpu", lambda x: False)
+    y = torch.tensor([3, -100, 0, -5, 12, 9])
+    plan = Plan("recompute", 8)
+    found = [autograd.token_stats(torch.randn(6, 9), y, PLAIN, -100, plan, 1)[0]]
+    inputs = LinearInputs(torch.randn(6, 4), torch.randn(9, 4), None, y, PLAIN)
+    found.append(autograd.linear_token_stats(inputs, select_targets(y, -100), -100, plan, 1)[0])
+    for logps in found:
+        assert logps.isnan().tolist() == [False, False, False, True, True, False]
+        # a target just past the vocabulary is that of another shard
+        assert logps[5] == -torch.inf

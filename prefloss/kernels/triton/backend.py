@@ -258,10 +258,11 @@ def _numerator_dtype(weight: Tensor, plan: Plan) -> torch.dtype:
 def _unit(grad: Tensor, transform: LogitTransform) -> Tensor:
     """Divisor of the gradients of float16 logits: the largest comes near 2**15, and small ones do not vanish."""
     # |p (log p + H)| < 16 for any vocabulary that fits into memory, |2 (p**2 / sum p**2 - p)| <= 2
-    bound, most = torch.zeros_like(grad[0]), (1, 1, 16, 2, 0)
-    for row, factor in zip(grad, most, strict=False):
-        bound = bound + row.abs() * factor
-    return (torch.nn.functional.pad(bound, (0, 1)).amax() * (transform.factor / 2**15)).clamp_min(1e-30)
+    most = (1, 1, 16, 2, 0)[: len(grad)]
+    # added one by one: a tensor of the factors would have to be copied to the device
+    bound = sum((row * factor for row, factor in zip(grad.abs(), most, strict=True)), grad.new_zeros(1))
+    bound = torch.nn.functional.pad(bound, (0, 1)).amax()
+    return (bound * (transform.factor / 2**15)).clamp_min(1e-30)
 
 
 def _matrix(memory: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,8 +1,7 @@
-"""Triton kernels of the log-prob ops; `launch` calls them.
+"""Arithmetic of all Triton kernels, and the kernels from hidden states; `gather` has those from logits.
 
-From logits, the forward kernel reads each once and stores two numbers per row; the backward kernel reads each once and
-writes its gradient once. From hidden states, matmuls fill one tile of float32 logits at a time, and a kernel adds the
-tile to running sums (forward) or turns it into its gradient (backward).
+Matmuls fill one tile of float32 logits at a time, and a kernel adds the tile to running sums (forward) or turns it into
+its gradient (backward).
 
 A transformed logit is z = outer * u, with u = x (outer = scale / temperature) or, under a softcap,
 u = tanh(inner * x) (inner = scale / softcap, outer = softcap / temperature). The difference of two large u is exact,
@@ -30,10 +29,10 @@ KEPT_SCALE = tl.constexpr(2.0**11)
 @triton.jit
 def _squash(b_x, inner, SOFTCAP: tl.constexpr):
     if SOFTCAP:
-        # libdevice.tanh is CUDA's; this form of 2 sigmoid(2t) - 1 overflows nowhere
-        b_e = tl.exp2(tl.abs(b_x * inner) * (-2 * _LOG2E))
-        b_tanh = (1 - b_e) / (1 + b_e)
-        b_u = tl.where(b_x < 0, -b_tanh, b_tanh)
+        # tanh(t) = 1 - 2 / (1 + exp(2t)), right where the exponential overflows too, to 5e-7. libdevice.tanh is CUDA's,
+        # and a division takes eight instructions, the square of a reciprocal root two.
+        b_root = tl.rsqrt(tl.exp2(b_x * (2 * _LOG2E * inner) - 1) + 0.5)
+        b_u = 1 - b_root * b_root
         # else a token that cannot occur would be lifted to -softcap
         b_u = tl.where(b_x == float("-inf"), b_x, b_u)
     else:
@@ -57,54 +56,6 @@ def _expm1(x):
     b_series = 1 + x / 3 * b_series
     b_series = 1 + x / 2 * b_series
     return tl.where(tl.abs(x) < 0.35, x * b_series, tl.exp(x) - 1)
-
-
-@triton.jit
-def _fold(
-    b_x, b_m, b_s, b_a, b_q, inner, outer2,
-    SOFTCAP: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """Add a block to running sums: max m of u, and with e = exp(z - max z), s of e, a of e log2(e), q of e * e.
-
-    Each group of LANE neighbours, which one thread loads at once, has its own sums. So threads exchange nothing until
-    the row is done, and a new maximum costs one more exponential per LANE logits.
-    """
-    b_u = tl.reshape(_squash(b_x, inner, SOFTCAP), (BLOCK // LANE, LANE))
-    b_new = tl.maximum(b_m, tl.max(b_u, 1))
-    b_ref = _finite(b_new)
-    # the difference first: multiplied first, two large logits would each be rounded
-    b_d = (b_u - b_ref[:, None]) * outer2
-    b_e = tl.exp2(b_d)
-    b_shift = (b_m - b_ref) * outer2
-    b_alpha = tl.exp2(b_shift)
-    if STATS:
-        b_a = b_alpha * (b_a + tl.maximum(b_shift, _FLOOR) * b_s) + tl.sum(b_e * tl.maximum(b_d, _FLOOR), 1)
-        b_q = b_alpha * b_alpha * b_q + tl.sum(b_e * b_e, 1)
-    b_s = b_alpha * b_s + tl.sum(b_e, 1)
-    return b_new, b_s, b_a, b_q
-
-
-@triton.jit
-def _join(b_m, b_s, b_a, b_q, outer2):
-    """The lanes' sums -> those of the row."""
-    m = tl.max(b_m, 0)
-    b_shift = (b_m - _finite(m)) * outer2
-    b_alpha = tl.exp2(b_shift)
-    a = tl.sum(b_alpha * (b_a + tl.maximum(b_shift, _FLOOR) * b_s), 0)
-    return m, tl.sum(b_alpha * b_s, 0), a, tl.sum(b_alpha * b_alpha * b_q, 0)
-
-
-@triton.jit
-def _store_stats(stats, stride_s, m, s, a, q, u_y, outer, STATS: tl.constexpr):
-    m_ref = _finite(m)
-    log_s = tl.log(s)
-    # in this order: of two large logits the difference is exact, and small against the logsumexp
-    tl.store(stats, (u_y - m_ref) * outer - log_s)
-    tl.store(stats + stride_s, m_ref * outer + log_s)
-    if STATS:
-        tl.store(stats + 2 * stride_s, log_s - a / s * _LN2)
-        tl.store(stats + 3 * stride_s, tl.log(q) - 2 * log_s)
-        tl.store(stats + 4 * stride_s, tl.where(u_y >= m, 1.0, 0.0))
 
 
 @triton.jit
@@ -135,68 +86,6 @@ def _differentiate(
     b_logp = b_u * outer - tl.load(stats + stride_s)
     b_p = tl.exp2(b_logp * _LOG2E)
     return _gradient(b_p, b_logp, b_u, m_y, tl.load(stats), rates, slope, SOFTCAP, PLAIN)
-
-
-@triton.jit(do_not_specialize=["stride_s", "T"])
-def gather_fwd_kernel(
-    logits, targets, stats, stride_b, stride_t, stride_s, T, V, inner, outer, outer2,
-    SOFTCAP: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
-    """One program per row. Rows are stride_t apart, every T rows stride_b, so a shifted [B, T, V] needs no copy."""
-    row = tl.program_id(0)
-    y = tl.load(targets + row)
-    if y < 0:
-        tl.store(stats + row, 0.0)
-        tl.store(stats + stride_s + row, 0.0)
-        if STATS:
-            tl.store(stats + 2 * stride_s + row, 0.0)
-            tl.store(stats + 3 * stride_s + row, 0.0)
-            tl.store(stats + 4 * stride_s + row, 0.0)
-        return
-    # int64 before any stride: N * V passes 2**31
-    p_row = logits + ((row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t)
-    o_v = tl.arange(0, BLOCK)  # [BLOCK]
-    b_m = tl.full((BLOCK // LANE,), float("-inf"), tl.float32)
-    b_s = tl.zeros((BLOCK // LANE,), tl.float32)
-    b_a = tl.zeros((BLOCK // LANE,), tl.float32)
-    b_q = tl.zeros((BLOCK // LANE,), tl.float32)
-    # whole blocks without a mask, which costs time per logit and, where V is odd, prevents wide loads
-    whole = V // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        b_x = tl.load(p_row + start + o_v).to(tl.float32)
-        b_m, b_s, b_a, b_q = _fold(b_x, b_m, b_s, b_a, b_q, inner, outer2, SOFTCAP, STATS, BLOCK, LANE)
-    if whole < V:
-        b_x = tl.load(p_row + whole + o_v, mask=whole + o_v < V, other=float("-inf")).to(tl.float32)
-        b_m, b_s, b_a, b_q = _fold(b_x, b_m, b_s, b_a, b_q, inner, outer2, SOFTCAP, STATS, BLOCK, LANE)
-    m, s, a, q = _join(b_m, b_s, b_a, b_q, outer2)
-    u_y = _squash(tl.load(p_row + y, mask=y < V, other=float("-inf")).to(tl.float32), inner, SOFTCAP)
-    _store_stats(stats + row, stride_s, m, s, a, q, u_y, outer, STATS)
-
-
-@triton.jit(do_not_specialize=["stride_s", "T"])
-def gather_bwd_kernel(
-    logits, targets, stats, rates, d_logits, stride_b, stride_t, stride_db, stride_dt, stride_s, T, V,
-    inner, outer, slope,
-    SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program per block of a row; d_logits may be logits: no other program reads what a program writes."""
-    blocks = tl.cdiv(V, BLOCK)
-    row = tl.program_id(0) // blocks
-    o_v = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    m_v = o_v < V
-    batch, position = (row // T).to(tl.int64), (row % T).to(tl.int64)
-    p_out = d_logits + (batch * stride_db + position * stride_dt) + o_v
-    y = tl.load(targets + row)
-    if y < 0:
-        # written, not multiplied by 0, because such a row may hold inf or NaN
-        tl.store(p_out, tl.zeros((BLOCK,), d_logits.dtype.element_ty), mask=m_v)
-        return
-    p_in = logits + (batch * stride_b + position * stride_t) + o_v
-    b_x = tl.load(p_in, mask=m_v, other=float("-inf")).to(tl.float32)
-    b_d = _differentiate(
-        b_x, o_v == y, stats + row, stride_s, rates + 4 * row, inner, outer, slope, SOFTCAP, PLAIN
-    )
-    tl.store(p_out, b_d.to(d_logits.dtype.element_ty), mask=m_v)
 
 
 @triton.jit
@@ -283,14 +172,18 @@ def tile_finish_kernel(
     m = tl.load(p_sums)
     s = tl.load(p_sums + stride_s)
     u_y = tl.load(p_sums + 2 * stride_s)
-    a = 0.0
-    q = 0.0
+    p_stats = stats + row
+    m_ref = _finite(m)
+    log_s = tl.log(s)
+    # in this order: of two large logits the difference is exact, and small against the logsumexp
+    logp_y = (u_y - m_ref) * outer - log_s
+    tl.store(p_stats, logp_y)
+    tl.store(p_stats + stride_o, m_ref * outer + log_s)
     if STATS:
-        a = tl.load(p_sums + 3 * stride_s)
-        q = tl.load(p_sums + 4 * stride_s)
-    _store_stats(stats + row, stride_o, m, s, a, q, u_y, outer, STATS)
+        tl.store(p_stats + 2 * stride_o, log_s - tl.load(p_sums + 3 * stride_s) / s * _LN2)
+        tl.store(p_stats + 3 * stride_o, tl.log(tl.load(p_sums + 4 * stride_s)) - 2 * log_s)
+        tl.store(p_stats + 4 * stride_o, tl.where(u_y >= m, 1.0, 0.0))
     if SCALE:
-        m_ref = _finite(m)
         last = tl.load(references + spans * stride_r + row)
         scale = tl.exp2((_finite(last) - m_ref) * outer2) / (s * KEPT_SCALE)
         tl.store(scales + row.to(tl.int64) * stride_c, scale)
@@ -312,7 +205,7 @@ def tile_finish_kernel(
                         tl.store(p_keep, b_e.to(kept.dtype.element_ty), mask=m_v)
                 p_span += stride_k
             if TARGET and (y >= 0) & (y < V):
-                d_y = _expm1((u_y - m_ref) * outer - tl.log(s))
+                d_y = _expm1(logp_y)
                 if SOFTCAP:
                     u_y = tl.maximum(u_y, -1.0)
                     d_y *= 1 - u_y * u_y

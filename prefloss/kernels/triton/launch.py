@@ -17,7 +17,7 @@ from torch import Tensor
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.softmax import coefficients
 from prefloss.kernels.tiles import TILE_COLUMNS, TileSpec
-from prefloss.kernels.triton import kernels
+from prefloss.kernels.triton import gather, kernels
 
 
 class Launch(NamedTuple):
@@ -30,6 +30,10 @@ class Launch(NamedTuple):
 # 32 logits per thread (where a warp has 32): four loads of 16 bytes each in bfloat16, at 32 registers
 FORWARD = Launch(4096, 4)
 BACKWARD = Launch(4096, 4)
+# For fewer rows than an accelerator runs programs of FORWARD at a time, about 16 on each of 132 multiprocessors; then
+# some 500 programs fill it.
+FEW_ROWS = 1024
+FORWARD_FEW = Launch(16384, 16)
 # a whole row of a tile, so that it is read once
 TILE = Launch(TILE_COLUMNS, 16)
 
@@ -60,15 +64,16 @@ def token_forward(
 ) -> Tensor:
     """Statistics [2 or 5, N] of logits [..., V] and N targets, negative at those to leave out.
 
-    A target of V or more, as in another shard of the vocabulary, has log-prob -inf and no gradient of its own.
+    A target of V, as in another shard of the vocabulary, has log-prob -inf and no gradient of its own. One above V is a
+    mistake that a device cannot report without being waited for: its log-prob is NaN.
     """
     x, vocabulary = _rows(logits), logits.shape[-1]
     inner, outer, _ = factors(transform)
     stats = torch.empty(max(2, outputs), len(targets), dtype=torch.float32, device=logits.device)
-    block, warps = _launch(FORWARD, vocabulary)
+    block, warps = _launch(FORWARD_FEW if len(targets) < FEW_ROWS else FORWARD, vocabulary)
     _run(
-        kernels.gather_fwd_kernel, len(targets), warps, x.data, targets, stats, *x.strides, stats.stride(0),
-        x.per_batch, vocabulary, inner, outer, outer * log2(e), SOFTCAP=transform.softcap is not None,
+        gather.gather_fwd_kernel, len(targets), warps, x.data, targets, stats, *x.strides, stats.stride(0),
+        x.per_batch, vocabulary, inner, outer * log2(e), SOFTCAP=transform.softcap is not None,
         STATS=outputs > 2, BLOCK=block, LANE=_lane(logits),
     )  # fmt: skip
     return stats
@@ -95,9 +100,10 @@ def token_backward(
         d_strides = (x.per_batch * vocabulary, vocabulary)
     block, warps = _launch(BACKWARD, vocabulary)
     _run(
-        kernels.gather_bwd_kernel, len(targets) * triton.cdiv(vocabulary, block), warps, x.data, targets, stats,
+        gather.gather_bwd_kernel, len(targets) * triton.cdiv(vocabulary, block), warps, x.data, targets, stats,
         coefficients(grad, stats), d_logits, *x.strides, *d_strides, stats.stride(0), x.per_batch, vocabulary, inner,
-        outer, slope, SOFTCAP=transform.softcap is not None, PLAIN=len(grad) == 1, BLOCK=block,
+        outer * log2(e), slope, SOFTCAP=transform.softcap is not None, PLAIN=len(grad) == 1,
+        ALIKE=_alike(x.data, x.strides, d_logits, d_strides), BLOCK=block, LANE=_lane(logits),
     )  # fmt: skip
     if over_logits:
         # autograd then raises for any op that saved the logits for its own backward pass
@@ -114,6 +120,7 @@ def fold_tile(
     numerators, before, after, sloped = out or Numerators(None, None, None, False)
     float16 = numerators is not None and numerators.dtype == torch.float16
     headroom = _FLOAT16_HEADROOM if float16 else _HEADROOM
+    bias = None if bias is None else bias.contiguous()
     _run(
         kernels.tile_stats_kernel, len(logits), warps, logits, bias, spec.targets, sums, numerators, before, after,
         logits.stride(0), 0 if numerators is None else numerators.stride(0), sums.stride(0), spec.first,
@@ -176,6 +183,7 @@ def differentiate_tile(
     """
     inner, outer, slope = factors(spec.transform)
     block, warps = _launch(BACKWARD, tile.shape[1])
+    bias = None if bias is None else bias.contiguous()
     _run(
         kernels.tile_grad_kernel, len(tile) * triton.cdiv(tile.shape[1], block), warps, tile, bias, spec.targets,
         stats, rates, scales, out, tile.stride(0), out.stride(0), stats.stride(0),
@@ -203,6 +211,12 @@ def _rows(x: Tensor) -> _Rows:
             return _Rows(x, (x.stride(0), x.stride(1)), x.shape[1])
         matrix = x.reshape(-1, x.shape[-1])
     return _Rows(matrix, (0, matrix.stride(0)), max(1, len(matrix)))
+
+
+def _alike(a: Tensor, a_strides: tuple[int, int], b: Tensor, b_strides: tuple[int, int]) -> bool:
+    """Whether the same rows of two tensors of a dtype begin in the same place among 16 bytes."""
+    bytes_apart = [(x - y) * a.element_size() for x, y in zip(a_strides, b_strides, strict=True)]
+    return not any(apart % 16 for apart in (a.data_ptr() - b.data_ptr(), *bytes_apart))
 
 
 def factors(transform: LogitTransform) -> tuple[float, float, float]:

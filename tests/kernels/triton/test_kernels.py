@@ -250,6 +250,51 @@ class TestGather:
             0,
         ]
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(("transform", "outputs"), [(PLAIN, 1), (CAPPED, 5)])
+    def test_rows_begin_anywhere(self, dtype, transform, outputs):
+        # each of the places among 16 bytes; what is next to a row is never part of it, nor written to
+        for vocabulary in (5, 139, 301):
+            x, y = logits_and_targets(9, vocabulary, dtype)
+            memory = torch.full((9 * vocabulary + 19,), float("nan"), dtype=dtype)
+            view = memory[3 : 3 + 9 * vocabulary].view(9, vocabulary).copy_(x)
+            check_gather(view, y, transform, outputs)
+            leaf = view.requires_grad_()
+            token_stats(leaf, y, transform, inplace_backward=True).sum().backward()
+            assert memory[:3].isnan().all()
+            assert memory[3 + 9 * vocabulary :].isnan().all()
+            assert memory[3 : 3 + 9 * vocabulary].isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_gradient_whose_rows_begin_elsewhere(self, dtype):
+        # of a shifted [B, T, V] with an odd vocabulary
+        base, y = (torch.randn(3, 4, 131) * 3).to(dtype), torch.randint(131, (3, 3))
+        leaf = base[:, :-1].requires_grad_()
+        exact = leaf.detach().double().requires_grad_()
+        statistics(exact.reshape(9, 131), y.reshape(-1), CAPPED)[0].sum().backward()
+        token_stats(leaf, y, CAPPED).sum().backward()
+        tolerance = ROUNDING[dtype]
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=tolerance, atol=tolerance / 5)
+
+    def test_few_rows_get_more_warps_and_the_same_result(self, monkeypatch):
+        x, y = logits_and_targets()
+        few = token_stats(x, y, SCALED, outputs=5)
+        monkeypatch.setattr(launch, "FEW_ROWS", 0)
+        torch.testing.assert_close(few, token_stats(x, y, SCALED, outputs=5), equal_nan=True)
+
+    def test_targets_that_are_none(self):
+        # the ops that users call report them on a CPU; a device would have to wait for that
+        x, y = logits_and_targets(ignored=0)
+        right = token_stats(x, y, PLAIN, outputs=5)
+        wrong = y.clone()
+        wrong[1:5] = torch.tensor([-1, -5, 302, 2**33])
+        stats = token_stats(x, wrong, PLAIN, outputs=5)
+        assert stats[0].isnan().tolist() == [False, True, True, True, True, False]
+        torch.testing.assert_close(stats[1:4], right[1:4])
+        leaf = x.requires_grad_()
+        token_stats(leaf, wrong, PLAIN)[0].nansum().backward()
+        torch.testing.assert_close(leaf.grad[0, y[0]], 1 - x.detach()[0].softmax(-1)[y[0]], rtol=1e-3, atol=0)
+
     def test_empty(self):
         x = torch.zeros(0, 5, requires_grad=True)
         token_stats(x, torch.zeros(0, dtype=torch.long), PLAIN)[0].sum().backward()
@@ -481,6 +526,15 @@ class TestLinear:
         (d_x, d_weight), (d_x_once, d_weight_once) = errors
         assert d_x <= 1.1 * d_x_once
         assert d_weight_once < d_weight <= 1.5 * d_weight_once
+
+    @pytest.mark.parametrize(
+        ("plan", "frozen"), [case[1:] for case in SCHEMES], ids=[case[0] for case in SCHEMES]
+    )
+    def test_bias_with_gaps(self, plan, frozen):
+        hidden, weight, _, targets = linear_problem(frozen=frozen)
+        column = torch.randn(301, 3)[:, 0].requires_grad_(not frozen)
+        assert column.stride(0) == 3
+        check_linear((hidden, weight, column, targets), plan, PLAIN)
 
     def test_half_precision_with_everything(self):
         check_linear(linear_problem(dtype=torch.float16), plan_of("keep", 2, 3), CAPPED, 5, most=5e-4)

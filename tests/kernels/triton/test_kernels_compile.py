@@ -51,18 +51,18 @@ def compile_all(backend, arch, warp_size):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from prefloss.kernels.triton import kernels
+    from prefloss.kernels.triton import gather, kernels
     from prefloss.kernels.triton import launch as launches
 
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
     for case, dtype, flags in cases_for(arch):
-        kernel = getattr(kernels, case)
+        kernel = getattr(gather if case.startswith("gather") else kernels, case)
         names = kernel.arg_names
-        launch = launches.FORWARD if "LANE" in names else launches.BACKWARD
+        launch = launches.BACKWARD if {"d_logits", "d_tile"} & {*names} else launches.FORWARD
         launch = launches.TILE if case == "tile_stats_kernel" else launch
         loaded = "fp32" if case.startswith("tile") and "KEPT" not in flags else dtype
         constants = {name: name in flags for name in FLAGS} | {"BLOCK": launch.block}
-        constants["LANE"] = {"fp32": 4}.get(loaded, 8)
+        constants |= {"LANE": {"fp32": 4}.get(loaded, 8), "ALIKE": True}
         if "BIAS" not in flags:
             constants["bias"] = None
         if "KEEP" not in flags:

@@ -121,7 +121,9 @@ class TestTiles:
                 # a program reads and writes nothing twice: there is no loop
                 assert not code.loops
             assert launch.constants == compiled[name].launch.constants
-            wide = sum(size for size in compiled[name].whole.loads + compiled[name].whole.stores if size == 16)
+            wide = sum(
+                size for size in compiled[name].whole.loads + compiled[name].whole.stores if size == 16
+            )
             moved += wide * 32 * launch.warps / launch.constants["BLOCK"] * tile.numel()
         assert moved / (16_384 * 128_256) == plan.bytes_per_logit == most
 
