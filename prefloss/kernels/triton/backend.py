@@ -133,7 +133,10 @@ class ForwardTiles:
             kept = launch.Kept(part.tiles[:, within], self._width, len(weight), self._direct)
         spec = TileSpec(targets[rows], 0, transform)
         launch.finish_tiles(sums, spec, stats, self._references[:, rows], scales, kept)
-        return None if scales is None else Finished(scales, sums[2] * launch.factors(transform)[1])
+        if not self._unscaled or scales is None:
+            return None
+        _, outer, slope = launch.factors(transform)
+        return Finished(scales * slope, sums[2] * outer)
 
 
 class BackwardTiles:

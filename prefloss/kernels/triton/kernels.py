@@ -141,8 +141,9 @@ def tile_stats_kernel(
     if KEEP:
         log_s = tl.where(s > 0, m_ref + tl.log2(tl.where(s > 0, s, 1.0)) / outer2, float("-inf"))
         reference = tl.load(before + row)
-        # false too where there is no reference yet
-        reference = tl.where((log_s - reference) * outer2 <= headroom, reference, log_s)
+        # false too of NaN, and where there is no reference yet
+        follows = (reference != float("-inf")) & ((log_s - _finite(reference)) * outer2 <= headroom)
+        reference = tl.where(follows, reference, log_s)
         tl.store(after + row, reference)
         b_e *= tl.exp2((m_ref - _finite(reference)) * outer2) * KEPT_SCALE
         if SOFTCAP and SLOPED:
@@ -184,8 +185,8 @@ def tile_finish_kernel(
         tl.store(p_stats + 3 * stride_o, tl.log(tl.load(p_sums + 4 * stride_s)) - 2 * log_s)
         tl.store(p_stats + 4 * stride_o, tl.where(u_y >= m, 1.0, 0.0))
     if SCALE:
-        last = tl.load(references + spans * stride_r + row)
-        scale = tl.exp2((_finite(last) - m_ref) * outer2) / (s * KEPT_SCALE)
+        last = _finite(tl.load(references + spans * stride_r + row))
+        scale = tl.exp2((last - m_ref) * outer2) / (s * KEPT_SCALE)
         tl.store(scales + row.to(tl.int64) * stride_c, scale)
         if KEEP:
             y = tl.load(targets + row)

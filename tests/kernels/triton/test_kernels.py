@@ -525,7 +525,7 @@ class TestLinear:
             errors.append([problems.relative(a, b) for a, b in zip(got, exact, strict=True)])
         (d_x, d_weight), (d_x_once, d_weight_once) = errors
         assert d_x <= 1.1 * d_x_once
-        assert d_weight_once < d_weight <= 1.5 * d_weight_once
+        assert d_weight <= 1.5 * d_weight_once
 
     @pytest.mark.parametrize(
         ("plan", "frozen"), [case[1:] for case in SCHEMES], ids=[case[0] for case in SCHEMES]
