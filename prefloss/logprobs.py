@@ -166,6 +166,7 @@ def linear_token_logps(
     chunk_tokens: int | None = None,
     budget_bytes: int | None = None,
     strict: bool = False,
+    round_once: bool = False,
 ) -> Tensor:
     r"""Log-prob of each target token, from hidden states and the output head, without storing the logits.
 
@@ -177,7 +178,10 @@ def linear_token_logps(
 
     The log-probs are those of float32 logits on every path. In bfloat16 each gradient of a logit is rounded to
     bfloat16 once (relative error up to 2^-8) where the device multiplies bfloat16, and half-precision logits are kept
-    with an error of up to 2.5e-4 nats; all sums are float32. Inputs that need no gradient cost none.
+    with an error of up to 2.5e-4 nats; all sums are float32, on a GPU whatever `torch.set_float32_matmul_precision` and
+    `torch.backends.cuda.matmul` allow. Triton also rounds the hidden states times the gradients of their log-probs
+    where the gradient of a head in half precision is computed from kept logits, see `round_once`. Inputs that need no
+    gradient cost none.
     Errors are those of `token_logps`, and a TypeError if dtypes differ.
 
     Args:
@@ -192,8 +196,11 @@ def linear_token_logps(
         impl: "naive", "chunked", "triton" or "auto", as in `token_logps`; "naive" computes the logits of all positions.
         chunk_tokens: Size of a tile of logits, as the number of tokens whose logits fill it, >= 1; None: by device.
         budget_bytes: Memory for what is kept between forward and backward and for tiles, without the gradients,
-            >= 0; None for 1 GiB. One tile is used whatever the budget is.
+            >= 0; None for 1 GiB, on a GPU for half of its free memory. One tile is used whatever the budget is.
         strict: Raise if a faster way is not available here, see `Plan.fallback` of `explain`.
+        round_once: With Triton, a trained head in half precision and logits kept: do not round the hidden states times
+            the gradients of their log-probs. The error of the gradient of the head falls by a fifth, and a pass over
+            the kept logits more is made.
 
     Returns:
         Log-probs, [...], nats, float32 (float64 for float64 inputs); 0 and no gradient at ignored targets.
@@ -205,7 +212,7 @@ def linear_token_logps(
         tensor([-0.6931, -0.0486])
     """
     inputs = LinearInputs(hidden, weight, bias, targets, LogitTransform(logit_scale, softcap, temperature))
-    options = Options(inputs.transform, ignore_index, impl, chunk_tokens, budget_bytes, strict)
+    options = Options(inputs.transform, ignore_index, impl, chunk_tokens, budget_bytes, strict, round_once)
     return _linear_token_stats(inputs, options, 1)[0]
 
 
@@ -310,6 +317,7 @@ def explain(
     impl: Impl = "auto",
     chunk_tokens: int | None = None,
     budget_bytes: int | None = None,
+    round_once: bool = False,
 ) -> Plan:
     """How `token_logps` or, with a `width`, `linear_token_logps` computes log-probs for these sizes on this machine.
 
@@ -325,6 +333,7 @@ def explain(
         impl: As given to the op.
         chunk_tokens: As given to the op.
         budget_bytes: As given to the op.
+        round_once: As given to the op.
 
     Returns:
         The plan; `print` it.
@@ -343,7 +352,7 @@ def explain(
     flag("stats_gradient", stats_gradient)
     like = check_sizes(tokens, vocabulary, width, dtype, device)
     needs = "none" if not gradient else "head" if trainable_head else "hidden"
-    options = Options(LogitTransform(), -100, impl, chunk_tokens, budget_bytes)
+    options = Options(LogitTransform(), -100, impl, chunk_tokens, budget_bytes, round_once=round_once)
     options.check(dtype)
     return make_plan(Request(like, vocabulary, width, needs, stats_gradient, options), tokens)
 

@@ -27,6 +27,7 @@ class Options(NamedTuple):
     chunk_tokens: int | None = None
     budget_bytes: int | None = None
     strict: bool = False
+    round_once: bool = False
 
     def check(self, dtype: torch.dtype) -> None:
         """Raise if an option is of the wrong type or out of range, or not possible for inputs of a dtype."""
@@ -36,6 +37,7 @@ class Options(NamedTuple):
         if self.transform.softcap is not None:
             _check_positive("softcap", self.transform.softcap)
         flag("strict", self.strict)
+        flag("round_once", self.round_once)
         if not isinstance(self.ignore_index, int) or isinstance(self.ignore_index, bool):
             raise TypeError(f"ignore_index: got {type(self.ignore_index).__name__}, expected an int")
         budget = self.budget_bytes

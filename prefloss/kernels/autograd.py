@@ -156,7 +156,7 @@ def _rows(hidden: Tensor, selected: Tensor) -> Tensor:
 
 _OPTIONS = (
     "int ignore_index, float logit_scale, float? softcap, float temperature, str scheme, int chunk_tokens, "
-    "int kept_tokens, str impl, int outputs"
+    "int kept_tokens, str impl, bool scale_inputs, int outputs"
 )
 
 
@@ -164,13 +164,14 @@ def _flat(transform: LogitTransform, ignore_index: int, plan: Plan, outputs: int
     """The `_OPTIONS`; a plain function and tuple, which torch.compile traces in all versions."""
     softcap = None if transform.softcap is None else float(transform.softcap)
     floats = float(transform.logit_scale), softcap, float(transform.temperature)
-    return ignore_index, *floats, plan.scheme, plan.chunk_tokens, plan.kept_tokens, plan.impl, outputs
+    how = plan.scheme, plan.chunk_tokens, plan.kept_tokens, plan.impl, plan.scale_inputs
+    return ignore_index, *floats, *how, outputs
 
 
 def _nested(flat: tuple[Any, ...]) -> tuple[LogitTransform, int, Plan, int]:
     """What `_flat` was called with."""
-    ignore_index, scale, softcap, temperature, scheme, chunk_tokens, kept_tokens, impl, outputs = flat
-    plan = Plan(scheme, chunk_tokens, kept_tokens, impl)
+    ignore_index, scale, softcap, temperature, *how, scale_inputs, outputs = flat
+    plan = Plan(*how, scale_inputs=scale_inputs)
     return LogitTransform(scale, softcap, temperature), ignore_index, plan, outputs
 
 

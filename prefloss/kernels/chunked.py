@@ -18,17 +18,21 @@ from prefloss.kernels.naive import LogitTransform, compute_dtype, no_autocast
 from prefloss.kernels.plan import Plan
 from prefloss.kernels.tiles import (
     CPU_MATMUL_ELEMENTS,
+    Finished,
     Grid,
     LinearInputs,
-    RowSums,
+    Numerators,
     TileSpec,
     even,
     on_cpu,
+    rows_of,
     slices,
 )
 
 # Tokens of a tile at most, and columns at least where the vocabulary has them: enough for the matmuls.
 MOST_ROWS, LEAST_COLUMNS = 2048, 1024
+# Elements of the rows of the head that are looked up for targets at a time, on a CPU and on an accelerator.
+_TARGET_ELEMENTS, _DEVICE_TARGET_ELEMENTS = 2**20, 2**26
 
 
 def token_forward(
@@ -145,20 +149,23 @@ class ForwardTiles(_Tiles):
                 self.kept = kept.kept_in(memory, tokens, spans, x.dtype)
         self._more, self._unscaled = outputs > 2, plan.scheme == "unscaled"
 
-    def new_sums(self, rows: slice) -> RowSums:
+    def new_sums(self, rows: slice) -> Tensor:
         """The sums of a slab before its first tile."""
-        sums = softmax.new_sums(rows.stop - rows.start, self._inputs.x)
-        return RowSums(sums, sums[:, 0], sums[:, 1], sums[:, 4])
+        return softmax.new_sums(rows.stop - rows.start, self._inputs.x)
 
-    def fold(self, rows: slice, span: slice, sums: RowSums) -> Tensor | None:
-        """Add a tile to the sums of its rows; "keep" stores it.
-
-        "unscaled" returns exp(z - peak) times the slope of z, 0 at the target, [m, w].
-        """
-        z = None
+    def fold(self, rows: slice, span: slice, sums: Tensor) -> Numerators | None:
+        """Add a tile to the sums of its rows; "keep" stores it, "unscaled" returns its numerators."""
+        z, before = None, sums[:, 0].clone() if self._unscaled else sums
         for part, tile in self.kept.tiles(rows, span):
-            z = self._fold(part, span, sums.memory[part.start - rows.start : part.stop - rows.start], tile)
-        return None if z is None or not self._unscaled else self._numerators(z, rows, span, sums)
+            z = self._fold(part, span, sums[part.start - rows.start : part.stop - rows.start], tile)
+        if z is None or not self._unscaled:
+            return None
+        values = self._numerators(z, rows, span, sums)
+        if span.start == 0:
+            return Numerators(values, None)
+        # the sum is 0 before the first finite logit, and -inf - -inf is NaN
+        factors = torch.where(before == -torch.inf, 0, (before - softmax.finite(sums[:, 0])).exp())
+        return Numerators(values, factors.to(compute_dtype(self._inputs.x.dtype)))
 
     def _fold(self, rows: slice, span: slice, sums: Tensor, tile: Tensor | None) -> Tensor | None:
         """The logits or codes of a tile, in `tile` to be kept, or in scratch; None if they are stored nowhere."""
@@ -176,28 +183,29 @@ class ForwardTiles(_Tiles):
             softmax.encode(z, spec.transform, softmax.finite(sums[:, 0]).to(z.dtype), tile)
         return z
 
-    def _numerators(self, z: Tensor, rows: slice, span: slice, sums: RowSums) -> Tensor:
+    def _numerators(self, z: Tensor, rows: slice, span: slice, sums: Tensor) -> Tensor:
         _, weight, _, spec = self._part(rows, span)
         dtype = compute_dtype(weight.dtype)
         # of each row 1 for p, and for the target -expm1(0)
         rates = torch.tensor((-1, 1, 0, 0), dtype=dtype, device=z.device).expand(len(z), 4)
-        peak = softmax.finite(sums.peak)
+        peak = softmax.finite(sums[:, 0])
         stats = torch.stack((torch.zeros_like(peak), peak)).to(dtype)
         out = softmax.place_over(z, matmul.gradient_dtype(weight), len(weight))
         return softmax.differentiate(z, out, spec, stats, rates, True)
 
-    def finish(self, rows: slice, sums: RowSums, stats: Tensor) -> None:
+    def finish(self, rows: slice, sums: Tensor, stats: Tensor) -> Finished:
         """Statistics of a slab whose tiles have all been added."""
-        softmax.finish(sums.memory, self._inputs.targets[rows], stats)
+        softmax.finish(sums, self._inputs.targets[rows], stats)
+        return Finished(1 / sums[:, 1], sums[:, 4])
 
 
 class BackwardTiles(_Tiles):
     """Backward pass of `linear`: gradients of the logits in `dtype`, a tile of `grid` at a time.
 
-    `home` is memory for the gradient of the weight, or None; for `unit` see `Gradients`.
+    `home` is memory for the gradient of the weight, or None; for `unit` and `factors` see `Gradients`.
     """
 
-    unit = None
+    unit = factors = None
 
     def __init__(
         self,
@@ -241,6 +249,26 @@ class BackwardTiles(_Tiles):
         # the statistics are known, so these sums are not read
         softmax.project(x, weight, bias, spec, softmax.new_sums(len(x), x), False, z)
         return z
+
+
+def scale_rows(rows: Tensor, by: Tensor) -> None:
+    """Multiply rows [m, H] by a number each."""
+    if not on_cpu(rows):
+        # an accelerator would have to wait for the indices
+        rows.mul_(by[:, None])
+        return
+    index = torch.nonzero(by != 1).squeeze(-1)
+    rows.index_copy_(0, index, rows[index].mul_(by[index, None]))
+
+
+def scale_and_add_targets(rows: Tensor, by: Tensor, weight: Tensor, targets: Tensor, rates: Tensor) -> None:
+    """The same, and add the rows of the weight [V, H] of the targets, [m], times `rates`; nothing for others."""
+    rows.mul_(by[:, None])
+    owned = (targets >= 0) & (targets < len(weight))
+    targets, rates = torch.where(owned, targets, 0), torch.where(owned, rates, 0)
+    size = rows_of(rows, _TARGET_ELEMENTS if on_cpu(rows) else _DEVICE_TARGET_ELEMENTS)
+    for part in slices(len(rows), size):
+        rows[part].addcmul_(weight[targets[part]].to(rows.dtype), rates[part, None])
 
 
 def _grid(n: int, weight: Tensor, plan: Plan) -> Grid:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefloss.kernels.softmax import code_columns
+from prefloss.kernels.tiles import MATMUL_BLOCK, padded, tile_columns
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,9 +22,21 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.int16 if dtype.itemsize == 2 else dtype
 
 
-def kept_columns(dtype: torch.dtype, vocabulary: int) -> int:
+def kept_columns(dtype: torch.dtype, vocabulary: int, impl: str = "chunked") -> int:
     """Elements per token that keeping its logits takes."""
+    if impl == "triton":
+        # spans of one width, and a row of memory ends with the float32 scale of the token's numerators
+        width = tile_columns(vocabulary)
+        return -(-vocabulary // padded(width)) * padded(width) + 64
     return code_columns(vocabulary) if kept_dtype(dtype) == torch.int16 else vocabulary
+
+
+def tokens_in_gradient(vocabulary: int, width: int) -> int:
+    """Tokens for whose numerators, kept by Triton, the gradient of a head [V, H] has room; whole blocks of a matmul."""
+    columns = tile_columns(vocabulary)
+    last = vocabulary - (-(-vocabulary // columns) - 1) * columns
+    tokens = last * width // padded(columns)
+    return tokens - tokens % MATMUL_BLOCK if tokens >= MATMUL_BLOCK else tokens
 
 
 class Kept(NamedTuple):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from prefloss.kernels.autograd import InputGradients, differentiable_once
-from prefloss.kernels.matmul import Gradients, add_product, gradient_dtype, project
-from prefloss.kernels.naive import LogitTransform, Model, compute_dtype, divergences, no_autocast
+from prefloss.kernels.matmul import Gradients, add_product, full_precision, gradient_dtype, project
+from prefloss.kernels.naive import LogitTransform, Model, compute_dtype, divergences
 from prefloss.kernels.tiles import MATMUL_ELEMENTS, Grid, on_cpu, select_targets, slices
 
 
@@ -59,7 +59,7 @@ class _LinearTokenKL(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         frozen = need_x and not need_weight and not need_bias
         saved = torch.zeros(2, len(x), x.shape[1], dtype=dtype, device=x.device) if frozen else None
-        with no_autocast(x.device):
+        with full_precision(x.device):
             for rows in slices(len(x), chunk_tokens):
                 p, q, slope = _log_softmaxes(policy, reference, rows, transform)
                 out[:, rows] = divergences(p, q)
@@ -82,7 +82,7 @@ class _LinearTokenKL(torch.autograd.Function):
         span = slice(0, len(weight))
         grid = Grid(list(slices(len(x), ctx.chunk_tokens)), [span])
         sums = Gradients(x, weight, ctx.needs_input_grad[:3], grid, gradient_dtype(x))
-        with no_autocast(x.device):
+        with full_precision(x.device):
             for rows in grid.slabs:
                 p, q, slope = _log_softmaxes(policy, reference, rows, ctx.transform)
                 dz = _differentiate(p, q, out[1, rows], grad[:2, rows]) * slope

@@ -15,6 +15,10 @@ from prefloss.kernels.naive import LogitTransform
 MATMUL_ELEMENTS = 2**26
 # A CPU needs fewer, and 16 MiB stay in its cache.
 CPU_MATMUL_ELEMENTS = 2**22
+# Columns of a tile for Triton at most: one program holds a row of it in registers.
+TILE_COLUMNS = 2**14
+# A GPU multiplies blocks of so many rows and columns; a part of a block takes as long as all of it.
+MATMUL_BLOCK = 128
 
 
 class TileSpec(NamedTuple):
@@ -60,19 +64,21 @@ class Grid(NamedTuple):
         return self.spans[0].stop
 
 
-class RowSums(NamedTuple):
-    """Running sums of the rows of a slab, [m] each; views of `memory`, which has the layout of the backend.
+class Numerators(NamedTuple):
+    """Softmax numerators of a tile, [m, w], each exp(z - reference of its row) times the slope of z, 0 at the target.
 
-    `peak` is the largest logit so far, `total` the sum of exp(z - peak), `picked` the logit of the target. `nats` is
-    the unit of the two logits. The softmax numerators of the backend are to be multiplied by `numerator_unit`.
+    `rescale`, [m], brings the sums of earlier tiles to this reference; None if there are none.
     """
 
-    memory: Tensor
-    peak: Tensor
-    total: Tensor
+    values: Tensor
+    rescale: Tensor | None
+
+
+class Finished(NamedTuple):
+    """Of the rows of a slab, [m]: `scale` times `Numerators` is p times its slope, `picked` is the logit of the target."""
+
+    scale: Tensor
     picked: Tensor
-    nats: float = 1.0
-    numerator_unit: float = 1.0
 
 
 def select_targets(targets: Tensor, ignore_index: int) -> Tensor:
@@ -105,3 +111,28 @@ def on_cpu(x: Tensor) -> bool:
 def default_chunk(tokens: int, vocabulary: int, cpu: bool) -> int:
     """`Plan.chunk_tokens` of the fewest tiles within the limits above, all of about one size."""
     return even(tokens, (CPU_MATMUL_ELEMENTS if cpu else MATMUL_ELEMENTS) // max(1, vocabulary))
+
+
+def tile_columns(vocabulary: int) -> int:
+    """Columns of a span for Triton."""
+    return min(vocabulary, _up(even(vocabulary, TILE_COLUMNS)))
+
+
+def tile_shape(tokens: int, vocabulary: int, elements: int) -> tuple[int, int]:
+    """Rows and columns of tiles of at most about so many logits for Triton, in whole blocks of a matmul if possible."""
+    columns = tile_columns(vocabulary)
+    rows = max(1, elements // columns)
+    if rows >= MATMUL_BLOCK:
+        rows -= rows % MATMUL_BLOCK
+    if tokens <= rows:
+        return max(1, tokens), columns
+    return min(rows, _up(even(tokens, rows))), columns
+
+
+def padded(columns: int) -> int:
+    """Elements from one row of a tile to the next: aligned rows, which wide loads and fast matmuls need."""
+    return -(-columns // 64) * 64
+
+
+def _up(size: int) -> int:
+    return -(-size // MATMUL_BLOCK) * MATMUL_BLOCK

@@ -15,7 +15,7 @@ TARGETS = torch.tensor([3, -100, 0, 8, 7, -100])
 @pytest.mark.parametrize("outputs", [1, 5])
 def test_token_op(outputs):
     logits = torch.randn(2, 3, 9, requires_grad=True)
-    options = (*OPTIONS, "recompute", 4, 0, "chunked", outputs)
+    options = (*OPTIONS, "recompute", 4, 0, "chunked", False, outputs)
     torch.library.opcheck(autograd.token_op, (logits, TARGETS, *options))
 
 
@@ -28,13 +28,13 @@ def test_linear_op(scheme, kept, frozen, dtype):
     hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((6, 4), (9, 4), (9,)))
     hidden.requires_grad_(frozen < 2)
     weight.requires_grad_(frozen < 1)
-    arguments = (hidden, weight, bias, TARGETS, *OPTIONS, scheme, 2, kept, "chunked", 1)
+    arguments = (hidden, weight, bias, TARGETS, *OPTIONS, scheme, 2, kept, "chunked", False, 1)
     torch.library.opcheck(autograd.linear_op, arguments)
 
 
 def test_backward_op_from_logits():
     logits = torch.randn(2, 3, 9)
-    options = (*OPTIONS, "recompute", 4, 0, "chunked", 5)
+    options = (*OPTIONS, "recompute", 4, 0, "chunked", False, 5)
     stats = autograd.token_op(logits, TARGETS, *options)
     torch.library.opcheck(autograd.token_backward_op, (torch.randn(5, 6), logits, TARGETS, stats, *options))
 
@@ -50,7 +50,7 @@ def test_backward_op_from_logits():
 )
 def test_linear_backward_op(scheme, kept, needs, dtype):
     hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((6, 4), (9, 4), (9,)))
-    options = (*OPTIONS, scheme, 2, kept, "chunked", 1)
+    options = (*OPTIONS, scheme, 2, kept, "chunked", False, 1)
     stats, memory = autograd.linear_op(hidden, weight, bias, TARGETS, *options)
     arguments = (torch.randn(2, 6), hidden, weight, bias, TARGETS, stats, memory, needs, *options)
     torch.library.opcheck(autograd.linear_backward_op, arguments)

@@ -1,29 +1,74 @@
-"""Tiles of `linear` for Triton: matmuls fill a tile of float32 logits, and a kernel passes over it.
+"""Tiles of `linear` for Triton: matmuls fill a tile of float32 logits, and a kernel reads it once.
 
-The scheme "keep" keeps the softmax itself, whole rows at a time so that it can be normalised at once; in 16 bits for
-half precision.
+The scheme "keep" keeps softmax numerators, in 16 bits for half precision. If only log-probs have a gradient, they are
+kept as the matmuls of the backward pass need them, with p - 1 at the target, and no kernel passes over them again: what
+a row has still to be multiplied by, of forward and backward, is multiplied into hidden states and their gradient.
 """
 
 from __future__ import annotations
 
-from math import e, log2
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefloss.kernels.kept import kept_dtype
+from prefloss.kernels.kept import kept_columns, kept_dtype, tokens_in_gradient
 from prefloss.kernels.matmul import matmul
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.plan import Plan
 from prefloss.kernels.softmax import coefficients, finite
-from prefloss.kernels.tiles import Grid, LinearInputs, RowSums, TileSpec, even, slices
-from prefloss.kernels.triton.kernels import KEPT_SCALE
-from prefloss.kernels.triton.launch import differentiate_tile, factors, fold_tile
+from prefloss.kernels.tiles import (
+    Finished,
+    Grid,
+    LinearInputs,
+    Numerators,
+    TileSpec,
+    padded,
+    slices,
+    tile_columns,
+    tile_shape,
+)
+from prefloss.kernels.triton import launch
 
-# Rows of a tile in the forward pass: enough for the matmuls, few enough for long rows.
-FORWARD_ROWS = 2048
-# If a tile of the backward pass would have fewer columns, it gets fewer rows instead.
-BACKWARD_COLUMNS = 2048
+
+class Part(NamedTuple):
+    """Softmax numerators of some tokens, [spans, m, width], and what makes each row the softmax, [m]."""
+
+    rows: slice
+    tiles: Tensor
+    scales: Tensor
+
+    def within(self, rows: slice) -> slice:
+        """Rows of all tokens as rows of this part."""
+        return slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+
+    def tile(self, rows: slice, span: slice) -> Tensor:
+        """Some rows of one span, or of all spans where these lie side by side, [m, w]."""
+        within, width = self.within(rows), self.tiles.shape[2]
+        if span.stop - span.start <= width:
+            return self.tiles[span.start // width, within, : span.stop - span.start]
+        shape, stride = (within.stop - within.start, span.stop), self.tiles.stride(1)
+        return self.tiles[0, within].as_strided(shape, (stride, 1))
+
+    def in_whole_rows(self) -> bool:
+        """Whether the spans of a row lie side by side."""
+        return self.tiles.stride(0) == self.tiles.shape[2]
+
+
+class Kept(NamedTuple):
+    """What "keep" stores. `home`: memory for the gradient of the head, where the first part lies, or None."""
+
+    parts: tuple[Part, ...] = ()
+    home: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens, from the first on."""
+        return self.parts[-1].rows.stop if self.parts else 0
+
+    def part(self, rows: slice) -> Part | None:
+        """The part that has these rows."""
+        return next((part for part in self.parts if rows.start < part.rows.stop), None)
 
 
 class ForwardTiles:
@@ -31,133 +76,186 @@ class ForwardTiles:
 
     def __init__(self, inputs: LinearInputs, plan: Plan, outputs: int, memory: Tensor | None) -> None:
         x, weight = inputs.x, inputs.weight
-        n, vocabulary, device = len(x), len(weight), x.device
-        self._inputs, self._more, self._unscaled = inputs, outputs > 2, plan.scheme == "unscaled"
-        self._kept_tokens = min(n, plan.kept_tokens) if plan.scheme == "keep" else 0
-        self.kept = memory if memory is not None and len(memory) else _allocate(weight, self._kept_tokens)
-        height = max(1, min(n, FORWARD_ROWS))
-        width = _even(vocabulary, plan.chunk_tokens * vocabulary // height)
-        spans = list(slices(vocabulary, width))
-        self.order = [(rows, [slice(0, vocabulary)]) for rows in slices(self._kept_tokens, plan.chunk_tokens)]
-        self.order += [(rows, spans) for rows in slices(n, height, self._kept_tokens)]
-        self._sums = torch.zeros(5, n, dtype=torch.float32, device=device)
+        n, vocabulary = len(x), len(weight)
+        self._inputs, self._more, self._direct = inputs, outputs > 2, plan.scale_inputs
+        self._unscaled = plan.scheme == "unscaled"
+        self.kept = Kept()
+        if plan.scheme == "keep":
+            self.kept = _allocate(weight, min(n, plan.kept_tokens), plan, memory)
+        height, self._width = tile_shape(n, vocabulary, plan.chunk_tokens * vocabulary)
+        spans = list(slices(vocabulary, self._width))
+        starts = [*(part.rows for part in self.kept.parts), slice(self.kept.tokens, n)]
+        self.order = [(rows, spans) for part in starts for rows in slices(part.stop, height, part.start)]
+        # as long for any number of tokens in a block, so that pointers stay aligned and kernels are not compiled again
+        length = padded(n)
+        self._sums = x.new_zeros(5, length, dtype=torch.float32)
         # the maximum, and the target's logit until a tile has it
         self._sums[0], self._sums[2] = -torch.inf, -torch.inf
-        size = max(
-            ((rows.stop - rows.start) * _padded(spans[0].stop) for rows, spans in self.order), default=0
-        )
-        self._scratch = torch.empty(size, dtype=torch.float32, device=device)
-        self._factors = torch.empty(size if self._unscaled else 0, dtype=weight.dtype, device=device)
+        self._references = x.new_full((len(spans) + 1, length), -torch.inf, dtype=torch.float32)
+        size = height * padded(self._width)
+        self._scratch = x.new_empty(size, dtype=torch.float32)
+        self._numerators = x.new_empty(size if self._unscaled else 0)
+        self._scales = x.new_empty(height if self._unscaled else 0, dtype=torch.float32)
 
-    def new_sums(self, rows: slice) -> RowSums:
+    def new_sums(self, rows: slice) -> Tensor:
         """The sums of a slab before its first tile."""
-        _, outer, slope = factors(self._inputs.transform)
-        sums = self._sums[:, rows]
-        return RowSums(sums, sums[0], sums[1], sums[2], outer, slope / KEPT_SCALE.value)
+        return self._sums[:, rows]
 
-    def fold(self, rows: slice, span: slice, sums: RowSums) -> Tensor | None:
-        """Add a tile to the sums of its rows; "keep" stores its softmax.
-
-        "unscaled" returns the softmax numerators of the tile, 0 at the target, [m, w].
-        """
+    def fold(self, rows: slice, span: slice, sums: Tensor) -> Numerators | None:
+        """Add a tile to the sums of its rows; "keep" stores its numerators, "unscaled" returns them."""
         x, weight, bias, targets, transform = self._inputs
         logits = _matrix(self._scratch, rows.stop - rows.start, span.stop - span.start)
         matmul(x[rows], weight[span].T, out=logits)
-        numerators = None
+        index = span.start // self._width
+        before, after = self._references[index, rows], self._references[index + 1, rows]
+        values, sloped = None, True
         if self._unscaled:
-            numerators = _matrix(self._factors, *logits.shape)
-        elif self.kept is not None and rows.start < self._kept_tokens:
-            numerators = self.kept[rows]
-            # float16 rather than bfloat16, because backward multiplies and rounds once more
-            numerators = numerators if numerators.dtype == torch.float32 else numerators.view(torch.float16)
-        spec = TileSpec(targets[rows], span.start, transform)
-        fold_tile(logits, bias, spec, sums.memory, self._more, numerators, whole=not self._unscaled)
-        return numerators if self._unscaled else None
+            values = _matrix(self._numerators, *logits.shape)
+        elif (part := self.kept.part(rows)) is not None:
+            values, sloped = part.tile(rows, span), self._direct
+        out = None if values is None else launch.Numerators(values, before, after, sloped)
+        launch.fold_tile(logits, bias, TileSpec(targets[rows], span.start, transform), sums, self._more, out)
+        if values is None or not self._unscaled:
+            return None
+        _, outer, _ = launch.factors(transform)
+        return Numerators(values, ((before - finite(after)) * outer).exp() if index else None)
 
-    def finish(self, rows: slice, sums: RowSums, stats: Tensor) -> None:
+    def finish(self, rows: slice, sums: Tensor, stats: Tensor) -> Finished | None:
         """Statistics of a slab whose tiles have all been added."""
-        m, s, picked, a, q = sums.memory
-        top, log_s = finite(m), s.log()
-        # in this order, as in `kernels._store_stats`
-        stats[0] = (picked - top) * sums.nats - log_s
-        stats[1] = top * sums.nats + log_s
-        if len(stats) > 2:
-            stats[2] = log_s - a / s / log2(e)
-            stats[3] = q.log() - 2 * log_s
-            stats[4] = picked >= m
+        _, weight, _, targets, transform = self._inputs
+        part = self.kept.part(rows)
+        scales = kept = None
+        if self._unscaled:
+            scales = self._scales[: rows.stop - rows.start]
+        elif part is not None:
+            within = part.within(rows)
+            scales = part.scales[within]
+            kept = launch.Kept(part.tiles[:, within], self._width, len(weight), self._direct)
+        spec = TileSpec(targets[rows], 0, transform)
+        launch.finish_tiles(sums, spec, stats, self._references[:, rows], scales, kept)
+        if not self._unscaled or scales is None:
+            return None
+        _, outer, slope = launch.factors(transform)
+        return Finished(scales * slope, sums[2] * outer)
 
 
 class BackwardTiles:
     """Backward pass of `linear`; see `chunked.BackwardTiles`, also for the attributes.
 
-    The gradients of all kept logits are written over the kept softmax at once if that is allowed.
+    Where kept numerators need a pass, their gradients are written over them if that is allowed.
     """
-
-    home = None
 
     def __init__(
         self,
         grad: Tensor,
         inputs: LinearInputs,
         stats: Tensor,
-        saved: Tensor | None,
+        saved: Kept | Tensor | None,
         plan: Plan,
         needs: tuple[bool, ...],
         overwrite: bool,
     ) -> None:
-        x, weight, _, targets, transform = inputs
-        n, vocabulary, device = len(x), len(weight), x.device
+        x, weight, _, _, transform = inputs
+        n, vocabulary = len(x), len(weight)
+        if isinstance(saved, Tensor):
+            saved = _allocate(weight, min(n, plan.kept_tokens), plan, saved)
+        self._kept = saved or Kept()
+        self.home = self._kept.home if overwrite else None
+        self._direct = plan.scale_inputs and self._kept.tokens > 0
+        self._overwrite = overwrite and not self._direct
+        grad = grad[:1] if plan.scale_inputs else grad
         self.dtype, self._inputs, self._stats, self._plain = weight.dtype, inputs, stats, len(grad) == 1
-        self._kept = None if saved is None else saved[: min(n, plan.kept_tokens)]
-        self._kept_tokens = kept = 0 if self._kept is None else len(self._kept)
-        over_kept = overwrite and kept > 0
         self.unit = _unit(grad, transform) if weight.dtype == torch.float16 else None
         self._rates = coefficients(grad if self.unit is None else grad / self.unit, stats)
-        self._d_kept = None
-        if self._kept is not None and over_kept:
-            self._d_kept = self._kept.view(self.dtype)
-            spec = TileSpec(targets, 0, transform)
-            differentiate_tile(
-                self._kept, self._d_kept, None, spec, stats, self._rates, self._plain, kept=True
+        self.factors = self._row_factors() if self._direct else None
+        height, width = tile_shape(n, vocabulary, plan.chunk_tokens * vocabulary)
+        self.grid = self._grid(n, vocabulary, height, width)
+        # tiles of logits to compute again, and of gradients that cannot be written where numerators are
+        again = n > self._kept.tokens
+        size = height * padded(width)
+        self._scratch = x.new_empty(size if again else 0, dtype=torch.float32)
+        self._gradients = self._scratch
+        if self.dtype != torch.float32 or not again:
+            self._gradients = x.new_empty(size if again or not (self._direct or overwrite) else 0)
+
+    def _row_factors(self) -> Tensor:
+        """What is still to be multiplied into each row of numerators, [n]; rows computed again are complete."""
+        _, _, slope = launch.factors(self._inputs.transform)
+        factors = torch.ones_like(self._stats[0])
+        for part in self._kept.parts:
+            torch.mul(self._rates[part.rows, 1] * slope, part.scales, out=factors[part.rows])
+        return factors
+
+    def _grid(self, n: int, vocabulary: int, height: int, width: int) -> Grid:
+        parts, in_place = self._kept.parts, self._direct or self._overwrite
+        whole = in_place and self._kept.tokens == n and len(parts) == 1 and parts[0].in_whole_rows()
+        # with a unit each gradient of the head is summed in float32, which should take no more than a span of it
+        if whole and self.unit is None:
+            return Grid([slice(0, n)], [slice(0, vocabulary)])
+        slabs = [
+            rows
+            for part in parts
+            for rows in slices(
+                part.rows.stop, max(1, part.rows.stop) if in_place else height, part.rows.start
             )
-        elements = plan.chunk_tokens * vocabulary
-        height = max(1, min(n - (kept if over_kept else 0), elements // min(vocabulary, BACKWARD_COLUMNS)))
-        slabs = [*slices(kept, max(1, kept) if over_kept else height), *slices(n, height, kept)]
-        all_over_kept = over_kept and kept == n
-        width = vocabulary if all_over_kept else _even(vocabulary, elements // height)
-        if needs[1] and (self.unit is not None or len(slabs) != 1):
-            # so that the float32 sum of the gradient of a span is no larger than a tile
-            width = _even(vocabulary, min(width, elements // max(1, x.shape[1])))
-        self.grid = Grid(slabs, list(slices(vocabulary, width)))
-        size = 0 if all_over_kept else height * _padded(width)
-        self._scratch = torch.empty(size, dtype=torch.float32, device=device)
-        self._factors = self._scratch
-        if self.dtype != torch.float32:
-            self._factors = torch.empty(size, dtype=self.dtype, device=device)
+        ]
+        slabs += slices(n, height, self._kept.tokens)
+        return Grid(slabs, list(slices(vocabulary, width)))
 
     def gradient(self, rows: slice, span: slice) -> Tensor:
-        """Of the raw logits of a tile, divided by `unit`, [m, w]; valid until the next call."""
+        """Of the raw logits of a tile, divided by `unit` and for kept ones by `factors`; valid until the next call."""
         x, weight, bias, targets, transform = self._inputs
-        kept = rows.start < self._kept_tokens
-        if kept and self._d_kept is not None:
-            return self._d_kept[rows, span]
-        dz = _matrix(self._factors, rows.stop - rows.start, span.stop - span.start)
-        if kept and self._kept is not None:
-            tile = self._kept[rows, span]
-        else:
-            tile = _matrix(self._scratch, *dz.shape)
+        part, shape = self._kept.part(rows), (rows.stop - rows.start, span.stop - span.start)
+        scales = None
+        if part is None:
+            tile = _matrix(self._scratch, *shape)
             matmul(x[rows], weight[span].T, out=tile)
+        else:
+            tile, scales = part.tile(rows, span), part.scales[part.within(rows)]
+            if self._direct:
+                return tile
+        out = tile.view(self.dtype) if part and self._overwrite else _matrix(self._gradients, *shape)
+        stats, rates = self._stats[:, rows], self._rates[rows]
         spec = TileSpec(targets[rows], span.start, transform)
-        differentiate_tile(tile, dz, bias, spec, self._stats[:, rows], self._rates[rows], self._plain, kept)
-        return dz
+        launch.differentiate_tile(tile, out, bias, spec, stats, rates, self._plain, scales)
+        return out
 
 
-def _allocate(weight: Tensor, kept_tokens: int) -> Tensor | None:
-    """Memory for the softmaxes of so many tokens, [kept_tokens, V]."""
-    if kept_tokens == 0:
-        return None
-    size, dtype = kept_tokens * _padded(len(weight)), kept_dtype(weight.dtype)
-    return _matrix(torch.empty(size, dtype=dtype, device=weight.device), kept_tokens, len(weight))
+def _allocate(weight: Tensor, tokens: int, plan: Plan, memory: Tensor | None) -> Kept:
+    """Memory for the numerators of so many tokens: `memory`, [at least so many, columns], if it has any, or new."""
+    if tokens == 0:
+        return Kept()
+    (vocabulary, width), dtype = weight.shape, kept_dtype(weight.dtype)
+    if memory is not None and len(memory):
+        return Kept((_whole_rows(memory[:tokens], slice(0, tokens), weight, plan),))
+    parts, home, first = [], None, 0
+    if plan.head_tokens and weight.requires_grad:
+        first = min(tokens, plan.head_tokens, tokens_in_gradient(vocabulary, width))
+        home = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        columns = tile_columns(vocabulary)
+        shape = (-(-vocabulary // columns), first, padded(columns))
+        tiles = home.view(_numerator_dtype(weight, plan)).as_strided(shape, (columns * width, shape[2], 1))
+        parts.append(Part(slice(0, first), tiles, weight.new_empty(first, dtype=torch.float32)))
+    if first < tokens:
+        columns = kept_columns(weight.dtype, vocabulary, "triton")
+        memory = weight.new_empty(tokens - first, columns, dtype=dtype)
+        parts.append(_whole_rows(memory, slice(first, tokens), weight, plan))
+    return Kept(tuple(parts), home)
+
+
+def _whole_rows(memory: Tensor, rows: slice, weight: Tensor, plan: Plan) -> Part:
+    """Memory [m, columns] as rows of numerators, each with its scale behind."""
+    width = tile_columns(len(weight))
+    shape = (-(-len(weight) // width), len(memory), padded(width))
+    end = shape[0] * shape[2]
+    scales = memory[:, end : end + 4 // memory.element_size()].view(torch.float32)[:, 0]
+    tiles = memory.view(_numerator_dtype(weight, plan)).as_strided(shape, (shape[2], memory.stride(0), 1))
+    return Part(rows, tiles, scales)
+
+
+def _numerator_dtype(weight: Tensor, plan: Plan) -> torch.dtype:
+    # float16 rather than bfloat16 where a pass follows, which multiplies and rounds once more
+    return torch.float16 if weight.dtype == torch.bfloat16 and not plan.scale_inputs else weight.dtype
 
 
 def _unit(grad: Tensor, transform: LogitTransform) -> Tensor:
@@ -172,14 +270,4 @@ def _unit(grad: Tensor, transform: LogitTransform) -> Tensor:
 
 def _matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
     """The first elements of `memory` as a matrix with aligned rows, which wide loads and fast matmuls need."""
-    return memory[: rows * _padded(columns)].view(rows, _padded(columns))[:, :columns]
-
-
-def _padded(columns: int) -> int:
-    return -(-columns // 64) * 64
-
-
-def _even(columns: int, most: int) -> int:
-    """Width of the fewest equal tiles of about `most` columns, a multiple of 128 unless there is but one."""
-    width = even(columns, max(most, 128))
-    return min(columns, -(-width // 128) * 128)
+    return memory[: rows * padded(columns)].view(rows, padded(columns))[:, :columns]

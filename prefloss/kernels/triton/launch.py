@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefloss.kernels.naive import LogitTransform
 from prefloss.kernels.softmax import coefficients
-from prefloss.kernels.tiles import TileSpec
+from prefloss.kernels.tiles import TILE_COLUMNS, TileSpec
 from prefloss.kernels.triton import gather, kernels
 
 
@@ -35,6 +35,29 @@ BACKWARD = Launch(4096, 4)
 # some 500 programs fill it.
 FEW_ROWS = 1024
 FORWARD_FEW = Launch(16384, 16)
+# a whole row of a tile, so that it is read once
+TILE = Launch(TILE_COLUMNS, 16)
+
+# Bits by which the logsumexp of a row may rise above the reference of its numerators before it gets a new one.
+_HEADROOM, _FLOAT16_HEADROOM = 64.0, 4.0
+
+
+class Numerators(NamedTuple):
+    """Where `fold_tile` writes softmax numerators, [m, w], and the references of rows before and after it, [m]."""
+
+    values: Tensor | None
+    before: Tensor | None
+    after: Tensor | None
+    sloped: bool
+
+
+class Kept(NamedTuple):
+    """Numerators of rows over a whole vocabulary, [spans, m, width], and whether p - 1 of the target is to be added."""
+
+    tiles: Tensor | None
+    width: int
+    vocabulary: int
+    target: bool
 
 
 def token_forward(
@@ -90,26 +113,58 @@ def token_backward(
 
 
 def fold_tile(
-    logits: Tensor,
-    bias: Tensor | None,
-    spec: TileSpec,
-    sums: Tensor,
-    more: bool,
-    numerators: Tensor | None,
-    whole: bool,
+    logits: Tensor, bias: Tensor | None, spec: TileSpec, sums: Tensor, more: bool, out: Numerators | None
 ) -> None:
-    """Add raw logits [m, w] to the sums of their rows, [5, m].
-
-    Softmax numerators go to `numerators` if given: the softmax itself with `whole` rows, else against the peak so far.
-    """
+    """Add raw logits [m, w], w at most `TILE.block`, to the sums of their rows, [5, m]."""
     inner, outer, _ = factors(spec.transform)
-    block, warps = _launch(FORWARD, logits.shape[1])
+    block, warps = _launch(TILE, logits.shape[1])
+    numerators, before, after, sloped = out or Numerators(None, None, None, False)
+    float16 = numerators is not None and numerators.dtype == torch.float16
+    headroom = _FLOAT16_HEADROOM if float16 else _HEADROOM
     bias = None if bias is None else bias.contiguous()
     _run(
-        kernels.tile_stats_kernel, len(logits), warps, logits, bias, spec.targets, sums, numerators, logits.stride(0),
-        0 if numerators is None else numerators.stride(0), sums.stride(0), spec.first, logits.shape[1], inner,
-        outer * log2(e), SOFTCAP=spec.transform.softcap is not None, BIAS=bias is not None, STATS=more,
-        KEEP=numerators is not None, WHOLE=whole, BLOCK=block, LANE=_lane(logits),
+        kernels.tile_stats_kernel, len(logits), warps, logits, bias, spec.targets, sums, numerators, before, after,
+        logits.stride(0), 0 if numerators is None else numerators.stride(0), sums.stride(0), spec.first,
+        logits.shape[1], inner, outer * log2(e), headroom, SOFTCAP=spec.transform.softcap is not None,
+        BIAS=bias is not None, STATS=more, KEEP=numerators is not None, SLOPED=sloped, BLOCK=block,
+    )  # fmt: skip
+
+
+def finish_tiles(
+    sums: Tensor, spec: TileSpec, stats: Tensor, references: Tensor, scales: Tensor | None, kept: Kept | None
+) -> None:
+    """Sums of rows whose tiles have all been added, [5, m] -> statistics [2 or 5, m].
+
+    `scales`, [m], are written if given. `references`: [spans + 1, m], as `fold_tile` left them.
+    """
+    _, outer, _ = factors(spec.transform)
+    tiles, width, vocabulary, target = kept or Kept(None, 1, 1, False)
+    block, warps = _launch(FORWARD, width)
+    _run(
+        kernels.tile_finish_kernel, sums.shape[1], 1 if tiles is None else warps, sums, spec.targets, stats,
+        references, scales, tiles, sums.stride(0), stats.stride(0), references.stride(0),
+        0 if scales is None else scales.stride(0), 0 if tiles is None else tiles.stride(1),
+        0 if tiles is None else tiles.stride(0), len(references) - 1, width, vocabulary, outer, outer * log2(e),
+        SOFTCAP=spec.transform.softcap is not None, STATS=len(stats) > 2, SCALE=scales is not None,
+        KEEP=tiles is not None, TARGET=target, BLOCK=block,
+    )  # fmt: skip
+
+
+def scale_rows(rows: Tensor, by: Tensor) -> None:
+    """Multiply rows [m, H] by a number each; those by 1 are not touched."""
+    block, warps = _launch(FORWARD, rows.shape[1])
+    _run(
+        kernels.scale_rows_kernel, len(rows), warps, rows, by, None, None, None, rows.stride(0), 0, 0, rows.shape[1],
+        TARGET=False, BLOCK=block,
+    )  # fmt: skip
+
+
+def scale_and_add_targets(rows: Tensor, by: Tensor, weight: Tensor, targets: Tensor, rates: Tensor) -> None:
+    """The same, and add the rows of the weight [V, H] of the targets, [m], times `rates`; nothing for others."""
+    block, warps = _launch(FORWARD, rows.shape[1])
+    _run(
+        kernels.scale_rows_kernel, len(rows), warps, rows, by, weight, targets, rates, rows.stride(0),
+        weight.stride(0), len(weight), rows.shape[1], TARGET=True, BLOCK=block,
     )  # fmt: skip
 
 
@@ -121,19 +176,21 @@ def differentiate_tile(
     stats: Tensor,
     rates: Tensor,
     plain: bool,
-    kept: bool,
+    scales: Tensor | None,
 ) -> None:
-    """Raw logits [m, w], or the softmax `kept` of them -> their gradient, in `out`, by `coefficients` in `rates`."""
+    """Raw logits [m, w] -> their gradient, in `out`, by `coefficients` in `rates`.
+
+    With `scales`, [m], the tile has kept numerators and they are their scale.
+    """
     inner, outer, slope = factors(spec.transform)
     block, warps = _launch(BACKWARD, tile.shape[1])
-    if tile.dtype == torch.int16:
-        tile = tile.view(torch.float16)
     bias = None if bias is None else bias.contiguous()
     _run(
         kernels.tile_grad_kernel, len(tile) * triton.cdiv(tile.shape[1], block), warps, tile, bias, spec.targets,
-        stats, rates, out, tile.stride(0), out.stride(0), stats.stride(0), spec.first, tile.shape[1], inner, outer,
-        slope, SOFTCAP=spec.transform.softcap is not None, BIAS=bias is not None and not kept, PLAIN=plain, KEPT=kept,
-        BLOCK=block,
+        stats, rates, scales, out, tile.stride(0), out.stride(0), stats.stride(0),
+        0 if scales is None else scales.stride(0), spec.first, tile.shape[1], inner, outer, slope,
+        SOFTCAP=spec.transform.softcap is not None, BIAS=bias is not None and scales is None, PLAIN=plain,
+        KEPT=scales is not None, BLOCK=block,
     )  # fmt: skip
 
 

@@ -23,18 +23,22 @@ CASES = [
     ("gather_bwd_kernel", "fp16", ("SOFTCAP", "PLAIN")),
     ("gather_bwd_kernel", "fp32", ("SOFTCAP",)),
     ("tile_stats_kernel", "bf16", ()),
-    ("tile_stats_kernel", "bf16", ("KEEP",)),
-    ("tile_stats_kernel", "fp16", ("SOFTCAP", "BIAS", "STATS", "KEEP", "WHOLE")),
-    ("tile_stats_kernel", "fp32", ("SOFTCAP", "BIAS", "KEEP")),
+    ("tile_stats_kernel", "bf16", ("KEEP", "SLOPED")),
+    ("tile_stats_kernel", "fp16", ("SOFTCAP", "BIAS", "STATS", "KEEP")),
+    ("tile_stats_kernel", "fp32", ("SOFTCAP", "BIAS", "KEEP", "SLOPED")),
+    ("tile_finish_kernel", "bf16", ("STATS", "SCALE", "KEEP", "TARGET")),
+    ("scale_rows_kernel", "bf16", ("TARGET",)),
     ("tile_grad_kernel", "bf16", ("PLAIN",)),
     ("tile_grad_kernel", "fp32", ("SOFTCAP", "BIAS")),
     ("tile_grad_kernel", "bf16", ("KEPT", "PLAIN")),
     ("tile_grad_kernel", "fp16", ("KEPT", "SOFTCAP")),
 ]
 TARGETS = [("cuda", "80", 32), ("cuda", "90", 32), ("cuda", "100", 32), ("hip", "gfx942", 64)]
-FLAGS = ("SOFTCAP", "STATS", "PLAIN", "BIAS", "KEEP", "WHOLE", "KEPT")
-FLOATS = ("inner", "outer", "outer2", "nats", "nats_low", "slope")
-INTEGERS = ("T", "V", "v_start", "width")
+FLAGS = ("SOFTCAP", "STATS", "PLAIN", "BIAS", "KEEP", "WHOLE", "SLOPED", "SCALE", "TARGET", "KEPT")
+FLOATS = ("inner", "outer", "outer2", "nats", "nats_low", "slope", "headroom")
+INTEGERS = ("T", "V", "v_start", "width", "spans")
+# What a kernel does not read or write 16 bytes at a time, because it is a number or two of a row.
+NOT_WIDE = {"gather_fwd_kernel": ("st",), "tile_finish_kernel": ("ld", "st")}
 
 
 def cases_for(arch):
@@ -55,17 +59,21 @@ def compile_all(backend, arch, warp_size):
         kernel = getattr(gather if case.startswith("gather") else kernels, case)
         names = kernel.arg_names
         launch = launches.BACKWARD if {"d_logits", "d_tile"} & {*names} else launches.FORWARD
+        launch = launches.TILE if case == "tile_stats_kernel" else launch
         loaded = "fp32" if case.startswith("tile") and "KEPT" not in flags else dtype
         constants = {name: name in flags for name in FLAGS} | {"BLOCK": launch.block}
         constants |= {"LANE": {"fp32": 4}.get(loaded, 8), "ALIKE": True}
         if "BIAS" not in flags:
             constants["bias"] = None
         if "KEEP" not in flags:
-            constants["numerators"] = None
+            constants |= {"numerators": None, "before": None, "after": None}
+        if case == "tile_grad_kernel" and "KEPT" not in flags:
+            constants["scales"] = None
         constants = {name: value for name, value in constants.items() if name in names}
         pointers = {"logits": dtype, "d_logits": dtype, "bias": dtype, "d_tile": dtype, "targets": "i64"}
-        # the softmax to keep is float16, that of a tile has the dtype of the head
-        pointers["numerators"] = "fp16" if "WHOLE" in flags and dtype != "fp32" else dtype
+        # numerators that a pass reads again are float16, others have the dtype of the head
+        pointers["numerators"] = dtype if "SLOPED" in flags or dtype == "fp32" else "fp16"
+        pointers |= {"kept": dtype, "weight": dtype, "d_targets": "fp32"}
         pointers["tile"] = "fp32" if loaded == "fp32" else "fp16"
         signature = {}
         for name in names:
@@ -85,9 +93,9 @@ def compile_all(backend, arch, warp_size):
         if "cubin" in asm:
             record["arch"] = re.search(r"\.target (\w+)", asm["ptx"]).group(1)
             wide = r"\.global\S*\.(v4\.[bf]32|v2\.[bf]64|v8\.[bf]32|v4\.[bf]64)"
+            narrow = NOT_WIDE.get(case, ()) if "KEEP" in flags or case != "tile_stats_kernel" else ("st",)
             record["wide"] = all(
-                re.search(rf"{what}{wide}", asm["ptx"])
-                for what in ("ld", "st")[: 1 + (launch is launches.BACKWARD)]
+                re.search(rf"{what}{wide}", asm["ptx"]) for what in ("ld", "st") if what not in narrow
             )
             record["stack"] = stack_bytes(asm["cubin"])
         print(json.dumps(record), flush=True)
