@@ -95,19 +95,37 @@ _OPENRLHF = Release(
     "openrlhf==0.11.2",
     left_out=("bitsandbytes", "deepspeed", "flash-attn", "optimum", "pynvml", "ray", "tensorboard", "wandb"),
 )
+# The releases that frameworks pin, and of those between them the ones whose trainers changed most.
+_TRL_AND_TRANSFORMERS = {
+    "0.18.2": "4.52.4",
+    "0.19.1": "4.52.4",
+    "0.21.0": "4.55.4",
+    "0.24.0": "4.57.6",
+    "0.27.2": "4.57.6",
+    "0.28.0": "4.57.6",
+    "0.29.1": "5.19.0",
+    "1.0.0": "5.5.0",
+    "1.4.0": "5.5.0",
+    "1.5.0": "5.5.0",
+    "1.6.0": "5.14.1",
+    "1.7.0": "5.14.1",
+    "1.9.0": "5.16.1",
+    "1.13.0": "5.16.1",
+    "1.14.0": "5.20.0",
+    "1.15.0": "5.20.0",
+    "1.16.0": "5.23.0",
+}
+# TRL 1.15 computes log-probs with Triton alone, and does not bring it.
+_MORE = {"1.15.0": ("triton",)}
 RELEASES = (
     *(
-        replace(_TRL, package=f"trl=={version}", instead=(f"transformers=={transformers}",))
-        for version, transformers in (
-            ("0.18.2", "4.52.4"),
-            ("0.24.0", "4.57.6"),
-            ("0.28.0", "4.57.6"),
-            ("0.29.1", "5.19.0"),
-            ("1.0.0", "5.5.0"),
-            ("1.9.0", "5.16.1"),
-            ("1.14.0", "5.20.0"),
-            ("1.16.0", "5.23.0"),
+        replace(
+            _TRL,
+            package=f"trl=={version}",
+            instead=(f"transformers=={transformers}",),
+            more=(*_TRL.more, *_MORE.get(version, ())),
         )
+        for version, transformers in _TRL_AND_TRANSFORMERS.items()
     ),
     replace(_LLAMAFACTORY, package="llamafactory==0.9.4"),
     _LLAMAFACTORY,
