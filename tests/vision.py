@@ -42,6 +42,15 @@ TEXT = {
 }
 
 
+class _WithoutVideos(Qwen2VLProcessor):
+    """Qwen2-VL's processor without the part for videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if argument_name != "video_processor":
+            return super().check_argument_for_proper_class(argument_name, argument)
+        return None
+
+
 def tokenizer():
     words = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>")
@@ -65,7 +74,7 @@ def processor(family="llava"):
         images = Qwen2VLImageProcessorPil(
             patch_size=2, merge_size=2, min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE
         )
-        return Qwen2VLProcessor(images, tokenizer())
+        return _WithoutVideos(images, tokenizer())
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=side),
         tokenizer=tokenizer(),

@@ -81,8 +81,11 @@ def words(folder: Path, kind: str, **options: Any) -> list[str]:
         "gradient_checkpointing": "false",
         **options,
     }
+    given = {name: value for name, value in settings.items() if value is not None}
     return [
-        word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))
+        word
+        for name, value in given.items()
+        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
     ]
 
 

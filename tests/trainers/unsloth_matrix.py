@@ -1,8 +1,8 @@
 """Proof for one release of Unsloth: `python -m tests.trainers.unsloth_matrix` in its environment.
 
-Unsloth writes TRL's trainers anew from their source and puts its own in their place when it finds a GPU. The proof calls
-the functions that do so, which need none. On a CPU, Unsloth computes the head of TRL's models itself; that is taken too.
-The model is a plain tiny one: Unsloth's own need a GPU.
+Unsloth writes TRL's trainers anew from their source and puts its own in their place when it finds a GPU. The proof
+calls the functions that do so, which need none. On a CPU, Unsloth computes the head of TRL's models itself; that is
+taken too. The model is a plain tiny one: Unsloth's own need a GPU.
 """
 
 from __future__ import annotations

@@ -34,6 +34,13 @@ def test_the_installed_trl_trains_what_is_asked():
     assert "2 same" in result.output
 
 
+def test_the_installed_kto_trainer_trains_what_is_asked():
+    result = run("trl-kto")
+    assert result.exit_code == 0, result.output
+    assert "kl_baseline=mismatched" in result.output
+    assert "2 same" in result.output
+
+
 @pytest.mark.parametrize(
     ("planted", "trained"),
     [
