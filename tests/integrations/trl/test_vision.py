@@ -9,7 +9,6 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from prefloss.integrations.trl import PreferenceLossCallback
 from tests import tiny, vision
 
-
 KINDS = {"dpo": (DPOTrainer, DPOConfig, vision.pairs), "kto": (KTOTrainer, KTOConfig, vision.labels)}
 
 
