@@ -116,9 +116,9 @@ class Matrix:
 
     def by_hand(self, kind: str, loss: str) -> str:
         def value(model: Any, batch: Any) -> torch.Tensor:
-            return proof.expected(
-                loss, self.scores(model, batch), batch["label"].bool() if kind == "kto" else None
-            )
+            # A list up to TRL 1.8.
+            desirable = torch.as_tensor(batch["label"]).bool() if kind == "kto" else None
+            return proof.expected(loss, self.scores(model, batch), desirable)
 
         return proof.agrees_by_hand(self.train_ours(kind, loss, value, rl_beta=0.1))
 

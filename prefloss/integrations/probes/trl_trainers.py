@@ -114,9 +114,9 @@ def _votes(trainer: Any, rows: Rows, desirable: list[bool]) -> dict[str, Any]:
             batch[f"{prefix}completion_{key.removeprefix('completion_')}"] = values[place]
             batch[f"{prefix}{key}"] = values[place]
     del batch["labels"], batch["KL_labels"]
-    # A list where KTOTrainer lies in trl.experimental or computes `kto_loss`.
-    listed = hasattr(trainer, "kto_loss") or "experimental" in type(trainer)._compute_loss.__module__
-    return {**batch, "label": desirable if listed else torch.tensor(desirable)}
+    # Up to TRL 1.5, a list.
+    label = desirable if hasattr(trainer, "kto_loss") else torch.tensor(desirable)
+    return {**batch, "label": label}
 
 
 TRL = Prober("trl", "trl", _dpo_names, _dpo, _pairs, _means)
