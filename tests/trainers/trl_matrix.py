@@ -69,6 +69,7 @@ EXPERTS = {
     "router_aux_loss_coef": 0.5,
     "output_router_logits": True,
 }
+FOLDER = tempfile.TemporaryDirectory()
 Check = tuple[str, str, Callable[[], str]]
 
 
@@ -102,7 +103,10 @@ def rows(kind: str, count: int = 16, seed: int = 0) -> Dataset:
         made = [
             {"prompt": text(3, 5), "completion": " " + text(1, 6), "label": i % 2 == 0} for i in range(count)
         ]
-    return Dataset.from_list(made)
+    # TRL 1.6 keeps precomputed references beside the data, on a disk.
+    folder = tempfile.mkdtemp(dir=FOLDER.name)
+    Dataset.from_list(made).save_to_disk(folder)
+    return Dataset.load_from_disk(folder)
 
 
 def classes(kind: str) -> tuple[type, type]:

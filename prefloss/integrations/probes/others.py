@@ -73,7 +73,7 @@ def _swift(kind: str, name: str, **options: Any) -> Any:
         **{"dataset": folder / "rows.jsonl", "split_dataset_ratio": 0, "load_from_cache_file": "false"},
         **{"output_dir": folder, "use_cpu": "true", "use_hf": "true", "report_to": "none"},
         **{"check_model": "false", "gradient_checkpointing": "false", "max_length": 64},
-        **{"per_device_train_batch_size": 2, **options},
+        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, **options},
     }
     found: list[Any] = []
     with mock.patch.object(SwiftRLHF, "train", lambda pipeline, trainer: found.append(trainer)):
