@@ -328,9 +328,7 @@ def write_pages(matrix: Mapping[str, Any]) -> None:
     for framework in {release["framework"] for release in matrix.values()}:
         page = PAGES / f"{framework}.md"
         sentence = proven(framework, matrix)
-        page.write_text(
-            re.sub(r"^Proven with .*$", lambda _: sentence, page.read_text(), count=1, flags=re.M)
-        )
+        page.write_text(re.sub(r"^Proven with .*", sentence, page.read_text(), count=1, flags=re.M))
 
 
 if __name__ == "__main__":
