@@ -47,7 +47,7 @@ proof: $(INSTALLED) ## the losses alone: every kit check, every oracle point, co
 mutants: $(INSTALLED) ## change code at random places and see whether a test fails: ARGS='prefloss/logratios.py --sample 50'
 	$(BIN)/python .ci/mutants.py $(ARGS)
 
-trainers: $(INSTALLED) ## releases of TRL, LLaMA-Factory, ms-swift, axolotl, Unsloth, each in its own environment: ONLY=swift
+trainers: $(INSTALLED) ## releases of TRL, LLaMA-Factory, ms-swift ..., each in its own environment: ONLY=swift
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python .ci/trainers.py $(ONLY)
 
 lint: $(INSTALLED) ## ruff: rules and format; import-linter: layers and circles

@@ -1,11 +1,11 @@
 """`make trainers`: prefloss in real releases of the trainers that it plugs into.
 
 Makes one environment for each release, from the package index, runs the framework's proof in it (`tests/trainers`), and
-writes a matrix: docs/integrations/matrix.md and matrix.json. A release that cannot be installed is a row with its
-reason.
+writes a matrix: docs/integrations/matrix.md and matrix.json. The line "Proven with" of each framework's page is written
+from it too. A release that cannot be installed is a row with its reason.
 
-    make trainers                    every release; about an hour on two cores
-    make trainers ONLY=llamafactory  those of one framework, or of one release (ONLY=trl-0.24.0)
+    make trainers                    every release; more than an hour on two cores
+    make trainers ONLY=llamafactory  those of one framework; or of some releases (ONLY="trl-0.24.0 trl-1.6.0")
 
 An environment is kept under ~/.cache/prefloss/trainers and made again when its release below changes.
 """
@@ -81,6 +81,14 @@ class Release:
         return f"{self.framework}-{self.version}"
 
 
+_TITLES = {
+    "trl": "TRL",
+    "llamafactory": "LLaMA-Factory",
+    "swift": "ms-swift",
+    "axolotl": "axolotl",
+    "unsloth": "Unsloth",
+    "openrlhf": "OpenRLHF",
+}
 _TRL = Release("trl", "trl==1.16.0", more=("peft",))
 _LLAMAFACTORY = Release(
     "llamafactory", "llamafactory==0.9.5", left_out=("torchvision", "torchaudio"), emptied=("torchaudio",)
@@ -95,19 +103,37 @@ _OPENRLHF = Release(
     "openrlhf==0.11.2",
     left_out=("bitsandbytes", "deepspeed", "flash-attn", "optimum", "pynvml", "ray", "tensorboard", "wandb"),
 )
+# The releases that frameworks pin, and of those between them the ones whose trainers changed most.
+_TRL_AND_TRANSFORMERS = {
+    "0.18.2": "4.52.4",
+    "0.19.1": "4.52.4",
+    "0.21.0": "4.55.4",
+    "0.24.0": "4.57.6",
+    "0.27.2": "4.57.6",
+    "0.28.0": "4.57.6",
+    "0.29.1": "5.19.0",
+    "1.0.0": "5.5.0",
+    "1.4.0": "5.5.0",
+    "1.5.0": "5.5.0",
+    "1.6.0": "5.14.1",
+    "1.7.0": "5.14.1",
+    "1.9.0": "5.16.1",
+    "1.13.0": "5.16.1",
+    "1.14.0": "5.20.0",
+    "1.15.0": "5.20.0",
+    "1.16.0": "5.23.0",
+}
+# TRL 1.15 computes log-probs with Triton alone, and does not bring it.
+_MORE = {"1.15.0": ("triton",)}
 RELEASES = (
     *(
-        replace(_TRL, package=f"trl=={version}", instead=(f"transformers=={transformers}",))
-        for version, transformers in (
-            ("0.18.2", "4.52.4"),
-            ("0.24.0", "4.57.6"),
-            ("0.28.0", "4.57.6"),
-            ("0.29.1", "5.19.0"),
-            ("1.0.0", "5.5.0"),
-            ("1.9.0", "5.16.1"),
-            ("1.14.0", "5.20.0"),
-            ("1.16.0", "5.23.0"),
+        replace(
+            _TRL,
+            package=f"trl=={version}",
+            instead=(f"transformers=={transformers}",),
+            more=(*_TRL.more, *_MORE.get(version, ())),
         )
+        for version, transformers in _TRL_AND_TRANSFORMERS.items()
     ),
     replace(_LLAMAFACTORY, package="llamafactory==0.9.4"),
     _LLAMAFACTORY,
@@ -231,14 +257,27 @@ def table(matrix: Mapping[str, Any]) -> str:
             release["framework"],
             release["version"],
             _passed(lines, "own "),
-            _passed(lines, "by hand ")
-            if any("by hand" in line["check"] for line in lines)
-            else _passed(lines, "hand "),
+            _passed(lines, "by hand "),
             _passed(lines, "untouched"),
             "the same" if not failed else f"**{len(failed)} not**: {failed[0][:120]}",
         ]
         rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def proven(framework: str, matrix: Mapping[str, Any]) -> str:
+    """The sentence that a framework's page begins with: which releases are proven, and which are not."""
+    releases = [release for release in matrix.values() if release["framework"] == framework]
+    releases.sort(key=lambda release: _order(framework, release["version"]))
+    whole = {release["version"]: _whole(release["lines"]) for release in releases}
+    missing = [version for version in whole if not whole[version]]
+    versions = ", ".join(version for version in whole if whole[version]) or "no release"
+    but = f"; not whole with {', '.join(missing)}" if missing else ""
+    return f"Proven with {_TITLES[framework]} {versions}{but}: [what was proven](matrix.md)."
+
+
+def _whole(lines: Iterable[Mapping[str, str]]) -> bool:
+    return all(line["verdict"] == "same" for line in lines)
 
 
 def _passed(lines: Iterable[Mapping[str, str]], prefix: str) -> str:
@@ -255,12 +294,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("only", nargs="?", default="", help="a framework, or a release such as trl-0.24.0")
+    parser.add_argument("only", nargs="*", help="frameworks, or releases such as trl-0.24.0")
     only = parser.parse_args().only
-    chosen = [release for release in RELEASES if only in ("", release.framework, release.name)]
-    if not chosen:
-        names = ", ".join(release.name for release in RELEASES)
-        parser.error(f"ONLY: got {only!r}, expected a framework or one of {names}")
+    for name in only:
+        if not any(name in (release.framework, release.name) for release in RELEASES):
+            names = ", ".join(release.name for release in RELEASES)
+            parser.error(f"ONLY: got {name!r}, expected a framework or one of {names}")
+    chosen = [
+        release for release in RELEASES if not only or {release.framework, release.name}.intersection(only)
+    ]
     rows = {release.name: _row(release) for release in chosen}
     print(table(rows))
     return int(any(line["verdict"] == "FAILED" for row in rows.values() for line in row["lines"]))
@@ -276,8 +318,17 @@ def _row(release: Release) -> dict[str, Any]:
     known = {item.name for item in RELEASES}
     matrix = {**{name: old for name, old in matrix.items() if name in known}, release.name: row}
     path.write_text(json.dumps(matrix, indent=1, sort_keys=True) + "\n")
-    (PAGES / "matrix.md").write_text(PAGE + table(matrix))
+    write_pages(matrix)
     return row
+
+
+def write_pages(matrix: Mapping[str, Any]) -> None:
+    """Write the matrix's page, and the line "Proven with" of each framework's."""
+    (PAGES / "matrix.md").write_text(PAGE + table(matrix))
+    for framework in {release["framework"] for release in matrix.values()}:
+        page = PAGES / f"{framework}.md"
+        sentence = proven(framework, matrix)
+        page.write_text(re.sub(r"^Proven with .*", sentence, page.read_text(), count=1, flags=re.M))
 
 
 if __name__ == "__main__":

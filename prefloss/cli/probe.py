@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import typer
 from rich import box
@@ -79,11 +80,12 @@ def _rows(prober: Prober, names: list[str]) -> Iterator[Row]:
 
 def _trained(prober: Prober, name: str, asked: Loss) -> tuple[str, str]:
     step = prober.step(name)
-    if compare(step, asked, tolerance=_FLOAT32):
+    taken: Any = {"feedback": prober.feedback, "tolerance": _FLOAT32}
+    if compare(step, asked, **taken):
         return _words(asked), "same"
     # Most often it is another of the trainer's own.
     own = {prober.asked(other).name for other in _known(prober)}
-    found = identify(step, among=own, tolerance=_FLOAT32) or identify(step, tolerance=_FLOAT32)
+    found = identify(step, among=own, **taken) or identify(step, **taken)
     return _of(found), "differs"
 
 

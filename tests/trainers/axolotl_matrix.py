@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,15 @@ import torch
 import yaml
 
 from tests.trainers import proof
-from tests.trainers.proof import Own, Proof, Scores, Training
+from tests.trainers.proof import Own, Scores, Training
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 PLUGIN = "prefloss.integrations.axolotl.PreflossPlugin"
 # axolotl's loss type -> its options, and our loss under the same options. It hands loss types to TRL.
 OWN_PAIRS: Own = {
     "sigmoid": ({}, "dpo"),
-    "sigmoid, dpo_label_smoothing": ({"dpo_label_smoothing": 0.1}, "dpo"),
+    # Since 0.29, TRL's "sigmoid" does not read label_smoothing.
+    "robust, dpo_label_smoothing": ({"dpo_label_smoothing": 0.1}, "robust_dpo"),
     "sigmoid, accumulated": ({"gradient_accumulation_steps": 2}, "dpo"),
     "sigmoid, LoRA": ({"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}, "dpo"),
     "hinge": ({}, "hinge"),
@@ -53,9 +53,9 @@ def configuration(folder: Path, rl: str, **options: Any) -> dict[str, Any]:
         "base_model": str(folder / "model"),
         "rl": rl,
         "datasets": [{**rows, "type": {"field_prompt": "prompt", **FIELDS[kind]}}],
-        "dataset_prepared_path": tempfile.mkdtemp(dir=folder),
+        "dataset_prepared_path": str(folder / "prepared"),
         "output_dir": tempfile.mkdtemp(dir=folder),
-        "dataset_num_proc": 1,
+        "dataset_num_proc": 0,  # in this process
         "sequence_len": 64,
         "special_tokens": {"pad_token": "<pad>"},
         "micro_batch_size": 4,
@@ -116,9 +116,9 @@ class Matrix:
 
     def by_hand(self, kind: str, loss: str) -> str:
         def value(model: Any, batch: Any) -> torch.Tensor:
-            return proof.expected(
-                loss, self.scores(model, batch), batch["label"].bool() if kind == "kto" else None
-            )
+            # A list up to TRL 1.8.
+            desirable = torch.as_tensor(batch["label"]).bool() if kind == "kto" else None
+            return proof.expected(loss, self.scores(model, batch), desirable)
 
         return proof.agrees_by_hand(self.train_ours(kind, loss, value, rl_beta=0.1))
 
@@ -134,13 +134,8 @@ class Matrix:
 
 def main() -> None:
     """Run every check of this release."""
-    results = Proof("axolotl", version("axolotl"))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        proof.write_model(str(folder / "model"))
-        write_data(folder)
+    with proof.proving("axolotl", write_data) as (results, folder):
         results.check_all(Matrix(folder), {"dpo": OWN_PAIRS, "kto": OWN_LABELS}, REFUSED)
-    results.end()
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.trainers import proof
-from tests.trainers.proof import Own, Proof, Training
+from tests.trainers.proof import Own, Training
 
 BETA = 0.3
 # LLaMA-Factory's options -> our loss under the same options; `pref_loss` is left out for ours.
@@ -182,16 +181,10 @@ class Matrix:
 
 def main() -> None:
     """Run every check of this release."""
-    results = Proof("LLaMA-Factory", version("llamafactory"))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        proof.write_model(str(folder / "model"))
-        proof.write_model(str(folder / "reference"), seed=1)
-        write_data(folder)
+    with proof.proving("llamafactory", write_data) as (results, folder):
         matrix = Matrix(folder)
         results.check_all(matrix, {"dpo": OWN_PAIRS, "kto": OWN_LABELS}, REFUSED)
         results.check("dpo", "two processes", matrix.two_processes)
-    results.end()
 
 
 if __name__ == "__main__":

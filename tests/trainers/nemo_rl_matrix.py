@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import pickle
 import subprocess
 import sys
@@ -21,7 +20,8 @@ from unittest import mock
 import torch
 from torch.nn.functional import logsigmoid
 
-BOUND = 1e-5
+from tests.trainers.proof import BOUND, Proof, near
+
 EMPTY = (
     "nemo_rl.algorithms.x_token",
     "nemo_rl.algorithms.x_token.loss_utils",
@@ -104,8 +104,15 @@ def hinge_and_nll(h_chosen: Any, h_rejected: Any, chosen: Any, _: Any, n: Any, _
     return 0.8 * torch.relu(1 - 0.3 * (h_chosen - h_rejected)) - 0.2 * chosen / n
 
 
+def same(theirs: Any, ours: Any, bound: float) -> str:
+    """Value and gradient of two losses agree to 1e-5, or to a bound."""
+    (expected, slopes), (got, found) = step(theirs), step(ours)
+    return near({"loss": abs(expected - got), "gradient": float((slopes - found).abs().max())}, bound)
+
+
 def main() -> None:
-    root = Path(sys.argv[1]).resolve()
+    """Run every check of a checkout."""
+    root = Path(sys.argv.pop(1)).resolve()
     module = load(root)
     from prefloss.integrations.nemo_rl import PreferenceLoss, loss_of
 
@@ -115,41 +122,24 @@ def main() -> None:
     default, averaged = {"reference_policy_kl_penalty": 0.3}, {"preference_average_log_probs": True}
     sft = {"sft_loss_weight": 0.2, "sft_average_log_probs": True}
     checks = {
-        "own: sigmoid": (own(**default), PreferenceLoss("dpo", SimpleNamespace(**default))),
-        "own: average_log_probs": (own(**default, **averaged), PreferenceLoss("ln_dpo(beta=0.3)")),
-        "own: sft_loss_weight": (own(**default, **sft), PreferenceLoss("dpo(beta=0.3) + 0.2*nll")),
-        "by hand: simpo": (by_hand(simpo), PreferenceLoss("simpo(beta=2.0, gamma=0.5)")),
-        "by hand: 0.8*hinge + 0.2*nll": (
+        "own sigmoid": (own(**default), PreferenceLoss("dpo", SimpleNamespace(**default))),
+        "own average_log_probs": (own(**default, **averaged), PreferenceLoss("ln_dpo(beta=0.3)")),
+        "own sft_loss_weight": (own(**default, **sft), PreferenceLoss("dpo(beta=0.3) + 0.2*nll")),
+        "by hand simpo": (by_hand(simpo), PreferenceLoss("simpo(beta=2.0, gamma=0.5)")),
+        "by hand 0.8*hinge + 0.2*nll": (
             by_hand(hinge_and_nll),
             PreferenceLoss("0.8*hinge(beta=0.3) + 0.2*nll"),
         ),
         "pickled": (own(**default), pickle.loads(pickle.dumps(PreferenceLoss("dpo(beta=0.3)")))),
-        "unchanged without prefloss": (
+        "untouched": (
             own(**default),
             loss_of(module.DPOLossFn)(module.DPOLossConfig(**default)),
         ),
     }
-    version = subprocess.run(
-        ["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout
-    failed = False
-    for name, (theirs, ours) in checks.items():
-        (expected, slopes), (got, found) = step(theirs), step(ours)
-        difference = max(abs(expected - got), float((slopes - found).abs().max()))
-        same = difference <= (0 if name.startswith("unchanged") else BOUND)
-        failed |= not same
-        line = {
-            "framework": "nemo_rl",
-            "version": version.strip() or "checkout",
-            "trainer": "DPOLossFn",
-            "check": name,
-        }
-        print(
-            json.dumps(
-                {**line, "verdict": "same" if same else "FAILED", "detail": f"differs by {difference:.1e}"}
-            )
-        )
-    sys.exit(int(failed))
+    head = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    with Proof("nemo_rl", head.stdout.strip() or "checkout") as results:
+        for name, losses in checks.items():
+            results.check("DPOLossFn", name, same, *losses, 0.0 if name == "untouched" else BOUND)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ by plain backward and SGD steps, the model's wrapper by one that returns the log
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
-import json
 import sys
 import types
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +23,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefloss.integrations.openrlhf import trainer_with
+from tests.trainers.proof import BOUND, Proof, near
 
-BOUND = 1e-5
 PROMPT, LENGTHS = 3, ((4, 7), (6, 2), (5, 5), (3, 6))
 
 
@@ -135,10 +134,12 @@ def trained(trainer_class: Any, beta: float = 0.1, **model: Any) -> tuple[list[f
     return [float(found[0].detach()) for found in losses], policy
 
 
-def farthest(theirs: Any, ours: Any) -> float:
+def same(theirs: Any, ours: Any, bound: float = BOUND) -> str:
+    """Losses and weights of two trainings agree to 1e-5, or to a bound."""
     losses = max(abs(a - b) for a, b in zip(theirs[0], ours[0], strict=True))
     pairs = zip(theirs[1].parameters(), ours[1].parameters(), strict=True)
-    return max(losses, *(float((a - b).detach().abs().max()) for a, b in pairs))
+    weights = max(float((a - b).detach().abs().max()) for a, b in pairs)
+    return near({"losses": losses, "weights": weights}, bound)
 
 
 def by_hand(value: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,46 +169,33 @@ def hinge_and_nll(
 
 
 def main() -> None:
-    module = load()
-    base, failed = module.DPOTrainer, False
-    own = {
+    """Run every check of this release."""
+    base = load().DPOTrainer
+    own: dict[str, tuple[str, dict[str, Any]]] = {
         "sigmoid": ("dpo", {}),
         "ipo": ("openrlhf:ipo", {"ipo_enable": True}),
         "label_smoothing": ("dpo(label_smoothing=0.1)", {"label_smoothing": 0.1}),
         "nll_loss_coef": ("dpo", {"nll_loss_coef": 0.2}),
     }
-    checks: dict[str, Callable[[], float]] = {}
-    for name, (loss, options) in own.items():
-        kept = {key: value for key, value in options.items() if key == "nll_loss_coef"}
-        checks[f"own: {name}"] = lambda loss=loss, options=options, kept=kept: farthest(
-            trained(base, beta=0.3, **options), trained(trainer_with(loss, base), beta=0.3, **kept)
-        )
     hand = {"simpo(beta=2.0, gamma=0.5)": simpo, "0.8*hinge(beta=0.3) + 0.2*nll": hinge_and_nll}
-    for loss, value in hand.items():
-        checks[f"by hand: {loss}"] = lambda loss=loss, value=value: farthest(
-            trained(by_hand(value)(base)), trained(trainer_with(loss, base))
-        )
-    before = trained(base)
-    trained(trainer_with("hinge", base))
-    checks["unchanged without prefloss"] = lambda: farthest(before, trained(module.DPOTrainer))
-    for name, run in checks.items():
-        try:
-            difference = run()
-            same = difference == 0.0 if name.startswith("unchanged") else difference <= BOUND
-            detail = f"differs by {difference:.1e}"
-        except Exception as error:
-            same, detail = False, f"{type(error).__name__}: {error}"
-        failed |= not same
-        line = {
-            "framework": "openrlhf",
-            "version": importlib.metadata.version("openrlhf"),
-            "trainer": "DPOTrainer",
-        }
-        print(
-            json.dumps({**line, "check": name, "verdict": "same" if same else "FAILED", "detail": detail}),
-            flush=True,
-        )
-    sys.exit(int(failed))
+
+    def compare(loss: str, options: dict[str, Any]) -> str:
+        kept = {key: value for key, value in options.items() if key == "nll_loss_coef"}
+        return same(trained(base, beta=0.3, **options), trained(trainer_with(loss, base), beta=0.3, **kept))
+
+    with Proof("openrlhf", version("openrlhf")) as results:
+        before = trained(base)
+        for name, arguments in own.items():
+            results.check("DPOTrainer", f"own {name}", compare, *arguments)
+        for loss, value in hand.items():
+            results.check(
+                "DPOTrainer",
+                f"by hand {loss}",
+                lambda loss=loss, value=value: same(
+                    trained(by_hand(value)(base)), trained(trainer_with(loss, base))
+                ),
+            )
+        results.check("DPOTrainer", "untouched", lambda: same(before, trained(base), bound=0.0))
 
 
 if __name__ == "__main__":

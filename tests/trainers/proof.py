@@ -1,7 +1,8 @@
 """What the proofs of the frameworks share: a tiny model, rows, recorded trainings, losses by hand, printed lines.
 
-Each `*_matrix.py` of this folder runs in the environment of one release: `python -m tests.trainers.swift_matrix`. It
-prints one JSON line a check and exits with 1 if one failed; `make trainers` makes the environments and the matrix.
+Each `*_matrix.py` of this folder runs in the environment of one release: `python -m tests.trainers.swift_matrix`, with
+parts of checks' names behind it to run these alone ("own ipo"). It prints one JSON line a check and exits with 1 if one
+failed; `make trainers` makes the environments and the matrix.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import json
 import os
 import random
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
@@ -30,39 +34,55 @@ WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<bos>"]
 BOUND = 1e-5
 # (model, batch) -> the loss that the batch should have
-ByHand = "Callable[[Any, Mapping[str, Any]], Tensor]"
-# the framework's options, and our loss under the same options
-Own = "Mapping[str, tuple[dict[str, Any], str]]"
+ByHand = Callable[[Any, Mapping[str, Any]], Tensor]
+# the framework's loss -> the framework's options, and our loss under the same options
+Own = Mapping[str, tuple[dict[str, Any], str]]
 
 
-def write_model(folder: str, seed: int = 0) -> None:
-    """A tiny Llama with a tokenizer of words, as a folder to load from."""
+def tokenizer() -> Any:
+    """A tokenizer of words."""
     words = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>")
     )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token="<bos>"
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
-    tokenizer.chat_template = "{% for message in messages %} {{ message['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
+
+
+def tiny(kind: str = "Llama", seed: int = 0, **settings: Any) -> Any:
+    """A tiny language model with random weights, in float32.
+
+    Args:
+        kind: Its family in transformers.
+        seed: Of its weights.
+        **settings: Of its configuration, beside those that all have.
+    """
     torch.manual_seed(seed)
-    made = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(SPECIAL) + len(WORDS),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=3,
-        )
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        eos_token_id=1,
+        **settings,
     )
+    made = getattr(transformers, f"{kind}ForCausalLM")(config).float()
     for parameter in made.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    made.save_pretrained(folder)
+    return made
+
+
+def write_model(folder: str, seed: int = 0) -> None:
+    """A tiny Llama with its tokenizer, as a folder to load from."""
+    words = tokenizer()
+    words.bos_token = "<bos>"
+    words.chat_template = "{% for message in messages %} {{ message['content'] }}{% endfor %}"
+    words.save_pretrained(folder)
+    tiny(seed=seed, bos_token_id=3).save_pretrained(folder)
 
 
 def texts(seed: int = 0) -> Callable[[int, int], str]:
@@ -113,11 +133,16 @@ def watched(by_hand: ByHand | None = None) -> Iterator[Training]:
 def same(theirs: Training, ours: Training) -> str:
     """Losses and final weights of two trainings agree to 1e-5; says how well."""
     losses = max(abs(a - b) for a, b in zip(theirs.losses, ours.losses, strict=True))
-    weights = (theirs.weights - ours.weights).abs().max().item()
-    detail = f"losses {losses:.1e}, weights {weights:.1e}"
     moved = max(theirs.losses) - min(theirs.losses)
-    assert max(losses, weights) <= BOUND, detail
     assert moved > 100 * BOUND, f"the losses hardly differ from step to step: {theirs.losses}"
+    return near({"losses": losses, "weights": (theirs.weights - ours.weights).abs().max().item()})
+
+
+def near(differences: Mapping[str, float], bound: float = BOUND) -> str:
+    """Differences are at most 1e-5, or a bound; says what they are."""
+    detail = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    # A NaN is not at most anything.
+    assert all(value <= bound for value in differences.values()), detail
     return detail
 
 
@@ -276,17 +301,32 @@ class Matrix(Protocol):
 
 
 class Proof:
-    """Runs the checks of a release; prints a JSON line for each.
+    """Runs the checks of a release inside `with`, prints a JSON line for each, and exits with 1 if one failed.
 
-    A line has framework, version, trainer, check, verdict ("same" or "FAILED") and detail.
+    A line has framework, version, trainer, check, verdict ("same" or "FAILED") and detail. The arguments of the process
+    are parts of names: with some, only checks that hold one of them run.
+
+    Args:
+        framework: Its name.
+        release: Its version.
     """
 
-    def __init__(self, framework: str, version: str) -> None:
-        self._release = {"framework": framework, "version": version}
+    def __init__(self, framework: str, release: str) -> None:
+        self._release = {"framework": framework, "version": release}
         self._failed = False
+        self._parts = sys.argv[1:]
+
+    def __enter__(self) -> Proof:
+        return self
+
+    def __exit__(self, kind: type | None, *details: Any) -> None:
+        if kind is None:
+            sys.exit(int(self._failed))
 
     def check(self, trainer: str, name: str, run: Callable[..., str], *arguments: Any) -> None:
         """Run a check, which returns a detail or raises; the checks after it still run."""
+        if self._parts and not any(part in f"{trainer} {name}" for part in self._parts):
+            return
         try:
             verdict, detail = "same", run(*arguments)
         except Exception as error:
@@ -316,9 +356,21 @@ class Proof:
         for word, options in refused.items():
             self.check("dpo", f"refused {word}", _refuses, matrix, word, options)
 
-    def end(self) -> None:
-        """Exit with 1 if a check failed."""
-        sys.exit(int(self._failed))
+
+@contextmanager
+def proving(package: str, write_data: Callable[[Path], None]) -> Iterator[tuple[Proof, Path]]:
+    """A package's proof, and a folder with `model`, `reference` and the data that it trains on.
+
+    Args:
+        package: Its name on the package index.
+        write_data: Writes the data into the folder.
+    """
+    with Proof(package, version(package)) as results, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(str(folder / "model"))
+        write_model(str(folder / "reference"), seed=1)
+        write_data(folder)
+        yield results, folder
 
 
 def _refuses(matrix: Matrix, word: str, options: Mapping[str, Any]) -> str:

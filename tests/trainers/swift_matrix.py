@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +11,7 @@ from unittest import mock
 import torch
 
 from tests.trainers import proof
-from tests.trainers.proof import Own, Proof, Training
+from tests.trainers.proof import Own, Training
 
 # ms-swift's loss type -> its options, and our loss under the same options.
 OWN_PAIRS: Own = {
@@ -75,14 +74,18 @@ def words(folder: Path, kind: str, **options: Any) -> list[str]:
         "use_hf": "true",
         "output_dir": tempfile.mkdtemp(dir=folder),
         "dataloader_num_workers": 0,
+        "dataloader_persistent_workers": "false",
         "seed": 1,
         "max_length": 64,
         "beta": 0.3,
         "gradient_checkpointing": "false",
         **options,
     }
+    given = {name: value for name, value in settings.items() if value is not None}
     return [
-        word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))
+        word
+        for name, value in given.items()
+        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
     ]
 
 
@@ -147,16 +150,10 @@ class Matrix:
 
 def main() -> None:
     """Run every check of this release."""
-    results = Proof("ms-swift", version("ms-swift"))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        proof.write_model(str(folder / "model"))
-        proof.write_model(str(folder / "reference"), seed=1)
-        write_data(folder)
+    with proof.proving("ms-swift", write_data) as (results, folder):
         matrix = Matrix(folder)
         results.check_all(matrix, {"dpo": OWN_PAIRS, "kto": OWN_LABELS}, REFUSED)
         results.check("dpo", "by hand --loss_type ipo(tau=0.2) nll --loss_weights 0.7 0.3", matrix.weighted)
-    results.end()
 
 
 if __name__ == "__main__":

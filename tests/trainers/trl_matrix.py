@@ -1,11 +1,8 @@
-"""Proof for one release of TRL; run in an environment with it: `python tests/trainers/trl_matrix.py [PART...]`.
-
-A PART is a piece of a check's name, such as "dpo own ipo"; without one, all checks run. Prints one JSON line a check:
-{framework, version, trainer, check, verdict, detail}. The exit status is 1 if one failed.
+"""Proof for one release of TRL: `python -m tests.trainers.trl_matrix [PART...]` in its environment.
 
 - `untouched`: without a prefloss loss, weights are the same to the bit before and after prefloss is imported and used.
 - `own NAME`: TRL's loss by TRL and by us: losses of each step, evaluation and final weights, to 1e-5.
-- `hand LOSS`: a loss that TRL lacks, or a composition, against log-ratios of a plain forward pass.
+- `by hand LOSS`: a loss that TRL lacks, or a composition, against log-ratios of a plain forward pass.
 - `enable`: a registered name as `loss_type`.
 - `refused OPTION`: options of TRL that our losses cannot honour.
 """
@@ -13,35 +10,26 @@ A PART is a piece of a check's name, such as "dpo own ipo"; without one, all che
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import random
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-warnings.filterwarnings("ignore")
+if version("trl").startswith("1.15."):
+    # Its log-probs are Triton kernels on every device; the interpreter runs them without a GPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
-import trl  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import (  # noqa: E402
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-)
+import torch
+import trl
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl.trainer import utils
 
-WORDS = [f"w{i}" for i in range(40)]
-SPECIAL = ["<pad>", "<eos>", "<unk>"]
-EOS = 1
-BOUND = 1e-5
+from tests.trainers import proof
+from tests.trainers.proof import BOUND, Proof
+
 # TRL's loss type -> ours, where the names or the defaults differ.
 OURS = {
     "bco_pair": "bco_pair(beta=0.1)",
@@ -60,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     "precomputed": {"precompute_ref_log_probs": True},
     "truncated": {"max_length": 7},
-    "experts": {"policy": "experts"},
+    "experts": {"policy": "Mixtral"},
     "adapters": {"policy": "adapters"},
 }
 HAND = {
@@ -74,59 +62,28 @@ REFUSED = (
     ("rpo_alpha", 1.0, "dpo"),
     ("reference_free", True, "dpo"),
 )
-Outcome = tuple[bool, str]
+# A mixture of experts, whose router loss TRL adds to its own, where that TRL does.
+EXPERTS = {
+    "num_key_value_heads": 4,
+    "num_local_experts": 4,
+    "router_aux_loss_coef": 0.5,
+    "output_router_logits": True,
+}
+FOLDER = tempfile.TemporaryDirectory()
+Check = tuple[str, str, Callable[[], str]]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>")
-    )
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+def model(kind: str = "Llama", seed: int = 0) -> Any:
+    """A tiny Llama or Mixtral."""
+    return proof.tiny(kind, seed, bos_token_id=None, **(EXPERTS if kind == "Mixtral" else {}))
 
 
-def model(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        attn_implementation="eager",
-        dtype=torch.float32,
-    )
-    made = LlamaForCausalLM(config)
-    for parameter in made.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return made
+class Run(NamedTuple):
+    """Losses of the steps, loss of the evaluation, and final weights of a training."""
 
-
-def experts(seed: int = 0) -> MixtralForCausalLM:
-    """A mixture of experts whose router loss TRL adds to its own, where that TRL does."""
-    torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-        router_aux_loss_coef=0.5,
-        output_router_logits=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=EOS,
-    )
-    return MixtralForCausalLM(config).float()
+    losses: list[float]
+    evaluated: float
+    weights: torch.Tensor
 
 
 def adapters() -> Any:
@@ -136,11 +93,7 @@ def adapters() -> Any:
 
 
 def rows(kind: str, count: int = 16, seed: int = 0) -> Dataset:
-    rng = random.Random(seed)
-
-    def text(shortest: int, longest: int) -> str:
-        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(shortest, longest)))
-
+    text = proof.texts(seed)
     if kind == "dpo":
         made = [
             {"prompt": text(3, 5), "chosen": " " + text(1, 6), "rejected": " " + text(1, 6)}
@@ -150,7 +103,10 @@ def rows(kind: str, count: int = 16, seed: int = 0) -> Dataset:
         made = [
             {"prompt": text(3, 5), "completion": " " + text(1, 6), "label": i % 2 == 0} for i in range(count)
         ]
-    return Dataset.from_list(made)
+    # TRL 1.6 keeps precomputed references beside the data, on a disk.
+    folder = tempfile.mkdtemp(dir=FOLDER.name)
+    Dataset.from_list(made).save_to_disk(folder)
+    return Dataset.load_from_disk(folder)
 
 
 def classes(kind: str) -> tuple[type, type]:
@@ -158,11 +114,11 @@ def classes(kind: str) -> tuple[type, type]:
 
 
 def build(
-    kind: str, folder: str, callbacks: list[Any] | None = None, *, policy: str = "model", **options: Any
+    kind: str, folder: str, callbacks: list[Any] | None = None, *, policy: str = "Llama", **options: Any
 ) -> Any:
     trainer_class, config_class = classes(kind)
-    make = experts if policy == "experts" else model
     adapted = policy == "adapters"
+    family = "Llama" if adapted else policy
     torch.manual_seed(2)
     settings = {
         "max_steps": 3,
@@ -191,21 +147,20 @@ def build(
     )
     data = rows(kind)
     trainer = trainer_class(
-        model=make(),
-        ref_model=None if adapted else make(seed=1),
+        model=model(family),
+        ref_model=None if adapted else model(family, seed=1),
         **({"peft_config": adapters()} if adapted else {}),
         args=config,
         train_dataset=data,
         eval_dataset=rows(kind, 8, seed=1),
-        processing_class=tokenizer(),
+        processing_class=proof.tokenizer(),
         callbacks=callbacks or [],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def train(kind: str, callbacks: list[Any] | None = None, **options: Any) -> tuple[list[float], float, Any]:
-    """Losses of the steps, loss of the evaluation, and final weights."""
+def train(kind: str, callbacks: list[Any] | None = None, **options: Any) -> Run:
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(kind, folder, callbacks, **options)
@@ -221,35 +176,32 @@ def train(kind: str, callbacks: list[Any] | None = None, **options: Any) -> tupl
         trainer.train()
         evaluated = trainer.evaluate()["eval_loss"]
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
-    return losses, evaluated, weights
+    return Run(losses, evaluated, weights)
 
 
-def untouched(kind: str, before: Any) -> Outcome:
+def untouched(kind: str, before: Run) -> str:
     after = train(kind)
-    same = torch.equal(before[2], after[2]) and before[:2] == after[:2]
-    return (
-        same,
-        "losses, evaluation and weights are the same to the bit"
-        if same
-        else "a run without prefloss differs",
-    )
+    assert torch.equal(before.weights, after.weights), "other weights"
+    assert before[:2] == after[:2], f"losses and evaluation {before[:2]} and {after[:2]}"
+    return "losses, evaluation and weights are the same to the bit"
 
 
-def own(kind: str, name: str, **settings: Any) -> Outcome:
+def own(kind: str, name: str, kernel: str = "trl", **settings: Any) -> str:
     from prefloss.integrations.trl import PreferenceLossCallback
 
     options = {**OPTIONS.get(name, {}), **settings}
+    callback = PreferenceLossCallback(_ours(name), kernel=kernel, diagnose=False)
     theirs = train(kind, loss_type=name, **options)
-    ours = train(kind, [PreferenceLossCallback(_ours(name), diagnose=False)], loss_type=name, **options)
+    ours = train(kind, [callback], loss_type=name, **options)
     figures = {
-        "losses": max(_apart(a, b) for a, b in zip(ours[0], theirs[0], strict=True)),
-        "evaluation": _apart(ours[1], theirs[1]),
-        "weights": (ours[2] - theirs[2]).abs().max().item(),
+        "losses": max(_apart(a, b) for a, b in zip(ours.losses, theirs.losses, strict=True)),
+        "evaluation": _apart(ours.evaluated, theirs.evaluated),
+        "weights": (ours.weights - theirs.weights).abs().max().item(),
     }
     if name == "bco_pair" and hasattr(trl.DPOTrainer, "dpo_loss"):
         # This TRL moves its reward shift in evaluations too.
         del figures["evaluation"]
-    return max(figures.values()) <= BOUND, ", ".join(f"{key} {value:.1e}" for key, value in figures.items())
+    return proof.near(figures)
 
 
 def _apart(found: float, wanted: float) -> float:
@@ -264,17 +216,17 @@ def _ours(name: str) -> str:
     return OURS.get(name, name)
 
 
-def by_hand(kind: str, loss: str) -> float:
+def from_plain_passes(kind: str, loss: str) -> float:
     """The mean loss of all rows from plain forward passes, without TRL."""
     import prefloss
 
-    words = tokenizer()
+    words = proof.tokenizer()
 
     def sums(which: Any, column: str) -> tuple[list[Any], list[int]]:
         found, counts = [], []
         for row in rows(kind):
             prompt = words(row["prompt"])["input_ids"]
-            completion = [*words(row[column])["input_ids"], EOS]
+            completion = [*words(row[column])["input_ids"], words.eos_token_id]
             ids = torch.tensor([[*prompt, *completion]])
             logps = which(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
             found.append(logps[len(prompt) - 1 :].sum())
@@ -293,92 +245,79 @@ def by_hand(kind: str, loss: str) -> float:
         return prefloss.get(loss).mean(feedback).item()
 
 
-def hand(kind: str, loss: str) -> Outcome:
+def by_hand(kind: str, loss: str) -> str:
     from prefloss.integrations.trl import PreferenceLossCallback
 
-    callback = PreferenceLossCallback(loss, diagnose=False)
-    found = train(kind, [callback], max_steps=1, per_device_train_batch_size=16)[0][0]
-    wanted = by_hand(kind, loss)
-    return _apart(found, wanted) <= BOUND, f"trained {found:.6f}, by hand {wanted:.6f}"
+    return _compared(kind, loss, [PreferenceLossCallback(loss, diagnose=False)])
 
 
-def enabled(kind: str, loss: str) -> Outcome:
+def enabled(kind: str, loss: str) -> str:
     from prefloss.integrations.trl import disable, enable
 
     enable()
     try:
-        found = train(kind, loss_type=loss, max_steps=1, per_device_train_batch_size=16)[0][0]
+        return _compared(kind, loss, loss_type=loss)
     finally:
         disable()
-    wanted = by_hand(kind, loss)
-    return _apart(found, wanted) <= BOUND, f"trained {found:.6f}, by hand {wanted:.6f}"
 
 
-def refused(kind: str, option: str, value: Any, loss: str) -> Outcome:
+def _compared(kind: str, loss: str, callbacks: list[Any] | None = None, **options: Any) -> str:
+    """One step over all rows gives the loss of plain passes."""
+    found = train(kind, callbacks, max_steps=1, per_device_train_batch_size=16, **options).losses[0]
+    wanted = from_plain_passes(kind, loss)
+    detail = f"trained {found:.6f}, by hand {wanted:.6f}"
+    assert _apart(found, wanted) <= BOUND, detail
+    return detail
+
+
+def refused(option: str, value: Any, loss: str) -> str:
     from prefloss.integrations.trl import PreferenceLossCallback
 
-    if option not in classes(kind)[1].__dataclass_fields__:
-        return True, "this version has no such option"
+    if option not in trl.DPOConfig.__dataclass_fields__:
+        return "this version has no such option"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            build(kind, folder, [PreferenceLossCallback(loss)], **{option: value})
+            build("dpo", folder, [PreferenceLossCallback(loss)], **{option: value})
     except ValueError as error:
-        return option in str(error), str(error)
-    return False, f"{option}={value!r} was taken without a word"
+        if option in str(error):
+            return str(error)
+        raise
+    raise AssertionError(f"{option}={value!r} was taken without a word")
 
 
-def checks() -> Iterator[tuple[str, str, Callable[[], Outcome]]]:
-    """Trainer, name and function of each check."""
-    before = {kind: train(kind) for kind in ("dpo", "kto")}
-    assert "prefloss" not in sys.modules, "prefloss was imported before the first run"
+def checks(kind: str, before: Run) -> Iterator[Check]:
+    """Trainer, name and function of each check of a trainer, after prefloss was used and removed."""
     from prefloss.integrations.trl import PreferenceLossCallback, disable, enable, options
 
     PreferenceLossCallback("ipo")
     enable()
     disable()
-    for kind in ("dpo", "kto"):
-        yield kind, "untouched", lambda kind=kind: untouched(kind, before[kind])
-        config = options.DPOConfig if kind == "dpo" else options.KTOConfig
-        for name in sorted(options._OWN_LOSS_TYPES[config]):
-            yield kind, f"own {name}", lambda kind=kind, name=name: own(kind, name)
-        first = "ipo" if kind == "dpo" else "kto"
-        for setting, given in SETTINGS.items():
-            if setting != "adapters" or importlib.util.find_spec("peft"):
-                yield (
-                    kind,
-                    f"own {first}, {setting}",
-                    lambda kind=kind, given=given, first=first: own(kind, first, **given),
-                )
-        for loss in HAND[kind]:
-            yield kind, f"hand {loss}", lambda kind=kind, loss=loss: hand(kind, loss)
-        name = HAND[kind][0]
-        yield kind, f"enable {name}", lambda kind=kind, name=name: enabled(kind, name)
-    for given in REFUSED:
-        yield "dpo", f"refused {given[0]}", lambda given=given: refused("dpo", *given)
+    trainer, config = classes(kind)[0].__name__, options.DPOConfig if kind == "dpo" else options.KTOConfig
+    yield trainer, "untouched", lambda: untouched(kind, before)
+    for name in sorted(options._OWN_LOSS_TYPES[config]):
+        yield trainer, f"own {name}", lambda name=name: own(kind, name)
+    first = "ipo" if kind == "dpo" else "kto"
+    for setting, given in SETTINGS.items():
+        if setting != "adapters" or importlib.util.find_spec("peft"):
+            yield trainer, f"own {first}, {setting}", lambda given=given: own(kind, first, **given)
+    if hasattr(utils, "add_fused_lm_head"):
+        yield trainer, f"own {first}, our kernel", lambda: own(kind, first, kernel="prefloss")
+    for loss in HAND[kind]:
+        yield trainer, f"by hand {loss}", lambda loss=loss: by_hand(kind, loss)
+    yield trainer, f"enable {HAND[kind][0]}", lambda: enabled(kind, HAND[kind][0])
+    for option, *rest in REFUSED if kind == "dpo" else ():
+        yield trainer, f"refused {option}", lambda option=option, rest=rest: refused(option, *rest)
 
 
-def main(parts: list[str]) -> int:
-    """Run the checks that hold one of the parts, or all; 1 if one failed."""
-    failed = False
-    for kind, check, run in checks():
-        if parts and not any(part in f"{kind} {check}" for part in parts):
-            continue
-        try:
-            passed, detail = run()
-        except Exception as error:  # a check that cannot run is a failed one, and the others still run
-            passed, detail = False, f"{type(error).__name__}: {error}"
-        failed |= not passed
-        line = {
-            "framework": "trl",
-            "version": trl.__version__,
-            "trainer": classes(kind)[0].__name__,
-            "check": check,
-            "verdict": "same" if passed else "FAILED",
-            "detail": detail,
-        }
-        print(json.dumps(line), flush=True)
-    return int(failed)
+def main() -> None:
+    """Run every check of this release, or those named on the command line."""
+    with Proof("trl", trl.__version__) as results:
+        before = {kind: train(kind) for kind in ("dpo", "kto")}
+        assert "prefloss" not in sys.modules, "prefloss was imported before the first run"
+        for kind, run in before.items():
+            for check in checks(kind, run):
+                results.check(*check)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

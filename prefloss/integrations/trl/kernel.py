@@ -1,8 +1,9 @@
 """The function that turns hidden states into log-probs inside a TRL trainer: TRL's chunked one, or our fused one.
 
 TRL gives each model a forward that ends in `trl.trainer.utils._ChunkedLogProbFunction`, looked up at every call.
-`scoring("prefloss")` replaces it temporarily. Without a GPU, `_use_triton` makes TRL's forward score every position,
-prompts and padding included; it is replaced too, so that only completion tokens are scored on every device.
+`scoring("prefloss")` replaces it temporarily. Without a GPU, `_use_triton` makes the forward of TRL 1.16 score every
+position, prompts and padding included; it is replaced too, so that only completion tokens are scored on every device.
+TRL 1.15 scores with Triton alone, so it trains on a CPU with `kernel="prefloss"` only.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from torch import Tensor
 from trl.trainer import utils
 
 from prefloss.integrations.binding import replaced
+from prefloss.integrations.trl.versions import VERSION
 from prefloss.logprobs import linear_token_logps, linear_token_stats
 
 KERNELS = ("trl", "prefloss")
 
-_SEAM = ("_ChunkedLogProbFunction", "_use_triton")
+_FUNCTION, _CHOICE = "_ChunkedLogProbFunction", "_use_triton"
 _ARGUMENTS = (
     "hidden",
     "weight",
@@ -49,11 +51,7 @@ def check_kernel(kernel: str) -> None:
         raise ValueError(f"kernel: got {kernel!r}, expected 'trl' or 'prefloss'")
     if kernel == "trl":
         return
-    function = getattr(utils, _SEAM[0], None)
-    arguments = tuple(inspect.signature(function.forward).parameters)[1:] if function is not None else ()
-    head = getattr(utils, "add_fused_lm_head", None)
-    names = set() if head is None else _names_in(head.__code__)
-    if arguments != _ARGUMENTS or not names.issuperset(_SEAM) or not hasattr(utils, _SEAM[1]):
+    if not _scores_as_known():
         raise RuntimeError(
             f"kernel: got 'prefloss', but TRL {trl.__version__} scores completions in a way that prefloss does not "
             "know (it was tested with TRL 1.15 and 1.16); use kernel='trl'"
@@ -69,7 +67,7 @@ def scoring(kernel: str) -> Iterator[None]:
     """
     ours: dict[str, Any] = {}
     if kernel == "prefloss":
-        ours = {"_ChunkedLogProbFunction": _Scores, "_use_triton": _completions_alone}
+        ours = {_FUNCTION: _Scores, **({_CHOICE: _completions_alone} if hasattr(utils, _CHOICE) else {})}
     with replaced(utils, ours):
         yield
 
@@ -184,6 +182,18 @@ def mean_logits(
 def _completions_alone(device: torch.device) -> bool:
     """Replaces `_use_triton`: True makes TRL's forward select the completion tokens."""
     return True
+
+
+def _scores_as_known() -> bool:
+    """Whether TRL's forward calls its function as `_Scores.apply` is called, and which positions it gives it."""
+    function, head = getattr(utils, _FUNCTION, None), getattr(utils, "add_fused_lm_head", None)
+    names = set() if head is None else _names_in(head.__code__)
+    # TRL 1.15 without Triton has the call and None for the function.
+    without_triton = function is None and VERSION.release[:2] == (1, 15)
+    forward = getattr(function, "forward", None)
+    arguments = () if forward is None else tuple(inspect.signature(forward).parameters)[1:]
+    takes = without_triton or arguments == _ARGUMENTS
+    return takes and _FUNCTION in names and (_CHOICE in names) == hasattr(utils, _CHOICE)
 
 
 def _names_in(code: Any) -> set[str]:

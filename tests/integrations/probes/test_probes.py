@@ -1,13 +1,17 @@
 """What does a trainer train under each name? A real TRL, and trainers that train something else."""
 
+import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
 from typer.testing import CliRunner
 
 from prefloss.cli.app import app
 from prefloss.integrations.probes import FRAMEWORKS, KnownModel, Rows
+from prefloss.testing import compare
 
 SUMS, TOKENS = torch.tensor([-3.0, -40.0, -7.5, -0.2]), torch.tensor([2, 5, 1, 3])
 
@@ -34,6 +38,13 @@ def test_the_installed_trl_trains_what_is_asked():
     assert "2 same" in result.output
 
 
+def test_the_installed_kto_trainer_trains_what_is_asked():
+    result = run("trl-kto")
+    assert result.exit_code == 0, result.output
+    assert "kl_baseline=mismatched" in result.output
+    assert "2 same" in result.output
+
+
 @pytest.mark.parametrize(
     ("planted", "trained"),
     [
@@ -54,6 +65,29 @@ def test_a_trainer_that_trains_something_else_is_found(planted, trained, monkeyp
     assert result.exit_code == 1
     assert trained in result.output
     assert "1 differs" in result.output
+
+
+def test_a_loss_module_alone(monkeypatch):
+    class DPOLoss:
+        """OpenRLHF's, as far as it is called."""
+
+        def __init__(self, beta, label_smoothing=0.0, ipo=False):
+            self.beta, self.ipo = beta, ipo
+
+        def __call__(self, chosen, rejected, reference_chosen, reference_rejected):
+            margin = (chosen - rejected) - (reference_chosen - reference_rejected)
+            squares, sigmoids = (margin - 1 / (2 * self.beta)) ** 2, -logsigmoid(self.beta * margin)
+            return (squares if self.ipo else sigmoids).mean(), margin, margin
+
+    for name, holds in (("openrlhf", {}), ("openrlhf.models", {"DPOLoss": DPOLoss})):
+        module = types.ModuleType(name)
+        vars(module).update(holds)
+        monkeypatch.setitem(sys.modules, name, module)
+    prober = FRAMEWORKS["openrlhf"]
+    sigmoid, ipo = (prober.step(name) for name in ("sigmoid", "ipo"))
+    assert compare(sigmoid, prober.asked("sigmoid"))
+    assert compare(ipo, prober.asked("ipo"))
+    assert not compare(ipo, prober.asked("sigmoid"))
 
 
 def test_names_and_packages_that_are_not_there(monkeypatch):

@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 from trl.trainer import utils
@@ -147,6 +148,26 @@ def test_trls_function_is_back_after_an_error(tmp_path):
     with kernel_module.scoring("prefloss"):
         assert utils._ChunkedLogProbFunction is kernel_module._Scores
     assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
+
+
+def test_trl_1_15_gives_completions_on_every_device(monkeypatch):
+    def head(hidden):
+        return _ChunkedLogProbFunction.apply(hidden)  # noqa: F821
+
+    monkeypatch.setattr(utils, "add_fused_lm_head", head)
+    with pytest.raises(RuntimeError, match="scores completions in a way that prefloss does not know"):
+        kernel_module.check_kernel("prefloss")
+    monkeypatch.delattr(utils, "_use_triton")
+    kernel_module.check_kernel("prefloss")
+    with kernel_module.scoring("prefloss"):
+        assert utils._ChunkedLogProbFunction is kernel_module._Scores
+        assert not hasattr(utils, "_use_triton")
+    # Without Triton, it has no function.
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
+    with pytest.raises(RuntimeError, match="scores completions"):
+        kernel_module.check_kernel("prefloss")
+    monkeypatch.setattr(kernel_module, "VERSION", Version("1.15.0"))
+    kernel_module.check_kernel("prefloss")
 
 
 def test_half_precision_is_closer_to_float64_than_trls():
