@@ -82,6 +82,6 @@ clean: ## remove the environment, build outputs and caches
 # The build backend comes pinned too, hence no build isolation.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 hatchling editables
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0 hatchling hatch-fancy-pypi-readme editables
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[all,test,docs,dev]'
 	@touch $@

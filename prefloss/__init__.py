@@ -57,4 +57,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LATER})
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
