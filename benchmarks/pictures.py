@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.shapes import BY_LENGTH
 from prefloss.evidence.drawing import panels
@@ -12,13 +13,7 @@ def draw_layouts(rows: Sequence[dict[str, str]], path: Path) -> None:
     times = {(row["shape"], row["way"]): float(row["ratio"]) for row in rows if row["shape"] in BY_LENGTH}
     if not times:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # The same file from the same rows.
-    matplotlib.rcParams["svg.hashsalt"] = "prefloss"
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     figure = plt.figure(figsize=(8.5, 3.4), layout="constrained")
     for axis, kind in zip(panels(figure, 2, sharey=True), ("pairs", "rankings of 8"), strict=True):
         named = {name: shape for name, shape in BY_LENGTH.items() if name.startswith(kind)}
@@ -40,3 +35,36 @@ def draw_layouts(rows: Sequence[dict[str, str]], path: Path) -> None:
     figure.axes[0].legend(frameon=False, loc="lower left")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def draw_linear(rows: Sequence[dict[str, str]], path: Path) -> None:
+    """Time over the matrix products, and memory, from hidden states to gradients: V 32,000, bfloat16, trainable head."""
+    kind = {"bench": "linear", "shape": "32k", "dtype": "bfloat16", "frozen": "False"}
+    chosen = [row for row in rows if kind.items() <= row.items() and row["peak_extra_bytes"]]
+    ways = [row for row in chosen if not any(word in row["way"] for word in ("KTO", "budget", "alone"))]
+    ways.sort(key=lambda row: -float(row["ratio"]))
+    plt = _pyplot()
+    figure = plt.figure(figsize=(8.5, 2.9), layout="constrained")
+    left, right = panels(figure, 2, sharey=True)
+    colours = ["C0" if row["way"].startswith("prefloss") else "0.7" for row in ways]
+    names = [row["way"] for row in ways]
+    for axis, values, form, title in (
+        (left, [float(row["ratio"]) for row in ways], "{:.2f}", "time over the three matrix products"),
+        (right, [int(row["peak_extra_bytes"]) / 2**20 for row in ways], "{:.0f}", "peak extra memory, MiB"),
+    ):
+        bars = axis.barh(names, values, color=colours)
+        axis.bar_label(bars, [form.format(value) for value in values], padding=3)
+        axis.set(title=title, xlim=(0, 1.15 * max(values)))
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # The same file from the same rows.
+    matplotlib.rcParams["svg.hashsalt"] = "prefloss"
+    import matplotlib.pyplot as plt
+
+    return plt

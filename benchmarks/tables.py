@@ -1,6 +1,6 @@
-"""The tables of README.md and docs/benchmarks.md from `results/`, and a picture: ``python -m benchmarks.tables``.
+"""The tables of docs/benchmarks.md from `results/`, and the pictures: ``python -m benchmarks.tables``.
 
-Each page has two markers, between which its tables are written.
+Tables are written between the two markers of their section.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,10 +10,10 @@ from benchmarks import pictures, shapes
 from benchmarks.measure import RESULTS, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
-README, PAGE, PICTURE = (
-    ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/layouts-by-length.svg")
-)
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+PAGE = ROOT / "docs" / "benchmarks.md"
+LAYOUT_PICTURE, SPEED_PICTURE = (ROOT / "docs" / "images" / f"{name}.svg" for name in ("layouts", "speed"))
+# The machine of the pictures.
+CPU = RESULTS / "amd-epyc-2-cores.csv"
 # of each kind of benchmark: shape, dtype
 SIZES = (("32k", "float32"), ("32k", "bfloat16"), ("128k", "float32"), ("128k", "bfloat16"))
 STEPS = (("1:1", "float32"), ("4:1", "float32"))
@@ -37,7 +37,7 @@ def of_machine(path: Path) -> str:
     if not shown:
         return ""
     parts = [
-        f"{conditions(shown)} All rows, with spread and commit: [{path.name}](benchmarks/results/{path.name})."
+        f"{conditions(shown)} All rows, with spread and commit: `benchmarks/results/{path.name}`."
     ]
     for frozen, head in (("False", "trainable"), ("True", "frozen")):
         products = "two" if frozen == "True" else "three"
@@ -141,21 +141,26 @@ def by_layout(rows: Sequence[Row]) -> str:
     return "\n".join([conditions(rows), "", heading, *lines]) if lines else ""
 
 
-def replaced(page: str, text: str, name: str) -> str:
-    """A page with other text between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{name}: expected the markers {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+def replaced(page: str, section: str, text: str) -> str:
+    """A page with other text between the markers of a section."""
+    begin, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"page: expected the markers {begin} and {end}, in this order")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
+def written(page: str) -> str:
+    """docs/benchmarks.md with the tables of today's results."""
+    return replaced(replaced(page, "log-probs", render()), "layouts", by_layout(layout_rows()))
 
 
 def main() -> None:
-    """Write both pages and the picture."""
-    README.write_text(replaced(README.read_text(), render()))
-    rows = layout_rows()
-    PAGE.write_text(replaced(PAGE.read_text(), by_layout(rows)))
-    pictures.draw_layouts(rows, PICTURE)
+    """Write the page and the pictures."""
+    PAGE.write_text(written(PAGE.read_text()))
+    pictures.draw_layouts(layout_rows(), LAYOUT_PICTURE)
+    pictures.draw_linear(rows_of(CPU), SPEED_PICTURE)
 
 
 if __name__ == "__main__":

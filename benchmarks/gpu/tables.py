@@ -45,4 +45,4 @@ def cell(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(replaced(PAGE.read_text(), render(), PAGE.name))
+    PAGE.write_text(replaced(PAGE.read_text(), "gpu", render()))
