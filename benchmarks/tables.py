@@ -36,9 +36,7 @@ def of_machine(path: Path) -> str:
     shown += [row for row in rows if row.get("bench") == "layouts" and row["shape"] in large]
     if not shown:
         return ""
-    parts = [
-        f"{conditions(shown)} All rows, with spread and commit: `benchmarks/results/{path.name}`."
-    ]
+    parts = [f"{conditions(shown)} All rows, with spread and commit: `benchmarks/results/{path.name}`."]
     for frozen, head in (("False", "trainable"), ("True", "frozen")):
         products = "two" if frozen == "True" else "three"
         parts += table(

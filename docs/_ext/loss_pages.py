@@ -78,7 +78,9 @@ def when(spec: LossSpec) -> str:
         if name not in spec.helps and not figures:
             continue
         claim = f" Its paper: {spec.helps[name].rstrip('.')}." if name in spec.helps else ""
-        found = "; ".join(f"{one.shown} ([{one.experiment}](../evidence/{one.experiment}.md))" for one in figures)
+        found = "; ".join(
+            f"{one.shown} ([{one.experiment}](../evidence/{one.experiment}.md))" for one in figures
+        )
         worse = " **Worse than DPO here.**" if {one.better for one in figures} == {False} else ""
         lines.append(f"- If {problem.meaning}.{claim} Measured: {found or 'not yet'}.{worse}")
     start = suggest(KINDS[spec.feedback]).start

@@ -418,6 +418,4 @@ def test_tables_of_a_gpu_are_those_of_the_page(tmp_path):
 
 def test_the_page_shows_the_results_that_are_kept():
     page = tables.PAGE.read_text()
-    assert tables.replaced(page, "gpu", tables.render()) == page, (
-        "run python -m benchmarks.gpu.tables"
-    )
+    assert tables.replaced(page, "gpu", tables.render()) == page, "run python -m benchmarks.gpu.tables"
