@@ -7,11 +7,7 @@ writes its gradient once. `kernels` has the arithmetic, which the kernels of til
 import triton
 import triton.language as tl
 
-from prefloss.kernels.triton.kernels import _FLOOR, _LN2, _LOG2E, _finite, _gradient, _squash
-
-# ln 2 = high + low, high with 11 bits, so that its product with an exponent is exact or nearly so
-_LN2_HIGH = tl.constexpr(0.693359375)
-_LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
+from prefloss.kernels.triton.kernels import _FLOOR, _LN2, _differentiate, _finite, _squash
 
 
 @triton.jit
@@ -48,29 +44,16 @@ def _join(b_t, b_s, b_a, b_q):
 
 
 @triton.jit
-def _store_stats(stats, stride_s, t, s, a, q, u_y, outer2, STATS: tl.constexpr):
+def _store_stats(stats, stride_s, t, s, a, q, u_y, outer2, nats, nats_low, STATS: tl.constexpr):
     top = _finite(t)
     log_s = tl.log(s)
     # as each logit was compared with the top: what remains is small against the logsumexp
     tl.store(stats, tl.fma(u_y, outer2, -top) * _LN2 - log_s)
-    # ln 2 in two parts
-    tl.store(stats + stride_s, tl.fma(top, _LN2_HIGH, tl.fma(top, _LN2_LOW, log_s)))
+    tl.store(stats + stride_s, tl.fma(top, nats, tl.fma(top, nats_low, log_s)))
     if STATS:
         tl.store(stats + 2 * stride_s, log_s - a / s * _LN2)
         tl.store(stats + 3 * stride_s, tl.log(q) - 2 * log_s)
         tl.store(stats + 4 * stride_s, tl.where(u_y * outer2 >= t, 1.0, 0.0))
-
-
-@triton.jit
-def _differentiate(
-    b_u, m_y, stats, stride_s, rates, outer2, slope, SOFTCAP: tl.constexpr, PLAIN: tl.constexpr
-):
-    """Transformed logits of a row -> their gradient."""
-    lse = tl.load(stats + stride_s)
-    # in two parts, again so that the difference of large numbers is exact
-    top = lse * _LOG2E
-    b_t = tl.fma(b_u, outer2, -top) - tl.fma(lse, _LOG2E, -top)
-    return _gradient(tl.exp2(b_t), b_t * _LN2, b_u, m_y, tl.load(stats), rates, slope, SOFTCAP, PLAIN)
 
 
 @triton.jit
@@ -92,6 +75,7 @@ def _whole_vectors(p_row, V, LANE: tl.constexpr):
 @triton.jit(do_not_specialize=["logits", "stride_b", "stride_t", "stride_s", "T", "V"])
 def gather_fwd_kernel(
     logits, targets, stats, stride_b: tl.int64, stride_t: tl.int64, stride_s: tl.int64, T, V, inner, outer2,
+    nats, nats_low,
     SOFTCAP: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """One program per row. Rows are stride_t apart, every T rows stride_b, so a shifted [B, T, V] needs no copy."""
@@ -133,7 +117,7 @@ def gather_fwd_kernel(
     # beyond V is no token: its log-prob is NaN; at V is one of another shard
     x_y = tl.load(p_row + y, mask=y < V, other=float("-inf")).to(tl.float32)
     u_y = tl.where(y > V, float("nan"), _squash(x_y, inner, SOFTCAP))
-    _store_stats(stats + row, stride_s, t, s, a, q, u_y, outer2, STATS)
+    _store_stats(stats + row, stride_s, t, s, a, q, u_y, outer2, nats, nats_low, STATS)
 
 
 @triton.jit(
@@ -143,7 +127,7 @@ def gather_fwd_kernel(
 )  # fmt: skip
 def gather_bwd_kernel(
     logits, targets, stats, rates, d_logits, stride_b: tl.int64, stride_t: tl.int64, stride_db: tl.int64,
-    stride_dt: tl.int64, stride_s: tl.int64, T, V, inner, outer2, slope,
+    stride_dt: tl.int64, stride_s: tl.int64, T, V, inner, outer, slope,
     SOFTCAP: tl.constexpr, PLAIN: tl.constexpr, ALIKE: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """One program per block of a row; d_logits may be logits: no other program reads what a program writes.
@@ -171,14 +155,12 @@ def gather_bwd_kernel(
     p_from = tl.multiple_of(p_in + head, 16) if ALIKE else p_in + head
     b_x = tl.load(p_from + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
     b_d = _differentiate(
-        _squash(b_x, inner, SOFTCAP), o_v == y - head, stats + row, stride_s, rates + 4 * row, outer2, slope, SOFTCAP,
-        PLAIN,
-    )  # fmt: skip
+        b_x, o_v == y - head, stats + row, stride_s, rates + 4 * row, inner, outer, slope, SOFTCAP, PLAIN
+    )
     tl.store(p_body + o_v, b_d.to(d_logits.dtype.element_ty), mask=m_v)
     if (block == 0) & (body < V):
         b_edges = tl.load(p_in + o_e, mask=m_e, other=float("-inf")).to(tl.float32)
         b_de = _differentiate(
-            _squash(b_edges, inner, SOFTCAP), o_e == y, stats + row, stride_s, rates + 4 * row, outer2, slope, SOFTCAP,
-            PLAIN,
-        )  # fmt: skip
+            b_edges, o_e == y, stats + row, stride_s, rates + 4 * row, inner, outer, slope, SOFTCAP, PLAIN
+        )
         tl.store(p_out + o_e, b_de.to(d_logits.dtype.element_ty), mask=m_e)

@@ -83,7 +83,8 @@ def _differentiate(
 ):
     """Logits of a row -> their gradient."""
     b_u = _squash(b_x, inner, SOFTCAP)
-    b_logp = b_u * outer - tl.load(stats + stride_s)
+    # fused: the difference of two large numbers
+    b_logp = tl.fma(b_u, outer, -tl.load(stats + stride_s))
     b_p = tl.exp2(b_logp * _LOG2E)
     return _gradient(b_p, b_logp, b_u, m_y, tl.load(stats), rates, slope, SOFTCAP, PLAIN)
 

@@ -7,6 +7,7 @@ and float32; `chunk_tokens` has no effect here.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from ctypes import c_float
 from math import e, log2
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def token_forward(
     block, warps = _launch(FORWARD_FEW if len(targets) < FEW_ROWS else FORWARD, vocabulary)
     _run(
         gather.gather_fwd_kernel, len(targets), warps, x.data, targets, stats, *x.strides, stats.stride(0),
-        x.per_batch, vocabulary, inner, outer * log2(e), SOFTCAP=transform.softcap is not None,
+        x.per_batch, vocabulary, inner, *_base_2(outer), SOFTCAP=transform.softcap is not None,
         STATS=outputs > 2, BLOCK=block, LANE=_lane(logits),
     )  # fmt: skip
     return stats
@@ -102,7 +103,7 @@ def token_backward(
     _run(
         gather.gather_bwd_kernel, len(targets) * triton.cdiv(vocabulary, block), warps, x.data, targets, stats,
         coefficients(grad, stats), d_logits, *x.strides, *d_strides, stats.stride(0), x.per_batch, vocabulary, inner,
-        outer * log2(e), slope, SOFTCAP=transform.softcap is not None, PLAIN=len(grad) == 1,
+        outer, slope, SOFTCAP=transform.softcap is not None, PLAIN=len(grad) == 1,
         ALIKE=_alike(x.data, x.strides, d_logits, d_strides), BLOCK=block, LANE=_lane(logits),
     )  # fmt: skip
     if over_logits:
@@ -225,6 +226,16 @@ def factors(transform: LogitTransform) -> tuple[float, float, float]:
         return 1.0, transform.factor, transform.factor
     inner, outer = transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
     return inner, outer, transform.factor
+
+
+def _base_2(outer: float) -> tuple[float, float, float]:
+    """The factor that makes nats exponents of 2, and the one back, in two parts.
+
+    Back to what float32 makes of `outer`, which the backward pass multiplies by.
+    """
+    outer2 = c_float(outer * log2(e)).value
+    nats = c_float(outer).value / outer2
+    return outer2, c_float(nats).value, nats - c_float(nats).value
 
 
 def _launch(launch: Launch, columns: int) -> Launch:

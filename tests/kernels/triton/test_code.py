@@ -19,8 +19,8 @@ PLAIN, CAPPED = LogitTransform(), LogitTransform(softcap=30.0)
 FLAGS = {
     "plain": (PLAIN, 1, 7.0, 20.0),
     "softcap": (CAPPED, 1, 14.0, 32.0),
-    "all statistics": (PLAIN, 5, 10.5, 27.0),
-    "all statistics, softcap": (CAPPED, 5, 17.5, 36.0),
+    "all statistics": (PLAIN, 5, 10.5, 26.0),
+    "all statistics, softcap": (CAPPED, 5, 18.5, 36.0),
 }
 
 
@@ -46,7 +46,7 @@ def check(dtype, flags, arch):
         code = compile_launch(launch, arch)
         said = dtype, flags, arch, launch.kernel.__name__, code.registers, code.per_logit()
         assert code.spilled == 0, said
-        assert code.registers <= 64, said
+        assert code.registers <= 80, said
         assert code.shared <= 1024, said
         assert code.per_logit() <= limit, said
         # all whole vectors at 16 bytes, and single logits at the two ends of a row alone

@@ -250,20 +250,21 @@ class TestGather:
             0,
         ]
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize(("transform", "outputs"), [(PLAIN, 1), (CAPPED, 5)])
-    def test_rows_begin_anywhere(self, dtype, transform, outputs):
+    @pytest.mark.parametrize(
+        ("vocabulary", "dtype", "transform", "outputs"),
+        [(139, torch.bfloat16, CAPPED, 5), (139, torch.float32, PLAIN, 1), (5, torch.float16, PLAIN, 1)],
+    )
+    def test_rows_begin_anywhere(self, vocabulary, dtype, transform, outputs):
         # each of the places among 16 bytes; what is next to a row is never part of it, nor written to
-        for vocabulary in (5, 139, 301):
-            x, y = logits_and_targets(9, vocabulary, dtype)
-            memory = torch.full((9 * vocabulary + 19,), float("nan"), dtype=dtype)
-            view = memory[3 : 3 + 9 * vocabulary].view(9, vocabulary).copy_(x)
-            check_gather(view, y, transform, outputs)
-            leaf = view.requires_grad_()
-            token_stats(leaf, y, transform, inplace_backward=True).sum().backward()
-            assert memory[:3].isnan().all()
-            assert memory[3 + 9 * vocabulary :].isnan().all()
-            assert memory[3 : 3 + 9 * vocabulary].isfinite().all()
+        x, y = logits_and_targets(9, vocabulary, dtype)
+        memory = torch.full((9 * vocabulary + 19,), float("nan"), dtype=dtype)
+        view = memory[3 : 3 + 9 * vocabulary].view(9, vocabulary).copy_(x)
+        check_gather(view, y, transform, outputs)
+        leaf = view.requires_grad_()
+        token_stats(leaf, y, transform, inplace_backward=True).sum().backward()
+        assert memory[:3].isnan().all()
+        assert memory[3 + 9 * vocabulary :].isnan().all()
+        assert memory[3 : 3 + 9 * vocabulary].isfinite().all()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_gradient_whose_rows_begin_elsewhere(self, dtype):
@@ -293,7 +294,8 @@ class TestGather:
         torch.testing.assert_close(stats[1:4], right[1:4])
         leaf = x.requires_grad_()
         token_stats(leaf, wrong, PLAIN)[0].nansum().backward()
-        torch.testing.assert_close(leaf.grad[0, y[0]], 1 - x.detach()[0].softmax(-1)[y[0]], rtol=1e-3, atol=0)
+        expected_grad = 1 - x.detach()[0].double().softmax(-1)[y[0]]
+        torch.testing.assert_close(leaf.grad[0, y[0]].double(), expected_grad, rtol=1e-3, atol=2e-7)
 
     def test_empty(self):
         x = torch.zeros(0, 5, requires_grad=True)

@@ -35,7 +35,7 @@ CASES = [
 ]
 TARGETS = [("cuda", "80", 32), ("cuda", "90", 32), ("cuda", "100", 32), ("hip", "gfx942", 64)]
 FLAGS = ("SOFTCAP", "STATS", "PLAIN", "BIAS", "KEEP", "SLOPED", "SCALE", "TARGET", "KEPT")
-FLOATS = ("inner", "outer", "outer2", "slope", "headroom")
+FLOATS = ("inner", "outer", "outer2", "slope", "headroom", "nats", "nats_low")
 INTEGERS = ("T", "V", "v_start", "width", "spans")
 # What a kernel does not read or write 16 bytes at a time, because it is a number or two of a row.
 NOT_WIDE = {"gather_fwd_kernel": ("st",), "tile_finish_kernel": ("ld", "st")}
