@@ -75,7 +75,7 @@ class Numerators(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Of the rows of a slab, [m]: `scale` times `Numerators` is p times its slope, `picked` is the logit of the target."""
+    """Of the rows of a slab, [m]: `scale` times `Numerators` is p times its slope, `picked` the logit of the target."""
 
     scale: Tensor
     picked: Tensor

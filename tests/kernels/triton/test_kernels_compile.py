@@ -34,8 +34,8 @@ CASES = [
     ("tile_grad_kernel", "fp16", ("KEPT", "SOFTCAP")),
 ]
 TARGETS = [("cuda", "80", 32), ("cuda", "90", 32), ("cuda", "100", 32), ("hip", "gfx942", 64)]
-FLAGS = ("SOFTCAP", "STATS", "PLAIN", "BIAS", "KEEP", "WHOLE", "SLOPED", "SCALE", "TARGET", "KEPT")
-FLOATS = ("inner", "outer", "outer2", "nats", "nats_low", "slope", "headroom")
+FLAGS = ("SOFTCAP", "STATS", "PLAIN", "BIAS", "KEEP", "SLOPED", "SCALE", "TARGET", "KEPT")
+FLOATS = ("inner", "outer", "outer2", "slope", "headroom", "nats", "nats_low")
 INTEGERS = ("T", "V", "v_start", "width", "spans")
 # What a kernel does not read or write 16 bytes at a time, because it is a number or two of a row.
 NOT_WIDE = {"gather_fwd_kernel": ("st",), "tile_finish_kernel": ("ld", "st")}
