@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefloss.integrations.openrlhf import trainer_with
+from prefloss.integrations.probes import FRAMEWORKS, Prober
+from prefloss.testing import compare
 from tests.trainers.proof import BOUND, Proof, near
 
 PROMPT, LENGTHS = 3, ((4, 7), (6, 2), (5, 5), (3, 6))
@@ -168,6 +170,13 @@ def hinge_and_nll(
     return 0.8 * torch.relu(1 - 0.3 * margin).mean() - 0.2 * (chosen / n).mean()
 
 
+def probed(prober: Prober, name: str) -> str:
+    """`prefloss probe` finds that `DPOLoss` computes what is asked."""
+    found = compare(prober.step(name), prober.asked(name))
+    assert found, found
+    return str(found)
+
+
 def main() -> None:
     """Run every check of this release."""
     base = load().DPOTrainer
@@ -195,6 +204,9 @@ def main() -> None:
                     trained(by_hand(value)(base)), trained(trainer_with(loss, base))
                 ),
             )
+        prober = FRAMEWORKS["openrlhf"]
+        for name in prober.names():
+            results.check("DPOLoss", f"probe {name}", probed, prober, name)
         results.check("DPOTrainer", "untouched", lambda: same(before, trained(base), bound=0.0))
 
 
