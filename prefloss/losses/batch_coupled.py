@@ -57,7 +57,7 @@ def aot(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     return -F.logsigmoid(beta * (margin - _at_the_same_place(reference, margin, pairs.valid)))
 
 
-@register(aliases={"aot_pair": "TRL up to 0.28", "oxrl:aot": "oxRL"}, separable=False, monotone=True)
+@register(aliases={"aot_pair": "TRL up to 0.27", "oxrl:aot": "oxRL"}, separable=False, monotone=True)
 def aot_unpaired(pairs: Pairs, *, beta: Positive = 0.01) -> Tensor:
     r"""Logistic loss between the sorted log-ratios of chosen and of rejected completions (AOT, unpaired).
 
