@@ -128,7 +128,7 @@ def test_ops_that_wait_for_the_device_are_in_no_cuda_graph():
 @pytest.mark.parametrize("wrong", [-5, -1, 9, 12])
 def test_ops_of_a_graph_check_targets(wrong):
     y = TARGETS.where(TARGETS != 8, wrong)
-    options = (*OPTIONS, "recompute", 4, 0, "chunked", 1)
+    options = (*OPTIONS, "recompute", 4, 0, "chunked", False, 1)
     with pytest.raises(IndexError, match=rf"targets: got {wrong}, expected 0 <= target < 9 \(V\)"):
         autograd.token_op(torch.randn(2, 3, 9), y, *options)
     with pytest.raises(IndexError, match=rf"targets: got {wrong}, expected 0 <= target < 9 \(V\)"):
