@@ -181,7 +181,7 @@ class PreferenceLossCallback(LossCallback):
         """Find the sampler of `max_tokens`; within a resumed epoch its batches must be those of the checkpoint."""
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         goes_on = isinstance(saved, dict) and state.global_step and not args.ignore_data_skip
-        plan = saved["attributes"].get("batch_plan") if goes_on else None
+        plan = saved["attributes"].get("batch_plan") if saved and goes_on else None
         if self.max_tokens is None:
             if plan is not None:
                 raise ValueError(

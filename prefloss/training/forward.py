@@ -141,7 +141,7 @@ def _forward(
         return probe.in_place_of_logits(spec, hidden, results[-1])
 
     # In a compiled model, each of these functions would be another program.
-    disabled = torch.compiler.disable(head) if "torch._dynamo" in sys.modules else head
+    disabled: Any = torch.compiler.disable(head) if "torch._dynamo" in sys.modules else head
     try:
         with _replaced_forward(spec.module, disabled):
             outputs = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)

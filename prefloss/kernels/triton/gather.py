@@ -4,6 +4,8 @@ The forward kernel reads each logit once and stores two or five numbers per row;
 writes its gradient once. `kernels` has the arithmetic, which the kernels of tiles share.
 """
 
+# Triton's types of arguments are variables to a type checker.
+# pyright: reportInvalidTypeForm=false
 import triton
 import triton.language as tl
 
