@@ -62,10 +62,15 @@ def _swift(kind: str, name: str, **options: Any) -> Any:
     folder = Path(tempfile.mkdtemp(prefix="prefloss-probe-"))
     tiny_model().save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
-    messages = [{"role": "user", "content": "q p"}, {"role": "assistant", "content": "yes"}]
-    rows = [{"messages": messages, "rejected_response": "no"}]
+    asked = {"role": "user", "content": "q p"}
+    answered = [[asked, {"role": "assistant", "content": word}] for word in ("yes", "no")]
+    rows: list[dict[str, Any]] = [{"messages": answered[0], "rejected_response": "no"}]
     if kind == "kto":
-        rows = [{"messages": messages, "label": label} for label in (True, False)]
+        # ms-swift drops rows whose mismatched completion would be their own.
+        rows = [
+            {"messages": messages, "label": label}
+            for messages, label in zip(answered, (True, False), strict=True)
+        ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         **{"rlhf_type": kind, "loss_type": name, "model": folder / "model", "ref_model": folder / "model"},
