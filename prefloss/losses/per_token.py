@@ -246,7 +246,7 @@ def humanline_dpo(
         outside the bounds has no gradient. HALOs copies the policy into the reference from time to time; with a fixed
         reference the clamp binds ever more tokens. When to use: offline data, with a reference that is updated.
 
-    Reference: Humanline 2025, arXiv:2509.24207.
+    Reference: Liu et al. 2025, arXiv:2509.24207.
     """
     return dpo(transforms.clamped_tokens(pairs, log_epsilon_p, log_epsilon_r), beta=beta)
 

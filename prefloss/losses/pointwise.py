@@ -224,7 +224,7 @@ def a2po(labels: Labels, *, beta: Positive = 1e-3) -> Tensor:
         beta_1), beta_1 = 0.5 in TRL. It has no gradient; `dro` trains its own. When to use: a reward function and
         on-policy samples, one per prompt.
 
-    Reference: A*-PO 2025, arXiv:2505.20686.
+    Reference: Brantley et al. 2025, arXiv:2505.20686.
     """
     advantage = required(labels, "scores") - required(labels, "baseline").detach()
     return (beta * labels.completions.h - advantage) ** 2

@@ -143,7 +143,7 @@ def focalpo(pairs: Pairs, *, beta: Positive = 0.1, gamma: NonNegative = 2.0, det
         take a small gamma such as 0.05. No default could be verified. It raises the weight of pairs that are right, the
         reverse of the focal loss in vision. When to use: many pairs that cannot be learnt.
 
-    Reference: FocalPO 2025, arXiv:2501.06645.
+    Reference: Liu et al. 2025, arXiv:2501.06645.
     """
     log_p = F.logsigmoid(beta * pairs.margin())
     factor = torch.exp(gamma * log_p)
@@ -171,7 +171,7 @@ def c2dpo(pairs: Pairs, *, beta: Positive = 0.1, constraint_weight: NonNegative 
         Formula from third-party code only, oxRL's, and from notes on the paper; default as there. When to use: DPO
         under which both log-probs fall.
 
-    Reference: C²-DPO 2025, arXiv:2502.17507.
+    Reference: Asadi et al. 2025, arXiv:2502.17507.
     """
     return dpo(pairs, beta=beta) + constraint_weight * (pairs.chosen.h + pairs.rejected.h) ** 2
 
@@ -256,7 +256,7 @@ def asft(pairs: Pairs, *, beta: NonNegative = 0.1) -> Tensor:
         log-odds is the probability, this is the same. A rejected completion of probability 1 counts as just below:
         finite, without gradient. LLaMA-Factory's `asft` is an unrelated method. When to use: no reference, as `orpo`.
 
-    Reference: ASFT 2024, arXiv:2409.10571.
+    Reference: Wang et al. 2024, arXiv:2409.10571.
     """
     return (1 + beta) * transforms.nll(pairs.chosen) - beta * maths.log1mexp(pairs.rejected.policy_mean)
 
