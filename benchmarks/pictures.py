@@ -38,7 +38,7 @@ def draw_layouts(rows: Sequence[dict[str, str]], path: Path) -> None:
 
 
 def draw_linear(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Time over the matrix products, and memory, from hidden states to gradients: V 32,000, bfloat16, trainable head."""
+    """Time over the matrix products, and memory, of V 32,000 in bfloat16 with a trainable head."""
     kind = {"bench": "linear", "shape": "32k", "dtype": "bfloat16", "frozen": "False"}
     chosen = [row for row in rows if kind.items() <= row.items() and row["peak_extra_bytes"]]
     ways = [row for row in chosen if not any(word in row["way"] for word in ("KTO", "budget", "alone"))]
