@@ -475,12 +475,15 @@ def test_defaults():
     """AUDIT T1: of every op, as they are documented."""
     common = {"temperature": 1.0, "logit_scale": 1.0, "softcap": None, "ignore_index": -100}
     run = {**common, "impl": "auto", "chunk_tokens": None, "strict": False}
-    linear = {**run, "bias": None, "budget_bytes": None}
+    linear = {**run, "bias": None, "budget_bytes": None, "round_once": False}
     for op, wanted in (
         (token_logps, {**run, "inplace_backward": False}),
         (token_stats, {**run, "stats_gradient": False}),
         (linear_token_logps, linear),
-        (linear_token_stats, {**linear, "stats_gradient": False}),
+        (
+            linear_token_stats,
+            {**{k: v for k, v in linear.items() if k != "round_once"}, "stats_gradient": False},
+        ),
         (linear_token_kl, {**common, "bias": None, "reference_bias": None, "chunk_tokens": None}),
     ):
         found = inspect.signature(op).parameters.values()

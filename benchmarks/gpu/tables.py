@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.measure import RESULTS, STAND_IN, rows_of
-from benchmarks.tables import README, Row, replaced, table
+from benchmarks.tables import ROOT, Row, replaced, table
 
-PAGE = README.parent / "docs" / "gpu.md"
+PAGE = ROOT / "docs" / "gpu.md"
 NOTHING = "No GPU has been measured yet."
 HEADS = {"": "", "False": ", trainable head", "True": ", frozen head"}
 

@@ -210,12 +210,13 @@ def _split(own: Callable[..., Any], name: str) -> Callable[..., Any]:
     attend: Any = torch.compiler.disable()(Sequences.attend)
 
     @functools.wraps(own)
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **options: Any
-    ) -> Any:
+    def attention(module: Any, *args: Any, **options: Any) -> Any:
         sequences = options.pop(ARGUMENT, None)
         if sequences is None:
-            return own(module, query, key, value, mask, *args, **options)
+            return own(module, *args, **options)
+        query, key, value, *masks = args
+        # Some models give the mask by name.
+        mask = masks[0] if masks else options.pop("attention_mask", None)
         of_block = _attention(name, functools.partial(own, module, **options), options)
         return attend(sequences, of_block, (query, key, value), mask), None
 

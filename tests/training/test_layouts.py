@@ -314,7 +314,7 @@ def test_evaluation_and_prediction_are_those_of_padded_rows(tmp_path):
 
 def test_an_unknown_layout_is_refused():
     with pytest.raises(
-        ValueError, match="layout: got 'flat', expected one of 'padded', 'packed', 'shared_prefix'"
+        ValueError, match="layout: got 'flat', expected one of 'auto', 'padded', 'packed', 'shared_prefix'"
     ):
         PreferenceCollator(layout="flat")
 

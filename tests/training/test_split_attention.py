@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prefloss.training import PreferenceCollator, PreferenceObjective
 from prefloss.training.attention import Way
 from prefloss.training.branched_attention import branched_attention
-from prefloss.training.split_attention import Sequences
+from prefloss.training.split_attention import Sequences, register
 from tests.training.architectures import SMALL, V
 
 LONG = {**SMALL, "max_position_embeddings": 1024}
@@ -162,3 +162,17 @@ def test_a_compiled_model_takes_shared_prompts(monkeypatch):
     logps, found = computed(torch.compile(model, backend="eager"), "shared_prefix", data)
     torch.testing.assert_close(logps, wanted, rtol=0, atol=1e-4)
     torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_other_calls_of_the_attention_are_left_alone(by_name):
+    # Vision towers give the mask by name, and language models give it in its place.
+    register("sdpa", hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)))
+    query, key, value = torch.randn(3, 1, 2, 5, 4)
+    layer = torch.nn.Module()
+    masks = ((), {"attention_mask": None}) if by_name else ((None,), {})
+    found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        layer, query, key, value, *masks[0], is_causal=False, **masks[1]
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
